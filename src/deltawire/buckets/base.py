@@ -1,0 +1,123 @@
+"""The store interface: eight verbs over keys. Everything else in deltawire is written against this and nothing below it."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from deltawire.errors import FormatError, NotFound
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What a store says of an object without sending its bytes."""
+
+    key: str
+    size: int
+    """bytes"""
+    tag: str
+    """changes whenever the content does (ETag, Xet hash)"""
+
+
+@runtime_checkable
+class Bucket(Protocol):
+    """A flat map from keys to immutable byte strings.
+
+    Keys are relative POSIX paths ("runs/a1/commits/000001.json"); no leading or trailing "/", no empty, "." or ".."
+    part, no backslash, no control character. `check_key` is the rule; every implementation applies it. No key may be a
+    folder of another ("a" beside "a/b"): a local folder cannot hold both.
+
+    A verb that fails raises a `BucketError` naming the bucket's url and the key; an unsafe key is a FormatError, a
+    source `Path` that cannot be read the OSError of reading it. Thread-safe.
+    """
+
+    url: str
+    """What `open_bucket` was given, without credentials: safe to print."""
+    poll_seconds: float
+    """How often it is polite to `stat` this store: 0.5 local, 5 on the Hub (1,000 calls per 5 minutes, free tier)."""
+    conditional_writes: bool
+    """Whether `put_new` is atomic against a concurrent writer. Where False it is stat-then-put."""
+
+    def stat(self, key: str) -> Stat:
+        """The object's size and tag. Raises NotFound."""
+        ...
+
+    def get(self, key: str, *, limit: int) -> bytes:
+        """The whole object. Raises NotFound; TooLarge if it is longer than `limit` bytes, before reading it all."""
+        ...
+
+    def get_file(self, key: str, path: Path, *, limit: int) -> None:
+        """The whole object into `path`, by a temporary name beside it and a rename: `path` is never half written,
+        and is left as it was on failure. Raises NotFound, TooLarge, OutOfSpace."""
+        ...
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Write or overwrite. Readers see the old bytes or the new ones, never a mix. Durable when it returns."""
+        ...
+
+    def put_new(self, key: str, data: bytes | Path) -> None:
+        """Write a key that must not exist yet. Raises AlreadyExists and changes nothing if it does."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[Stat]:
+        """Every object whose key starts with `prefix` (a plain string prefix), in key order."""
+        ...
+
+    def delete(self, *keys: str) -> None:
+        """Remove objects. A key that is already gone is not an error."""
+        ...
+
+    def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
+        """Wait until `key` exists with a tag other than `tag`, at most `timeout` seconds. None when time ran out."""
+        ...
+
+
+def check_key(key: str) -> None:
+    """Raise FormatError unless `key` is safe and portable: it may come from a file that a stranger wrote.
+
+    At most 1,024 bytes of UTF-8 (the limit of S3), 255 a part (that of file systems).
+    """
+    try:
+        parts = [part.encode() for part in key.split("/")]
+    except UnicodeEncodeError:
+        raise FormatError(f"unsafe key {key!r}: it is not valid Unicode") from None
+    if any(part in (b"", b".", b"..") for part in parts):
+        raise FormatError(f"unsafe key {key!r}: it has an empty, '.' or '..' part")
+    if "\\" in key or any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 for char in key):
+        raise FormatError(f"unsafe key {key!r}: it has a backslash or a control character")
+    if sum(map(len, parts)) + len(parts) - 1 > 1024 or max(map(len, parts)) > 255:
+        raise FormatError(f"unsafe key {key[:64]!r}…: longer than 1,024 bytes, or than 255 between two slashes")
+
+
+def check_prefix(prefix: str) -> None:
+    """Raise FormatError unless some safe key could start with `prefix`."""
+    if prefix:
+        check_key(prefix.removesuffix("/"))
+
+
+def watch_by_polling(
+    bucket: Bucket,
+    key: str,
+    *,
+    tag: str | None,
+    timeout: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Stat | None:
+    """`Bucket.watch` for a store that only answers questions: `stat` now, every `poll_seconds`, and at the end.
+
+    `sleep` may return early (an event's `wait` does, so a caller can be woken): the object is looked at again.
+    """
+    deadline = clock() + timeout
+    while True:
+        try:
+            found = bucket.stat(key)
+        except NotFound:
+            found = None
+        if found is not None and found.tag != tag:
+            return found
+        left = deadline - clock()
+        if left <= 0:
+            return None
+        sleep(min(left, bucket.poll_seconds))

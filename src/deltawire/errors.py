@@ -1,0 +1,143 @@
+"""What went wrong, as a tree a caller can branch on: retry a BucketError, resync on a ChainError, stop on an ApplyError.
+
+DeltaWireError
+  BucketError       the store
+    NotFound          no such key, bucket or host directory
+    AlreadyExists     put_new found the key taken
+    Unavailable       no answer, or an answer that says "later": the only one worth retrying
+    AccessRefused     the store knows us and says no, or does not know our token
+    OutOfSpace        the disk, or the store's quota, is full
+    BadUrl            not an address of a bucket
+  FormatError       these bytes are not a file we accept
+    Truncated         shorter than it says it is
+    BadDigest         the bytes or the weights do not hash to what was promised
+    UnknownVersion    a format version or codec this deltawire does not know
+    TooLarge          a size beyond the stated bound, refused before any memory is spent on it
+    NeedsBase         this codec is decoded against the old weights, and none were given
+  ChainError        sound files that do not join                -> resync from an anchor
+    Gap               no commit continues from where this copy stands
+    Forked            two commits claim the same place
+    OtherRun          the bucket moved to a run that does not continue ours
+  ApplyError        the weights refused                         -> stop, ask a person
+    UnknownTensor     a name that is not in the tensor table
+    MissingTensor     a name of the trainable set that was not given
+    ShapeMismatch     another shape than the table's
+    DtypeMismatch     another dtype than the table's, and no exact cast
+    WrongBase         the weights are not the version this delta continues from
+  EngineError       the inference server
+    EngineUnavailable   it does not answer
+    EngineUnsupported   it lacks the plugin, its weight endpoints, or a layout we can prove right
+    Quarantined         it can no longer say what it serves; restart it
+"""
+
+
+class DeltaWireError(Exception):
+    """Everything deltawire raises on purpose."""
+
+
+class BucketError(DeltaWireError):
+    """The store did not do what was asked."""
+
+
+class NotFound(BucketError):
+    """There is no such key, bucket or directory."""
+
+
+class AlreadyExists(BucketError):
+    """`put_new` found the key taken."""
+
+
+class Unavailable(BucketError):
+    """No answer, or one that says "later". The only error worth retrying."""
+
+
+class AccessRefused(BucketError):
+    """The store refused the token, or the token may not do this."""
+
+
+class OutOfSpace(BucketError):
+    """The disk or the store's quota is full."""
+
+
+class BadUrl(BucketError):
+    """This is not the address of a bucket."""
+
+
+class FormatError(DeltaWireError):
+    """These bytes are not a file we accept."""
+
+
+class Truncated(FormatError):
+    """The file is shorter than it says it is."""
+
+
+class BadDigest(FormatError):
+    """Bytes or weights do not hash to what was promised."""
+
+
+class UnknownVersion(FormatError):
+    """A format version or codec this deltawire does not know."""
+
+
+class TooLarge(FormatError):
+    """A size beyond the stated bound."""
+
+
+class NeedsBase(FormatError):
+    """This codec is decoded against the old weights, and none were given."""
+
+
+class ChainError(DeltaWireError):
+    """Sound files that do not join; resync from an anchor."""
+
+
+class Gap(ChainError):
+    """No commit continues from where this copy stands."""
+
+
+class Forked(ChainError):
+    """Two commits claim the same place in the chain."""
+
+
+class OtherRun(ChainError):
+    """The bucket moved to a run that does not continue ours."""
+
+
+class ApplyError(DeltaWireError):
+    """The weights refused the change; a person has to look."""
+
+
+class UnknownTensor(ApplyError):
+    """A name that is not in the tensor table."""
+
+
+class MissingTensor(ApplyError):
+    """A name of the trainable set that was not given."""
+
+
+class ShapeMismatch(ApplyError):
+    """Another shape than the tensor table's."""
+
+
+class DtypeMismatch(ApplyError):
+    """Another dtype than the tensor table's, and no exact cast between them."""
+
+
+class WrongBase(ApplyError):
+    """The weights are not the version this delta continues from."""
+
+
+class EngineError(DeltaWireError):
+    """The inference server did not do what was asked."""
+
+
+class EngineUnavailable(EngineError):
+    """The inference server does not answer."""
+
+
+class EngineUnsupported(EngineError):
+    """The server lacks the plugin, its weight endpoints, or a layout we can prove right."""
+
+
+class Quarantined(EngineError):
+    """The server can no longer say what it serves; restart it."""

@@ -1,0 +1,166 @@
+"""The inner loops, in Numba, each with a plain numpy twin of the same name in `plain` that says what it computes.
+
+Every kernel releases the GIL and none is `parallel=True`: two Python threads inside one under Numba's workqueue abort
+the process. Parallelism is a thread pool over chunks. They compile on first use (cached on disk); `warm_up` compiles
+them ahead of time, so that nothing compiles inside a pause.
+"""
+
+from types import SimpleNamespace
+
+import numba
+import numpy as np
+
+from deltawire.bits import Positions, UInts
+
+GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 / golden ratio: keeps element 0 from mixing to 0 (MurmurHash3's finaliser has a fixed point at 0)."""
+M1 = 0xFF51AFD7ED558CCD
+M2 = 0xC4CEB9FE1A85EC53
+MASK = (1 << 64) - 1
+
+_jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+_inline = numba.njit(nogil=True, cache=True, inline="always", error_model="numpy")
+
+
+@_inline
+def _fmix64(h):  # type: ignore[no-untyped-def]
+    """MurmurHash3's 64-bit finaliser (Appleby, public domain)."""
+    h ^= h >> np.uint64(33)
+    h *= np.uint64(M1)
+    h ^= h >> np.uint64(33)
+    h *= np.uint64(M2)
+    return h ^ (h >> np.uint64(33))
+
+
+@_inline
+def _mix(i, b):  # type: ignore[no-untyped-def]
+    return _fmix64(_fmix64(np.uint64(i) + np.uint64(GOLDEN)) ^ np.uint64(b))
+
+
+@_jit
+def _digest_sweep(bits, start):  # type: ignore[no-untyped-def]
+    total = np.uint64(0)
+    for i in range(bits.size):
+        total += _mix(start + i, bits[i])
+    return total
+
+
+@_jit
+def _digest_at(positions, bits):  # type: ignore[no-untyped-def]
+    total = np.uint64(0)
+    for k in range(positions.size):
+        total += _mix(positions[k], bits[k])
+    return total
+
+
+@_jit
+def _count_changed(old, new):  # type: ignore[no-untyped-def]
+    found = 0
+    for i in range(old.size):
+        found += old[i] != new[i]
+    return found
+
+
+@_jit
+def _collect(old, new, positions, steps):  # type: ignore[no-untyped-def]
+    k = 0
+    n = old.size
+    i = 0
+    while i < n:
+        stop = min(i + 32, n)
+        differ = False
+        for j in range(i, stop):  # a branch-free block test vectorises; branch only where something changed
+            differ |= old[j] != new[j]
+        if differ:
+            for j in range(i, stop):
+                if old[j] != new[j]:
+                    positions[k] = j
+                    steps[k] = new[j] - old[j]
+                    k += 1
+        i = stop
+    return k
+
+
+@_jit
+def _apply(bits, positions, steps):  # type: ignore[no-untyped-def]
+    before = np.uint64(0)
+    after = np.uint64(0)
+    for k in range(positions.size):
+        i = positions[k]
+        old = bits[i]
+        before += _mix(i, old)
+        bits[i] = old + steps[k]
+        after += _mix(i, bits[i])
+    return before, after
+
+
+def digest_sweep(bits: UInts, start: int = 0) -> int:
+    """Sum of mix(start + i, bits[i]) mod 2^64 over a flat array."""
+    return int(_digest_sweep(bits, start))
+
+
+def digest_at(positions: Positions, bits: UInts) -> int:
+    """Sum of mix(positions[k], bits[k]) mod 2^64: the part of a digest that some elements make."""
+    return int(_digest_at(positions, bits))
+
+
+def compare_and_collect(old: UInts, new: UInts) -> tuple[Positions, UInts]:
+    """Where two equally long arrays differ, and by how much: (positions, steps) with steps = new - old mod 2^bits."""
+    changed = int(_count_changed(old, new))
+    positions, steps = np.empty(changed, np.int64), np.empty(changed, old.dtype)
+    if changed:
+        _collect(old, new, positions, steps)
+    return positions, steps
+
+
+def apply_with_digest(bits: UInts, positions: Positions, steps: UInts) -> tuple[int, int]:
+    """`bits[positions] += steps` in place; the touched elements' part of the digest (before, after)."""
+    before, after = _apply(bits, positions, steps)
+    return int(before), int(after)
+
+
+def warm_up() -> None:
+    """Compile every kernel for every element width."""
+    for width in (np.uint8, np.uint16, np.uint32, np.uint64):
+        old, new = np.zeros(2, width), np.ones(2, width)
+        positions, steps = compare_and_collect(old, new)
+        apply_with_digest(old, positions, steps)
+        digest_sweep(old)
+        digest_at(positions, steps)
+
+
+def _plain_mix(i: np.ndarray, b: np.ndarray) -> np.ndarray:
+    def fmix64(h: np.ndarray) -> np.ndarray:
+        h = (h ^ (h >> np.uint64(33))) * np.uint64(M1)
+        h = (h ^ (h >> np.uint64(33))) * np.uint64(M2)
+        return h ^ (h >> np.uint64(33))
+
+    return fmix64(fmix64(i.astype(np.uint64) + np.uint64(GOLDEN)) ^ b.astype(np.uint64))
+
+
+def _plain_digest_at(positions: Positions, bits: UInts) -> int:
+    return int(_plain_mix(positions, bits).sum(dtype=np.uint64))
+
+
+def _plain_digest_sweep(bits: UInts, start: int = 0) -> int:
+    return _plain_digest_at(np.arange(start, start + bits.size), bits)
+
+
+def _plain_compare_and_collect(old: UInts, new: UInts) -> tuple[Positions, UInts]:
+    positions = np.flatnonzero(old != new)
+    return positions, new[positions] - old[positions]
+
+
+def _plain_apply_with_digest(bits: UInts, positions: Positions, steps: UInts) -> tuple[int, int]:
+    old = bits[positions]
+    bits[positions] = old + steps
+    return _plain_digest_at(positions, old), _plain_digest_at(positions, bits[positions])
+
+
+plain = SimpleNamespace(
+    digest_sweep=_plain_digest_sweep,
+    digest_at=_plain_digest_at,
+    compare_and_collect=_plain_compare_and_collect,
+    apply_with_digest=_plain_apply_with_digest,
+)
+"""The numpy twins: slow, obvious, and what the tests hold the kernels to."""

@@ -1,0 +1,79 @@
+"""Numpy arrays, torch tensors and `Bits` made alike: any of them as flat unsigned integers, and back."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from deltawire.bits import Bits, UInts, unsigned
+from deltawire.errors import DtypeMismatch
+
+_NUMPY = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "float16": "F16",
+    "uint32": "U32", "int32": "I32", "float32": "F32", "uint64": "U64", "int64": "I64", "float64": "F64",
+    "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+}  # fmt: skip
+"""safetensors' dtype names by numpy's (the last row: numpy with ml_dtypes)."""
+NAMES = {name: spelled for spelled, name in _NUMPY.items()}
+
+
+def is_torch(tensor: object) -> bool:
+    """Whether this is a torch tensor; never imports torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(tensor, torch.Tensor)
+
+
+def dtype_of(tensor: Any) -> str:
+    """The safetensors name of a tensor's dtype. Raises DtypeMismatch for one that has none."""
+    if isinstance(tensor, Bits):
+        return tensor.dtype
+    spelled = str(tensor.dtype).removeprefix("torch.")
+    if spelled not in _NUMPY:
+        raise DtypeMismatch(f"dtype {tensor.dtype} cannot be shipped; known: {', '.join(sorted(_NUMPY))}")
+    return _NUMPY[spelled]
+
+
+def as_bits(tensor: Any) -> Bits:
+    """A tensor's bits. Shares the memory of a contiguous CPU tensor; anything else is copied to a contiguous CPU one."""
+    if isinstance(tensor, Bits):
+        return tensor
+    dtype = dtype_of(tensor)
+    if is_torch(tensor):
+        return Bits(dtype, tuple(tensor.shape), _torch_bits(tensor, dtype))
+    array = np.ascontiguousarray(tensor)
+    return Bits(dtype, tuple(np.shape(tensor)), array.reshape(-1).view(unsigned(dtype)))
+
+
+def _torch_bits(tensor: Any, dtype: str) -> UInts:
+    torch = sys.modules["torch"]
+    width = unsigned(dtype).itemsize
+    signed = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]  # what .numpy() can carry
+    flat = tensor.detach().contiguous().reshape(-1).view(signed).cpu()
+    array: UInts = flat.numpy().view(unsigned(dtype))
+    return array
+
+
+def like(bits: Bits, tensor: Any) -> Any:
+    """`bits` as the kind of thing `tensor` is: a torch tensor on its device, a numpy array, or Bits. Shares memory
+    with `bits` on the CPU."""
+    if isinstance(tensor, Bits):
+        return bits
+    if is_torch(tensor):
+        return as_torch(bits).to(tensor.device)
+    return bits.data.view(np.asarray(tensor).dtype).reshape(bits.shape)
+
+
+def as_torch(bits: Bits) -> Any:
+    """A torch tensor over the same memory. Raises ImportError without torch."""
+    try:
+        import torch
+    except ImportError:
+        raise ImportError("torch tensors need torch: pip install 'deltawire[torch]'") from None
+    carried = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[bits.data.itemsize]
+    return torch.from_numpy(bits.data.view(carried)).view(getattr(torch, NAMES[bits.dtype])).reshape(bits.shape)
+
+
+def equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two mappings name -> tensor (torch, numpy or Bits) have the same names, dtypes, shapes and bits."""
+    return a.keys() == b.keys() and all(as_bits(a[name]) == as_bits(b[name]) for name in a)
