@@ -21,7 +21,12 @@ WIDTHS = {
 }  # fmt: skip
 """Bytes per element, by the dtype names of the safetensors format."""
 
-_UNSIGNED = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+_UNSIGNED: dict[int, np.dtype[np.unsignedinteger]] = {
+    1: np.dtype("<u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+    8: np.dtype("<u8"),
+}
 
 
 def unsigned(dtype: str) -> np.dtype[np.unsignedinteger]:

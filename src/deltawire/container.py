@@ -17,6 +17,8 @@ from deltawire.errors import FormatError, TooLarge, Truncated
 
 MAX_HEADER = 100_000_000
 """bytes; the safetensors format's own bound against parser bombs"""
+MAX_RANK = 64
+"""numpy's own; without a bound, multiplying a hostile shape out takes minutes"""
 ALIGN = 8
 
 
@@ -41,21 +43,23 @@ class Header:
 
 def write(tensors: Mapping[str, Bits], metadata: Mapping[str, str]) -> bytearray:
     """A whole container, tensors in the order given; equal input gives equal bytes."""
+    out = bytearray(header_bytes({name: (bits.dtype, bits.shape) for name, bits in tensors.items()}, metadata))
+    for bits in tensors.values():
+        out += bits.data.view(np.uint8).data
+    return out
+
+
+def header_bytes(layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The length and the JSON header of a container whose tensors (name -> dtype, shape) follow in that order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name, bits in tensors.items():
-        header[name] = {
-            "dtype": bits.dtype,
-            "shape": list(bits.shape),
-            "data_offsets": [offset, offset + bits.data.nbytes],
-        }
-        offset += bits.data.nbytes
+    for name, (dtype, shape) in layout.items():
+        stop = offset + count(shape) * WIDTHS[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGN)
-    out = bytearray(len(text).to_bytes(8, "little") + text)
-    for bits in tensors.values():
-        out += memoryview(bits.data).cast("B") if bits.data.size else b""
-    return out
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_header(data: bytes | bytearray | memoryview | np.ndarray, *, limit: int = MAX_HEADER) -> Header:
@@ -64,7 +68,7 @@ def read_header(data: bytes | bytearray | memoryview | np.ndarray, *, limit: int
     Raises Truncated when bytes are missing, TooLarge for a header beyond `limit`, FormatError for anything that is not
     a header whose tensors cover the data exactly, in bounds, without holes or overlaps.
     """
-    view = memoryview(data).cast("B")
+    view = _bytes(data)
     if len(view) < 8:
         raise Truncated(f"{len(view)} bytes are no safetensors file")
     length = int.from_bytes(view[:8], "little")
@@ -84,9 +88,13 @@ def read_header(data: bytes | bytearray | memoryview | np.ndarray, *, limit: int
 def tensor(data: bytes | bytearray | memoryview | np.ndarray, header: Header, name: str) -> Bits:
     """One tensor's bits, sharing the file's memory."""
     entry = header.entries[name]
-    view = memoryview(data).cast("B")[header.data_start + entry.start : header.data_start + entry.stop]
+    view = _bytes(data)[header.data_start + entry.start : header.data_start + entry.stop]
     bits: UInts = np.frombuffer(view, unsigned(entry.dtype)) if len(view) else np.empty(0, unsigned(entry.dtype))
     return Bits(entry.dtype, entry.shape, bits)
+
+
+def _bytes(data: bytes | bytearray | memoryview | np.ndarray) -> memoryview:
+    return memoryview(data.data if isinstance(data, np.ndarray) else data).cast("B")
 
 
 def _parse_json(text: bytes) -> dict[str, Any]:
@@ -97,7 +105,7 @@ def _parse_json(text: bytes) -> dict[str, Any]:
         return mapping
 
     try:
-        raw = json.loads(text, object_pairs_hook=refuse_twins)
+        raw = json.loads(text.decode(), object_pairs_hook=refuse_twins)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"the header is not JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -111,8 +119,10 @@ def _entry(name: str, value: Any) -> Entry:
     except (TypeError, KeyError, ValueError):
         raise FormatError(f"{name}: not a tensor entry (dtype, shape, data_offsets)") from None
     numbers = (*shape, start, stop)
-    if dtype not in WIDTHS or not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
-        raise FormatError(f"{name}: unknown dtype or numbers out of range")
+    if not isinstance(dtype, str) or dtype not in WIDTHS or len(shape) > MAX_RANK:
+        raise FormatError(f"{name}: unknown dtype, or more than {MAX_RANK} dimensions")
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+        raise FormatError(f"{name}: shape or data_offsets out of range")
     if stop - start != count(shape) * WIDTHS[dtype]:
         raise FormatError(f"{name}: {stop - start} bytes do not hold {dtype} of shape {list(shape)}")
     return Entry(dtype, shape, start, stop)

@@ -6,6 +6,7 @@ exactly, for every dtype and every value:
     new == old + delta        old == new + (-delta)        delta(a, c) == delta(a, b) + delta(b, c)
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -223,10 +224,12 @@ class Delta(Mapping[str, TensorDelta]):
         """Add the steps in place to contiguous CPU tensors. All are checked before the first is written.
 
         Raises UnknownTensor, DtypeMismatch, ShapeMismatch; ShapeMismatch too for a tensor that cannot be written in
-        place (not contiguous, or not in host memory).
+        place (not contiguous, read-only, or not in host memory) and for one memory under two names (tied weights),
+        where each step would be added twice.
         """
         self.check(tensors)
         targets = {name: _in_place(name, tensors[name]) for name in self._tensors}
+        _check_apart(targets)
         for name, tensor in self._tensors.items():
             tensor.apply_(targets[name])
 
@@ -242,7 +245,7 @@ class Delta(Mapping[str, TensorDelta]):
         tensor = self._tensors[name]
         if bounds[0] != 0 or bounds[-1] != tensor.total or bounds != sorted(bounds):
             raise FormatError(f"{name}: bounds {bounds} do not cover its {tensor.total} elements in order")
-        return [tensor.restrict(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        return [tensor.restrict(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def _check_names(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -253,11 +256,19 @@ def _check_names(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
 
 
 def _in_place(name: str, tensor: Any) -> UInts:
-    bits = as_bits(tensor)
-    shared = tensor if isinstance(tensor, Bits) else None
-    address = bits.data.ctypes.data
-    if shared is None and bits.data.size:
+    data = as_bits(tensor).data
+    if isinstance(tensor, Bits):
+        own = data.ctypes.data
+    else:
         own = tensor.data_ptr() if hasattr(tensor, "data_ptr") else tensor.ctypes.data
-        if own != address:
-            raise ShapeMismatch(f"{name}: not a contiguous tensor in host memory; use `old + delta`, which copies")
-    return bits.data
+    if own != data.ctypes.data or not data.flags.writeable:
+        raise ShapeMismatch(f"{name}: not contiguous, writable host memory; use `old + delta`, which copies")
+    return data
+
+
+def _check_apart(targets: Mapping[str, UInts]) -> None:
+    owners: dict[int, str] = {}
+    for name, data in targets.items():
+        twin = owners.setdefault(data.ctypes.data, name)
+        if twin != name:
+            raise ShapeMismatch(f"{twin} and {name} are the same memory: apply to one name of tied weights")

@@ -50,8 +50,9 @@ def moved(value: int, before: int, after: int) -> int:
 
 
 def root(table: Iterable[TableEntry], digests: Mapping[str, int]) -> str:
-    """One hash for a whole version: BLAKE3 (64 hex digits) over `name NUL dtype NUL shape NUL digest LF` in table order,
-    the shape as decimals joined by commas and the digest as 16 hex digits. Raises KeyError if a digest is missing."""
+    """One hash for a whole version: BLAKE3 (64 hex digits) over `name NUL dtype NUL shape NUL digest LF` in table
+    order, the shape as decimals joined by commas and the digest as 16 hex digits. Raises KeyError if a digest is
+    missing. (FORMAT.md §4)"""
     hasher = blake3()
     for entry in table:
         shape = ",".join(map(str, entry.shape))

@@ -1,4 +1,4 @@
-"""What went wrong, as a tree a caller can branch on: retry a BucketError, resync on a ChainError, stop on an ApplyError.
+"""What went wrong, as a tree a caller can branch on: retry Unavailable, resync on a ChainError, stop on an ApplyError.
 
 DeltaWireError
   BucketError       the store

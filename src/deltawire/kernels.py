@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numba
 import numpy as np
 
-from deltawire.bits import Positions, UInts
+from deltawire.bits import Positions, UInts, unsigned
 
 GOLDEN = 0x9E3779B97F4A7C15
 """2^64 / golden ratio: keeps element 0 from mixing to 0 (MurmurHash3's finaliser has a fixed point at 0)."""
@@ -121,19 +121,21 @@ def apply_with_digest(bits: UInts, positions: Positions, steps: UInts) -> tuple[
 
 def warm_up() -> None:
     """Compile every kernel for every element width."""
-    for width in (np.uint8, np.uint16, np.uint32, np.uint64):
-        old, new = np.zeros(2, width), np.ones(2, width)
+    for dtype in ("U8", "U16", "U32", "U64"):
+        old: UInts = np.zeros(2, unsigned(dtype))
+        new: UInts = np.ones(2, unsigned(dtype))
         positions, steps = compare_and_collect(old, new)
         apply_with_digest(old, positions, steps)
         digest_sweep(old)
         digest_at(positions, steps)
 
 
-def _plain_mix(i: np.ndarray, b: np.ndarray) -> np.ndarray:
-    def fmix64(h: np.ndarray) -> np.ndarray:
+def _plain_mix(i: Positions, b: UInts) -> UInts:
+    def fmix64(h: UInts) -> UInts:
         h = (h ^ (h >> np.uint64(33))) * np.uint64(M1)
         h = (h ^ (h >> np.uint64(33))) * np.uint64(M2)
-        return h ^ (h >> np.uint64(33))
+        mixed: UInts = h ^ (h >> np.uint64(33))
+        return mixed
 
     return fmix64(fmix64(i.astype(np.uint64) + np.uint64(GOLDEN)) ^ b.astype(np.uint64))
 

@@ -35,7 +35,7 @@ def dtype_of(tensor: Any) -> str:
 
 
 def as_bits(tensor: Any) -> Bits:
-    """A tensor's bits. Shares the memory of a contiguous CPU tensor; anything else is copied to a contiguous CPU one."""
+    """A tensor's bits. Shares the memory of a contiguous CPU tensor; copies anything else to contiguous host memory."""
     if isinstance(tensor, Bits):
         return tensor
     dtype = dtype_of(tensor)
@@ -67,7 +67,7 @@ def like(bits: Bits, tensor: Any) -> Any:
 def as_torch(bits: Bits) -> Any:
     """A torch tensor over the same memory. Raises ImportError without torch."""
     try:
-        import torch
+        import torch  # an extra
     except ImportError:
         raise ImportError("torch tensors need torch: pip install 'deltawire[torch]'") from None
     carried = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[bits.data.itemsize]
@@ -77,3 +77,37 @@ def as_torch(bits: Bits) -> Any:
 def equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether two mappings name -> tensor (torch, numpy or Bits) have the same names, dtypes, shapes and bits."""
     return a.keys() == b.keys() and all(as_bits(a[name]) == as_bits(b[name]) for name in a)
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""dtypes that `cast` converts between"""
+
+
+def cast(tensor: Any, dtype: str) -> Bits:
+    """A tensor's bits after a cast to `dtype` as the server would cast it: round to nearest even, on the tensor's own
+    device. Shares memory when there is nothing to cast. Raises DtypeMismatch between dtypes that are not floats."""
+    if hasattr(tensor, "full_tensor"):
+        raise DtypeMismatch("this tensor is a DTensor: publish full tensors, `tensor.full_tensor()`")
+    own = dtype_of(tensor)
+    if own == dtype:
+        return as_bits(tensor)
+    if own not in FLOATS or dtype not in FLOATS:
+        raise DtypeMismatch(f"{own} cannot be cast to {dtype}: only {', '.join(FLOATS)} convert")
+    if is_torch(tensor):
+        return as_bits(tensor.detach().to(getattr(sys.modules["torch"], NAMES[dtype])))
+    array = _floats(tensor) if isinstance(tensor, Bits) else np.asarray(tensor)
+    data = _round_to_bf16(array) if dtype == "BF16" else array.astype(NAMES[dtype]).reshape(-1).view(unsigned(dtype))
+    return Bits(dtype, tuple(array.shape), data)
+
+
+def _floats(bits: Bits) -> Any:
+    if bits.dtype == "BF16":
+        return (bits.data.astype(np.uint32) << 16).view(np.float32).reshape(bits.shape)
+    return bits.data.view(NAMES[bits.dtype]).reshape(bits.shape)
+
+
+def _round_to_bf16(array: Any) -> UInts:
+    """fp32 to bf16, to nearest even; NaN becomes torch's quiet 0x7fc0 with the sign kept clear."""
+    wide = np.ascontiguousarray(array, np.float32).reshape(-1).view(np.uint32)
+    rounded = ((wide + (((wide >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+    return np.where((wide & 0x7FFFFFFF) > 0x7F800000, np.uint16(0x7FC0), rounded)

@@ -1,6 +1,7 @@
 """A delta as one safetensors file and back, trusting nothing it reads. docs/FORMAT.md is the specification."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,15 @@ from deltawire.bits import WIDTHS, Bits
 from deltawire.codecs import dense, gap, raw
 from deltawire.codecs.base import TensorSpec
 from deltawire.delta import Delta, TensorDelta
-from deltawire.errors import BadDigest, FormatError, NeedsBase, ShapeMismatch, UnknownTensor, UnknownVersion
+from deltawire.errors import (
+    BadDigest,
+    DtypeMismatch,
+    FormatError,
+    NeedsBase,
+    ShapeMismatch,
+    UnknownTensor,
+    UnknownVersion,
+)
 from deltawire.tensors import as_bits
 
 FORMAT = "deltawire-delta"
@@ -24,6 +33,16 @@ DENSE_TRY_FROM = 0.15
 DENSE_TRY_TINY = 64
 """elements; so small a tensor is tried dense at any density"""
 MAX_DELTA_HEADER = 64 << 20
+"""bytes"""
+ENCODINGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "gap": {"gap": gap.SUFFIXES, "dense": dense.SUFFIXES},
+    "raw": {"raw": raw.SUFFIXES},
+}
+"""Codec of the file -> encodings its tensors may have -> the streams of each."""
+FIELDS = ("format", "version", "codec", "blake3", "range", "tensors")
+"""The metadata of a delta file."""
+MAX_COUNT = 1 << 48
+"""elements of one tensor"""
 _HASH_FIELD = '"blake3":"'
 _ZEROS = "0" * 64
 
@@ -56,12 +75,15 @@ def encode(
 ) -> bytes:
     """The bytes of a delta file. Equal input gives equal bytes.
 
-    `base` (name -> old tensor) is needed by codec "raw" alone. Raises UnknownVersion for another codec, NeedsBase.
+    `base` (name -> old tensor) is needed by codec "raw" alone. Raises UnknownVersion for another codec, NeedsBase, and
+    for a base that is not the delta's UnknownTensor, DtypeMismatch or ShapeMismatch.
     """
     if codec not in CODECS:
         raise UnknownVersion(f"codec {codec!r} is not known; choose from {', '.join(CODECS)}")
-    if codec == "raw" and base is None:
-        raise NeedsBase('codec "raw" ships absolute values: pass base=, the weights before the delta')
+    if codec == "raw":
+        if base is None:
+            raise NeedsBase('codec "raw" ships absolute values: pass base=, the weights before the delta')
+        delta.check(base)
     streams: dict[str, Bits] = {}
     facts = []
     for name in sorted(delta):
@@ -87,14 +109,15 @@ def decode(data: bytes, *, base: Mapping[str, Any] | None = None) -> Delta:
     """The delta in a file's bytes; whole and checked, or an error.
 
     `base` (name -> old tensor) is needed for codec "raw". Raises FormatError and its kinds, NeedsBase; with a base
-    also UnknownTensor and ShapeMismatch.
+    also UnknownTensor, DtypeMismatch and ShapeMismatch.
     """
     header, box = _parse(data)
     if header.codec == "raw" and base is None:
         raise NeedsBase('this file ships absolute values (codec "raw"): pass base=, the weights before it')
     changes = {}
     for spec, encoding in zip(header.tensors, header.encodings, strict=True):
-        parts = {suffix: container.tensor(data, box, f"{spec.name}.{suffix}") for suffix in _suffixes(encoding)}
+        suffixes = ENCODINGS[header.codec][encoding]
+        parts = {suffix: container.tensor(data, box, f"{spec.name}.{suffix}") for suffix in suffixes}
         changes[spec.name] = _decode_tensor(spec, encoding, parts, base, sealed=header.sealed)
     return Delta(changes)
 
@@ -104,8 +127,6 @@ def _encode_tensor(
 ) -> tuple[str, dict[str, Bits]]:
     if codec == "raw":
         assert base is not None
-        if name not in base:
-            raise UnknownTensor(f"the delta changes {name!r}, which base does not have")
         parts = raw.encode(tensor, as_bits(base[name]))
         index = "I32" if parts["indices"].dtype == np.int32 else "I64"
         indices = parts["indices"].view(f"<u{parts['indices'].itemsize}")
@@ -133,18 +154,12 @@ def _decode_tensor(
     if spec.name not in base:
         raise UnknownTensor(f"the file changes {spec.name!r}, which base does not have")
     old = as_bits(base[spec.name])
-    if parts["values"].dtype != old.dtype or (sealed and spec.shape != old.shape):
-        raise ShapeMismatch(
-            f"{spec.name}: the file's {spec.dtype} {list(spec.shape)} is not base's {old.dtype} {list(old.shape)}"
-        )
-    if parts["indices"].dtype not in ("I32", "I64"):
-        raise FormatError(f"{spec.name}.indices: {parts['indices'].dtype} where I32 or I64 belongs")
+    if spec.dtype != old.dtype:
+        raise DtypeMismatch(f"{spec.name}: {spec.dtype} in the file, {old.dtype} in base")
+    if sealed and spec.shape != old.shape:
+        raise ShapeMismatch(f"{spec.name}: shape {list(spec.shape)} in the file, {list(old.shape)} in base")
     arrays["indices"] = arrays["indices"].view(f"<i{WIDTHS[parts['indices'].dtype]}")
     return raw.decode(arrays, spec, old)
-
-
-def _suffixes(encoding: str) -> tuple[str, ...]:
-    return {"gap": gap.SUFFIXES, "dense": dense.SUFFIXES, "raw": raw.SUFFIXES}[encoding]
 
 
 def _seal(file: bytearray) -> bytes:
@@ -156,8 +171,8 @@ def _seal(file: bytearray) -> bytes:
 
 def _check_seal(data: bytes, stated: str) -> None:
     header = data[: 8 + int.from_bytes(data[:8], "little")]
-    at = header.find(f"{_HASH_FIELD}{stated}".encode())
-    if at < 0 or len(stated) != 64:
+    at = header.find(f"{_HASH_FIELD}{stated}".encode()) if re.fullmatch("[0-9a-f]{64}", stated) else -1
+    if at < 0:
         raise FormatError("the blake3 field is not 64 hex digits where it belongs")
     at += len(_HASH_FIELD)
     view = memoryview(data)
@@ -169,6 +184,8 @@ def _check_seal(data: bytes, stated: str) -> None:
 def _parse(data: bytes) -> tuple[DeltaHeader, container.Header]:
     box = container.read_header(data, limit=MAX_DELTA_HEADER)
     if box.metadata.get("format") != FORMAT:
+        if damaged := box.metadata.keys() & set(FIELDS) - {"format", "version"}:
+            raise FormatError(f"a delta file's field {min(damaged)!r}, but its format is not {FORMAT!r}")
         return _parse_import(box), box
     if box.metadata.get("version") != str(VERSION) or box.metadata.get("codec") not in CODECS:
         raise UnknownVersion(
@@ -183,27 +200,48 @@ def _parse(data: bytes) -> tuple[DeltaHeader, container.Header]:
         encodings = tuple(str(fact[4]) for fact in facts)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"the metadata is not a delta's: {error!r}") from None
-    _check_facts(specs, encodings, box, (run, parent, version))
-    return DeltaHeader(box.metadata["codec"], run, parent, version, specs, encodings, sealed=True), box
+    _check_range(run, parent, version)
+    codec = box.metadata["codec"]
+    expected: list[str] = []
+    for spec, encoding in zip(specs, encodings, strict=True):
+        _check_spec(spec)
+        if encoding not in ENCODINGS[codec]:
+            raise FormatError(f"{spec.name}: encoding {encoding!r} in a file of codec {codec!r}")
+        expected += _check_streams(spec, encoding, codec, box)
+    if [spec.name for spec in specs] != sorted({spec.name for spec in specs}) or expected != list(box.entries):
+        raise FormatError("the streams in the file are not those its metadata lists")
+    return DeltaHeader(codec, run, parent, version, specs, encodings, sealed=True), box
 
 
-def _check_facts(
-    specs: tuple[TensorSpec, ...], encodings: tuple[str, ...], box: container.Header, span: tuple[Any, Any, Any]
-) -> None:
-    run, parent, version = span
+def _check_range(run: Any, parent: Any, version: Any) -> None:
     numbers_ok = all(number is None or (type(number) is int and number >= 0) for number in (parent, version))
     if not (run is None or isinstance(run, str)) or not numbers_ok:
         raise FormatError("range is not [run, parent, version]")
-    expected: list[str] = []
-    for spec, encoding in zip(specs, encodings, strict=True):
-        sound = isinstance(spec.name, str) and spec.dtype in WIDTHS and encoding in ("gap", "dense", "raw")
-        if not sound or not all(type(size) is int and 0 <= size < 1 << 48 for size in (*spec.shape, spec.changed)):
-            raise FormatError(f"{spec.name!r}: not the facts of a changed tensor")
-        if not 0 < spec.changed <= spec.total < 1 << 48:
-            raise FormatError(f"{spec.name}: {spec.changed} changes in {spec.total} elements")
-        expected += [f"{spec.name}.{suffix}" for suffix in _suffixes(encoding)]
-    if [spec.name for spec in specs] != sorted({spec.name for spec in specs}) or expected != list(box.entries):
-        raise FormatError("the streams in the file are not those its metadata lists")
+
+
+def _check_spec(spec: TensorSpec) -> None:
+    sound = isinstance(spec.name, str) and isinstance(spec.dtype, str) and spec.dtype in WIDTHS
+    sizes = (*spec.shape, spec.changed)
+    bounded = len(sizes) <= container.MAX_RANK and all(type(size) is int and 0 <= size < MAX_COUNT for size in sizes)
+    if not (sound and bounded):
+        raise FormatError(f"{spec.name!r}: not the facts of a changed tensor")
+    if not 0 < spec.changed <= spec.total < MAX_COUNT:
+        raise FormatError(f"{spec.name}: {spec.changed} changes in {spec.total} elements")
+
+
+def _check_streams(spec: TensorSpec, encoding: str, codec: str, box: container.Header) -> list[str]:
+    """The names of a tensor's streams. Raises FormatError where one is missing, or of another dtype or shape."""
+    names = []
+    for suffix in ENCODINGS[codec][encoding]:
+        name = f"{spec.name}.{suffix}"
+        entry = box.entries.get(name)
+        if entry is None:
+            raise FormatError(f"stream {name} is listed but not in the file")
+        dtypes = {"indices": ("I32", "I64"), "values": (spec.dtype,)}.get(suffix, ("U8",))
+        if entry.dtype not in dtypes or len(entry.shape) != 1 or (codec == "raw" and entry.shape != (spec.changed,)):
+            raise FormatError(f"stream {name} is {entry.dtype} of shape {list(entry.shape)}: not what belongs there")
+        names.append(name)
+    return names
 
 
 def _parse_import(box: container.Header) -> DeltaHeader:
@@ -216,4 +254,6 @@ def _parse_import(box: container.Header) -> DeltaHeader:
     specs = tuple(
         TensorSpec(name, entry.dtype, entry.shape, entry.shape[0] if entry.shape else 0) for name, entry in entries
     )
+    for spec in specs:
+        _check_streams(spec, "raw", "raw", box)
     return DeltaHeader("raw", None, None, None, specs, ("raw",) * len(specs), sealed=False)

@@ -1,4 +1,4 @@
-"""The store interface: eight verbs over keys. Everything else in deltawire is written against this and nothing below it."""
+"""The store interface: eight verbs over keys. The rest of deltawire is written against this and nothing below it."""
 
 import time
 from collections.abc import Callable, Iterator

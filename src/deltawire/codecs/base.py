@@ -30,7 +30,7 @@ class TensorSpec:
 
 def compress(data: UInts) -> UInts:
     """A zstd frame (with its content size, without a checksum: the file has its own) as uint8."""
-    packed = zstandard.ZstdCompressor(compression_params=ZSTD).compress(np.ascontiguousarray(data))
+    packed = zstandard.ZstdCompressor(compression_params=ZSTD).compress(np.ascontiguousarray(data).data)
     return np.frombuffer(packed, np.uint8)
 
 
@@ -38,12 +38,12 @@ def decompress(packed: UInts, *, limit: int, what: str) -> UInts:
     """The content of one zstd frame as uint8. Raises TooLarge before decompressing more than `limit` bytes,
     FormatError for anything but one whole frame."""
     try:
-        size = zstandard.frame_content_size(packed)
+        size = zstandard.frame_content_size(packed.data)
         if size < 0:
             raise FormatError(f"{what}: the zstd frame does not say its size")
         if size > limit:
             raise TooLarge(f"{what}: {size:,} bytes where at most {limit:,} can belong")
-        data = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size or 1, allow_extra_data=False)
+        data = zstandard.ZstdDecompressor().decompress(packed.data, max_output_size=size or 1, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise FormatError(f"{what}: not a zstd frame ({error})") from None
     if len(data) != size:

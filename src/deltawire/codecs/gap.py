@@ -1,4 +1,4 @@
-"""Codec `gap` (the default): sorted positions as byte gaps, steps as zigzag varints, both through zstd-1. Needs no base.
+"""Codec `gap` (the default; needs no base): positions as byte gaps and steps as zigzag varints, both through zstd-1.
 
     NAME.gaps     zstd of, per change, the number of unchanged elements before it: one byte below 255, or the byte 255
                   and the rest as a varint                                                          (FORMAT.md §5.2)
@@ -56,7 +56,7 @@ def _get_varint(data, at):  # type: ignore[no-untyped-def]
 @_jit
 def _write_gaps(positions, out):  # type: ignore[no-untyped-def]
     at = 0
-    last = -1
+    last = np.int64(-1)
     for k in range(positions.size):
         gap = positions[k] - last - 1
         last = positions[k]
@@ -73,7 +73,7 @@ def _write_gaps(positions, out):  # type: ignore[no-untyped-def]
 def _read_gaps(data, total, positions):  # type: ignore[no-untyped-def]
     """Fills `positions`; the bytes consumed, or -1 when the stream is cut off or leaves the tensor."""
     at = 0
-    last = -1
+    last = np.int64(-1)
     for k in range(positions.size):
         if at >= data.size:
             return -1

@@ -32,6 +32,7 @@ def decode(streams: Mapping[str, np.ndarray], spec: TensorSpec, old: Bits) -> Te
     values: UInts = streams["values"].view(old.data.dtype)
     if positions.size != values.size:
         raise FormatError(f"{spec.name}: {positions.size} indices but {values.size} values")
-    if positions.size and (positions[0] < 0 or positions[-1] >= old.data.size or not (np.diff(positions) > 0).all()):
+    in_range = not positions.size or (positions[0] >= 0 and positions[-1] < old.data.size)
+    if not (in_range and (positions[1:] > positions[:-1]).all()):  # compared, not subtracted: differences can wrap
         raise FormatError(f"{spec.name}.indices: not sorted and unique within {old.data.size} elements")
     return settle(old.dtype, old.shape, positions, values - old.data[positions])

@@ -1,0 +1,32 @@
+"""deltawire ships only the weights that changed: verified sparse deltas, from a trainer to vLLM, through a bucket."""
+
+from deltawire.buckets import open_bucket
+from deltawire.delta import Delta
+from deltawire.digest import digest
+from deltawire.errors import DeltaWireError
+from deltawire.manifests import Position
+from deltawire.materialize import materialize
+from deltawire.publisher import Publisher
+from deltawire.reports import MaterializeReport, PublishReport, UploadReport
+from deltawire.subscriber import Subscriber, Update
+from deltawire.tensors import equal
+from deltawire.wire import decode, encode
+
+__all__ = [
+    "Delta",
+    "DeltaWireError",
+    "MaterializeReport",
+    "Position",
+    "PublishReport",
+    "Publisher",
+    "Subscriber",
+    "Update",
+    "UploadReport",
+    "decode",
+    "digest",
+    "encode",
+    "equal",
+    "materialize",
+    "open_bucket",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,228 @@
+"""A Hugging Face Bucket (`hf://buckets/namespace/name`), on the Hub or on any server HF_ENDPOINT names.
+
+A bucket batch is not transactional and the client verifies nothing it downloads: see `deltawire.buckets.verified`.
+While a server is down hf_xet insists for about 4.5 minutes before an upload fails (measured with 1.8.0);
+HF_XET_CLIENT_RETRY_BASE_DELAY=200ms in the environment makes that seconds.
+"""
+
+import ipaddress
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+try:
+    import hf_xet  # noqa: F401 (the client imports it only when the first byte moves)
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import (
+        BucketBatchError,
+        BucketNotFoundError,
+        HfHubHTTPError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
+    )
+    from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status
+except ImportError:
+    raise ImportError("the hub bucket needs huggingface_hub: pip install 'deltawire[hub]'") from None
+
+from deltawire.buckets.atomic import replacing
+from deltawire.buckets.base import Stat, check_key, check_prefix, watch_by_polling
+from deltawire.errors import (
+    AccessRefused,
+    AlreadyExists,
+    BadUrl,
+    BucketError,
+    NotFound,
+    OutOfSpace,
+    TooLarge,
+    Unavailable,
+)
+
+_LATER = frozenset({408, 409, 425, 429})
+
+
+class HubBucket:
+    """The files of one bucket. `put_new` is stat-then-put: the Hub's API has no conditional write."""
+
+    conditional_writes = False
+
+    def __init__(self, bucket_id: str, *, endpoint: str) -> None:
+        self.url = f"hf://buckets/{bucket_id}"
+        self.endpoint = endpoint
+        self.poll_seconds = 0.5 if _is_loopback(endpoint) else 5.0
+        self._id = bucket_id
+        self._api = HfApi(endpoint=endpoint, library_name="deltawire")
+
+    def __repr__(self) -> str:
+        return f"<bucket {self.url} at {self.endpoint}>"
+
+    def create(self) -> None:
+        """Make the bucket, private, unless it is there."""
+        with self._errors("", "write"):
+            self._api.create_bucket(self._id, private=True, exist_ok=True)
+
+    def stat(self, key: str) -> Stat:
+        return _stat(self._info(key))
+
+    def get(self, key: str, *, limit: int) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="deltawire-") as folder:
+            path = Path(folder, "object")
+            self.get_file(key, path, limit=limit)
+            return path.read_bytes()
+
+    def get_file(self, key: str, path: Path, *, limit: int) -> None:
+        info = self._info(key)
+        if info.size > limit:
+            raise TooLarge(f"{self.url}/{key} is {info.size:,} bytes, more than the {limit:,} allowed here")
+        with replacing(path) as temporary:
+            try:
+                with self._errors(key, "read"):
+                    # Given `info` and not the key, the client fetches this content even if the key changes meanwhile.
+                    self._api.download_bucket_files(self._id, [(info, temporary)])
+            except Unavailable:
+                # hf_xet reports a full disk as one more failed task: ask the disk.
+                written = temporary.stat().st_size if temporary.exists() else 0
+                if shutil.disk_usage(path.parent).free < info.size - written:
+                    raise OutOfSpace(f"{path}: no space left for {info.size:,} bytes of {self.url}/{key}") from None
+                raise
+            if temporary.stat().st_size != info.size:
+                raise Unavailable(f"{self.url}/{key}: the download stopped before its {info.size:,} bytes")
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        check_key(key)
+        if isinstance(data, Path):
+            data.open("rb").close()  # a source that cannot be read is the caller's OSError, not the bucket's
+        with self._errors(key, "write"):
+            self._api.batch_bucket_files(self._id, add=[(data, key)])
+
+    def put_new(self, key: str, data: bytes | Path) -> None:
+        try:
+            self.stat(key)
+        except NotFound:
+            self.put(key, data)
+        else:
+            raise AlreadyExists(f"{self.url}/{key} exists already")
+
+    def list(self, prefix: str = "") -> Iterator[Stat]:
+        check_prefix(prefix)
+        with self._errors(prefix, "read"):
+            try:
+                files = [*self._api.list_bucket_tree(self._id, prefix.rpartition("/")[0] or None, recursive=True)]
+            except RemoteEntryNotFoundError:  # no such folder
+                files = []
+        found = [_stat(file) for file in files if file.type == "file" and file.path.startswith(prefix)]
+        return iter(sorted(found, key=lambda stat: stat.key))
+
+    def delete(self, *keys: str) -> None:
+        for key in keys:
+            check_key(key)
+        if not keys:
+            return
+        with self._errors(keys[0], "write"):
+            try:
+                self._api.batch_bucket_files(self._id, delete=[*keys])
+            except BucketBatchError as error:
+                # Deleting what is gone may be reported as a failure; so is the second sending of a retried batch.
+                if [*self._api.get_bucket_paths_info(self._id, [failure["path"] for failure in error.failures])]:
+                    raise
+
+    def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
+        return watch_by_polling(self, key, tag=tag, timeout=timeout)
+
+    def _info(self, key: str) -> Any:
+        check_key(key)
+        with self._errors(key, "read"):
+            found = [*self._api.get_bucket_paths_info(self._id, [key])]
+        if not found:
+            raise NotFound(f"{self.url}/{key}: no such object")
+        return found[0]
+
+    @contextmanager
+    def _errors(self, key: str, right: Literal["read", "write"]) -> Iterator[None]:
+        where = f"{self.url}/{key}" if key else self.url
+        try:
+            yield
+        except HTTPError as error:
+            raise self._from_hub(where, error) from error
+        except (PermissionError, LocalTokenNotFoundError) as error:
+            raise self._refused(where, "no or a wrong token") from error
+        except OfflineModeIsEnabled as error:
+            raise BucketError(f"{where}: HF_HUB_OFFLINE is set; unset it to reach {self.endpoint}") from error
+        except FileNotFoundError as error:
+            raise NotFound(f"{where}: {_first_line(error)}") from error
+        except ValueError as error:
+            raise BucketError(f"{where}: {_first_line(error)}") from error
+        except (OSError, RuntimeError) as error:
+            # hf_xet says ConnectionError or RuntimeError alike for a dead server, a refused token and a missing bucket.
+            self._ask_for_token(where, right)
+            raise Unavailable(f"{where} at {self.endpoint}: {_first_line(error)}") from error
+
+    def _ask_for_token(self, where: str, right: str) -> None:
+        """Ask the endpoint for what hf_xet needs first, and raise its plain answer if that is a refusal."""
+        try:
+            url = f"{self.endpoint}/api/buckets/{self._id}/xet-{right}-token"
+            hf_raise_for_status(get_session().get(url, headers=build_hf_headers(library_name="deltawire")))
+        except HTTPError as error:
+            raise self._from_hub(where, error) from error
+
+    def _from_hub(self, where: str, error: HTTPError) -> BucketError:
+        if not isinstance(error, HfHubHTTPError):
+            return Unavailable(f"{where}: no answer from {self.endpoint}: {_first_line(error) or type(error).__name__}")
+        status = error.response.status_code
+        if isinstance(error, BucketBatchError):
+            return BucketError(f"{where}: {'; '.join(failure['error'] for failure in error.failures[:3])}")
+        if isinstance(error, RemoteEntryNotFoundError):
+            return NotFound(f"{where}: no such object")
+        if isinstance(error, BucketNotFoundError) or status == 404:
+            return NotFound(f"{self.url}: no such bucket at {self.endpoint}; run `hf buckets create {self._id}`")
+        if status in (401, 403):
+            return self._refused(where, f"HTTP {status}")
+        if status == 507:
+            return OutOfSpace(f"{where}: {self.endpoint} has no space left")
+        kind = Unavailable if status in _LATER or status >= 500 else BucketError
+        return kind(f"{where} at {self.endpoint}: {_first_line(error)}")
+
+    def _refused(self, where: str, why: str) -> AccessRefused:
+        return AccessRefused(f"{where}: {self.endpoint} refused ({why}); run `hf auth login` or set HF_TOKEN")
+
+
+def open_hub(bucket_id: str, *, create: bool) -> HubBucket:
+    """The bucket `namespace/name` at HF_ENDPOINT as it is now; the client itself would keep the value of its import.
+
+    Turns the client's progress bars off, for the whole process, unless HF_HUB_DISABLE_PROGRESS_BARS is set.
+    """
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    if "@" in endpoint:
+        raise BadUrl("HF_ENDPOINT has an '@': put the token into HF_TOKEN, not into the address")
+    if urlsplit(endpoint).scheme not in ("http", "https"):
+        raise BadUrl(f"HF_ENDPOINT is {endpoint}: not an address that starts with http:// or https://")
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        disable_progress_bars()
+    bucket = HubBucket(bucket_id, endpoint=endpoint)
+    if create:
+        bucket.create()
+    return bucket
+
+
+def _stat(info: Any) -> Stat:
+    return Stat(info.path, info.size, info.xet_hash)
+
+
+def _is_loopback(endpoint: str) -> bool:
+    host = urlsplit(endpoint).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _first_line(error: Exception) -> str:
+    """The message in a line, without the query of any address in it: that of a presigned one is a credential."""
+    return re.sub(r"\?\S+", "?…", str(error).strip().split("\n", 1)[0])

@@ -1,0 +1,194 @@
+"""Buckets around a bucket: under a prefix, retrying, counting. Each is a `Bucket` itself, so they nest."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import tenacity
+
+from deltawire.buckets.base import Bucket, Stat, check_key, check_prefix, watch_by_polling
+from deltawire.errors import Unavailable
+
+T = TypeVar("T")
+
+
+class Prefix:
+    """The part of `bucket` whose keys start with `prefix` and a "/", under the rest of those keys."""
+
+    def __init__(self, bucket: Bucket, prefix: str) -> None:
+        check_key(prefix)
+        self._bucket = bucket
+        self._prefix = prefix + "/"
+        self.url = f"{bucket.url}/{prefix}"
+        self.poll_seconds = bucket.poll_seconds
+        self.conditional_writes = bucket.conditional_writes
+
+    def __repr__(self) -> str:
+        return f"<bucket {self.url}>"
+
+    def stat(self, key: str) -> Stat:
+        return self._without(self._bucket.stat(self._with(key)))
+
+    def get(self, key: str, *, limit: int) -> bytes:
+        return self._bucket.get(self._with(key), limit=limit)
+
+    def get_file(self, key: str, path: Path, *, limit: int) -> None:
+        self._bucket.get_file(self._with(key), path, limit=limit)
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        self._bucket.put(self._with(key), data)
+
+    def put_new(self, key: str, data: bytes | Path) -> None:
+        self._bucket.put_new(self._with(key), data)
+
+    def list(self, prefix: str = "") -> Iterator[Stat]:
+        check_prefix(prefix)
+        return map(self._without, self._bucket.list(self._prefix + prefix))
+
+    def delete(self, *keys: str) -> None:
+        self._bucket.delete(*map(self._with, keys))
+
+    def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
+        found = self._bucket.watch(self._with(key), tag=tag, timeout=timeout)
+        return None if found is None else self._without(found)
+
+    def _with(self, key: str) -> str:
+        check_key(key)  # before joining: the whole would hide an empty key
+        return self._prefix + key
+
+    def _without(self, stat: Stat) -> Stat:
+        return replace(stat, key=stat.key.removeprefix(self._prefix))
+
+
+class Retry:
+    """`bucket`, asked again while it is Unavailable, `attempts` times in all; any other error is final at once.
+
+    Waits are random, up to `first_wait` seconds at first, then doubling up to `longest_wait`; the last error is raised
+    as it came.
+
+    A `put_new` whose acknowledgement was lost finds its own object on the second attempt and raises AlreadyExists: only
+    the caller can tell its bytes from another writer's, by reading them.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        *,
+        attempts: int = 5,
+        first_wait: float = 0.2,
+        longest_wait: float = 10.0,
+        sleep: Callable[[float], None] = tenacity.nap.sleep,
+    ) -> None:
+        self._bucket = bucket
+        self._policy = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Unavailable),
+            stop=tenacity.stop_after_attempt(attempts),
+            wait=tenacity.wait_random_exponential(multiplier=first_wait, max=longest_wait),
+            sleep=sleep,
+            reraise=True,
+        )
+        self.url = bucket.url
+        self.poll_seconds = bucket.poll_seconds
+        self.conditional_writes = bucket.conditional_writes
+
+    def __repr__(self) -> str:
+        return f"<bucket {self.url}, retrying>"
+
+    def stat(self, key: str) -> Stat:
+        return self._insist(lambda: self._bucket.stat(key))
+
+    def get(self, key: str, *, limit: int) -> bytes:
+        return self._insist(lambda: self._bucket.get(key, limit=limit))
+
+    def get_file(self, key: str, path: Path, *, limit: int) -> None:
+        self._insist(lambda: self._bucket.get_file(key, path, limit=limit))
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        self._insist(lambda: self._bucket.put(key, data))
+
+    def put_new(self, key: str, data: bytes | Path) -> None:
+        self._insist(lambda: self._bucket.put_new(key, data))
+
+    def list(self, prefix: str = "") -> Iterator[Stat]:
+        # Collected: a listing that breaks off halfway is asked for again from its start, so none of it may be out yet.
+        return iter(self._insist(lambda: [*self._bucket.list(prefix)]))
+
+    def delete(self, *keys: str) -> None:
+        self._insist(lambda: self._bucket.delete(*keys))
+
+    def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
+        return watch_by_polling(self, key, tag=tag, timeout=timeout)
+
+    def _insist(self, ask: Callable[[], T]) -> T:
+        return self._policy.copy()(ask)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What went through a `Counting` bucket so far: calls of any verb, failed ones too, and payload bytes."""
+
+    calls: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class Counting:
+    """`bucket`, with `traffic` saying how much has gone through it. Bytes count once they have arrived whole."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+        self._lock = threading.Lock()
+        self.traffic = Traffic()
+        self.url = bucket.url
+        self.poll_seconds = bucket.poll_seconds
+        self.conditional_writes = bucket.conditional_writes
+
+    def __repr__(self) -> str:
+        return f"<bucket {self.url}, counting>"
+
+    def stat(self, key: str) -> Stat:
+        self._count(calls=1)
+        return self._bucket.stat(key)
+
+    def get(self, key: str, *, limit: int) -> bytes:
+        self._count(calls=1)
+        data = self._bucket.get(key, limit=limit)
+        self._count(down=len(data))
+        return data
+
+    def get_file(self, key: str, path: Path, *, limit: int) -> None:
+        self._count(calls=1)
+        self._bucket.get_file(key, path, limit=limit)
+        self._count(down=path.stat().st_size)
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        self._count(calls=1)
+        self._bucket.put(key, data)
+        self._count(up=_size(data))
+
+    def put_new(self, key: str, data: bytes | Path) -> None:
+        self._count(calls=1)
+        self._bucket.put_new(key, data)
+        self._count(up=_size(data))
+
+    def list(self, prefix: str = "") -> Iterator[Stat]:
+        self._count(calls=1)
+        return self._bucket.list(prefix)
+
+    def delete(self, *keys: str) -> None:
+        self._count(calls=1)
+        self._bucket.delete(*keys)
+
+    def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
+        return watch_by_polling(self, key, tag=tag, timeout=timeout)
+
+    def _count(self, *, calls: int = 0, up: int = 0, down: int = 0) -> None:
+        with self._lock:
+            was = self.traffic
+            self.traffic = Traffic(was.calls + calls, was.bytes_up + up, was.bytes_down + down)
+
+
+def _size(data: bytes | Path) -> int:
+    return data.stat().st_size if isinstance(data, Path) else len(data)

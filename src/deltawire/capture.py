@@ -1,0 +1,270 @@
+"""From the trainer's tensors to what a commit will say: compare, number, fold, freeze. Needs no network once opened."""
+
+import errno
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from deltawire import checkpoint, wire
+from deltawire.baseline import Baseline
+from deltawire.bases import open_base, resolve_base
+from deltawire.bits import WIDTHS, Bits, count
+from deltawire.buckets.base import Bucket
+from deltawire.checkpoint import Checkpoint
+from deltawire.delta import Delta, TensorDelta
+from deltawire.digest import root as root_of
+from deltawire.errors import MissingTensor, NotFound, OutOfSpace, UnknownTensor
+from deltawire.log import Attempt
+from deltawire.manifests import BaseCheckpoint, Commit, Payload, Position, Run, TensorEntry, anchor_prefix, delta_key
+from deltawire.materialize import materialize
+from deltawire.subscriber import Subscriber
+from deltawire.tensors import cast, dtype_of
+
+WIDE = ("F32", "F64")
+"""float dtypes that trainers hold and servers do not"""
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """Versions captured and not yet attempted, folded into one: the change, and what its commit will say.
+
+    `parent` is None for a run's first version, which carries its anchor's files in `payloads` (key below the run ->
+    bytes or file) or, with a base, nothing. A delta's payload is dropped when it folds, and made again when frozen.
+    """
+
+    run: Run
+    version: int
+    parent: int | None
+    versions: int
+    delta: Delta
+    digests: Mapping[str, int]
+    created: float
+    step: int | None
+    metrics: Mapping[str, float]
+    payloads: Mapping[str, bytes | Path] | None
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the payloads made so far."""
+        return sum(_size(data) for data in (self.payloads or {}).values())
+
+
+def fold(earlier: Captured, later: Captured) -> Captured:
+    """Two deltas captured one after the other, as one."""
+    return replace(
+        later,
+        parent=earlier.parent,
+        versions=earlier.versions + later.versions,
+        delta=earlier.delta + later.delta,
+        payloads=None,
+    )
+
+
+def freeze(captured: Captured) -> Attempt:
+    """The exact bytes of an append, to be sent again unchanged until the outcome is known."""
+    run, first = captured.run, captured.parent is None
+    payloads = captured.payloads if captured.payloads is not None else encode(captured)
+    changed = [entry.name for entry in run.table] if first else captured.delta
+    records = tuple(
+        Payload(key, _size(data), blake3(data).hexdigest() if isinstance(data, bytes) else _hash_file(data))
+        for key, data in payloads.items()
+    )
+    commit = Commit(
+        run=run.run,
+        version=captured.version,
+        parent=captured.parent,
+        root=root_of(run.table, captured.digests),
+        digests={name: f"{captured.digests[name]:016x}" for name in changed},
+        payloads=records,
+        created=captured.created,
+        step=captured.step,
+        metrics=dict(captured.metrics),
+    )
+    return Attempt(run, commit, payloads)
+
+
+def encode(captured: Captured) -> dict[str, bytes | Path]:
+    """The delta's file under its key; nothing for a version in which nothing changed."""
+    if not captured.delta:
+        return {}
+    data = wire.encode(captured.delta, run=captured.run.run, parent=captured.parent, version=captured.version)
+    return {delta_key(captured.version, blake3(data).hexdigest()): data}
+
+
+class Capturer:
+    """Holds the baseline and the change no version covers yet; every capture moves both or neither.
+
+    Opens where the bucket stands: a run that is already there is continued from its last commit.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        spool: Path,
+        *,
+        base: str | Path | None,
+        dtype: str,
+        assets: str | Path | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._spool, self._dtype, self._clock = spool, dtype, clock
+        self._assets = Path(assets) if assets is not None else None
+        self._run: Run | None = None
+        self._baseline = Baseline()
+        self._partial: dict[str, TensorDelta] = {}
+        self._next = 0
+        self._base: BaseCheckpoint | None = None
+        self.resumed = self._resume(bucket, base)
+        if self.resumed is None and base is not None:
+            self._base = resolve_base(str(base))
+            self._baseline = _seeded(Checkpoint(open_base(self._base)))
+
+    @property
+    def total(self) -> int:
+        """Elements in the tensor table."""
+        return sum(count(entry.shape) for entry in self._run.table) if self._run else 0
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of one whole version."""
+        return sum(count(entry.shape) * WIDTHS[entry.dtype] for entry in self._run.table) if self._run else 0
+
+    def capture(
+        self, pairs: Iterable[tuple[str, Any]], *, step: int | None, metrics: Mapping[str, float]
+    ) -> tuple[list[Captured], float]:
+        """The next version (a run's first capture on a base can make two), and the seconds spent comparing.
+
+        Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch, OutOfSpace; a change captured before the
+        error stays in the baseline and in what the next version covers.
+        """
+        started = time.perf_counter()
+        if self._run is None and self._base is None:
+            return [self._begin(_cast_all(pairs, self._dtype), step, metrics)], time.perf_counter() - started
+        trainable = {entry.name for entry in self._run.table if entry.trainable} if self._run else None
+        seen = self._compare(pairs, trainable)
+        if trainable is not None and (missing := trainable - seen):
+            raise MissingTensor(
+                f"{len(missing)} tensors of this run were not given, among them {min(missing)!r}; every publish names "
+                "exactly the tensors the first one did"
+            )
+        seconds = time.perf_counter() - started
+        versions = [] if self._run else [self._begin_on_base(seen, step, metrics)]
+        delta, self._partial = Delta(self._partial), {}
+        if delta or not versions:
+            captured = self._number(delta, step, metrics, None)
+            versions.append(replace(captured, payloads=encode(captured)))
+        return versions, seconds
+
+    def _compare(self, pairs: Iterable[tuple[str, Any]], trainable: set[str] | None) -> set[str]:
+        seen: set[str] = set()
+        for name, tensor in pairs:
+            self._baseline.require(name, tuple(tensor.shape))
+            if name in seen:
+                raise UnknownTensor(f"{name!r} was given twice")
+            if trainable is not None and name not in trainable:
+                raise UnknownTensor(f"{name!r} is frozen in this run: its first publish did not name it")
+            change = self._baseline.compare(name, cast(tensor, self._baseline[name].dtype))
+            total = self._partial[name] + change if name in self._partial else change
+            self._partial[name] = total
+            self._baseline.advance(name, change)
+            seen.add(name)
+        if not seen:
+            raise MissingTensor("no tensors were given: pass model.named_parameters()")
+        return seen
+
+    def _begin(self, tensors: Iterable[tuple[str, Bits]], step: int | None, metrics: Mapping[str, float]) -> Captured:
+        """A run's first version, as an anchor. Nothing counts as captured before its files are written."""
+        baseline = Baseline()
+        for name, bits in tensors:
+            if name in baseline.digests:
+                raise UnknownTensor(f"{name!r} was given twice")
+            baseline.seed(name, bits)
+        if not baseline.digests:
+            raise MissingTensor("no tensors were given: pass model.named_parameters()")
+        table = baseline.table(baseline.digests)
+        payloads = self._write_anchor(table, baseline)
+        self._baseline, self._run = baseline, Run(secrets.token_hex(8), table, self._clock())
+        return self._number(Delta(), step, metrics, payloads)
+
+    def _begin_on_base(self, trainable: set[str], step: int | None, metrics: Mapping[str, float]) -> Captured:
+        """Version 0 by reference: the base's own digests, which are the baseline's less what was just captured."""
+        assert self._base is not None
+        self._run = Run(secrets.token_hex(8), self._baseline.table(trainable), self._clock(), self._base)
+        seeded = _seeded(Checkpoint(open_base(self._base)), only=set(self._partial))
+        return replace(self._number(Delta(), step, metrics, {}), digests={**self._baseline.digests, **seeded.digests})
+
+    def _number(
+        self, delta: Delta, step: int | None, metrics: Mapping[str, float], payloads: Mapping[str, bytes | Path] | None
+    ) -> Captured:
+        assert self._run is not None
+        version, self._next = self._next, self._next + 1
+        return Captured(
+            run=self._run,
+            version=version,
+            parent=version - 1 if version else None,
+            versions=1,
+            delta=delta,
+            digests=dict(self._baseline.digests),
+            created=self._clock(),
+            step=step,
+            metrics=metrics,
+            payloads=payloads,
+        )
+
+    def _write_anchor(self, table: tuple[TensorEntry, ...], baseline: Baseline) -> dict[str, bytes | Path]:
+        """The baseline as checkpoint files in the spool, beside the assets; by key below the run."""
+        folder = self._spool / "anchor"
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            if self._assets is not None:
+                checkpoint.copy_assets(self._assets, folder)
+            checkpoint.write(folder, table, baseline.as_mapping())
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OutOfSpace(f"{folder}: no room for the anchor; set TMPDIR to a larger disk") from error
+            raise NotFound(f"cannot write the anchor: {error}") from error
+        files = sorted(folder.iterdir())
+        listing = "".join(f"{path.name} {_hash_file(path)}\n" for path in files)
+        prefix = anchor_prefix(0, blake3(listing.encode()).hexdigest())
+        return {f"{prefix}/{path.name}": path for path in files}
+
+    def _resume(self, bucket: Bucket, base: str | Path | None) -> Position | None:
+        """Rebuild the baseline from the last commit of the run that is already there."""
+        with Subscriber(bucket, base=base if base is not None and Path(base).is_dir() else None) as subscriber:
+            try:
+                position = subscriber.latest()
+            except NotFound:
+                return None
+            folder = self._spool / "resumed"
+            materialize(bucket, folder, position.version, base=base if base and Path(base).is_dir() else None)
+            self._baseline = _seeded(Checkpoint(folder))
+            self._run, self._next = subscriber.run, position.version + 1
+            return position
+
+
+def _seeded(weights: Mapping[str, Bits], only: set[str] | None = None) -> Baseline:
+    baseline = Baseline()
+    for name in weights if only is None else sorted(only):
+        baseline.seed(name, weights[name])
+    return baseline
+
+
+def _cast_all(pairs: Iterable[tuple[str, Any]], dtype: str) -> Iterable[tuple[str, Bits]]:
+    for name, tensor in pairs:
+        own = dtype_of(tensor)
+        yield name, cast(tensor, dtype if own in WIDE else own)
+
+
+def _size(data: bytes | Path) -> int:
+    return len(data) if isinstance(data, bytes) else data.stat().st_size
+
+
+def _hash_file(path: Path) -> str:
+    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()

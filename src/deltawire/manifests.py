@@ -1,0 +1,174 @@
+"""The records a bucket holds beside payloads, as typed JSON: run, commit and head. docs/FORMAT.md §6 specifies them."""
+
+import re
+from typing import TypeVar
+
+import msgspec
+
+from deltawire.bits import WIDTHS, count
+from deltawire.errors import FormatError, UnknownVersion
+
+FORMAT = 1
+MAX_RECORD = 64 << 20
+"""bytes of the largest run.json or commit accepted (a table of 100,000 tensors is about 12 MB)"""
+_RUN_ID = re.compile(r"[0-9a-f]{16}")
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+_HEX16 = re.compile(r"[0-9a-f]{16}")
+_SAFE_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+
+
+class Position(msgspec.Struct, frozen=True):
+    """Where a copy of the weights stands: which run, which version, and the root of its digests (64 hex digits)."""
+
+    run: str
+    version: int
+    root: str
+
+    def __str__(self) -> str:
+        return f"{self.run}:{self.version}"
+
+
+class TensorEntry(msgspec.Struct, frozen=True):
+    """One tensor of the run's table: canonical checkpoint name, the dtype the server holds, shape, and whether the
+    trainer publishes it (a frozen tensor stays as the base has it)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    trainable: bool = True
+
+
+class BaseCheckpoint(msgspec.Struct, frozen=True):
+    """The checkpoint version 0 refers to: a Hub repository at a revision, or (revision None) a folder."""
+
+    source: str
+    revision: str | None = None
+
+
+class Run(msgspec.Struct, frozen=True):
+    """run.json: what is true of every version of a run. `base` None means version 0 is an anchor in the bucket."""
+
+    run: str
+    table: tuple[TensorEntry, ...]
+    created: float
+    base: BaseCheckpoint | None = None
+    supersedes: Position | None = None
+    format: int = FORMAT
+
+
+class Payload(msgspec.Struct, frozen=True):
+    """One object a commit refers to: its key below the run, bytes, and BLAKE3 (64 hex digits)."""
+
+    key: str
+    size: int
+    blake3: str
+
+
+class Commit(msgspec.Struct, frozen=True):
+    """The record that makes a version exist. It covers (parent, version]; parent None means its payloads are an anchor
+    (or, without payloads, the run's base).
+
+    `digests` are those of the tensors that changed since the parent, as 16 hex digits; `root` hashes all of them.
+    `created` is seconds since the epoch by the publisher's clock, `step` the trainer's own counter.
+    """
+
+    run: str
+    version: int
+    parent: int | None
+    root: str
+    digests: dict[str, str]
+    payloads: tuple[Payload, ...]
+    created: float
+    step: int | None = None
+    metrics: dict[str, float] = {}
+    format: int = FORMAT
+
+    @property
+    def position(self) -> Position:
+        """Where a copy stands that has applied this commit."""
+        return Position(self.run, self.version, self.root)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of all payloads."""
+        return sum(payload.size for payload in self.payloads)
+
+
+class Head(msgspec.Struct, frozen=True):
+    """HEAD.json: a hint, perhaps stale, at the newest commit."""
+
+    run: str
+    version: int
+    commit: str
+    format: int = FORMAT
+
+
+Record = TypeVar("Record", Run, Commit, Head)
+
+
+def run_key(run: str) -> str:
+    """Key of a run's record."""
+    return f"runs/{run}/run.json"
+
+
+def commit_key(run: str, version: int) -> str:
+    """Key of a version's commit."""
+    return f"runs/{run}/commits/{version:06d}.json"
+
+
+def delta_key(version: int, blake3: str) -> str:
+    """Key, below the run, of a version's delta file. The hash in it is why no key ever has two contents."""
+    return f"deltas/step_{version:06d}-{blake3[:12]}.safetensors"
+
+
+def anchor_prefix(version: int, blake3: str) -> str:
+    """Prefix, below the run, of a version's anchor files."""
+    return f"anchors/step_{version:06d}-{blake3[:12]}"
+
+
+HEAD_KEY = "HEAD.json"
+
+
+def write(record: Run | Commit | Head) -> bytes:
+    """A record as JSON; equal records give equal bytes."""
+    return msgspec.json.encode(record, order="sorted")
+
+
+def read(kind: type[Record], data: bytes, *, where: str) -> Record:
+    """A record from JSON, checked. `where` names the object in errors. Raises FormatError, UnknownVersion."""
+    try:
+        version = msgspec.json.decode(data, type=_AnyFormat).format
+        if version != FORMAT:
+            raise UnknownVersion(f"{where}: format {version}; this deltawire reads format {FORMAT}, upgrade it")
+        record = msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise FormatError(f"{where}: not a {kind.__name__.lower()} record: {error}") from None
+    _check(record, where)
+    return record
+
+
+class _AnyFormat(msgspec.Struct):
+    format: int
+
+
+def _check(record: Run | Commit | Head, where: str) -> None:
+    def require(sound: object, what: str) -> None:
+        if not sound:
+            raise FormatError(f"{where}: {what}")
+
+    require(_RUN_ID.fullmatch(record.run), f"run {record.run!r} is not 16 hex digits")
+    if isinstance(record, Run):
+        names = [entry.name for entry in record.table]
+        require(len(set(names)) == len(names), "a name stands twice in the tensor table")
+        for entry in record.table:
+            sound = entry.dtype in WIDTHS and all(size >= 0 for size in entry.shape) and count(entry.shape) < 1 << 48
+            require(sound, f"{entry.name}: impossible dtype {entry.dtype!r} or shape {list(entry.shape)}")
+        return
+    require(record.version >= 0, f"version {record.version}")
+    if isinstance(record, Commit):
+        require(record.parent is None or 0 <= record.parent < record.version, f"parent {record.parent}")
+        require(_HEX64.fullmatch(record.root), "root is not 64 hex digits")
+        require(all(_HEX16.fullmatch(value) for value in record.digests.values()), "a digest is not 16 hex digits")
+        for payload in record.payloads:
+            safe = _SAFE_KEY.fullmatch(payload.key) and payload.size >= 0 and _HEX64.fullmatch(payload.blake3)
+            require(safe, f"payload {payload.key!r}: unsafe key, negative size or malformed hash")

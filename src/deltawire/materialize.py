@@ -1,0 +1,94 @@
+"""Any version as a full Hugging Face checkpoint folder: the anchor's files, the deltas applied to them in place."""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from deltawire import checkpoint
+from deltawire.buckets.base import Bucket
+from deltawire.checkpoint import Checkpoint
+from deltawire.digest import digest_bits
+from deltawire.errors import AlreadyExists, BadDigest
+from deltawire.manifests import Position
+from deltawire.reports import MaterializeReport
+from deltawire.subscriber import Subscriber, Update
+
+MARKER = "deltawire.json"
+"""the file in a materialized folder that says which position it holds"""
+
+
+def materialize(
+    bucket: Bucket,
+    out_dir: Path | str,
+    version: int | None = None,
+    *,
+    base: Path | str | None = None,
+    on_update: Callable[[Update], None] = lambda update: None,
+) -> MaterializeReport:
+    """Write a version (the newest by default) as a checkpoint folder that vLLM and transformers load.
+
+    Every tensor's digest is recomputed and compared with the commit before the folder appears under its name, all at
+    once. Costs one delta of memory. A folder that already holds this position is left as it is.
+
+    Raises AlreadyExists for a folder that holds anything else, BadDigest, and what Subscriber.updates raises.
+    """
+    started, out = time.monotonic(), Path(out_dir)
+    with Subscriber(bucket, base=base) as subscriber:
+        commits = [commit for commit in subscriber.commits() if version is None or commit.version <= version]
+        target = subscriber.latest() if version is None else commits[-1].position if commits else None
+        if version is not None and (target is None or target.version != version):
+            subscriber.digests_at(version)  # says which versions there are
+        assert target is not None
+        if held(out) == target:
+            return MaterializeReport(target, out, 0, 0, time.monotonic() - started)
+        if out.exists() and any(out.iterdir()):
+            raise AlreadyExists(f"{out} exists and does not hold {target}; name another folder or remove it")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            updates = list(_build(subscriber, work, target, on_update))
+            (work / MARKER).write_text(json.dumps({"run": target.run, "version": target.version, "root": target.root}))
+            if out.exists():
+                out.rmdir()
+            work.chmod(0o755)
+            work.rename(out)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return MaterializeReport(target, out, len(updates) - 1, sum(updates), time.monotonic() - started)
+
+
+def held(folder: Path) -> Position | None:
+    """The position a materialized folder says it holds, or None."""
+    try:
+        return Position(**json.loads((folder / MARKER).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _build(subscriber: Subscriber, work: Path, target: Position, on_update: Callable[[Update], None]) -> list[int]:
+    fetched: list[int] = []
+    weights: Checkpoint | None = None
+    for update in subscriber.updates(until=target.version):
+        if update.delta is None:
+            for path in subscriber.anchor_files():
+                shutil.copy(path, work / path.name)
+            weights = Checkpoint(work, writable=True)
+        else:
+            assert weights is not None
+            update.delta.apply_(weights)
+        fetched.append(update.wire_bytes)
+        on_update(update)
+    assert weights is not None
+    verify(weights, subscriber.digests_at(target.version), where=str(target))
+    weights.flush()
+    return fetched
+
+
+def verify(weights: checkpoint.Checkpoint, digests: dict[str, int], *, where: str) -> None:
+    """Recompute every tensor's digest and compare. Raises BadDigest naming each tensor that differs."""
+    wrong = [name for name, value in digests.items() if digest_bits(weights[name].data) != value]
+    if wrong:
+        raise BadDigest(f"{where}: {len(wrong)} tensors differ from the commit: {', '.join(wrong[:5])}")

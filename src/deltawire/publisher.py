@@ -1,0 +1,218 @@
+"""The trainer's side: capture what changed, keep it until it is durable, never make the trainer wait for the network.
+
+    committed + frozen attempt + waiting + partial == baseline        always, so a failure forgets nothing
+
+`publish` compares with the baseline, moves it, and adds the change to what waits; a thread of ours takes all that
+waits as one folded attempt, freezes its bytes, and appends it to the run log, again and again until it is durable.
+"""
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deltawire import capture, log
+from deltawire.buckets.base import Bucket
+from deltawire.capture import Captured, Capturer
+from deltawire.errors import BucketError, ChainError, DeltaWireError, Unavailable, UnknownVersion
+from deltawire.log import Attempt
+from deltawire.manifests import Position
+from deltawire.reports import PublishReport, UploadReport
+
+FIRST_RETRY = 0.5
+"""seconds; doubles up to LAST_RETRY while the store says "later" """
+LAST_RETRY = 30.0
+
+
+class _Work(NamedTuple):
+    """What the uploader holds: captured versions folded into one, and once it tried, the exact bytes."""
+
+    captured: Captured
+    attempt: Attempt
+
+
+class Publisher:
+    """Publishes each new policy to a bucket as a delta.
+
+    `base`: the checkpoint both sides start from, a folder or a Hub repository; version 0 then is a reference to it.
+    Without it version 0 is an anchor, a full checkpoint in the bucket, with the config and tokenizer files of `assets`.
+    `dtype` is what fp32 and fp64 tensors are cast to, as the server holds them ("BF16"); with a base, its dtypes rule.
+    `codec`: "gap". `on_upload` hears of every commit, on the uploader's thread.
+
+    A bucket that already holds a run continues it: the baseline is rebuilt from the last commit, and the first publish
+    is the difference.
+
+    Not for several threads at once: one trainer, one publisher. Raises BucketError, FormatError, NotFound on opening.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        *,
+        base: str | Path | None = None,
+        codec: str = "gap",
+        dtype: str = "BF16",
+        assets: str | Path | None = None,
+        on_upload: Callable[[UploadReport], None] = lambda report: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if codec != "gap":
+            raise UnknownVersion(f'codec {codec!r} cannot be published; use "gap" ("raw" is for dw.encode alone)')
+        self.bucket = bucket
+        self._on_upload = on_upload
+        self._spool = tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True)
+        spool = Path(self._spool.name)
+        self._capturer = Capturer(bucket, spool, base=base, dtype=dtype, assets=assets, clock=clock)
+        self._changed = threading.Condition()
+        self._waiting: list[Captured] = []
+        self._work: _Work | None = None
+        self._committed: Position | None = self._capturer.resumed
+        self._problem: DeltaWireError | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._upload_forever, name="deltawire-upload", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Publisher":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.close(timeout=None if kind is None else 10.0)
+
+    @property
+    def position(self) -> Position | None:
+        """The newest committed position; None before the first commit."""
+        return self._committed
+
+    def publish(
+        self,
+        tensors: Iterable[tuple[str, Any]] | Mapping[str, Any],
+        *,
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> PublishReport:
+        """Capture the weights as the next version and return; the upload goes on behind.
+
+        `tensors`: (checkpoint name, tensor) pairs, or a mapping; torch or numpy, any float dtype, CPU or CUDA. Taken
+        one at a time, so memory grows by one tensor and one delta. The first call fixes the set of names; later
+        calls must give exactly that set.
+
+        Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch; what was captured before the error is kept
+        and goes with the next good call. Raises ChainError, too, once another writer has taken the run.
+        """
+        if isinstance(self._problem, ChainError) or not self._thread.is_alive():
+            raise self._problem or DeltaWireError("this publisher is closed")
+        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+        started = time.perf_counter()
+        versions, compare_seconds = self._capturer.capture(pairs, step=step, metrics=metrics or {})
+        with self._changed:
+            for captured in versions:
+                self._enqueue(captured)
+            held = [*self._waiting, *([self._work.captured] if self._work else [])]
+            problem = str(self._problem) if self._problem else None
+            self._changed.notify_all()
+        newest = versions[-1]
+        first = newest.parent is None
+        return PublishReport(
+            run=newest.run.run,
+            version=newest.version,
+            step=step,
+            changed=self._capturer.total if first else newest.delta.changed,
+            total=self._capturer.total,
+            wire_bytes=newest.payload_bytes,
+            model_bytes=self._capturer.model_bytes,
+            seconds=time.perf_counter() - started,
+            compare_seconds=compare_seconds,
+            waiting=sum(captured.versions for captured in held),
+            waiting_bytes=sum(captured.delta.nbytes for captured in held),
+            problem=problem,
+        )
+
+    def flush(self, timeout: float | None = None) -> Position | None:
+        """Wait until everything captured is committed; the newest position.
+
+        Raises what stops the upload when waiting cannot help (AccessRefused, NotFound, OutOfSpace, Forked), Unavailable
+        when `timeout` seconds were not enough. Nothing is forgotten: call again, or publish on.
+        """
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._idle() or self._stuck(), timeout)
+            if self._stuck():
+                assert self._problem is not None
+                raise self._problem
+            if not done:
+                raise Unavailable(
+                    f"{self.bucket.url}: not all committed after {timeout} s: {self._problem or 'uploading'}"
+                )
+            return self._committed
+
+    def close(self, timeout: float | None = None) -> None:
+        """Flush, then stop the uploader. Raises what `flush` raises, after stopping."""
+        try:
+            if self._thread.is_alive():
+                self.flush(timeout)
+        finally:
+            with self._changed:
+                self._closing = True
+                self._changed.notify_all()
+            self._thread.join(timeout=5.0)
+            self._spool.cleanup()
+
+    def _enqueue(self, captured: Captured) -> None:
+        """Fold into what waits; a run's first version is no delta, so nothing folds into it."""
+        if self._waiting and self._waiting[-1].parent is not None:
+            self._waiting[-1] = capture.fold(self._waiting[-1], captured)
+        else:
+            self._waiting.append(captured)
+
+    def _idle(self) -> bool:
+        return not self._waiting and self._work is None
+
+    def _stuck(self) -> bool:
+        return self._problem is not None and not isinstance(self._problem, Unavailable)
+
+    def _upload_forever(self) -> None:
+        try:
+            while self._take_work():
+                self._upload()
+        except Exception as error:  # a thread that died silently would leave flush() waiting for ever
+            with self._changed:
+                self._problem = DeltaWireError(f"the uploader stopped: {error!r}")
+                self._problem.__cause__ = error
+                self._changed.notify_all()
+
+    def _take_work(self) -> bool:
+        """Freeze all that waits as one attempt; False when closing."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._waiting)
+            if self._closing:
+                return False
+            captured = self._waiting.pop(0)
+            self._work = _Work(captured, capture.freeze(captured))
+            return True
+
+    def _upload(self) -> None:
+        """Append the frozen attempt, however often it takes; only a commit made durable drops the change."""
+        assert self._work is not None
+        captured, attempt = self._work
+        started, delay, tries = time.monotonic(), FIRST_RETRY, 0
+        while True:
+            tries += 1
+            try:
+                log.append(self.bucket, attempt)
+                break
+            except (BucketError, ChainError) as error:
+                with self._changed:
+                    self._problem = error
+                    self._changed.notify_all()
+                    if self._changed.wait_for(lambda: self._closing, delay):
+                        return
+                delay = min(2 * delay, LAST_RETRY)
+        seconds = time.monotonic() - started
+        with self._changed:
+            self._committed, self._work, self._problem = attempt.commit.position, None, None
+            self._changed.notify_all()
+        commit = attempt.commit
+        self._on_upload(
+            UploadReport(commit.position, commit.parent, captured.versions, commit.wire_bytes, seconds, tries)
+        )

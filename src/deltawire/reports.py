@@ -1,0 +1,58 @@
+"""What the long-lived things tell: one frozen report per version published, yielded or written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltawire.manifests import Position
+
+
+@dataclass(frozen=True, slots=True)
+class PublishReport:
+    """What one `publish` captured.
+
+    `wire_bytes` is the size of this version's own file (the anchor's, for a run's first version); versions that wait
+    for the network are folded, so fewer bytes may be sent. `compare_seconds` is part of `seconds`; the upload is in
+    neither, it goes on behind. `waiting` versions were captured and are not committed yet; `problem` is the last
+    upload error, None while all is well.
+    """
+
+    run: str
+    version: int
+    step: int | None
+    changed: int
+    total: int
+    wire_bytes: int
+    model_bytes: int
+    seconds: float
+    compare_seconds: float
+    waiting: int
+    waiting_bytes: int
+    problem: str | None
+
+    @property
+    def density(self) -> float:
+        """Share of elements that changed, 0 to 1."""
+        return self.changed / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class UploadReport:
+    """What one commit put into the bucket: `versions` captured versions folded into one, bytes and seconds."""
+
+    position: Position
+    parent: int | None
+    versions: int
+    wire_bytes: int
+    seconds: float
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class MaterializeReport:
+    """A version written as a checkpoint folder: how many deltas were applied on the anchor, bytes fetched, seconds."""
+
+    position: Position
+    folder: Path
+    deltas: int
+    fetched_bytes: int
+    seconds: float
