@@ -1,0 +1,22 @@
+# What people do here. `make demo` and `make test` set up what they need on a fresh machine.
+.PHONY: help setup demo test lint types check docs
+
+help:            ## this list
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup:           ## build .venv with deltawire, torch, vLLM and the examples' libraries
+	@scripts/setup
+
+demo: setup      ## train a tiny model by RL while vLLM serves it, weights travelling through a bucket
+	@.venv/bin/deltawire demo
+
+test: setup      ## every test, the ones on a real vLLM server included
+	@.venv/bin/python -m pytest
+
+lint: setup      ## style
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+types: setup     ## mypy --strict on the library
+	@.venv/bin/mypy
+
+check: lint types test  ## what CI runs

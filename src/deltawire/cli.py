@@ -1,0 +1,218 @@
+"""The `deltawire` command: one verb per thing people do. It prints reports; `--json` prints them one object a line."""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from deltawire import wire
+from deltawire.buckets import open_bucket
+from deltawire.errors import DeltaWireError
+from deltawire.materialize import materialize as materialize_version
+from deltawire.subscriber import Subscriber, Update
+
+app = typer.Typer(
+    help="Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+BucketUrl = Annotated[str, typer.Argument(metavar="BUCKET", help="hf://buckets/ns/name, s3://…, file:///folder, …")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of text.")]
+BaseFolder = Annotated[Path | None, typer.Option(help="Folder of the base checkpoint, if it is elsewhere here.")]
+MIB = 1 << 20
+
+
+@app.command()
+def serve(
+    root: Annotated[Path, typer.Option(help="Folder that holds the buckets.")] = Path("buckets"),
+    host: Annotated[str, typer.Option(help="Address to listen on; loopback only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8100,
+    json: AsJson = False,
+) -> None:
+    """Run a Hub-compatible bucket server for the unmodified huggingface_hub client.
+
+    Point clients at it with HF_ENDPOINT=<the printed URL> and any HF_TOKEN; then hf://buckets/me/NAME lives in --root.
+    """
+    from deltawire.hub_server import serve as serve_forever
+
+    def ready(url: str) -> None:
+        text = f"serving {root} at {url}\nexport HF_ENDPOINT={url} HF_TOKEN=local   # then use hf://buckets/me/NAME"
+        _emit({"event": "ready", "url": url, "root": str(root)}, text, json)
+
+    serve_forever(root, host, port, on_ready=ready)
+
+
+@app.command()
+def follow(
+    bucket: Annotated[str, typer.Option(help="The bucket the trainer publishes to.")],
+    engine: Annotated[str, typer.Option(help="The vLLM server on this host.")] = "http://127.0.0.1:8000",
+    poll: Annotated[float | None, typer.Option(help="Seconds between looks; default: what suits the store.")] = None,
+    once: Annotated[bool, typer.Option(help="Bring the server to the newest version, then stop.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Follow a bucket and patch a vLLM server's live weights, version by version.
+
+    vLLM runs on this host with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{"backend":"deltawire"}'. Its API
+    key, if it has one, is read from VLLM_API_KEY.
+    """
+    from deltawire.vllm.follower import Follower, UpdateReport
+
+    def report(update: UpdateReport) -> None:
+        text = (
+            f"version {update.version}: {update.changed:,} weights, {_size(update.wire_bytes)}, "
+            f"pause {update.pause_ms:.1f} ms, {update.publish_to_served_s:.2f} s after publish"
+        )
+        _emit({"event": "update", **msgspec.to_builtins(update)}, text, json)
+
+    def problem(error: Exception) -> None:
+        _emit({"event": "problem", "error": _named(error)}, f"problem: {_named(error)}", json)
+
+    with Follower(bucket, engine, poll=poll, on_update=report, on_problem=problem) as follower:
+        if once:
+            follower.step()
+        else:
+            follower.run()
+
+
+@app.command()
+def audit(
+    engine: Annotated[str, typer.Option(help="The vLLM server on this host.")] = "http://127.0.0.1:8000",
+    bucket: Annotated[str | None, typer.Option(help="Compare with this bucket; default: the one followed.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Recompute the digest of every weight in a live vLLM server and compare it with the version it says it serves."""
+    from deltawire.vllm.client import EngineClient
+
+    with EngineClient(engine) as client:
+        result = client.audit(bucket)
+    wrong = result.mismatched
+    text = f"{result.position}: {result.tensors} tensors, " + (
+        f"{len(wrong)} differ: {', '.join(wrong[:5])}" if wrong else "all equal"
+    )
+    _emit(msgspec.to_builtins(result), text, json)
+    raise typer.Exit(1 if wrong else 0)
+
+
+@app.command()
+def log(bucket: BucketUrl, json: AsJson = False) -> None:
+    """List the versions of the bucket's run: bytes, step and root of each commit."""
+    with Subscriber(open_bucket(bucket)) as subscriber:
+        commits = subscriber.commits()
+    if json:
+        for commit in commits:
+            _emit(msgspec.to_builtins(commit), "", json)
+        return
+    table = Table("version", "parent", "step", "bytes", "tensors changed", "root", title=f"run {commits[0].run}")
+    for commit in commits:
+        parent = "anchor" if commit.parent is None else str(commit.parent)
+        step = "" if commit.step is None else str(commit.step)
+        row = (str(commit.version), parent, step, _size(commit.wire_bytes), str(len(commit.digests)), commit.root[:12])
+        table.add_row(*row)
+    Console().print(table)
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="A delta file.")], json: AsJson = False) -> None:
+    """Check a delta file's container and seal, and show what is in it."""
+    data = file.read_bytes()
+    header = wire.read_header(data)
+    if json:
+        _emit({"file": str(file), "bytes": len(data), **msgspec.to_builtins(header)}, "", json)
+        return
+    span = f"{header.run}: {header.parent} to {header.version}" if header.run else "imported, no run named"
+    seal = "seal right" if header.sealed else "no seal in the file"
+    table = Table("tensor", "dtype", "shape", "changed", "share", "as", title=f"{span}, codec {header.codec}, {seal}")
+    for spec, encoding in zip(header.tensors, header.encodings, strict=True):
+        share = f"{spec.changed / spec.total:.3%}" if header.sealed else ""
+        table.add_row(spec.name, spec.dtype, str(list(spec.shape)), f"{spec.changed:,}", share, encoding)
+    Console().print(table)
+
+
+@app.command()
+def verify(
+    bucket: BucketUrl, base: Annotated[Path | None, typer.Option(help="Folder of the base checkpoint.")] = None
+) -> None:
+    """Fetch the whole run, apply every delta and recompute every digest."""
+    with tempfile.TemporaryDirectory(prefix="deltawire-") as folder:
+        report = _materialize(bucket, Path(folder) / "checkpoint", None, base)
+    Console().print(
+        f"{report.position}: anchor and {report.deltas} deltas verified, {_size(report.fetched_bytes)} read"
+    )
+
+
+@app.command()
+def materialize(
+    bucket: BucketUrl,
+    out_dir: Annotated[Path, typer.Argument(help="Folder to write; it must not hold anything else.")],
+    version: Annotated[int | None, typer.Option(help="Which version; default: the newest.")] = None,
+    base: BaseFolder = None,
+    json: AsJson = False,
+) -> None:
+    """Write a version as a Hugging Face checkpoint folder that vLLM and transformers load."""
+    report = _materialize(bucket, out_dir, version, base)
+    text = f"{report.position} in {out_dir}: anchor and {report.deltas} deltas, {report.seconds:.1f} s"
+    _emit(msgspec.to_builtins(report, enc_hook=str), text, json)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for logs and summary.json; default: runs/demo-<time>.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="A few steps of each act; every part is still real.")] = False,
+    plain: Annotated[bool, typer.Option(help="Plain lines even on a terminal.")] = False,
+) -> None:
+    """Train a tiny model by RL while vLLM serves it, weights travelling as deltas through a bucket, on this machine."""
+    from deltawire.ops.demo import DemoOptions, run_demo
+
+    summary = run_demo(DemoOptions(out=out, quick=quick, plain=plain))
+    raise typer.Exit(0 if summary.audit_equal else 1)
+
+
+def _materialize(bucket: str, out_dir: Path, version: int | None, base: Path | None) -> Any:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    store = open_bucket(bucket)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        with Subscriber(store, base=base) as subscriber:
+            total = sum(1 for commit in subscriber.commits() if version is None or commit.version <= version)
+        task = progress.add_task("versions", total=total)
+
+        def advance(update: Update) -> None:
+            progress.advance(task)
+
+        return materialize_version(store, out_dir, version, base=base, on_update=advance)
+
+
+def _emit(record: object, text: str, as_json: bool) -> None:
+    line = msgspec.json.encode(record, enc_hook=str).decode() if as_json else text
+    print(line, flush=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / MIB:.2f} MiB" if count >= MIB else f"{count / 1024:.1f} KiB"
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    """Run the command; a typed error becomes one line on stderr and exit code 1."""
+    try:
+        app()
+    except (DeltaWireError, ImportError, OSError) as error:
+        print(f"deltawire: {_named(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
