@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from deltawire import kernels
 from deltawire.bits import Bits, Positions, UInts, count, unsigned
 from deltawire.errors import DtypeMismatch, FormatError, MissingTensor, ShapeMismatch, UnknownTensor
 from deltawire.tensors import as_bits, like
@@ -93,6 +92,8 @@ class TensorDelta:
 
     def apply_(self, bits: UInts) -> tuple[int, int]:
         """Add the steps to flat `bits` in place. Returns the touched elements' part of the digest, before and after."""
+        from deltawire import kernels
+
         return kernels.apply_with_digest(bits, *self.sparse())
 
 
@@ -116,6 +117,8 @@ def settle(dtype: str, shape: tuple[int, ...], positions: Positions | None, step
 def between_bits(old: Bits, new: Bits) -> TensorDelta:
     """The change from one tensor to another. Raises DtypeMismatch, ShapeMismatch."""
     _check_same("a tensor", old, new)
+    from deltawire import kernels
+
     return settle(old.dtype, old.shape, *kernels.compare_and_collect(old.data, new.data))
 
 

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from deltawire import kernels
 from deltawire.bits import Positions, UInts
 from deltawire.tensors import as_bits
 
@@ -31,11 +30,15 @@ class TableEntry(Protocol):
 
 def digest_bits(bits: UInts, start: int = 0) -> int:
     """The digest of a flat array, or of the part of a tensor that begins at flat position `start`."""
+    from deltawire import kernels
+
     return kernels.digest_sweep(bits, start)
 
 
 def digest_at(positions: Positions, bits: UInts) -> int:
     """The part of a digest made by the elements at `positions`, whose bits are `bits`."""
+    from deltawire import kernels
+
     return kernels.digest_at(positions, bits)
 
 

@@ -2,7 +2,8 @@
 
 Every kernel releases the GIL and none is `parallel=True`: two Python threads inside one under Numba's workqueue abort
 the process. Parallelism is a thread pool over chunks. They compile on first use (cached on disk); `warm_up` compiles
-them ahead of time, so that nothing compiles inside a pause.
+them ahead of time, so that nothing compiles inside a pause. Whoever needs them imports them inside the function that
+does: numba costs half a second, and vLLM's start-up (0.32, CPU) looks into every loaded module and fails on llvmlite's.
 """
 
 from types import SimpleNamespace

@@ -221,8 +221,8 @@ def _check_range(run: Any, parent: Any, version: Any) -> None:
 
 def _check_spec(spec: TensorSpec) -> None:
     sound = isinstance(spec.name, str) and isinstance(spec.dtype, str) and spec.dtype in WIDTHS
-    sizes = (*spec.shape, spec.changed)
-    bounded = len(sizes) <= container.MAX_RANK and all(type(size) is int and 0 <= size < MAX_COUNT for size in sizes)
+    sizes, rank = (*spec.shape, spec.changed), len(spec.shape)
+    bounded = rank <= container.MAX_RANK and all(type(size) is int and 0 <= size < MAX_COUNT for size in sizes)
     if not (sound and bounded):
         raise FormatError(f"{spec.name!r}: not the facts of a changed tensor")
     if not 0 < spec.changed <= spec.total < MAX_COUNT:

@@ -35,7 +35,8 @@ class Bucket(Protocol):
     url: str
     """What `open_bucket` was given, without credentials: safe to print."""
     poll_seconds: float
-    """How often it is polite to `stat` this store: 0.5 local, 5 on the Hub (1,000 calls per 5 minutes, free tier)."""
+    """How often it is polite to `stat` this store: 0.5 local, 2 in a cloud (requests are billed), 5 on the Hub (free
+    tier: 1,000 calls per 5 minutes)."""
     conditional_writes: bool
     """Whether `put_new` is atomic against a concurrent writer. Where False it is stat-then-put."""
 
@@ -88,6 +89,15 @@ def check_key(key: str) -> None:
         raise FormatError(f"unsafe key {key!r}: it has a backslash or a control character")
     if sum(map(len, parts)) + len(parts) - 1 > 1024 or max(map(len, parts)) > 255:
         raise FormatError(f"unsafe key {key[:64]!r}…: longer than 1,024 bytes, or than 255 between two slashes")
+
+
+def is_key(key: str) -> bool:
+    """Whether `check_key` accepts it. Listings leave out what no verb could fetch."""
+    try:
+        check_key(key)
+    except FormatError:
+        return False
+    return True
 
 
 def check_prefix(prefix: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from deltawire.buckets.base import Bucket, Stat
-from deltawire.errors import AlreadyExists, FormatError, NotFound, TooLarge
+from deltawire.errors import AlreadyExists, BucketError, FormatError, NotFound, TooLarge
 
 _UNSAFE_KEYS = [
     "",
@@ -145,6 +145,14 @@ class BucketTests:
             bucket.get_file("missing", out, limit=5)
         assert out.read_bytes() == b"old"
         assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["out"]
+
+    def test_get_file_into_a_folder_that_is_not_there_names_it_and_makes_none(
+        self, bucket: Bucket, tmp_path: Path
+    ) -> None:
+        bucket.put("key", b"x")
+        with pytest.raises(BucketError, match="nowhere"):
+            bucket.get_file("key", tmp_path / "nowhere" / "out", limit=1)
+        assert not (tmp_path / "nowhere").exists()
 
     def test_get_file_replaces_the_old_file(self, bucket: Bucket, tmp_path: Path) -> None:
         bucket.put("new", b"new")

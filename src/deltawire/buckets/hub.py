@@ -17,7 +17,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 try:
-    import hf_xet  # noqa: F401 (the client imports it only when the first byte moves)
+    import hf_xet
     from httpx2 import HTTPError
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
@@ -33,7 +33,7 @@ except ImportError:
     raise ImportError("the hub bucket needs huggingface_hub: pip install 'deltawire[hub]'") from None
 
 from deltawire.buckets.atomic import replacing
-from deltawire.buckets.base import Stat, check_key, check_prefix, watch_by_polling
+from deltawire.buckets.base import Stat, check_key, check_prefix, is_key, watch_by_polling
 from deltawire.errors import (
     AccessRefused,
     AlreadyExists,
@@ -82,6 +82,7 @@ class HubBucket:
         if info.size > limit:
             raise TooLarge(f"{self.url}/{key} is {info.size:,} bytes, more than the {limit:,} allowed here")
         with replacing(path) as temporary:
+            temporary.touch()  # here, a folder that refuses is an error of its own; to hf_xet it is a failed task
             try:
                 with self._errors(key, "read"):
                     # Given `info` and not the key, the client fetches this content even if the key changes meanwhile.
@@ -117,8 +118,8 @@ class HubBucket:
                 files = [*self._api.list_bucket_tree(self._id, prefix.rpartition("/")[0] or None, recursive=True)]
             except RemoteEntryNotFoundError:  # no such folder
                 files = []
-        found = [_stat(file) for file in files if file.type == "file" and file.path.startswith(prefix)]
-        return iter(sorted(found, key=lambda stat: stat.key))
+        mine = (_stat(file) for file in files if file.type == "file" and file.path.startswith(prefix))
+        return iter(sorted(filter(lambda stat: is_key(stat.key), mine), key=lambda stat: stat.key))
 
     def delete(self, *keys: str) -> None:
         for key in keys:
@@ -151,11 +152,11 @@ class HubBucket:
             yield
         except HTTPError as error:
             raise self._from_hub(where, error) from error
-        except (PermissionError, LocalTokenNotFoundError) as error:
+        except (hf_xet.XetAuthenticationError, LocalTokenNotFoundError) as error:
             raise self._refused(where, "no or a wrong token") from error
         except OfflineModeIsEnabled as error:
             raise BucketError(f"{where}: HF_HUB_OFFLINE is set; unset it to reach {self.endpoint}") from error
-        except FileNotFoundError as error:
+        except hf_xet.XetObjectNotFoundError as error:
             raise NotFound(f"{where}: {_first_line(error)}") from error
         except ValueError as error:
             raise BucketError(f"{where}: {_first_line(error)}") from error
@@ -176,8 +177,6 @@ class HubBucket:
         if not isinstance(error, HfHubHTTPError):
             return Unavailable(f"{where}: no answer from {self.endpoint}: {_first_line(error) or type(error).__name__}")
         status = error.response.status_code
-        if isinstance(error, BucketBatchError):
-            return BucketError(f"{where}: {'; '.join(failure['error'] for failure in error.failures[:3])}")
         if isinstance(error, RemoteEntryNotFoundError):
             return NotFound(f"{where}: no such object")
         if isinstance(error, BucketNotFoundError) or status == 404:
@@ -187,7 +186,8 @@ class HubBucket:
         if status == 507:
             return OutOfSpace(f"{where}: {self.endpoint} has no space left")
         kind = Unavailable if status in _LATER or status >= 500 else BucketError
-        return kind(f"{where} at {self.endpoint}: {_first_line(error)}")
+        said = error.failures[0]["error"] if isinstance(error, BucketBatchError) else _first_line(error)
+        return kind(f"{where} at {self.endpoint}: {said}")
 
     def _refused(self, where: str, why: str) -> AccessRefused:
         return AccessRefused(f"{where}: {self.endpoint} refused ({why}); run `hf auth login` or set HF_TOKEN")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from deltawire.buckets.atomic import file_system_errors, replacing
-from deltawire.buckets.base import Stat, check_key, check_prefix, watch_by_polling
+from deltawire.buckets.base import Stat, check_key, check_prefix, is_key, watch_by_polling
 from deltawire.errors import AlreadyExists, FormatError, NotFound, TooLarge
 
 _UNFINISHED = ".deltawire-unfinished"
@@ -63,11 +63,14 @@ class LocalBucket:
         self._write(key, data, os.replace)
 
     def put_new(self, key: str, data: bytes | Path) -> None:
-        # A hard link, unlike a rename, fails if the name is taken: the whole file appears at once or not at all.
-        try:
-            self._write(key, data, os.link)
-        except FileExistsError:
-            raise AlreadyExists(f"{self._name(key)} exists already") from None
+        def name_once(aside: Path, target: Path) -> None:
+            # A link, unlike a rename, fails if the name is taken; and like it, shows the whole file or none.
+            try:
+                os.link(aside, target)
+            except FileExistsError:
+                raise AlreadyExists(f"{self._name(key)} exists already") from None
+
+        self._write(key, data, name_once)
 
     def list(self, prefix: str = "") -> Iterator[Stat]:
         check_prefix(prefix)
@@ -79,7 +82,7 @@ class LocalBucket:
                 for name in names:
                     path = Path(folder, name)
                     key = path.relative_to(self.root).as_posix()
-                    if key.startswith(prefix) and self._is_key(key) and path.is_file():
+                    if key.startswith(prefix) and is_key(key) and not _is_reserved(key) and path.is_file():
                         found.append(key)
         return self._stats(sorted(found))
 
@@ -102,7 +105,7 @@ class LocalBucket:
         return watch_by_polling(self, key, tag=tag, timeout=timeout)
 
     def _write(self, key: str, data: bytes | Path, publish: Callable[[Path, Path], None]) -> None:
-        """Write aside, flush to the disk, then let `publish` give the file its name. FileExistsError passes through."""
+        """Write aside, flush to the disk, then let `publish` give the file its name."""
         self._check(key)
         target = self.root / key
         aside = self.root / _UNFINISHED / f"{time.time_ns():x}-{secrets.token_hex(6)}"
@@ -113,15 +116,8 @@ class LocalBucket:
                     self._sweep(aside.parent)
                     _copy_durably(source, aside)
                     self._make_folder(target.parent)
-                    try:
-                        publish(aside, target)
-                    except FileExistsError:
-                        taken = True
-                    else:
-                        taken = False
-                        _sync_folder(target.parent)
-                if taken:
-                    raise FileExistsError(target)
+                    publish(aside, target)
+                    _sync_folder(target.parent)
             finally:
                 aside.unlink(missing_ok=True)
 
@@ -177,19 +173,15 @@ class LocalBucket:
 
     def _check(self, key: str) -> None:
         check_key(key)
-        if key.split("/", 1)[0] == _UNFINISHED:
+        if _is_reserved(key):
             raise FormatError(f"unsafe key {key!r}: {_UNFINISHED}/ is where {self.url} keeps unfinished writes")
-
-    def _is_key(self, key: str) -> bool:
-        """Whether a file found in the folder could have been put there by `put`."""
-        try:
-            self._check(key)
-        except FormatError:
-            return False
-        return True
 
     def _name(self, key: str) -> str:
         return f"{self.url}/{key}"
+
+
+def _is_reserved(key: str) -> bool:
+    return key.split("/", 1)[0] == _UNFINISHED
 
 
 def _copy_durably(source: BinaryIO, target: Path) -> None:

@@ -10,7 +10,7 @@ import obstore
 from obstore import exceptions, store
 
 from deltawire.buckets.atomic import replacing
-from deltawire.buckets.base import Stat, check_key, check_prefix, watch_by_polling
+from deltawire.buckets.base import Stat, check_key, check_prefix, is_key, watch_by_polling
 from deltawire.errors import AccessRefused, AlreadyExists, BadUrl, BucketError, NotFound, TooLarge, Unavailable
 
 # obstore's own retries would hold a caller for three minutes; deltawire.buckets.Retry decides how long to insist.
@@ -65,7 +65,8 @@ class ObjectBucket:
         folder = prefix.rpartition("/")[0] or None
         with self._errors(prefix):
             found = [_stat(meta) for batch in obstore.list(self._objects, folder) for meta in batch]
-        return iter(sorted((stat for stat in found if stat.key.startswith(prefix)), key=lambda stat: stat.key))
+        mine = (stat for stat in found if stat.key.startswith(prefix) and is_key(stat.key))
+        return iter(sorted(mine, key=lambda stat: stat.key))
 
     def delete(self, *keys: str) -> None:
         for key in keys:

@@ -11,6 +11,7 @@ from deltawire.buckets.wrappers import Prefix
 from deltawire.errors import BadUrl, FormatError
 
 _KNOWN = "file:///folder, memory://name, s3://bucket, gs://bucket, az://container, hf://buckets/namespace/name"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def open_bucket(url: str, *, create: bool = False) -> Bucket:
@@ -69,7 +70,7 @@ def _open_hub(url: str, kind: str, path: str, *, create: bool) -> Bucket:
 
     namespace, _, rest = path.partition("/")
     name, _, prefix = rest.partition("/")
-    if kind != "buckets" or not namespace or not name:
+    if kind != "buckets" or not _HUB_NAME.fullmatch(namespace) or not _HUB_NAME.fullmatch(name):
         raise BadUrl(f"{url}: a Hub bucket is named hf://buckets/namespace/name")
     return _within(open_hub(f"{namespace}/{name}", create=create), prefix)
 

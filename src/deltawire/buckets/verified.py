@@ -18,12 +18,12 @@ def get_verified(bucket: Bucket, key: str, *, size: int, blake3: str) -> bytes:
     Raises Truncated, TooLarge or BadDigest when it is not, and what `bucket.get` raises.
     """
     data = bucket.get(key, limit=size)
-    _check(bucket, key, len(data), size, _Blake3(data).hexdigest(), blake3)
+    _check(f"{bucket.url}/{key}", len(data), _Blake3(data).hexdigest(), size=size, blake3=blake3)
     return data
 
 
 def download_verified(bucket: Bucket, key: str, path: Path, *, size: int, blake3: str) -> None:
-    """Put the object, `size` bytes long, whose BLAKE3 is `blake3` (64 hex digits), at `path`, which is replaced at once.
+    """Replace `path` by the object, `size` bytes long, whose BLAKE3 is `blake3` (64 hex digits).
 
     Raises Truncated, TooLarge or BadDigest when it is not, and what `bucket.get_file` raises; `path` is then as it was.
     """
@@ -34,14 +34,14 @@ def download_verified(bucket: Bucket, key: str, path: Path, *, size: int, blake3
             hasher = _Blake3()
             while chunk := file.read(1 << 20):
                 hasher.update(chunk)
-            _check(bucket, key, file.tell(), size, hasher.hexdigest(), blake3)
+            _check(f"{bucket.url}/{key}", file.tell(), hasher.hexdigest(), size=size, blake3=blake3)
 
 
-def _check(bucket: Bucket, key: str, size: int, promised_size: int, digest: str, promised_digest: str) -> None:
-    if size < promised_size:
-        raise Truncated(f"{bucket.url}/{key} has {size:,} of its {promised_size:,} bytes; download it again")
-    if digest != promised_digest:
+def _check(where: str, found_size: int, found_digest: str, *, size: int, blake3: str) -> None:
+    if found_size < size:
+        raise Truncated(f"{where} has {found_size:,} of its {size:,} bytes; download it again")
+    if found_digest != blake3:
         raise BadDigest(
-            f"{bucket.url}/{key} hashes to {digest}, not to the promised {promised_digest}; "
+            f"{where} hashes to {found_digest}, not to the promised {blake3}; "
             "download it again, and if that repeats, the bucket's copy is damaged"
         )

@@ -1,0 +1,219 @@
+"""Episodes played by vLLM against the environment, with all that GRPO needs of each, and which weights played them.
+
+A turn is one batched request to `/v1/completions`: token ids in, token ids and their log-probabilities out, so nothing
+is lost to re-tokenising. Each episode is one OpenEnv session over WebSocket. `/v1/completions` does not tell which
+version of the weights answered, so a rollout is bracketed by two looks at `/weight_info`.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import aiohttp
+from openenv.core.client_types import StepResult
+from openenv.core.generic_client import GenericEnvClient
+from websockets.exceptions import WebSocketException
+
+END_OF_LINE = "\n"
+T = TypeVar("T")
+
+
+class ServerError(RuntimeError):
+    """A server the rollouts need is not there or not what it should be: which URL, and what to start."""
+
+
+class Tokenizer(Protocol):
+    """What rollouts need of a tokenizer; those of transformers have it."""
+
+    bos_token_id: int
+    eos_token_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+@dataclass(slots=True)
+class Episode:
+    """One game as tokens. `sampled[i]` says whether the policy chose `tokens[i]`, with log-probability `logprobs[i]`
+    under the weights that sampled it; the other log-probabilities are 0."""
+
+    tokens: list[int]
+    sampled: list[bool] = field(default_factory=lambda: [False])
+    logprobs: list[float] = field(default_factory=lambda: [0.0])
+    reward: float = 0.0
+    won: bool = False
+    turns: int = 0
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Append what the environment said."""
+        self.tokens += tokens
+        self.sampled += [False] * len(tokens)
+        self.logprobs += [0.0] * len(tokens)
+
+    def wrote(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Append what the policy sampled."""
+        self.tokens += tokens
+        self.sampled += [True] * len(tokens)
+        self.logprobs += logprobs
+        self.turns += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Groups of episodes, each group about one secret, and vLLM's weight version label before and after."""
+
+    groups: tuple[tuple[Episode, ...], ...]
+    version_before: str
+    version_after: str
+    seconds: float
+
+
+class Player:
+    """Plays rollouts: `groups` secrets at a time, `members` games about each, all at once.
+
+    Use as an async context manager; entering opens the sessions. Raises ServerError when vLLM or the environment cannot
+    be reached, answers with an error, or hides `/weight_info`.
+    """
+
+    def __init__(
+        self,
+        engine_url: str,
+        environment_url: str,
+        tokenizer: Tokenizer,
+        *,
+        model: str = "policy",
+        groups: int = 8,
+        members: int = 8,
+        timeout: float = 60.0,
+    ) -> None:
+        self.engine_url = engine_url.rstrip("/")
+        self.environment_url = environment_url.rstrip("/")
+        self._tokenizer = tokenizer
+        self._model = model
+        self._groups, self._members = groups, members
+        self._timeout = timeout
+        self._sessions: list[GenericEnvClient] = []
+        self._http: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "Player":
+        self._http = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=self._timeout),
+            connector=aiohttp.TCPConnector(force_close=True),  # vLLM may close an idle connection under a request
+        )
+        try:
+            await self.weight_version()
+            for _ in range(self._groups * self._members):
+                session = GenericEnvClient(self.environment_url, message_timeout_s=self._timeout)
+                await self._environment(session.connect())
+                self._sessions.append(session)
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
+        await asyncio.gather(*(session.close() for session in self._sessions), return_exceptions=True)
+        if self._http is not None:
+            await self._http.close()
+
+    async def weight_version(self) -> str:
+        """vLLM's label of the weights it serves; "default" until its first update."""
+        answer = await self._engine("GET", "/weight_info")
+        return str(answer["weight_version"])
+
+    async def play(self, first_seed: int) -> Rollout:
+        """One game in every session; group g is about the secret of seed `first_seed + g`."""
+        started = time.monotonic()
+        before = await self.weight_version()
+        episodes = await self._episodes(first_seed)
+        after = await self.weight_version()
+        groups = tuple(
+            tuple(episodes[start : start + self._members]) for start in range(0, len(episodes), self._members)
+        )
+        return Rollout(groups, before, after, time.monotonic() - started)
+
+    async def _episodes(self, first_seed: int) -> list[Episode]:
+        episodes = [Episode([self._tokenizer.bos_token_id]) for _ in self._sessions]
+        answers = await self._environment(
+            asyncio.gather(
+                *(session.reset(seed=first_seed + i // self._members) for i, session in enumerate(self._sessions))
+            )
+        )
+        length = answers[0].observation["length"]
+        live = list(range(len(episodes)))
+        while live:
+            await self._sample([episodes[i] for i in live], max_tokens=length + 1)
+            answers = await self._environment(
+                asyncio.gather(*(self._sessions[i].step({"guess": self._guess(episodes[i])}) for i in live))
+            )
+            for i, answer in zip(live, answers, strict=True):
+                self._record(episodes[i], answer)
+            live = [i for i, answer in zip(live, answers, strict=True) if not answer.done]
+        return episodes
+
+    async def _sample(self, episodes: Sequence[Episode], max_tokens: int) -> None:
+        """Let the policy write one line in each episode."""
+        answer = await self._engine(
+            "POST",
+            "/v1/completions",
+            json={
+                "model": self._model,
+                "prompt": [episode.tokens for episode in episodes],
+                "max_tokens": max_tokens,
+                "stop_token_ids": [self._tokenizer.eos_token_id],
+                "temperature": 1.0,  # the untouched distribution: its log-probabilities are GRPO's behaviour policy
+                "top_p": 1.0,
+                "top_k": 0,
+                "logprobs": 0,
+                "return_token_ids": True,
+            },
+        )
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        for episode, choice in zip(episodes, choices, strict=True):
+            episode.wrote(choice["token_ids"], choice["logprobs"]["token_logprobs"])
+
+    def _guess(self, episode: Episode) -> str:
+        """The line the policy wrote last."""
+        end = len(episode.sampled)
+        start = end - episode.sampled[::-1].index(False)
+        return self._tokenizer.decode(episode.tokens[start:]).removesuffix(END_OF_LINE)
+
+    def _record(self, episode: Episode, answer: StepResult[dict[str, Any]]) -> None:
+        """Put the environment's answer on a line of its own, and count the reward."""
+        unfinished = episode.tokens[-1] != self._tokenizer.eos_token_id
+        episode.read(self._tokenizer.encode(END_OF_LINE * unfinished + answer.observation["feedback"] + END_OF_LINE))
+        episode.reward += answer.reward or 0.0
+        episode.won = answer.observation["won"]
+
+    async def _engine(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        assert self._http is not None, "use `async with Player(…)`"
+        url = self.engine_url + path
+        try:
+            async with self._http.request(method, url, **options) as response:
+                if response.status == 404 and path == "/weight_info":
+                    raise ServerError(f"{url}: not found; start vLLM with VLLM_SERVER_DEV_MODE=1")
+                if response.status != 200:
+                    raise ServerError(f"{url}: HTTP {response.status}: {(await response.text())[:300]}")
+                return dict(await response.json())
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ServerError(
+                f"{url}: {error or 'no answer in time'}; is vLLM running there? Start it with "
+                f"`vllm serve MODEL_DIR --served-model-name {self._model}`"
+            ) from error
+
+    async def _environment(self, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except (OSError, RuntimeError, TimeoutError, WebSocketException) as error:
+            raise ServerError(
+                f"{self.environment_url}: {error or 'no answer in time'}; is the environment running there? "
+                "Start it with `python -m examples.wordle.environment`"
+            ) from error

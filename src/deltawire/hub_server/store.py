@@ -1,0 +1,99 @@
+"""The server's state: one folder, locked by one process, with all content, all metadata and half-received uploads.
+
+<root>/lock         held while a process serves this folder
+<root>/hub.sqlite   metadata
+<root>/xorbs/       one file a xorb, named by its hash
+<root>/staging/     uploads in progress; emptied at start
+"""
+
+import fcntl
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deltawire.errors import Unavailable
+from deltawire.hub_server.catalog import Catalog
+from deltawire.hub_server.content import Content
+from deltawire.hub_server.database import Database
+from deltawire.hub_server.durable import flush, no_space_is_typed
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What the server was sent and what it holds. Sizes in bytes."""
+
+    received_bytes: int
+    """bodies of xorbs and shards, since the server started"""
+    deduplicated_bytes: int
+    """bytes of uploaded files that did not have to be sent, because they were stored, since the server started"""
+    xorbs: int
+    stored_bytes: int
+    """of all xorbs on disk, compressed as the client sent them"""
+    files: int
+    """distinct contents, in a bucket or not"""
+    buckets: int
+
+
+class Store:
+    """Everything under `root`. Thread-safe.
+
+    Whatever a method reported as done survives kill -9 and a power cut; whatever it did not is invisible afterwards.
+    Raises Unavailable if another process has the folder, UnknownVersion if a newer deltawire wrote it.
+    """
+
+    def __init__(self, root: Path | str, *, clock: Callable[[], float] = time.time) -> None:
+        self.root = Path(root).absolute()
+        self._staging = self.root / "staging"
+        with no_space_is_typed(self.root):
+            (self.root / "xorbs").mkdir(parents=True, exist_ok=True)
+            self._lock_file = _lock(self.root / "lock")
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging.mkdir()
+            flush(self.root)
+        self._database = Database(self.root / "hub.sqlite")
+        self.content = Content(self.root / "xorbs", self._database, clock=clock)
+        self.content.remove_strays()
+        self.catalog = Catalog(self._database, clock=clock)
+        self._counters = threading.Lock()
+        self._stats = Stats(0, 0, 0, 0, 0, 0)
+
+    def new_staging_path(self) -> Path:
+        """A name nobody else has, for an upload in progress."""
+        return self._staging / secrets.token_hex(16)
+
+    def count(self, *, received: int = 0, deduplicated: int = 0) -> None:
+        """Add to the byte counters."""
+        with self._counters:
+            self._stats = replace(
+                self._stats,
+                received_bytes=self._stats.received_bytes + received,
+                deduplicated_bytes=self._stats.deduplicated_bytes + deduplicated,
+            )
+
+    def stats(self) -> Stats:
+        """The counters now."""
+        with self._database.read() as connection:
+            xorbs, stored = connection.execute("SELECT count(*), coalesce(sum(stored_bytes), 0) FROM xorbs").fetchone()
+            files = connection.execute("SELECT count(*) FROM files").fetchone()[0]
+            buckets = connection.execute("SELECT count(*) FROM buckets").fetchone()[0]
+        return replace(self._stats, xorbs=xorbs, stored_bytes=stored, files=files, buckets=buckets)
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._database.close()
+        os.close(self._lock_file)
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise Unavailable(f"another bucket server is using {path.parent}; stop it or choose another folder") from None
+    return descriptor

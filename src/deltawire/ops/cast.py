@@ -1,0 +1,158 @@
+"""Who plays in the demo: the command line and environment of each process. Nothing here starts anything."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import deltawire
+from deltawire.errors import DeltaWireError
+from deltawire.ops.processes import Command
+
+BUCKET = "hf://buckets/me/wordle"
+SERVED_NAME = "policy"
+
+
+class NoExamples(DeltaWireError):
+    """The demo's trainer and environment are not here: they are in the repository, not in the package."""
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """A stretch of training at one learning rate."""
+
+    name: str
+    learning_rate: float
+    steps: int
+
+
+FULL = (Act("learn", 1e-3, 80), Act("rl", 2e-6, 20))
+"""the first act's rate is one this toy visibly learns at, the second's is one real models are trained at"""
+QUICK = (Act("learn", 1e-3, 4), Act("rl", 2e-6, 4))
+
+
+def find_checkout() -> Path:
+    """The root of the source checkout this package was imported from. Raises NoExamples."""
+    root = Path(deltawire.__file__).parents[2]
+    if not (root / "examples" / "wordle" / "trainer.py").is_file():
+        raise NoExamples(
+            f"{root / 'examples' / 'wordle'} is not there: the demo needs the repository, not only the package; "
+            "run `make demo` in a checkout"
+        )
+    return root
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """The commands, for one run folder. The trainer is told the bucket and where to read rollouts and play, no more."""
+
+    checkout: Path
+    folder: Path
+    acts: tuple[Act, ...] = FULL
+
+    @property
+    def model_folder(self) -> Path:
+        """The checkpoint all start from; made once for all runs."""
+        return self.checkout / "runs" / "model"
+
+    @property
+    def metrics(self) -> Path:
+        """Where the trainer writes a JSON line for each step."""
+        return self.folder / "steps.jsonl"
+
+    @property
+    def digests(self) -> Path:
+        """Where the trainer writes the digests of its last weights."""
+        return self.folder / "trainer_digests.json"
+
+    @property
+    def materialized(self) -> Path:
+        """Where the bucket's last version is materialized."""
+        return self.folder / "materialized"
+
+    def model(self) -> Command:
+        """Makes the warm-started checkpoint; ends by itself."""
+        return self._python("model", "-m", "examples.wordle.model", str(self.model_folder), lasting=False)
+
+    def server(self) -> Command:
+        """The bucket server; says `ready` with its URL."""
+        root = str(self.folder / "buckets")
+        return self._python("bucket-server", "-m", "deltawire.cli", "serve", "--root", root, "--port", "0", "--json")
+
+    def environment(self) -> Command:
+        """The Wordle server; says `ready` with its URL."""
+        return self._python("environment", "-m", "examples.wordle.environment", "--port", "0")
+
+    def vllm(self, port: int, hub: str) -> Command:
+        """vLLM with the deltawire engine; ready when /health answers."""
+        arguments = {
+            "--model": str(self.model_folder),
+            "--served-model-name": SERVED_NAME,
+            "--dtype": "bfloat16",
+            "--max-model-len": "64",
+            "--host": "127.0.0.1",
+            "--port": str(port),
+            "--weight-transfer-config": json.dumps({"backend": "deltawire"}),
+        }
+        flat = [word for pair in arguments.items() for word in pair]
+        extra = {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            **self._hub_environment("vllm", hub),
+        }
+        module = "vllm.entrypoints.openai.api_server"
+        return self._python("vllm", "-m", module, *flat, "--enforce-eager", grace=20.0, **extra)
+
+    def follower(self, engine: str, hub: str) -> Command:
+        """Drives vLLM's updates; says `update` for each version that came to be served."""
+        arguments = ("follow", "--bucket", BUCKET, "--engine", engine, "--poll", "0.2", "--json")
+        return self._python("follower", "-m", "deltawire.cli", *arguments, **self._hub_environment("follower", hub))
+
+    def trainer(self, engine: str, environment: str, hub: str) -> Command:
+        """Trains and publishes; says `start`, `step` and `done` in `metrics`; ends by itself."""
+        arguments = {
+            "--model": str(self.model_folder),
+            "--bucket": BUCKET,
+            "--engine": engine,
+            "--served-model-name": SERVED_NAME,
+            "--environment": environment,
+            "--metrics": str(self.metrics),
+            "--digests": str(self.digests),
+        }
+        flat = [word for pair in arguments.items() for word in pair]
+        acts = [word for act in self.acts for word in ("--act", f"{act.name},{act.learning_rate},{act.steps}")]
+        extra = self._hub_environment("trainer", hub)
+        return self._python("trainer", "-m", "examples.wordle.trainer", *flat, *acts, lasting=False, **extra)
+
+    def materialize(self, hub: str) -> Command:
+        """Writes the bucket's last version as a checkpoint; ends by itself."""
+        arguments = ("materialize", BUCKET, str(self.materialized), "--json")
+        extra = self._hub_environment("materialize", hub)
+        return self._python("materialize", "-m", "deltawire.cli", *arguments, lasting=False, **extra)
+
+    def _python(
+        self, name: str, *arguments: str, lasting: bool = True, grace: float = 10.0, **environment: str
+    ) -> Command:
+        path = [str(self.checkout), str(self.checkout / "src"), os.environ.get("PYTHONPATH", "")]
+        common = {
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            "PYTHONUNBUFFERED": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
+        }
+        command = (sys.executable, *arguments)
+        return Command(name, command, {**common, **environment}, self.checkout, grace=grace, lasting=lasting)
+
+    def _hub_environment(self, name: str, hub: str) -> dict[str, str]:
+        home = self.folder / "clients" / name  # one each: what a process fetches must come from the server
+        return {
+            "HF_ENDPOINT": hub,
+            "HF_TOKEN": "hf_local",
+            "HF_HOME": str(home),
+            "HF_XET_CACHE": str(home / "xet"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_XET_CLIENT_RETRY_BASE_DELAY": "200ms",
+        }

@@ -1,0 +1,56 @@
+"""Runs one command and never lets it outlive whoever asked for it; standard library only, run as a script.
+
+    python keeper.py LIFELINE GRACE COMMAND…
+
+LIFELINE is a file descriptor, the reading end of a pipe whose other end the owner holds. When it closes, because the
+owner said so or because the owner is gone (a kill -9 closes it too), the command gets SIGTERM, and GRACE seconds later
+its whole process group gets SIGKILL. What the command leaves behind in its group is killed as well. The exit code is
+the command's, 128 + n if signal n ended it, 127 if it could not be started.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+
+def main(arguments: list[str]) -> int:
+    lifeline, grace, command = int(arguments[0]), float(arguments[1]), arguments[2:]
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    try:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+    threading.Thread(target=_watch, args=(lifeline, stop), daemon=True).start()
+    threading.Thread(target=_end, args=(child.pid, stop, grace), daemon=True).start()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # unreaped, so the group's number cannot be given away
+    _signal_group(child.pid, signal.SIGKILL)
+    code = child.wait()
+    return 128 - code if code < 0 else code
+
+
+def _watch(lifeline: int, stop: threading.Event) -> None:
+    while os.read(lifeline, 1):
+        pass
+    stop.set()
+
+
+def _end(pid: int, stop: threading.Event, grace: float) -> None:
+    stop.wait()
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    threading.Event().wait(grace)
+    _signal_group(pid, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

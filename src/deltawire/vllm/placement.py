@@ -1,0 +1,295 @@
+"""Where each element of a checkpoint lives in this worker's parameters, learned by watching the model's loader once.
+
+The loader (`load_weights`) runs over empty tensors of the checkpoint's shapes under a dispatch mode that sees every
+operation. A copy from a view of a checkpoint tensor into a live parameter is one `Box`: a rectangle here is a rectangle
+there. That covers fused QKV and gate/up, slices, and vocabulary padding with no table of names.
+
+Nothing is written. Every mutating operation on anything but a fresh temporary is suppressed: loaders also call `fill_`
+or copy computed values. What such an operation would have overwritten does not qualify, and is named.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deltawire.bits import Positions
+from deltawire.errors import EngineUnsupported
+from deltawire.manifests import TensorEntry
+from deltawire.tensors import NAMES, dtype_of
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle of a checkpoint tensor and the rectangle of a live storage that holds it; offsets and strides count
+    elements, `source_*` in the flat checkpoint tensor, `target_*` in the storage behind parameter `parameter`."""
+
+    shape: Shape
+    source_offset: int
+    source_strides: Shape
+    parameter: str
+    target_offset: int
+    target_strides: Shape
+
+    def locate(self, positions: Positions) -> tuple[np.ndarray, Positions]:
+        """Which of these flat checkpoint positions lie in the box (a mask), and their offsets in the storage."""
+        rest = positions - self.source_offset
+        inside = rest >= 0
+        offsets = np.full(positions.size, self.target_offset, np.int64)
+        order = sorted(range(len(self.shape)), key=lambda dim: -self.source_strides[dim])
+        for dim in order:
+            at, rest = np.divmod(rest, self.source_strides[dim])
+            inside &= at < self.shape[dim]
+            offsets += at * self.target_strides[dim]
+        inside &= rest == 0
+        return inside, offsets[inside]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """First and last storage offset the box touches."""
+        return _extent(self.target_offset, self.shape, self.target_strides)
+
+
+@dataclass(slots=True)
+class Placement:
+    """Boxes by checkpoint name, and for names that cannot be patched in place, why."""
+
+    boxes: dict[str, list[Box]] = field(default_factory=dict)
+    unfit: dict[str, str] = field(default_factory=dict)
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise EngineUnsupported, naming each tensor that cannot be patched in place and why."""
+        bad = [f"{name} ({self.unfit[name]})" for name in names if name in self.unfit]
+        if bad:
+            raise EngineUnsupported(
+                f"{len(bad)} tensors cannot be patched in place on this server: {'; '.join(bad[:4])}. "
+                "Serve this model with weights that vLLM keeps as they are loaded"
+            )
+
+
+def probe(
+    table: Iterable[TensorEntry],
+    load_weights: Callable[[Iterator[tuple[str, torch.Tensor]]], Any],
+    live: Mapping[str, torch.Tensor],
+) -> Placement:
+    """Watch `load_weights` once. `live` names every live parameter and buffer; none of them is written.
+
+    A tensor is unfit when no live memory receives it, when it does not arrive whole and exactly once, when a value is
+    converted or computed on the way, or when another operation would write over it.
+    """
+    watcher = _Watcher(live)
+    entries = list(table)
+
+    def observed() -> Iterator[tuple[str, torch.Tensor]]:
+        for entry in entries:
+            source = torch.empty(entry.shape, dtype=getattr(torch, NAMES[entry.dtype]))
+            watcher.observe(entry.name, source)
+            yield entry.name, source
+
+    with torch.no_grad(), watcher:
+        load_weights(observed())
+    placement = Placement(watcher.boxes, watcher.unfit)
+    for entry in entries:
+        if reason := _fault(entry, placement.boxes.get(entry.name, []), live):
+            placement.unfit.setdefault(entry.name, watcher.computed.get(entry.name, reason))
+    for name, reason in _overwritten(placement.boxes, watcher.other_writes).items():
+        placement.unfit.setdefault(name, reason)
+    return placement
+
+
+def _fault(entry: TensorEntry, boxes: list[Box], live: Mapping[str, torch.Tensor]) -> str | None:
+    """Why a tensor that was only copied still does not qualify."""
+    size = prod(entry.shape)
+    if not boxes:
+        return "the model does not load it" if size else None
+    for box in boxes:
+        held = dtype_of(live[box.parameter])
+        if held != entry.dtype:
+            return f"the server holds {held}, the run ships {entry.dtype}"
+    covered = sum(prod(box.shape) for box in boxes)
+    if covered != size or (len(boxes) > 1 and not _disjoint(entry, boxes)):
+        return f"{covered} of its {size} elements arrive, or some arrive twice"
+    return None
+
+
+def _disjoint(entry: TensorEntry, boxes: list[Box]) -> bool:
+    seen = torch.zeros(prod(entry.shape), dtype=torch.bool)
+    for box in boxes:
+        seen.as_strided(box.shape, box.source_strides, box.source_offset).fill_(True)
+    return bool(seen.all())
+
+
+def _overwritten(boxes: Mapping[str, list[Box]], writes: list[tuple[str, int, int, str]]) -> dict[str, str]:
+    """Names whose memory some operation other than their own copy would write."""
+    by_parameter: dict[str, list[tuple[int, int, str]]] = {}
+    for name, parts in boxes.items():
+        for box in parts:
+            by_parameter.setdefault(box.parameter, []).append((*box.extent, name))
+    return {
+        name: f"its loader also runs {what} over it"
+        for parameter, first, last, what in writes
+        for start, stop, name in by_parameter.get(parameter, [])
+        if first <= stop and start <= last
+    }
+
+
+def _extent(offset: int, shape: Shape, strides: Shape) -> tuple[int, int]:
+    return offset, offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """What a storage holds: the elements of a checkpoint tensor, `layout` being (size, stride here, stride there)."""
+
+    name: str
+    source_offset: int
+    layout: tuple[tuple[int, int, int], ...]
+
+    def follow(self, offset: int, shape: Shape, strides: Shape) -> tuple[int, Shape] | None:
+        """Source offset and strides of a view of this storage, or None when it is no rectangle of the source."""
+        start = self.source_offset
+        for size, here, there in self.layout:
+            at = offset // here
+            if at >= size:
+                return None
+            offset -= at * here
+            start += at * there
+        if offset:
+            return None
+        steps = [self._step(stride) for stride in strides]
+        if any(step is None for step, size in zip(steps, shape, strict=True) if size > 1):
+            return None
+        return start, tuple(step or 0 for step in steps)
+
+    def _step(self, stride: int) -> int | None:
+        return next((stride // here * there for _, here, there in self.layout if stride and stride % here == 0), None)
+
+
+class _Watcher(TorchDispatchMode):
+    """Sees every operation of a loader, lets none of them write to live memory, and notes what each would have done."""
+
+    def __init__(self, live: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.boxes: dict[str, list[Box]] = {}
+        self.unfit: dict[str, str] = {}
+        self.computed: dict[str, str] = {}
+        self.other_writes: list[tuple[str, int, int, str]] = []
+        self._live = {_storage(tensor): name for name, tensor in live.items() if tensor.numel()}
+        self._traces: dict[int, _Trace] = {}
+        self._fresh: set[int] = set()
+        self._current = ""
+        self._sources: list[torch.Tensor] = []
+
+    def observe(self, name: str, source: torch.Tensor) -> None:
+        """Follow this tensor, the checkpoint's `name`, from here on."""
+        self._current = name
+        self._sources.append(source)  # kept alive, so that no later tensor can take its address
+        if source.numel():
+            layout = tuple(zip(source.shape, source.stride(), source.stride(), strict=True))
+            self._traces[_storage(source)] = _Trace(name, 0, _coalesced(layout))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        targets = _mutated(func, args, kwargs)
+        if targets and any(_storage(target) not in self._fresh for target in targets):
+            self._note_write(func, args, targets)
+            return targets[0]
+        result = func(*args, **kwargs)
+        self._note_result(func, args, result)
+        return result
+
+    def _note_write(self, func: Any, args: Any, targets: list[torch.Tensor]) -> None:
+        target = targets[0]
+        parameter = self._live.get(_storage(target)) if target.numel() else ""
+        if parameter == "":
+            return
+        if parameter is None:
+            self.unfit[self._current] = f"its loader runs {func} on memory that is no parameter or buffer"
+            return
+        source = args[1] if func is torch.ops.aten.copy_.default and isinstance(args[1], torch.Tensor) else None
+        trace = self._traces.get(_storage(source)) if source is not None and source.numel() else None
+        box = self._box(target, parameter, source, trace) if source is not None and trace is not None else None
+        if box is None or trace is None:
+            first, last = _extent(target.storage_offset(), tuple(target.shape), tuple(target.stride()))
+            self.other_writes.append((parameter, first, last, str(func)))
+            self.computed[self._current] = f"its loader writes {parameter} by {func} from values it computed"
+            return
+        known = self.boxes.setdefault(trace.name, [])
+        if box not in known:
+            known.append(box)
+
+    def _box(self, target: torch.Tensor, parameter: str, source: torch.Tensor, trace: _Trace) -> Box | None:
+        source = source.expand(target.shape)
+        followed = trace.follow(source.storage_offset(), tuple(source.shape), tuple(source.stride()))
+        if followed is None or source.dtype != target.dtype:
+            self.unfit[trace.name] = (
+                f"copied from {source.dtype} into {target.dtype}" if followed else "copied as no rectangle of it"
+            )
+            return None
+        kept = [dim for dim, size in enumerate(target.shape) if size != 1]
+        pick = lambda values: tuple(values[dim] for dim in kept)  # noqa: E731
+        if any(stride == 0 for stride in pick(followed[1])):
+            self.unfit[trace.name] = "one element of it lands in several places"
+            return None
+        shape, strides = pick(tuple(target.shape)), pick(target.stride())
+        return Box(shape, followed[0], pick(followed[1]), parameter, target.storage_offset(), strides)
+
+    def _note_result(self, func: Any, args: Any, result: Any) -> None:
+        """Remember new storages as fresh, and which of them hold a plain copy of a checkpoint tensor."""
+        inputs = {_storage(arg) for arg in args if isinstance(arg, torch.Tensor)}
+        for output in result if isinstance(result, (tuple, list)) else (result,):
+            if not isinstance(output, torch.Tensor) or not output.numel() or _storage(output) in inputs:
+                continue
+            key = _storage(output)
+            self._fresh.add(key)
+            self._traces.pop(key, None)
+            if func in _PLAIN_COPIES and (trace := self._copied(args[0], output)):
+                self._traces[key] = trace
+
+    def _copied(self, source: Any, output: torch.Tensor) -> _Trace | None:
+        trace = self._traces.get(_storage(source)) if isinstance(source, torch.Tensor) else None
+        if trace is None or source.dtype != output.dtype or source.shape != output.shape:
+            return None
+        followed = trace.follow(source.storage_offset(), tuple(source.shape), tuple(source.stride()))
+        if followed is None:
+            return None
+        layout = tuple(zip(output.shape, output.stride(), followed[1], strict=True))
+        return _Trace(trace.name, followed[0], _coalesced(layout))
+
+
+_PLAIN_COPIES = frozenset(
+    {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten.contiguous.default}
+)
+"""operations whose output is new memory with the same elements in the same order (dtype and shape are checked)"""
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _coalesced(layout: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
+    """Dimensions by falling stride, neighbours that run on in both memories joined, single ones dropped."""
+    joined: list[tuple[int, int, int]] = []
+    for size, here, there in sorted((dim for dim in layout if dim[0] != 1), key=lambda dim: -dim[1]):
+        if joined and joined[-1][1:] == (size * here, size * there):
+            joined[-1] = (joined[-1][0] * size, here, there)
+        else:
+            joined.append((size, here, there))
+    return tuple(joined)
+
+
+def _mutated(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors an operation writes to, by its schema."""
+    written = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            written += [tensor for tensor in values if isinstance(tensor, torch.Tensor)]
+    return written

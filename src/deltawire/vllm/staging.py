@@ -1,0 +1,184 @@
+"""Everything about an update that can be done while the server generates: fetch, verify, place, gather, compare.
+
+Weights move only by our own updates, so old bits gathered while generating are still right in the pause. A Plan that
+comes out of here has been compared, tensor by tensor, with the digests of its commit; applying it only scatters.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from deltawire.bits import Bits
+from deltawire.delta import Delta, TensorDelta, between_bits
+from deltawire.digest import digest_at, moved
+from deltawire.errors import BadDigest, WrongBase
+from deltawire.manifests import Position
+from deltawire.subscriber import Subscriber, Update
+from deltawire.vllm.live import LiveWeights
+from deltawire.vllm.memory import Memory
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scatter:
+    """Elements of one storage: where, what is there, and what will be. On the device already."""
+
+    memory: Memory
+    offsets: torch.Tensor
+    old: torch.Tensor
+    new: torch.Tensor
+
+    def write(self) -> None:
+        """Put the new bits."""
+        self.memory.flat[self.offsets] = self.new
+
+    def undo(self) -> None:
+        """Put the old bits back."""
+        self.memory.flat[self.offsets] = self.old
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fill:
+    """A whole rectangle of live memory, for a tensor that changed nearly everywhere."""
+
+    view: torch.Tensor
+    old: torch.Tensor
+    new: torch.Tensor
+
+    def write(self) -> None:
+        """Put the new bits."""
+        self.view.copy_(self.new)
+
+    def undo(self) -> None:
+        """Put the old bits back."""
+        self.view.copy_(self.old)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """One update, checked and ready. `before` is None when it starts from an anchor rather than a known version.
+
+    `digests` are those of every tensor after it. Seconds by the worker's clock; `created` is the commit's own.
+    """
+
+    bucket: str
+    before: Position | None
+    after: Position
+    digests: Mapping[str, int]
+    writes: tuple[Scatter | Fill, ...]
+    changed: int
+    wire_bytes: int
+    created: float
+    fetch_seconds: float
+    stage_seconds: float
+
+
+def stage(
+    live: LiveWeights, digests: Mapping[str, int], subscriber: Subscriber, since: Position | None, version: int
+) -> Plan:
+    """Make the plan that leads from the live weights (whose `digests` are known) to a committed version.
+
+    Commits on the way are folded into one change. Raises BucketError, FormatError, ChainError; WrongBase when live bits
+    are not what their digest says; BadDigest when the change does not lead to what the commit promises.
+    """
+    started = time.monotonic()
+    change, last, wire_bytes = _fetch(live, subscriber, since, version)
+    fetched = time.monotonic()
+    writes: list[Scatter | Fill] = []
+    after = dict(digests)
+    for name, tensor in change.items():
+        before_part, after_part = _place(live, name, tensor, writes)
+        after[name] = moved(digests[name], before_part, after_part)
+    if wrong := [name for name, value in last.digests.items() if after[name] != value]:
+        kind = WrongBase if since is None or any(name not in change for name in wrong) else BadDigest
+        raise kind(f"{last.position}: {len(wrong)} tensors would not match the commit: {', '.join(wrong[:4])}")
+    return Plan(
+        bucket=subscriber.bucket.url,
+        before=since,
+        after=last.position,
+        digests=dict(last.digests),
+        writes=tuple(writes),
+        changed=change.changed,
+        wire_bytes=wire_bytes,
+        created=last.commit.created,
+        fetch_seconds=fetched - started,
+        stage_seconds=time.monotonic() - fetched,
+    )
+
+
+def apply(writes: Iterable[Scatter | Fill]) -> None:
+    """Write everything, or (when a write fails) put everything back and raise."""
+    done: list[Scatter | Fill] = []
+    with torch.inference_mode():
+        try:
+            for write in writes:
+                done.append(write)
+                write.write()
+        except BaseException:
+            for write in reversed(done):
+                write.undo()
+            raise
+
+
+def undo(writes: tuple[Scatter | Fill, ...]) -> None:
+    """Put back what `apply` replaced."""
+    with torch.inference_mode():
+        for write in reversed(writes):
+            write.undo()
+
+
+def _fetch(
+    live: LiveWeights, subscriber: Subscriber, since: Position | None, version: int
+) -> tuple[Delta, Update, int]:
+    """The change from the live weights to a version, the last update on the way, and the bytes it took."""
+    delta, wire_bytes, anchor, last = Delta(), 0, None, None
+    for last in subscriber.updates(since, until=version):
+        wire_bytes += last.wire_bytes
+        if last.delta is None:
+            anchor = last.anchor
+        else:
+            delta += last.delta
+    assert last is not None
+    if anchor is not None:
+        delta = Delta({name: _from_anchor(live, name, anchor[name], delta) for name in live.table})
+    return delta, last, wire_bytes
+
+
+def _from_anchor(live: LiveWeights, name: str, anchor: Bits, later: Delta) -> TensorDelta:
+    """The change of one tensor from what is live to the anchor and the deltas after it."""
+    wanted = anchor.copy()
+    if name in later:
+        later[name].apply_(wanted.data)
+    return between_bits(live.read(name), wanted)
+
+
+def _place(live: LiveWeights, name: str, tensor: TensorDelta, writes: list[Scatter | Fill]) -> tuple[int, int]:
+    """Add one tensor's writes. Returns the touched elements' part of its digest, before and after."""
+    positions, steps = tensor.sparse()
+    if tensor.positions is None:
+        old = live.read(name)
+        new = Bits(old.dtype, old.shape, old.data + tensor.steps)
+        _fill(live, name, old, new, writes)
+        return digest_at(positions, old.data[positions]), digest_at(positions, new.data[positions])
+    old_bits = np.empty(steps.size, steps.dtype)
+    places = list(live.locate(name, positions))
+    for memory, inside, offsets in places:
+        on_device = memory.on_device(offsets)
+        old_bits[inside] = memory.gather(on_device)
+        new = memory.bits_on_device(old_bits[inside] + steps[inside])
+        writes.append(Scatter(memory, on_device, memory.bits_on_device(old_bits[inside]), new))
+    return digest_at(positions, old_bits), digest_at(positions, old_bits + steps)
+
+
+def _fill(live: LiveWeights, name: str, old: Bits, new: Bits, writes: list[Scatter | Fill]) -> None:
+    for view, (shape, offset, strides) in live.rectangles(name):
+        pick = [
+            torch.from_numpy(bits.data.view(str(view.dtype).removeprefix("torch.")))
+            .as_strided(shape, strides, offset)
+            .contiguous()
+            .to(view.device)
+            for bits in (old, new)
+        ]
+        writes.append(Fill(view, *pick))

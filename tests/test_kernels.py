@@ -1,0 +1,96 @@
+"""The compiled loops do what their plain numpy twins say, for every element width and kind of memory."""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from deltawire import kernels
+from strategies import pairs
+
+WIDTHS = [np.uint8, np.uint16, np.uint32, np.uint64]
+
+
+@given(pairs())
+def test_compare_and_collect_finds_the_positions_and_steps_its_twin_finds(pair):
+    old, new = pair
+    positions, steps = kernels.compare_and_collect(old.data, new.data)
+    expected = kernels.plain.compare_and_collect(old.data, new.data)
+    assert (positions.dtype, steps.dtype) == (np.int64, old.data.dtype)
+    assert np.array_equal(positions, expected[0])
+    assert np.array_equal(steps, expected[1])
+
+
+@given(pairs())
+def test_apply_with_digest_writes_and_sums_what_its_twin_does(pair):
+    old, new = pair
+    change = kernels.plain.compare_and_collect(old.data, new.data)
+    one, other = old.copy(), old.copy()
+    assert kernels.apply_with_digest(one.data, *change) == kernels.plain.apply_with_digest(other.data, *change)
+    assert one == other == new
+
+
+@given(pairs(), st.integers(0, 2**40))
+def test_the_digest_kernels_sum_what_their_twins_sum(pair, start):
+    old, new = pair
+    assert kernels.digest_sweep(old.data, start) == kernels.plain.digest_sweep(old.data, start)
+    positions = np.flatnonzero(old.data != new.data)
+    values = new.data[positions]
+    assert kernels.digest_at(positions, values) == kernels.plain.digest_at(positions, values)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_twins_sum_what_plain_python_sums(width):
+    data = np.random.default_rng(1).integers(0, np.iinfo(width).max, 40, width, endpoint=True)
+    assert kernels.plain.digest_sweep(data) == reference.digest(map(int, data)) == kernels.digest_sweep(data)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_memory_that_is_read_only_or_unaligned_as_in_a_file_is_read_right(width):
+    data = np.random.default_rng(2).integers(0, np.iinfo(width).max, 100, width, endpoint=True)
+    in_file = np.frombuffer(b"x" + data.tobytes(), width, offset=1)
+    later = data.copy()
+    later[[0, 50, 99]] += 1
+    assert kernels.digest_sweep(in_file) == kernels.digest_sweep(data)
+    assert kernels.compare_and_collect(in_file, later)[0].tolist() == [0, 50, 99]
+
+
+@pytest.mark.parametrize("size", [31, 32, 33, 64, 1000])
+def test_a_change_is_found_wherever_it_falls_in_a_block(size):
+    for at in {0, size // 2, 31 % size, size - 1}:
+        old, new = np.zeros(size, np.uint16), np.zeros(size, np.uint16)
+        new[at] = 65535
+        positions, steps = kernels.compare_and_collect(old, new)
+        assert (positions.tolist(), steps.tolist()) == ([at], [65535])
+
+
+def test_two_threads_in_one_kernel_both_get_the_right_sum():
+    data = np.random.default_rng(3).integers(0, 65536, 2_000_000, np.uint16)
+    half = data.size // 2
+    barrier, sums = threading.Barrier(2), [0, 0]
+
+    def sweep(k: int) -> None:
+        barrier.wait()
+        sums[k] = kernels.digest_sweep(data[k * half : (k + 1) * half], k * half)
+
+    threads = [threading.Thread(target=sweep, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(sums) % 2**64 == kernels.plain.digest_sweep(data)
+
+
+def test_after_warming_up_no_element_width_compiles_anything_more():
+    kernels.warm_up()
+    loops = (kernels._collect, kernels._apply, kernels._digest_sweep, kernels._digest_at)
+    compiled = [len(loop.signatures) for loop in loops]
+    for width in WIDTHS:
+        old, new = np.zeros(100, width), np.ones(100, width)
+        kernels.apply_with_digest(old, *kernels.compare_and_collect(old, new))
+        kernels.digest_at(np.arange(100), new)
+        kernels.digest_sweep(new)
+    assert [len(loop.signatures) for loop in loops] == compiled
