@@ -19,4 +19,7 @@ lint: setup      ## style
 types: setup     ## mypy --strict on the library
 	@.venv/bin/mypy
 
+docs: setup ## write docs/CLI.md anew from the commands' help
+	@.venv/bin/python scripts/cli_reference.py
+
 check: lint types test  ## what CI runs

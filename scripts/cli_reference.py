@@ -1,0 +1,28 @@
+"""Write docs/CLI.md from the commands' own --help; `make docs` runs it and a test checks that it is current."""
+
+import sys
+from pathlib import Path
+
+import typer
+from typer.testing import CliRunner
+
+from deltawire.cli import app
+
+PAGE = Path(__file__).parents[1] / "docs" / "CLI.md"
+WIDTH = {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+def reference() -> str:
+    """The whole page."""
+    commands = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    parts = ["# The `deltawire` command\n\nWritten by `make docs` from `--help`.\n"]
+    for command in commands:
+        result = CliRunner().invoke(app, [command, "--help"], env=WIDTH, prog_name="deltawire")
+        text = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
+        parts.append(f"## {command}\n\n```\n{text}\n```\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(reference())
+    print(f"wrote {PAGE.name}", file=sys.stderr)

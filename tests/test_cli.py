@@ -1,0 +1,86 @@
+"""The command line: every verb has help, the reference is current, and an error is one typed line and exit code 1."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deltawire as dw
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, code=0):
+    command = [sys.executable, "-m", "deltawire.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder bucket with an anchor and two deltas; its URL."""
+    url = (tmp_path / "bucket").as_uri()
+    weights = {"w": np.arange(1000, dtype=np.float16), "b": np.zeros(3, np.float16)}
+    with dw.Publisher(dw.open_bucket(url, create=True)) as publisher:
+        for step in range(3):
+            weights["w"][step * 7] += 1
+            publisher.publish(weights, step=step)
+            publisher.flush(20)
+    return url
+
+
+def test_the_cli_reference_is_what_the_commands_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import cli_reference
+
+    assert cli_reference.PAGE.read_text() == cli_reference.reference(), "run `make docs`"
+
+
+def test_log_lists_every_version(published):
+    commits = [json.loads(line) for line in run("log", published, "--json").stdout.splitlines()]
+    assert [(commit["version"], commit.get("parent")) for commit in commits] == [(0, None), (1, 0), (2, 1)]
+    assert "anchor" in run("log", published).stdout
+
+
+def test_verify_reads_the_whole_run(published):
+    assert "anchor and 2 deltas verified" in run("verify", published).stdout
+
+
+def test_verify_refuses_a_damaged_run(published, tmp_path):
+    (victim,) = (tmp_path / "bucket").glob("runs/*/deltas/step_000001-*")
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    assert "BadDigest" in run("verify", published, code=1).stderr
+
+
+def test_materialize_writes_the_version_asked_for(published, tmp_path):
+    report = json.loads(run("materialize", published, tmp_path / "out", "--version", 1, "--json").stdout)
+    assert report["position"]["version"] == 1
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_inspect_shows_a_delta_file(published, tmp_path):
+    (file,) = (tmp_path / "bucket").glob("runs/*/deltas/step_000002-*")
+    shown = json.loads(run("inspect", file, "--json").stdout)
+    assert [tensor["name"] for tensor in shown["tensors"]] == ["w"]
+    assert "seal right" in run("inspect", file).stdout
+
+
+def test_an_empty_bucket_is_one_typed_line(tmp_path):
+    done = run("log", (tmp_path / "nothing").as_uri(), code=1)
+    assert done.stderr.startswith("deltawire: NotFound:")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_url_that_is_none_names_the_known_kinds():
+    assert "hf://buckets/" in run("log", "ftp://x", code=1).stderr
+
+
+def test_following_without_a_server_says_so(published):
+    done = run("follow", "--bucket", published, "--engine", "http://127.0.0.1:9", "--once", code=1)
+    assert "EngineUnavailable" in done.stderr
