@@ -1,9 +1,11 @@
 """The checkpoint a run starts from by reference: a Hub repository at a revision, or a folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from deltawire.errors import FormatError, NotFound
+from deltawire.buckets.atomic import file_system_errors
+from deltawire.errors import AccessRefused, FormatError, NotFound, Unavailable
 from deltawire.manifests import BaseCheckpoint, Run
 
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
@@ -13,33 +15,29 @@ PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
 def resolve_base(source: str) -> BaseCheckpoint:
     """Pin what the user named: a folder by its absolute path, a Hub repository by its newest commit.
 
-    Raises NotFound for neither, ImportError without huggingface_hub.
+    Raises NotFound for neither, AccessRefused, Unavailable, ImportError without huggingface_hub.
     """
     if Path(source).is_dir():
         return BaseCheckpoint(str(Path(source).resolve()))
-    hub, refusals = _hub()
-    try:
-        return BaseCheckpoint(source, hub.HfApi().model_info(source).sha)
-    except refusals as error:
-        raise NotFound(f"base {source!r} is neither a folder here nor a model on the Hub: {error}") from None
+    with _hub_errors(f"base {source!r}, which is no folder here"):
+        import huggingface_hub
+
+        return BaseCheckpoint(source, huggingface_hub.HfApi().model_info(source).sha)
 
 
 def open_base(base: BaseCheckpoint) -> Path:
     """The base as a folder on this host, downloaded from the Hub if need be (its cache is used).
 
-    Raises NotFound naming the next step, ImportError without huggingface_hub.
+    Raises NotFound naming the next step, AccessRefused, Unavailable, OutOfSpace, ImportError without huggingface_hub.
     """
     if base.revision is None:
         if not Path(base.source).is_dir():
             raise NotFound(f"base checkpoint {base.source} is not on this host; pass base=, a folder that holds it")
         return Path(base.source)
-    hub, refusals = _hub()
-    try:
-        return Path(hub.snapshot_download(base.source, revision=base.revision, allow_patterns=PATTERNS))
-    except refusals as error:
-        raise NotFound(
-            f"base checkpoint {base.source}@{base.revision} cannot be fetched from the Hub: {error}"
-        ) from None
+    with _hub_errors(f"base checkpoint {base.source}@{base.revision}"):
+        import huggingface_hub
+
+        return Path(huggingface_hub.snapshot_download(base.source, revision=base.revision, allow_patterns=PATTERNS))
 
 
 def base_of(run: Run) -> Path:
@@ -49,10 +47,29 @@ def base_of(run: Run) -> Path:
     return open_base(run.base)
 
 
-def _hub() -> tuple[Any, tuple[type[Exception], ...]]:
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    """What the Hub's client raises, as the BucketError that says the same of `what`."""
     try:
-        import huggingface_hub
+        from httpx2 import HTTPError
         from huggingface_hub import errors
     except ImportError:
         raise ImportError("a base on the Hub needs huggingface_hub: pip install 'deltawire[hub]'") from None
-    return huggingface_hub, (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError)
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise AccessRefused(f"{what}: accept its terms on its Hub page, then run `hf auth login`: {error}") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        raise NotFound(
+            f"{what}: no such model on the Hub, or not for this token; check the name, or run `hf auth login`: {error}"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        kind = AccessRefused if error.response.status_code in (401, 403) else Unavailable
+        raise kind(f"{what}: the Hub answered HTTP {error.response.status_code}: {error}") from error
+    except (HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            with file_system_errors(what):
+                raise
+        raise Unavailable(
+            f"{what}: no answer from the Hub; pass base=, a folder that holds the checkpoint: {error}"
+        ) from error

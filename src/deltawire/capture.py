@@ -1,6 +1,5 @@
 """From the trainer's tensors to what a commit will say: compare, number, fold, freeze. Needs no network once opened."""
 
-import errno
 import secrets
 import shutil
 import time
@@ -11,15 +10,16 @@ from typing import Any
 
 from blake3 import blake3
 
-from deltawire import checkpoint, wire
+from deltawire import checkpoint, log, wire
 from deltawire.baseline import Baseline
 from deltawire.bases import open_base, resolve_base
 from deltawire.bits import WIDTHS, Bits, count
+from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
 from deltawire.checkpoint import Checkpoint
 from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import root as root_of
-from deltawire.errors import MissingTensor, NotFound, OutOfSpace, UnknownTensor
+from deltawire.errors import MissingTensor, NotFound, UnknownTensor
 from deltawire.log import Attempt
 from deltawire.manifests import BaseCheckpoint, Commit, Payload, Position, Run, TensorEntry, anchor_prefix, delta_key
 from deltawire.materialize import materialize
@@ -28,6 +28,8 @@ from deltawire.tensors import cast, dtype_of
 
 WIDE = ("F32", "F64")
 """float dtypes that trainers hold and servers do not"""
+_About = tuple[int | None, Mapping[str, float]]
+"""what the trainer says of a version: its step and metrics"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +122,12 @@ class Capturer:
         self._partial: dict[str, TensorDelta] = {}
         self._next = 0
         self._base: BaseCheckpoint | None = None
+        self._base_digests: Mapping[str, int] = {}
         self.resumed = self._resume(bucket, base)
         if self.resumed is None and base is not None:
             self._base = resolve_base(str(base))
             self._baseline = _seeded(Checkpoint(open_base(self._base)))
+            self._base_digests = dict(self._baseline.digests)
 
     @property
     def total(self) -> int:
@@ -140,12 +144,14 @@ class Capturer:
     ) -> tuple[list[Captured], float]:
         """The next version (a run's first capture on a base can make two), and the seconds spent comparing.
 
+        Only the last statement moves the numbers on and lets go of the change, so an error of any kind keeps both.
         Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch, OutOfSpace; a change captured before the
         error stays in the baseline and in what the next version covers.
         """
         started = time.perf_counter()
+        about = (step, dict(metrics))
         if self._run is None and self._base is None:
-            return [self._begin(_cast_all(pairs, self._dtype), step, metrics)], time.perf_counter() - started
+            return [self._begin(_cast_all(pairs, self._dtype), about)], time.perf_counter() - started
         trainable = {entry.name for entry in self._run.table if entry.trainable} if self._run else None
         seen = self._compare(pairs, trainable)
         if trainable is not None and (missing := trainable - seen):
@@ -154,11 +160,13 @@ class Capturer:
                 "exactly the tensors the first one did"
             )
         seconds = time.perf_counter() - started
-        versions = [] if self._run else [self._begin_on_base(seen, step, metrics)]
-        delta, self._partial = Delta(self._partial), {}
+        run = self._run or self._begin_on_base(seen)
+        versions = [] if self._run else [self._describe(run, 0, about, digests=self._base_digests, payloads={})]
+        delta = Delta(self._partial)
         if delta or not versions:
-            captured = self._number(delta, step, metrics, None)
+            captured = self._describe(run, self._next + len(versions), about, delta=delta)
             versions.append(replace(captured, payloads=encode(captured)))
+        self._run, self._next, self._partial = run, versions[-1].version + 1, {}
         return versions, seconds
 
     def _compare(self, pairs: Iterable[tuple[str, Any]], trainable: set[str] | None) -> set[str]:
@@ -178,7 +186,7 @@ class Capturer:
             raise MissingTensor("no tensors were given: pass model.named_parameters()")
         return seen
 
-    def _begin(self, tensors: Iterable[tuple[str, Bits]], step: int | None, metrics: Mapping[str, float]) -> Captured:
+    def _begin(self, tensors: Iterable[tuple[str, Bits]], about: _About) -> Captured:
         """A run's first version, as an anchor. Nothing counts as captured before its files are written."""
         baseline = Baseline()
         for name, bits in tensors:
@@ -187,49 +195,50 @@ class Capturer:
             baseline.seed(name, bits)
         if not baseline.digests:
             raise MissingTensor("no tensors were given: pass model.named_parameters()")
-        table = baseline.table(baseline.digests)
-        payloads = self._write_anchor(table, baseline)
-        self._baseline, self._run = baseline, Run(secrets.token_hex(8), table, self._clock())
-        return self._number(Delta(), step, metrics, payloads)
+        run = Run(secrets.token_hex(8), baseline.table(baseline.digests), self._clock())
+        payloads = self._write_anchor(run.table, baseline)
+        captured = self._describe(run, 0, about, digests=baseline.digests, payloads=payloads)
+        self._baseline, self._run, self._next = baseline, run, 1
+        return captured
 
-    def _begin_on_base(self, trainable: set[str], step: int | None, metrics: Mapping[str, float]) -> Captured:
-        """Version 0 by reference: the base's own digests, which are the baseline's less what was just captured."""
-        assert self._base is not None
-        self._run = Run(secrets.token_hex(8), self._baseline.table(trainable), self._clock(), self._base)
-        seeded = _seeded(Checkpoint(open_base(self._base)), only=set(self._partial))
-        return replace(self._number(Delta(), step, metrics, {}), digests={**self._baseline.digests, **seeded.digests})
+    def _begin_on_base(self, trainable: set[str]) -> Run:
+        """A run whose version 0 is the base by reference."""
+        for name in self._partial.keys() - trainable:  # named by a publish that failed, and not by this one
+            self._baseline.advance(name, -self._partial.pop(name))
+        return Run(secrets.token_hex(8), self._baseline.table(trainable), self._clock(), self._base)
 
-    def _number(
-        self, delta: Delta, step: int | None, metrics: Mapping[str, float], payloads: Mapping[str, bytes | Path] | None
+    def _describe(
+        self,
+        run: Run,
+        version: int,
+        about: _About,
+        *,
+        delta: Delta | None = None,
+        digests: Mapping[str, int] | None = None,
+        payloads: Mapping[str, bytes | Path] | None = None,
     ) -> Captured:
-        assert self._run is not None
-        version, self._next = self._next, self._next + 1
         return Captured(
-            run=self._run,
+            run=run,
             version=version,
             parent=version - 1 if version else None,
             versions=1,
-            delta=delta,
-            digests=dict(self._baseline.digests),
+            delta=delta or Delta(),
+            digests=dict(digests or self._baseline.digests),
             created=self._clock(),
-            step=step,
-            metrics=metrics,
+            step=about[0],
+            metrics=about[1],
             payloads=payloads,
         )
 
     def _write_anchor(self, table: tuple[TensorEntry, ...], baseline: Baseline) -> dict[str, bytes | Path]:
         """The baseline as checkpoint files in the spool, beside the assets; by key below the run."""
         folder = self._spool / "anchor"
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        with file_system_errors(f"{folder} (TMPDIR chooses another disk)"):
             folder.mkdir()
-            if self._assets is not None:
-                checkpoint.copy_assets(self._assets, folder)
-            checkpoint.write(folder, table, baseline.as_mapping())
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OutOfSpace(f"{folder}: no room for the anchor; set TMPDIR to a larger disk") from error
-            raise NotFound(f"cannot write the anchor: {error}") from error
+        if self._assets is not None:
+            checkpoint.copy_assets(self._assets, folder)
+        checkpoint.write(folder, table, baseline.as_mapping())
         files = sorted(folder.iterdir())
         listing = "".join(f"{path.name} {_hash_file(path)}\n" for path in files)
         prefix = anchor_prefix(0, blake3(listing.encode()).hexdigest())
@@ -237,21 +246,24 @@ class Capturer:
 
     def _resume(self, bucket: Bucket, base: str | Path | None) -> Position | None:
         """Rebuild the baseline from the last commit of the run that is already there."""
-        with Subscriber(bucket, base=base if base is not None and Path(base).is_dir() else None) as subscriber:
-            try:
-                position = subscriber.latest()
-            except NotFound:
-                return None
+        try:
+            log.read_head(bucket)
+        except NotFound:
+            return None
+        near = base if base is not None and Path(base).is_dir() else None
+        with Subscriber(bucket, base=near) as subscriber:
+            position = subscriber.latest()
             folder = self._spool / "resumed"
-            materialize(bucket, folder, position.version, base=base if base and Path(base).is_dir() else None)
+            materialize(bucket, folder, position.version, base=near)
             self._baseline = _seeded(Checkpoint(folder))
+            shutil.rmtree(folder, ignore_errors=True)  # the spool may be memory
             self._run, self._next = subscriber.run, position.version + 1
             return position
 
 
-def _seeded(weights: Mapping[str, Bits], only: set[str] | None = None) -> Baseline:
+def _seeded(weights: Mapping[str, Bits]) -> Baseline:
     baseline = Baseline()
-    for name in weights if only is None else sorted(only):
+    for name in weights:
         baseline.seed(name, weights[name])
     return baseline
 

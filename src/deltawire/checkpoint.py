@@ -4,12 +4,15 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from deltawire import container
 from deltawire.bits import WIDTHS, Bits, count
-from deltawire.errors import FormatError, NotFound, TooLarge
+from deltawire.buckets.atomic import file_system_errors
+from deltawire.buckets.base import is_key
+from deltawire.errors import FormatError, NotFound, TooLarge, Truncated
 from deltawire.manifests import TensorEntry
 
 INDEX = "model.safetensors.index.json"
@@ -17,23 +20,26 @@ SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000
 """bytes of tensors per shard file: what transformers writes by default is of this order"""
 MAX_INDEX = 64 << 20
+ASSETS = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
+"""suffixes of config, tokenizer and chat template; no code, no pickles, no other framework's weights"""
 
 
 class Checkpoint(Mapping[str, Bits]):
     """The tensors of a checkpoint folder, name -> Bits, memory-mapped: nothing is read before it is touched.
 
     With `writable=True` writing to a tensor's bits writes the file. Raises NotFound when the folder holds no
-    safetensors, FormatError for a shard that is none or an index that disagrees with its shards.
+    safetensors or lacks a shard, FormatError for a shard that is none or an index that disagrees with its shards.
     """
 
     def __init__(self, folder: Path, *, writable: bool = False) -> None:
         self.folder = folder
         self._where: dict[str, tuple[np.memmap, container.Header]] = {}
-        for name in shard_names(folder):
-            mapped = np.memmap(folder / name, np.uint8, "r+" if writable else "r")
-            header = container.read_header(mapped)
+        for name, listed in _shards(folder).items():
+            mapped, header = _open_shard(folder / name, "r+" if writable else "r")
             if twin := self._where.keys() & header.entries.keys():
                 raise FormatError(f"{folder}: {min(twin)!r} stands in two shards")
+            if missing := listed - header.entries.keys():
+                raise FormatError(f"{folder / name} lacks {min(missing)!r}, which {INDEX} places there")
             self._where.update(dict.fromkeys(header.entries, (mapped, header)))
 
     def __getitem__(self, name: str) -> Bits:
@@ -47,37 +53,30 @@ class Checkpoint(Mapping[str, Bits]):
         return len(self._where)
 
     def flush(self) -> None:
-        """Make what was written durable."""
+        """Make what was written durable. Raises OutOfSpace, BucketError."""
         for mapped in {id(mapped): mapped for mapped, _ in self._where.values()}.values():
-            mapped.flush()
+            with file_system_errors(str(mapped.filename)):
+                mapped.flush()
 
 
 def shard_names(folder: Path) -> list[str]:
     """The safetensors files that make up a checkpoint. Raises NotFound, FormatError, TooLarge."""
+    return list(_shards(folder))
+
+
+def files(folder: Path) -> list[Path]:
+    """The files that make up a checkpoint: shards, their index if there is one, and the assets; nothing that merely
+    lies in the same folder. Raises NotFound, FormatError, TooLarge."""
     index = folder / INDEX
-    if index.is_file():
-        if index.stat().st_size > MAX_INDEX:
-            raise TooLarge(f"{index}: {index.stat().st_size:,} bytes; the bound is {MAX_INDEX:,}")
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FormatError(f"{index}: not a checkpoint index ({error!r})") from None
-        if not all(isinstance(name, str) and "/" not in name and name.endswith(".safetensors") for name in names):
-            raise FormatError(f"{index}: names a shard outside the folder")
-        return names
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    raise NotFound(f"{folder} holds no {SINGLE} and no {INDEX}: not a safetensors checkpoint")
+    return [*(folder / name for name in shard_names(folder)), *([index] if index.is_file() else []), *assets(folder)]
 
 
 def assets(folder: Path) -> list[Path]:
-    """The files beside the weights (config, tokenizer, chat template): every small regular file that is no weights."""
-    weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file() and path.suffix not in weights and path.name != INDEX and not path.name.startswith(".")
-    )
+    """The files beside the weights: config, tokenizer, chat template. Raises NotFound when there is no such folder."""
+    if not folder.is_dir():
+        raise NotFound(f"{folder} is no folder on this host")
+    wanted = (path for path in folder.iterdir() if path.suffix in ASSETS and not path.name.endswith(".index.json"))
+    return sorted(path for path in wanted if path.is_file() and not path.name.startswith("."))
 
 
 def write(
@@ -85,26 +84,75 @@ def write(
 ) -> list[Path]:
     """Write tensors as safetensors shards in table order, with an index when there are several; the files written.
 
-    Tensors are copied one at a time, so a lazy mapping costs one tensor of memory.
+    Tensors are copied one at a time, so a lazy mapping costs one tensor of memory. Raises OutOfSpace, BucketError.
     """
     plan = _plan_shards(table, shard_bytes)
-    files = []
+    written = []
     for number, entries in enumerate(plan, 1):
         name = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         _write_shard(folder / name, entries, tensors)
-        files.append(folder / name)
+        written.append(folder / name)
     if len(plan) > 1:
-        weight_map = {entry.name: file.name for file, entries in zip(files, plan, strict=True) for entry in entries}
+        weight_map = {entry.name: file.name for file, entries in zip(written, plan, strict=True) for entry in entries}
         size = sum(_nbytes(entry) for entries in plan for entry in entries)
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2)
-        (folder / INDEX).write_text(text)
-        files.append(folder / INDEX)
-    return files
+        with file_system_errors(str(folder / INDEX)):
+            (folder / INDEX).write_text(text)
+        written.append(folder / INDEX)
+    return written
 
 
 def copy_assets(source: Path, folder: Path) -> list[Path]:
-    """Copy the files beside the weights; the copies."""
-    return [Path(shutil.copy(path, folder / path.name)) for path in assets(source)]
+    """Copy the files beside the weights; the copies. Raises NotFound, OutOfSpace, BucketError."""
+    return copy(assets(source), folder)
+
+
+def copy(paths: Iterable[Path], folder: Path) -> list[Path]:
+    """Copy files into a folder, writable whatever the originals are; the copies. Raises OutOfSpace, BucketError."""
+    copies = []
+    for path in paths:
+        with file_system_errors(str(folder / path.name)):
+            copies.append(Path(shutil.copyfile(path, folder / path.name)))
+    return copies
+
+
+def _shards(folder: Path) -> dict[str, set[str]]:
+    """Each shard's file name, and the tensors the index places there: none where there is no index."""
+    index = folder / INDEX
+    if index.is_file():
+        return _read_index(index)
+    if (folder / SINGLE).is_file():
+        return {SINGLE: set()}
+    raise NotFound(f"{folder} holds no {SINGLE} and no {INDEX}: not a safetensors checkpoint")
+
+
+def _read_index(index: Path) -> dict[str, set[str]]:
+    if index.stat().st_size > MAX_INDEX:
+        raise TooLarge(f"{index}: {index.stat().st_size:,} bytes; the bound is {MAX_INDEX:,}")
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        shards: dict[str, set[str]] = {name: set() for name in sorted(weight_map.values())}
+        for tensor, name in weight_map.items():
+            shards[name].add(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{index}: not a checkpoint index ({error!r})") from None
+    inside = (isinstance(name, str) and is_key(name) and "/" not in name for name in shards)
+    if not shards or not all(inside) or not all(name.endswith(".safetensors") for name in shards):
+        raise FormatError(f"{index}: names no shard, or one outside the folder")
+    return shards
+
+
+def _open_shard(path: Path, mode: Literal["r", "r+"]) -> tuple[np.memmap, container.Header]:
+    if not path.is_file():
+        raise NotFound(f"{path}: a shard of this checkpoint is missing; download the checkpoint again")
+    if path.stat().st_size == 0:
+        raise Truncated(f"{path} is empty; download the checkpoint again")
+    with file_system_errors(str(path)):
+        mapped = np.memmap(path, np.uint8, mode)
+    try:
+        return mapped, container.read_header(mapped)
+    except FormatError as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 def _nbytes(entry: TensorEntry) -> int:
@@ -125,7 +173,7 @@ def _plan_shards(table: Iterable[TensorEntry], shard_bytes: int) -> list[list[Te
 
 def _write_shard(path: Path, entries: list[TensorEntry], tensors: Mapping[str, Bits]) -> None:
     layout = {entry.name: (entry.dtype, entry.shape) for entry in entries}
-    with path.open("wb") as file:
+    with file_system_errors(str(path)), path.open("wb") as file:
         file.write(container.header_bytes(layout, {"format": "pt"}))
         for entry in entries:
             file.write(tensors[entry.name].data.view(np.uint8).data)

@@ -76,8 +76,9 @@ def read_commit(bucket: Bucket, run: str, version: int) -> Commit:
 def list_versions(bucket: Bucket, run: str) -> list[int]:
     """The committed versions of a run, ascending, by a listing alone."""
     prefix = f"runs/{run}/commits/"
-    stems = (stat.key.removeprefix(prefix).removesuffix(".json") for stat in bucket.list(prefix))
-    return sorted(int(stem) for stem in stems if stem.isdecimal())
+    stems = {stat.key: stat.key.removeprefix(prefix).removesuffix(".json") for stat in bucket.list(prefix)}
+    numbers = {key: int(stem) for key, stem in stems.items() if stem.isdecimal()}
+    return sorted(number for key, number in numbers.items() if key == commit_key(run, number))
 
 
 def _put_once(bucket: Bucket, key: str, data: bytes) -> None:

@@ -6,6 +6,8 @@ from typing import TypeVar
 import msgspec
 
 from deltawire.bits import WIDTHS, count
+from deltawire.buckets.base import is_key
+from deltawire.container import MAX_RANK
 from deltawire.errors import FormatError, UnknownVersion
 
 FORMAT = 1
@@ -14,7 +16,8 @@ MAX_RECORD = 64 << 20
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _HEX16 = re.compile(r"[0-9a-f]{16}")
-_SAFE_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+_MAX_VERSION = 1 << 53
+"""JSON numbers are exact below it, in every language"""
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -69,7 +72,8 @@ class Commit(msgspec.Struct, frozen=True):
     (or, without payloads, the run's base).
 
     `digests` are those of the tensors that changed since the parent, as 16 hex digits; `root` hashes all of them.
-    `created` is seconds since the epoch by the publisher's clock, `step` the trainer's own counter.
+    `created` is seconds since the epoch by the publisher's clock, `step` the trainer's own counter. A metric that was
+    not finite is read as None: JSON has no NaN.
     """
 
     run: str
@@ -80,7 +84,7 @@ class Commit(msgspec.Struct, frozen=True):
     payloads: tuple[Payload, ...]
     created: float
     step: int | None = None
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
     format: int = FORMAT
 
     @property
@@ -130,7 +134,8 @@ HEAD_KEY = "HEAD.json"
 
 
 def write(record: Run | Commit | Head) -> bytes:
-    """A record as JSON; equal records give equal bytes."""
+    """A record as JSON; equal records give equal bytes. Raises FormatError for one that no reader would accept."""
+    _check(record, f"this {type(record).__name__.lower()} record")
     return msgspec.json.encode(record, order="sorted")
 
 
@@ -158,17 +163,25 @@ def _check(record: Run | Commit | Head, where: str) -> None:
 
     require(_RUN_ID.fullmatch(record.run), f"run {record.run!r} is not 16 hex digits")
     if isinstance(record, Run):
-        names = [entry.name for entry in record.table]
-        require(len(set(names)) == len(names), "a name stands twice in the tensor table")
+        names = {entry.name for entry in record.table}
+        require(len(names) == len(record.table), "a name stands twice in the tensor table")
+        require(not any("\0" in name for name in names), "a name in the tensor table has a NUL")
         for entry in record.table:
-            sound = entry.dtype in WIDTHS and all(size >= 0 for size in entry.shape) and count(entry.shape) < 1 << 48
-            require(sound, f"{entry.name}: impossible dtype {entry.dtype!r} or shape {list(entry.shape)}")
+            require(_is_possible(entry), f"{entry.name}: impossible dtype {entry.dtype!r} or shape {list(entry.shape)}")
         return
-    require(record.version >= 0, f"version {record.version}")
+    require(0 <= record.version < _MAX_VERSION, f"version {record.version}")
     if isinstance(record, Commit):
         require(record.parent is None or 0 <= record.parent < record.version, f"parent {record.parent}")
         require(_HEX64.fullmatch(record.root), "root is not 64 hex digits")
         require(all(_HEX16.fullmatch(value) for value in record.digests.values()), "a digest is not 16 hex digits")
         for payload in record.payloads:
-            safe = _SAFE_KEY.fullmatch(payload.key) and payload.size >= 0 and _HEX64.fullmatch(payload.blake3)
+            safe = is_key(payload.key) and payload.size >= 0 and _HEX64.fullmatch(payload.blake3)
             require(safe, f"payload {payload.key!r}: unsafe key, negative size or malformed hash")
+        files = {payload.key.rpartition("/")[2] for payload in record.payloads}
+        require(len(files) == len(record.payloads), "two payloads have the same file name")
+
+
+def _is_possible(entry: TensorEntry) -> bool:
+    sizes = entry.shape
+    bounded = len(sizes) <= MAX_RANK and all(0 <= size < 1 << 48 for size in sizes) and count(sizes) < 1 << 48
+    return entry.dtype in WIDTHS and bounded

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deltawire import checkpoint
+from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
 from deltawire.checkpoint import Checkpoint
 from deltawire.digest import digest_bits
@@ -33,7 +34,8 @@ def materialize(
     Every tensor's digest is recomputed and compared with the commit before the folder appears under its name, all at
     once. Costs one delta of memory. A folder that already holds this position is left as it is.
 
-    Raises AlreadyExists for a folder that holds anything else, BadDigest, and what Subscriber.updates raises.
+    Raises AlreadyExists for a folder that holds anything else, BadDigest, OutOfSpace, and what Subscriber.updates
+    raises.
     """
     started, out = time.monotonic(), Path(out_dir)
     with Subscriber(bucket, base=base) as subscriber:
@@ -44,17 +46,18 @@ def materialize(
         assert target is not None
         if held(out) == target:
             return MaterializeReport(target, out, 0, 0, time.monotonic() - started)
-        if out.exists() and any(out.iterdir()):
-            raise AlreadyExists(f"{out} exists and does not hold {target}; name another folder or remove it")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        with file_system_errors(str(out)):
+            if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+                raise AlreadyExists(f"{out} exists and does not hold {target}; name another folder or remove it")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
-            updates = list(_build(subscriber, work, target, on_update))
-            (work / MARKER).write_text(json.dumps({"run": target.run, "version": target.version, "root": target.root}))
-            if out.exists():
-                out.rmdir()
-            work.chmod(0o755)
-            work.rename(out)
+            updates = _build(subscriber, work, target, on_update)
+            with file_system_errors(str(out)):
+                marker = {"run": target.run, "version": target.version, "root": target.root}
+                (work / MARKER).write_text(json.dumps(marker))
+                work.chmod(0o755)
+                work.rename(out)  # takes the place of an empty folder, too
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return MaterializeReport(target, out, len(updates) - 1, sum(updates), time.monotonic() - started)
@@ -73,8 +76,7 @@ def _build(subscriber: Subscriber, work: Path, target: Position, on_update: Call
     weights: Checkpoint | None = None
     for update in subscriber.updates(until=target.version):
         if update.delta is None:
-            for path in subscriber.anchor_files():
-                shutil.copy(path, work / path.name)
+            checkpoint.copy(subscriber.anchor_files(), work)
             weights = Checkpoint(work, writable=True)
         else:
             assert weights is not None

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from deltawire import capture, log
 from deltawire.buckets.base import Bucket
@@ -26,13 +26,6 @@ FIRST_RETRY = 0.5
 LAST_RETRY = 30.0
 
 
-class _Work(NamedTuple):
-    """What the uploader holds: captured versions folded into one, and once it tried, the exact bytes."""
-
-    captured: Captured
-    attempt: Attempt
-
-
 class Publisher:
     """Publishes each new policy to a bucket as a delta.
 
@@ -44,7 +37,7 @@ class Publisher:
     A bucket that already holds a run continues it: the baseline is rebuilt from the last commit, and the first publish
     is the difference.
 
-    Not for several threads at once: one trainer, one publisher. Raises BucketError, FormatError, NotFound on opening.
+    Not for several threads at once: one trainer, one publisher. Raises BucketError, FormatError, ChainError on opening.
     """
 
     def __init__(
@@ -64,21 +57,31 @@ class Publisher:
         self._on_upload = on_upload
         self._spool = tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True)
         spool = Path(self._spool.name)
-        self._capturer = Capturer(bucket, spool, base=base, dtype=dtype, assets=assets, clock=clock)
+        try:
+            self._capturer = Capturer(bucket, spool, base=base, dtype=dtype, assets=assets, clock=clock)
+        except BaseException:
+            self._spool.cleanup()
+            raise
         self._changed = threading.Condition()
         self._waiting: list[Captured] = []
-        self._work: _Work | None = None
+        self._work: Captured | None = None
         self._committed: Position | None = self._capturer.resumed
         self._problem: DeltaWireError | None = None
-        self._closing = False
+        self._failures = 0
+        self._hurry = self._closing = self._died = False
         self._thread = threading.Thread(target=self._upload_forever, name="deltawire-upload", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> "Publisher":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.close(timeout=None if kind is None else 10.0)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close(timeout=None if error is None else 10.0)
+        except DeltaWireError as problem:
+            if error is None:
+                raise
+            error.add_note(f"deltawire: {problem}")  # the error under way is what the caller's handlers wait for
 
     @property
     def position(self) -> Position | None:
@@ -96,23 +99,26 @@ class Publisher:
 
         `tensors`: (checkpoint name, tensor) pairs, or a mapping; torch or numpy, any float dtype, CPU or CUDA. Taken
         one at a time, so memory grows by one tensor and one delta. The first call fixes the set of names; later
-        calls must give exactly that set.
+        calls must give exactly that set. `metrics` go into the commit as numbers.
 
         Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch; what was captured before the error is kept
         and goes with the next good call. Raises ChainError, too, once another writer has taken the run.
         """
-        if isinstance(self._problem, ChainError) or not self._thread.is_alive():
-            raise self._problem or DeltaWireError("this publisher is closed")
-        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+        if isinstance(self._problem, ChainError) or self._died or self._closing:
+            raise self._problem or DeltaWireError(f"{self.bucket.url}: this publisher is closed; open a new one")
         started = time.perf_counter()
-        versions, compare_seconds = self._capturer.capture(pairs, step=step, metrics=metrics or {})
+        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+        step = None if step is None else int(step)
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        versions, compare_seconds = self._capturer.capture(pairs, step=step, metrics=numbers)
+        newest = versions[-1]
         with self._changed:
             for captured in versions:
                 self._enqueue(captured)
-            held = [*self._waiting, *([self._work.captured] if self._work else [])]
+            wire_bytes = newest.payload_bytes
+            held = [*self._waiting, *([self._work] if self._work else [])]
             problem = str(self._problem) if self._problem else None
             self._changed.notify_all()
-        newest = versions[-1]
         first = newest.parent is None
         return PublishReport(
             run=newest.run.run,
@@ -120,7 +126,7 @@ class Publisher:
             step=step,
             changed=self._capturer.total if first else newest.delta.changed,
             total=self._capturer.total,
-            wire_bytes=newest.payload_bytes,
+            wire_bytes=wire_bytes,
             model_bytes=self._capturer.model_bytes,
             seconds=time.perf_counter() - started,
             compare_seconds=compare_seconds,
@@ -130,26 +136,26 @@ class Publisher:
         )
 
     def flush(self, timeout: float | None = None) -> Position | None:
-        """Wait until everything captured is committed; the newest position.
+        """Wait until everything captured is committed; the newest position. An upload that failed is tried again at
+        once.
 
         Raises what stops the upload when waiting cannot help (AccessRefused, NotFound, OutOfSpace, Forked), Unavailable
         when `timeout` seconds were not enough. Nothing is forgotten: call again, or publish on.
         """
         with self._changed:
-            done = self._changed.wait_for(lambda: self._idle() or self._stuck(), timeout)
-            if self._stuck():
-                assert self._problem is not None
-                raise self._problem
-            if not done:
-                raise Unavailable(
-                    f"{self.bucket.url}: not all committed after {timeout} s: {self._problem or 'uploading'}"
-                )
-            return self._committed
+            before, self._hurry = self._failures, True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._idle() or self._is_hopeless(before), timeout)
+            if self._idle() and not self._died:
+                return self._committed
+            if self._is_hopeless(before):
+                raise self._problem or DeltaWireError(f"{self.bucket.url}: closed before all was committed")
+            raise Unavailable(f"{self.bucket.url}: not all committed after {timeout} s: {self._problem or 'uploading'}")
 
     def close(self, timeout: float | None = None) -> None:
         """Flush, then stop the uploader. Raises what `flush` raises, after stopping."""
         try:
-            if self._thread.is_alive():
+            if not self._closing:
                 self.flush(timeout)
         finally:
             with self._changed:
@@ -168,33 +174,32 @@ class Publisher:
     def _idle(self) -> bool:
         return not self._waiting and self._work is None
 
-    def _stuck(self) -> bool:
-        return self._problem is not None and not isinstance(self._problem, Unavailable)
+    def _is_hopeless(self, before: int) -> bool:
+        """Whether waiting cannot help: nobody uploads, or a try failed for good since there were `before` failures."""
+        fresh = self._failures > before and not isinstance(self._problem, Unavailable | None)
+        return self._closing or self._died or fresh
 
     def _upload_forever(self) -> None:
         try:
-            while self._take_work():
-                self._upload()
+            while captured := self._take_work():
+                self._upload(captured, capture.freeze(captured))
         except Exception as error:  # a thread that died silently would leave flush() waiting for ever
             with self._changed:
-                self._problem = DeltaWireError(f"the uploader stopped: {error!r}")
+                self._died, self._problem = True, DeltaWireError(f"the uploader stopped: {error!r}")
                 self._problem.__cause__ = error
                 self._changed.notify_all()
 
-    def _take_work(self) -> bool:
-        """Freeze all that waits as one attempt; False when closing."""
+    def _take_work(self) -> Captured | None:
+        """The oldest of what waits, which nothing folds into any more; None when closing."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._waiting)
             if self._closing:
-                return False
-            captured = self._waiting.pop(0)
-            self._work = _Work(captured, capture.freeze(captured))
-            return True
+                return None
+            self._work = self._waiting.pop(0)
+            return self._work
 
-    def _upload(self) -> None:
+    def _upload(self, captured: Captured, attempt: Attempt) -> None:
         """Append the frozen attempt, however often it takes; only a commit made durable drops the change."""
-        assert self._work is not None
-        captured, attempt = self._work
         started, delay, tries = time.monotonic(), FIRST_RETRY, 0
         while True:
             tries += 1
@@ -203,15 +208,21 @@ class Publisher:
                 break
             except (BucketError, ChainError) as error:
                 with self._changed:
-                    self._problem = error
+                    self._problem, self._failures = error, self._failures + 1
                     self._changed.notify_all()
-                    if self._changed.wait_for(lambda: self._closing, delay):
+                    self._changed.wait_for(lambda: self._closing or self._hurry, delay)
+                    self._hurry = False
+                    if self._closing:
                         return
                 delay = min(2 * delay, LAST_RETRY)
         seconds = time.monotonic() - started
         with self._changed:
             self._committed, self._work, self._problem = attempt.commit.position, None, None
+            self._hurry = False
             self._changed.notify_all()
+        for data in attempt.payloads.values():
+            if isinstance(data, Path):
+                data.unlink(missing_ok=True)  # an anchor's files are as large as the model, and may lie in memory
         commit = attempt.commit
         self._on_upload(
             UploadReport(commit.position, commit.parent, captured.versions, commit.wire_bytes, seconds, tries)

@@ -9,9 +9,10 @@ from pathlib import Path
 from deltawire import log, wire
 from deltawire.bases import base_of
 from deltawire.bits import Bits
+from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket, Stat
 from deltawire.buckets.verified import download_verified, get_verified
-from deltawire.checkpoint import Checkpoint
+from deltawire.checkpoint import Checkpoint, files
 from deltawire.delta import Delta
 from deltawire.digest import root as root_of
 from deltawire.errors import BadDigest, Forked, FormatError, Gap, NotFound, OtherRun, ShapeMismatch, UnknownTensor
@@ -85,12 +86,7 @@ class Subscriber:
 
         Raises OtherRun, Forked, Gap, BadDigest (a commit whose root is not that of its digests), FormatError.
         """
-        head = log.read_head(self.bucket)
-        if head.run != self.run.run:
-            raise OtherRun(
-                f"{self.bucket.url} moved from run {self.run.run} to run {head.run}, which does not continue it; "
-                "restart with a fresh position to follow the new run"
-            )
+        self._require_same_run()
         known = self._commits
         for version in log.list_versions(self.bucket, self.run.run):
             if version not in known:
@@ -105,6 +101,8 @@ class Subscriber:
 
     def digests_at(self, version: int) -> dict[str, int]:
         """The digest of every tensor at a committed version. Raises Gap for a version never committed."""
+        if version not in self._commits:
+            self.commits()
         if version not in self._commits:
             raise Gap(f"run {self.run.run}: version {version} was never committed; committed are {self._range()}")
         digests: dict[str, int] = {}
@@ -141,8 +139,19 @@ class Subscriber:
 
     def anchor_files(self) -> list[Path]:
         """The anchor's files on this host, downloaded and verified if need be: a whole checkpoint of version 0."""
-        commit = self.commits()[0]
-        return sorted(path for path in self._anchor_folder(commit).iterdir() if path.is_file())
+        return files(self._anchor_folder(self.commits()[0]))
+
+    def _require_same_run(self) -> None:
+        run = self.run.run
+        try:
+            head = log.read_head(self.bucket)
+        except NotFound:  # it is a hint, and we know the run
+            return
+        if head.run != run:
+            raise OtherRun(
+                f"{self.bucket.url} moved from run {run} to run {head.run}, which does not continue it; "
+                "restart with a fresh position to follow the new run"
+            )
 
     def _admit(self, commit: Commit) -> None:
         """Check that a commit continues the chain known so far, and remember it."""
@@ -211,9 +220,11 @@ class Subscriber:
         if not commit.payloads:
             return self._base or base_of(self.run)
         if self._cache is None:
-            self._cache = Path(tempfile.mkdtemp(prefix="deltawire-"))
+            with file_system_errors(f"{tempfile.gettempdir()} (TMPDIR chooses another disk)"):
+                self._cache = Path(tempfile.mkdtemp(prefix="deltawire-"))
         folder = self._cache / f"{commit.run}-{commit.version}"
-        folder.mkdir(exist_ok=True)
+        with file_system_errors(str(folder)):
+            folder.mkdir(exist_ok=True)
         for payload in commit.payloads:
             path = folder / payload.key.rsplit("/", 1)[-1]
             if not path.is_file():

@@ -16,14 +16,20 @@ def tell(**record):
     print(json.dumps(record), flush=True)
 """
 WAIT = TELL + "tell(event='ready', pid=os.getpid())\nsignal.pause()\n"
-STUBBORN = TELL + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntell(event='ready', pid=os.getpid())\n" + (
-    "while True: signal.pause()\n"
+STUBBORN = (
+    TELL
+    + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntell(event='ready', pid=os.getpid())\n"
+    + ("while True: signal.pause()\n")
 )
-POLITE = TELL + "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\ntell(event='ready', pid=os.getpid())\n" + (
-    "signal.pause()\n"
+POLITE = (
+    TELL
+    + "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\ntell(event='ready', pid=os.getpid())\n"
+    + ("signal.pause()\n")
 )
-PARENT = TELL + "child = subprocess.Popen([sys.executable, '-S', '-c', 'import signal; signal.pause()'])\n" + (
-    "tell(event='ready', pid=os.getpid(), grandchild=child.pid)\nsignal.pause()\n"
+PARENT = (
+    TELL
+    + "child = subprocess.Popen([sys.executable, '-S', '-c', 'import signal; signal.pause()'])\n"
+    + ("tell(event='ready', pid=os.getpid(), grandchild=child.pid)\nsignal.pause()\n")
 )
 
 

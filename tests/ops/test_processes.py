@@ -1,6 +1,7 @@
 """The processes of a command: logged, watched, ended in order, and never left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,31 +85,23 @@ signal.pause()
         wait_for_end(pid)
 
 
-def test_a_failed_process_is_named_with_its_exit_code_and_the_end_of_its_log(children: Children) -> None:
+def test_a_failed_process_is_named_and_its_error_shows_the_end_of_its_log(children: Children) -> None:
     lines = "\n".join(f"print('line {i}')" for i in range(30))
-    start(children, WAIT, name="sound")
     broken = start(children, f"{lines}\nraise SystemExit('no such model')", name="vllm")
-    until(lambda: broken.code)
-    with pytest.raises(ProcessFailed, match=r"vllm ended with exit code 1; .*vllm\.log ends:") as caught:
-        children.check()
-    message = str(caught.value)
+    assert until(lambda: broken.code) == 1
+    error = broken.failed("is broken")
+    assert isinstance(error, ProcessFailed)
+    message = str(error)
+    assert re.match(r"vllm is broken; .*vllm\.log ends:\n", message)
     assert "no such model" in message
     assert "line 29" in message
     assert "line 9\n" not in message
 
 
-def test_processes_that_run_or_ended_well_pass_the_check(children: Children) -> None:
-    start(children, WAIT, name="running")
-    done = start(children, "pass", name="done")
-    until(lambda: done.code is not None or None)
-    children.check()
-
-
-def test_a_command_that_is_not_there_is_a_failure_that_names_it(children: Children) -> None:
+def test_a_command_that_is_not_there_ends_with_127_and_a_log_that_names_it(children: Children) -> None:
     child = children.start(Command("follower", ["/no/such/program"]))
-    until(lambda: child.code)
-    with pytest.raises(ProcessFailed, match=r"follower ended with exit code 127; .*\n  /no/such/program: No such file"):
-        children.check()
+    assert until(lambda: child.code) == 127
+    assert "\n  /no/such/program: No such file" in str(child.failed("is broken"))
 
 
 def test_closing_ends_all_even_if_one_had_failed(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The demo's last word: are the weights in vLLM's memory, and those in the bucket, the trainer's own, tensor by tensor?"""
+"""The demo's last word: does vLLM's memory, patched a hundred times, hold the trainer's weights bit for bit? Does the
+bucket? Would a server started on them today?"""
 
 import json
 import urllib.request
@@ -16,22 +17,44 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """loopback is never reached through a proxy, whatever the environment says"""
 
 
-def audit(version: int, trainer: Path, engine: str, materialized: Path) -> Audit:
-    """Compare three independent computations: `trainer` is the file of digests the trainer made of its own weights,
-    those of `engine` are recomputed from live memory now, and `materialized` is a checkpoint whose bits are read now."""
+class _Checksums(msgspec.Struct):
+    checksums: dict[str, str]
+
+
+def audit(version: int, trainer: Path, engine: str, materialized: Path, fresh: str) -> Audit:
+    """Compare independent computations, tensor by tensor: `trainer` is the file of digests that the trainer made of its
+    own weights, those of the server `engine` are recomputed from live memory now, and `materialized` is a checkpoint
+    read now. vLLM's own checksums of its parameters are compared between `engine` and `fresh`, a server that was
+    started on the materialized checkpoint and never updated.
+
+    Raises EngineError or OSError when a server does not answer."""
     own = {name: int(value, 16) for name, value in json.loads(trainer.read_text()).items()}
     with EngineClient(engine) as client:
         live = {name: int(value, 16) for name, value in client.audit().digests.items()}
     weights = Checkpoint(materialized)
     stored = {name: digest_bits(weights[name].data) for name in weights}
+    patched = checksums(engine)
     return Audit(
-        version=version, tensors=len(own), vllm_differs=compare(own, live), bucket_differs=compare(own, stored)
+        version=version,
+        tensors=len(own),
+        vllm_differs=compare(own, live),
+        bucket_differs=compare(own, stored),
+        checksums=len(patched),
+        fresh_server_differs=compare(patched, checksums(fresh)),
     )
 
 
-def compare(trainer: Mapping[str, int], other: Mapping[str, int]) -> list[str]:
+def compare(ours: Mapping[str, object], theirs: Mapping[str, object]) -> list[str]:
     """The tensors whose digests differ, or that only one side has; sorted."""
-    return sorted(name for name in trainer.keys() | other.keys() if trainer.get(name) != other.get(name))
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
+
+def checksums(engine: str) -> dict[str, str]:
+    """vLLM's own SHA-256 of each of its parameters, from /weight_checker."""
+    body = json.dumps({"action": "checksum"}).encode()
+    request = urllib.request.Request(f"{engine}/weight_checker", body, {"Content-Type": "application/json"})
+    with _DIRECT.open(request, timeout=60) as answer:
+        return msgspec.json.decode(answer.read(), type=_Checksums).checksums
 
 
 def traffic(hub: str) -> Traffic:

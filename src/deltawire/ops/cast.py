@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from deltawire.ops.processes import Command
 
 BUCKET = "hf://buckets/me/wordle"
 SERVED_NAME = "policy"
+NOTHING: Mapping[str, str] = {}
 
 
 class NoExamples(DeltaWireError):
@@ -84,15 +86,22 @@ class Cast:
         """The Wordle server; says `ready` with its URL."""
         return self._python("environment", "-m", "examples.wordle.environment", "--port", "0")
 
-    def vllm(self, port: int, hub: str) -> Command:
-        """vLLM with the deltawire engine; ready when /health answers."""
+    def vllm(self, engine: str, hub: str) -> Command:
+        """vLLM with the deltawire engine, on the starting checkpoint; ready when /health answers."""
+        return self._serve("vllm", self.model_folder, engine, hub)
+
+    def fresh_vllm(self, engine: str, hub: str) -> Command:
+        """Another one, on the materialized checkpoint, that nobody will update."""
+        return self._serve("fresh-vllm", self.materialized, engine, hub)
+
+    def _serve(self, name: str, model: Path, engine: str, hub: str) -> Command:
         arguments = {
-            "--model": str(self.model_folder),
+            "--model": str(model),
             "--served-model-name": SERVED_NAME,
             "--dtype": "bfloat16",
             "--max-model-len": "64",
             "--host": "127.0.0.1",
-            "--port": str(port),
+            "--port": engine.rpartition(":")[2],
             "--weight-transfer-config": json.dumps({"backend": "deltawire"}),
         }
         flat = [word for pair in arguments.items() for word in pair]
@@ -100,15 +109,14 @@ class Cast:
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            **self._hub_environment("vllm", hub),
         }
         module = "vllm.entrypoints.openai.api_server"
-        return self._python("vllm", "-m", module, *flat, "--enforce-eager", grace=20.0, **extra)
+        return self._python(name, "-m", module, *flat, "--enforce-eager", hub=hub, extra=extra)
 
     def follower(self, engine: str, hub: str) -> Command:
         """Drives vLLM's updates; says `update` for each version that came to be served."""
         arguments = ("follow", "--bucket", BUCKET, "--engine", engine, "--poll", "0.2", "--json")
-        return self._python("follower", "-m", "deltawire.cli", *arguments, **self._hub_environment("follower", hub))
+        return self._python("follower", "-m", "deltawire.cli", *arguments, hub=hub)
 
     def trainer(self, engine: str, environment: str, hub: str) -> Command:
         """Trains and publishes; says `start`, `step` and `done` in `metrics`; ends by itself."""
@@ -123,17 +131,15 @@ class Cast:
         }
         flat = [word for pair in arguments.items() for word in pair]
         acts = [word for act in self.acts for word in ("--act", f"{act.name},{act.learning_rate},{act.steps}")]
-        extra = self._hub_environment("trainer", hub)
-        return self._python("trainer", "-m", "examples.wordle.trainer", *flat, *acts, lasting=False, **extra)
+        return self._python("trainer", "-m", "examples.wordle.trainer", *flat, *acts, hub=hub, lasting=False)
 
     def materialize(self, hub: str) -> Command:
         """Writes the bucket's last version as a checkpoint; ends by itself."""
         arguments = ("materialize", BUCKET, str(self.materialized), "--json")
-        extra = self._hub_environment("materialize", hub)
-        return self._python("materialize", "-m", "deltawire.cli", *arguments, lasting=False, **extra)
+        return self._python("materialize", "-m", "deltawire.cli", *arguments, hub=hub, lasting=False)
 
     def _python(
-        self, name: str, *arguments: str, lasting: bool = True, grace: float = 10.0, **environment: str
+        self, name: str, *arguments: str, hub: str = "", extra: Mapping[str, str] = NOTHING, lasting: bool = True
     ) -> Command:
         path = [str(self.checkout), str(self.checkout / "src"), os.environ.get("PYTHONPATH", "")]
         common = {
@@ -143,9 +149,10 @@ class Cast:
             "no_proxy": "127.0.0.1,localhost",
         }
         command = (sys.executable, *arguments)
-        return Command(name, command, {**common, **environment}, self.checkout, grace=grace, lasting=lasting)
+        client = self._client_environment(name, hub) if hub else {}
+        return Command(name, command, {**common, **client, **extra}, self.checkout, grace=20.0, lasting=lasting)
 
-    def _hub_environment(self, name: str, hub: str) -> dict[str, str]:
+    def _client_environment(self, name: str, hub: str) -> dict[str, str]:
         home = self.folder / "clients" / name  # one each: what a process fetches must come from the server
         return {
             "HF_ENDPOINT": hub,

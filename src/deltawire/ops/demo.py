@@ -1,12 +1,9 @@
 """The demo: five processes that share nothing but a bucket and HTTP, from the first start to the final audit."""
 
 import socket
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 from rich.console import Console
@@ -14,37 +11,30 @@ from rich.console import Console
 from deltawire.errors import AlreadyExists
 from deltawire.ops import audit
 from deltawire.ops.cast import FULL, QUICK, Cast, find_checkout
-from deltawire.ops.processes import Child, Children, Command, ProcessFailed, Tail
-from deltawire.ops.screen import Screen, final_table, open_screen
+from deltawire.ops.processes import Child, Children
+from deltawire.ops.screen import final_table, open_screen
+from deltawire.ops.stage import Patience, Stage
 from deltawire.ops.story import Story
 from deltawire.ops.summary import DemoSummary, summarize
-
-T = TypeVar("T")
-TICK = 0.1
-"""seconds between two looks at the processes; all timings shown are measured by the processes themselves"""
-CLEAN = {0, 128 + 2, 128 + 15}
-"""exit codes of a process that was told to end and did, in its own way or by the signal"""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
     """`out`: where logs and summary.json go, runs/demo-<time> if None. `quick`: a few steps of each act. `plain`: lines
-    even on a terminal. `start_patience`, `news_patience`: seconds a process may take to get ready, and the trainer or
-    the follower may go on without a word, before the demo gives up."""
+    even on a terminal."""
 
     out: Path | None = None
     quick: bool = False
     plain: bool = False
-    start_patience: float = 240.0
-    news_patience: float = 120.0
+    patience: Patience = field(default_factory=Patience)
 
 
 def run_demo(options: DemoOptions, *, cast: Cast | None = None, console: Console | None = None) -> DemoSummary:
     """Train a tiny model by RL while vLLM serves it, its weights travelling through a bucket server; show it, audit it,
     and write summary.json. No process is left when this returns or raises, nor when this process is killed.
 
-    Raises NoExamples outside a checkout, AlreadyExists for a folder in use, ProcessFailed naming the process that failed
-    with the end of its log.
+    Raises NoExamples outside a checkout, AlreadyExists for a folder in use, ProcessFailed naming the process that
+    failed with the end of its log.
     """
     console = console or Console()
     if cast is None:
@@ -53,91 +43,51 @@ def run_demo(options: DemoOptions, *, cast: Cast | None = None, console: Console
     if cast.folder.exists() and any(cast.folder.iterdir()):
         raise AlreadyExists(f"{cast.folder} is not empty; name another folder with --out")
     with Children(cast.folder / "logs") as children, open_screen(console, plain=options.plain) as screen:
-        stage = Stage(children, screen, Story(cast.acts), options)
-        stage.tell(f"logs and figures in {cast.folder}")
-        summary = play(stage, cast)
+        stage = Stage(children, screen, Story(cast.acts), options.patience)
+        stage.tell(f"logs and figures go to {cast.folder}")
+        try:
+            summary = play(stage, cast)
+        except BaseException:
+            stage.tell("ending all processes")
+            raise
+        (cast.folder / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
         stage.end_all()
-    (cast.folder / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
     console.print(final_table(summary))
     return summary
 
 
-class Stage:
-    """The processes, what they have said so far, and the screen. Ended by its Children."""
+def play(stage: Stage, cast: Cast) -> DemoSummary:
+    """Start everything, train to the end, wait until vLLM serves the last version, and compare all weights."""
+    server, environment = stage.start(cast.server()), stage.start(cast.environment())
+    stage.finished(stage.start(cast.model()))
+    engine = f"http://127.0.0.1:{_free_port()}"
+    hub = stage.url(server)
+    vllm = stage.start(cast.vllm(engine, hub))
+    games = stage.url(environment)
+    stage.ready(vllm, lambda: audit.is_healthy(engine) or None)
+    follower = stage.start(cast.follower(engine, hub))
+    trainer = stage.start(cast.trainer(engine, games, hub), records=cast.metrics)
+    last = _train(stage, trainer, follower)
+    stage.tell(f"vLLM serves version {last}, the trainer's last; materializing it, for a fresh server to compare with")
+    stage.finished(stage.start(cast.materialize(hub)))
+    fresh = f"http://127.0.0.1:{_free_port()}"
+    stage.ready(stage.start(cast.fresh_vllm(fresh, hub)), lambda: audit.is_healthy(fresh) or None)
+    found = audit.audit(last, cast.digests, engine, cast.materialized, fresh)
+    figures = audit.traffic(hub)
+    return summarize(stage.story.steps, stage.story.served, found, figures, seconds=stage.seconds)
 
-    def __init__(self, children: Children, screen: Screen, story: Story, options: DemoOptions) -> None:
-        self.children = children
-        self.story = story
-        self._screen = screen
-        self._options = options
-        self._began = time.monotonic()
-        self._tails: dict[str, Tail] = {}
-        self._heard = self._began
 
-    @property
-    def seconds(self) -> float:
-        """Since the demo began."""
-        return time.monotonic() - self._began
+def _train(stage: Stage, trainer: Child, follower: Child) -> int:
+    """The trainer's last version, once it is published and vLLM serves it."""
+    stage.ready(trainer, lambda: stage.story.published)
+    stage.ready(follower, lambda: stage.story.served_version)
+    last = stage.news(trainer, lambda: stage.story.finished)
+    stage.news(follower, lambda: True if stage.story.served_version == last else None)
+    stage.finished(trainer)
+    return last
 
-    def tell(self, text: str) -> None:
-        """Show an event."""
-        self._screen.tell(text, self.seconds)
 
-    def start(self, command: Command, *, records: Path | None = None) -> Child:
-        """Start a process; its records are read from `records`, else from its output."""
-        child = self.children.start(command)
-        self._tails[command.name] = Tail(records) if records else child.output
-        if command.name in self.story.lights:
-            self.story.lights[command.name] = "starting"
-        return child
-
-    def ready(self, child: Child, look: Callable[[], T | None]) -> T:
-        """What `look` finds once the process is ready. Raises ProcessFailed."""
-        found = self.watch(child, look, "get ready", lambda: child.started, self._options.start_patience)
-        self.story.lights[child.name] = "ready"
-        self.tell(f"{child.name} is ready after {time.monotonic() - child.started:.0f} s")
-        return found
-
-    def news(self, child: Child, look: Callable[[], T | None]) -> T:
-        """What `look` finds, as long as there are records to read now and then. Raises ProcessFailed."""
-        self._heard = time.monotonic()
-        return self.watch(child, look, "say anything new", lambda: self._heard, self._options.news_patience)
-
-    def watch(
-        self, child: Child, look: Callable[[], T | None], what: str, since: Callable[[], float], patience: float
-    ) -> T:
-        """Read, check and draw until `look` finds something. Raises ProcessFailed when a process failed, or when
-        `patience` seconds passed since `since()`: then `child` is the one to blame."""
-        while True:
-            self._look_at_all()
-            if (found := look()) is not None:
-                return found
-            silent = time.monotonic() - since()
-            if silent > patience:
-                self.story.lights[child.name] = "failed"
-                raise child.failed(f"did not {what} in {patience:.0f} s")
-            starting = [name for name, light in self.story.lights.items() if light == "starting"]
-            ages = (f"{name} is starting, {time.monotonic() - self.children[name].started:.0f} s" for name in starting)
-            self._screen.draw(self.story, "; ".join(ages), self.seconds)
-            time.sleep(TICK)
-
-    def _look_at_all(self) -> None:
-        for name, tail in self._tails.items():
-            for record in tail.records():
-                self._heard = time.monotonic()
-                self.story.hear(name, record)
-        self.children.check()
-
-    def end(self, name: str) -> None:
-        """End a process and wait. Raises ProcessFailed if it did not end cleanly."""
-        child = self.children[name]
-        code = child.close()
-        self.story.lights[name] = "ended"
-        if code not in CLEAN:
-            raise child.failed(f"did not end cleanly (exit code {code})")
-
-    def end_all(self) -> None:
-        """End the processes, the ones that use others first. Raises ProcessFailed."""
-        for name in ("follower", "vllm", "environment", "bucket-server"):
-            self.end(name)
-        self._screen.draw(self.story, "", self.seconds)
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

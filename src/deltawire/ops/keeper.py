@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     try:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     except OSError as error:
-        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        sys.stderr.write(f"{command[0]}: {error.strerror}\n")
         return 127
     threading.Thread(target=_watch, args=(lifeline, stop), daemon=True).start()
     threading.Thread(target=_end, args=(child.pid, stop, grace), daemon=True).start()

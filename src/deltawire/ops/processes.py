@@ -134,20 +134,14 @@ class Children:
     def __getitem__(self, name: str) -> Child:
         return self._children[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._children
+    def __iter__(self) -> Iterator[Child]:
+        return iter(self._children.values())
 
     def start(self, command: Command) -> Child:
         """Start a process; its log is NAME.log."""
         child = Child(command, self._logs / f"{command.name}.log")
         self._children[command.name] = child
         return child
-
-    def check(self) -> None:
-        """Raises ProcessFailed if a process ended that should not have, or with another exit code than 0."""
-        for child in self._children.values():
-            if child.code or (child.code == 0 and child.command.lasting):
-                raise child.failed(f"ended with exit code {child.code}")
 
     def close(self) -> dict[str, int]:
         """End every process that still runs: all are asked at once, the last started is waited for first. Exit codes

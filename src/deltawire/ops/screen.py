@@ -1,6 +1,7 @@
 """How a running demo looks: one live screen on a terminal, plain lines anywhere else."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -124,7 +125,8 @@ def where(story: Story, step: Step) -> str:
     number = next(i for i, act in enumerate(story.acts) if act.name == step.act)
     before = sum(act.steps for act in story.acts[:number])
     act = story.acts[number]
-    return f"act {number + 1} of {len(story.acts)}, {act.name} at {act.learning_rate:g}, step {step.step - before}/{act.steps}"
+    place = f"act {number + 1} of {len(story.acts)}, {act.name} at {act.learning_rate:g}"
+    return f"{place}, step {step.step - before}/{act.steps}"
 
 
 def panel(story: Story, waiting: str, seconds: float) -> RenderableType:
@@ -177,7 +179,7 @@ def _add_figures(table: Table, story: Story) -> None:
 
 def final_table(summary: DemoSummary) -> Table:
     """What the demo showed, act by act."""
-    table = Table("act", "learning rate", "versions", "reward", "win rate", "changed", "delta", title="deltawire demo")
+    table = Table("act", "rate", "versions", "reward", "win rate", "changed", "delta", title="deltawire demo")
     for act in summary.acts:
         table.add_row(
             act.name,
@@ -186,12 +188,14 @@ def final_table(summary: DemoSummary) -> Table:
             f"{act.reward_first:.3f} → {act.reward_last:.3f}",
             f"{act.win_rate_first:.0%} → {act.win_rate_last:.0%}",
             f"{act.changed_fraction:.2%}",
-            f"{size(act.delta_bytes)} of {size(summary.model_bytes)}",
+            size(act.delta_bytes),
         )
-    equal = "equal" if summary.audit_equal else "DIFFERENT"
+    audit = summary.audit
+    equal = "equal" if audit.equal else "DIFFERENT"
     table.caption = (
-        f"vLLM, bucket and trainer at version {summary.audit.version}: {equal} in {summary.audit.tensors} tensors; "
-        f"pause {summary.pause_ms:.1f} ms, published to served {summary.publish_to_served_s:.2f} s (medians)"
+        f"vLLM, bucket, fresh server and trainer at version {audit.version}: {equal}, {audit.tensors} tensors, "
+        f"{size(summary.model_bytes)}; pause {summary.pause_ms:.1f} ms, "
+        f"published to served {summary.publish_to_served_s:.2f} s (medians)"
     )
     return table
 
@@ -200,7 +204,7 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
     """The values as `width` or fewer bars, neighbours averaged, from their lowest to their highest."""
     if len(values) > width:
         cuts = [round(i * len(values) / width) for i in range(width + 1)]
-        values = [sum(values[a:b]) / (b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+        values = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
     low, high = min(values), max(values)
     scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(SPARKS[round((value - low) * scale)] for value in values)

@@ -21,8 +21,12 @@ class Story:
     lights: dict[str, Light] = field(default_factory=lambda: dict.fromkeys(PROCESSES, "waiting"))
     steps: list[Step] = field(default_factory=list)
     served: list[Served] = field(default_factory=list)
+    urls: dict[str, str] = field(default_factory=dict)
+    """where the processes that said so are ready"""
     published: int | None = None
     """the version the trainer published last"""
+    finished: int | None = None
+    """its last version, once it said that it is the last"""
     upload_seconds: float | None = None
     """what its last upload took"""
     problem: str | None = None
@@ -32,8 +36,12 @@ class Story:
         """Take in one record of one process; events nobody draws are ignored. Raises FormatError."""
         try:
             match name, record.get("event"):
-                case "trainer", "start" | "done":
+                case _, "ready":
+                    self.urls[name] = str(record.get("url"))
+                case "trainer", "start":
                     self.published = msgspec.convert(record["version"], int)
+                case "trainer", "done":
+                    self.finished = msgspec.convert(record["version"], int)
                 case "trainer", "step":
                     self.steps.append(msgspec.convert(record, Step))
                     self.published = self.steps[-1].version
@@ -46,6 +54,11 @@ class Story:
                     self.problem = str(record["error"])
         except (KeyError, msgspec.ValidationError) as error:
             raise FormatError(f"the {name} of this demo speaks another language: {error} in {record}") from None
+
+    def has_said_ready(self, name: str) -> bool:
+        """Whether a process has said that it is ready, in a way of its own."""
+        said = {"follower": self.served_version, "trainer": self.published}
+        return said.get(name, self.urls.get(name)) is not None
 
     @property
     def total_steps(self) -> int:

@@ -52,18 +52,22 @@ class ActSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Audit(msgspec.Struct, frozen=True, kw_only=True):
-    """The last version as three parties see it: vLLM's live memory and the checkpoint materialized from the bucket, each
-    compared tensor by tensor with the trainer's own weights. The lists name the tensors that differ or are missing."""
+    """The last version as each party holds it: vLLM's live memory and the checkpoint materialized from the bucket, each
+    compared in `tensors` tensors with the trainer's own weights; and `checksums` parameters of vLLM compared with those
+    of a server freshly started on that checkpoint. The lists name what differs or what one side lacks."""
 
     version: int
     tensors: int
     vllm_differs: list[str]
     bucket_differs: list[str]
+    checksums: int
+    fresh_server_differs: list[str]
 
     @property
     def equal(self) -> bool:
         """Whether there was something to compare, and all of it is the same."""
-        return self.tensors > 0 and not self.vllm_differs and not self.bucket_differs
+        differs = self.vllm_differs + self.bucket_differs + self.fresh_server_differs
+        return self.tensors > 0 and self.checksums > 0 and not differs
 
 
 class Traffic(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,10 +80,10 @@ class Traffic(msgspec.Struct, frozen=True, kw_only=True):
 class DemoSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What a demo showed.
 
-    `reward_first` and `win_rate_first` are means over the first ten steps of the demo, `…_last` over the last ten of the
-    first act, the one whose learning rate lets this toy learn; each act has its own beside them. `changed_fraction` and
+    `reward_first` and `win_rate_first` are means over the first ten steps of the demo, `…_last` over the last ten of
+    the first act, whose learning rate lets this toy learn; each act has its own beside them. `changed_fraction` and
     `delta_bytes` of an act are medians over the versions it published; `pause_ms` and `publish_to_served_s` are medians
-    over the updates vLLM took.
+    over the updates vLLM took; `staleness` is a mean over all steps.
     """
 
     reward_first: float
@@ -99,8 +103,8 @@ class DemoSummary(msgspec.Struct, frozen=True, kw_only=True):
     server_deduplicated_bytes: int
     seconds: float
     trainer_connected_to_vllm_for_weights: bool = False
-    """A constant, not a measurement: the trainer is started with the bucket's URL and the URL it reads rollouts from; the
-    process that asks vLLM for updates is the follower, which knows the bucket's URL and no trainer."""
+    """A constant, not a measurement: the trainer is started with the bucket's URL and the URL it reads rollouts from,
+    and asks vLLM for nothing else; the process that asks for updates is the follower, which knows no trainer."""
 
 
 def summarize(

@@ -125,7 +125,7 @@ class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             "attached": attached.subscriber.bucket.url if attached else None,
             "position": _as_dict(position) if not state.quarantined else None,
             "staging": state.staging is not None,
-            "staged": {**_as_dict(plan.after), **_facts(plan)} if plan else None,
+            "staged": _facts(plan) if plan else None,
             "applied": state.applied,
             "quarantined": state.quarantined,
             "error": state.problem,
@@ -192,7 +192,7 @@ class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if plan.before is None:
             self._check_whole(attached, plan)
         attached.digests, attached.position = dict(plan.digests), plan.after
-        self._state.applied = {**_as_dict(plan.after), **_facts(plan), "write_ms": 1e3 * seconds}
+        self._state.applied = {**_facts(plan), "write_ms": 1e3 * seconds}
 
     def _check_whole(self, attached: _Attached, plan: Plan) -> None:
         """After an anchor every weight is read back: no earlier digest vouches for the rest of the memory."""
@@ -255,6 +255,8 @@ def _as_dict(position: Position | None) -> dict[str, Any] | None:
 
 def _facts(plan: Plan) -> dict[str, Any]:
     return {
+        "run": plan.after.run,
+        "version": plan.after.version,
         "from_version": plan.before.version if plan.before else None,
         "changed": plan.changed,
         "wire_bytes": plan.wire_bytes,

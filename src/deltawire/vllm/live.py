@@ -32,7 +32,7 @@ class LiveWeights:
         self.table = {entry.name: entry for entry in table}
         live = tensors_of(model)
         before = _state(live)
-        loader = load_weights or model.load_weights  # type: ignore[operator]
+        loader = load_weights or model.load_weights
         self.placement = _without(probe(self.table.values(), loader, live), transformed)
         after = _state(tensors_of(model))
         if touched := [name for name in before if after.get(name) != before[name]]:

@@ -24,7 +24,7 @@ class Memory:
         carrier = CARRIER[tensor.element_size()]
         storage = tensor.untyped_storage()
         size = storage.nbytes() // tensor.element_size()
-        self.flat = torch.empty(0, dtype=carrier, device=tensor.device).set_(storage, 0, (size,), (1,))  # type: ignore[call-overload]
+        self.flat = torch.empty(0, dtype=carrier, device=tensor.device).set_(storage, 0, (size,), (1,))
         self._unsigned = np.dtype(f"<u{tensor.element_size()}")
 
     def on_device(self, offsets: Positions) -> torch.Tensor:

@@ -1,0 +1,105 @@
+"""The checkpoint a run starts from: a folder by its path, a Hub repository by its commit, and every way to lack it."""
+
+import errno
+import sys
+
+import huggingface_hub
+import pytest
+from httpx2 import ConnectError, Request, Response
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from deltawire import Publisher, Subscriber
+from deltawire.bases import base_of, open_base, resolve_base
+from deltawire.errors import AccessRefused, FormatError, NotFound, OutOfSpace, Unavailable
+from deltawire.manifests import BaseCheckpoint, Run
+from runs import fresh
+
+
+def answer(kind, status):
+    return kind("the Hub's words", response=Response(status, request=Request("GET", "https://hub.test/api")))
+
+
+HUB_ERRORS = [
+    (answer(RepositoryNotFoundError, 401), NotFound, "hf auth login"),
+    (answer(RevisionNotFoundError, 404), NotFound, "check the name"),
+    (HFValidationError("Repo id must be …"), NotFound, "no folder here|me/base"),
+    (answer(GatedRepoError, 403), AccessRefused, "accept its terms"),
+    (answer(HfHubHTTPError, 403), AccessRefused, "HTTP 403"),
+    (answer(HfHubHTTPError, 503), Unavailable, "HTTP 503"),
+    (ConnectError("no route"), Unavailable, "pass base="),
+    (OfflineModeIsEnabled("HF_HUB_OFFLINE=1"), Unavailable, "HF_HUB_OFFLINE"),
+    (LocalEntryNotFoundError("not in the cache"), Unavailable, "pass base="),
+    (OSError(errno.ENOSPC, "No space left on device"), OutOfSpace, "me/base"),
+]
+
+
+@pytest.mark.parametrize(("raised", "kind", "says"), HUB_ERRORS, ids=lambda value: type(value).__name__)
+def test_what_the_hub_refuses_is_a_typed_error_that_says_what_to_do(monkeypatch, raised, kind, says):
+    def refuse(*arguments, **options):
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(kind, match=says) as resolving:
+        resolve_base("me/base")
+    with pytest.raises(kind, match=says) as opening:
+        open_base(BaseCheckpoint("me/base", "0" * 40))
+    assert resolving.value.__cause__ is opening.value.__cause__ is raised
+    with pytest.raises(kind):
+        Publisher(fresh(), base="me/base")
+
+
+def test_a_hub_repository_is_pinned_and_opened_at_its_commit(tmp_path, monkeypatch):
+    class Info:
+        sha = "c" * 40
+
+    asked = []
+
+    def download(source, **options):
+        asked.append((source, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, source: Info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    base = resolve_base("me/base")
+    assert base == BaseCheckpoint("me/base", "c" * 40)
+    assert open_base(base) == tmp_path
+    ((source, options),) = asked
+    assert (source, options["revision"]) == ("me/base", "c" * 40)
+    assert not any(pattern.endswith((".bin", ".py", ".pt", "*")) for pattern in options["allow_patterns"])
+
+
+def test_a_folder_is_pinned_by_its_absolute_path(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_base("base") == BaseCheckpoint(str((tmp_path / "base").resolve()))
+    assert open_base(resolve_base("base")) == (tmp_path / "base").resolve()
+
+
+def test_a_folder_that_is_elsewhere_is_asked_for():
+    with pytest.raises(NotFound, match="pass base=, a folder that holds it"):
+        open_base(BaseCheckpoint("/no/such/folder"))
+
+
+def test_a_run_without_a_base_has_none_to_open():
+    with pytest.raises(FormatError, match="names no base"):
+        base_of(Run("0" * 16, (), 0.0))
+
+
+def test_without_huggingface_hub_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"pip install 'deltawire\[hub\]'"):
+        resolve_base("me/base")
+
+
+def test_a_reader_of_a_base_that_is_no_checkpoint_is_told_which_folder(tmp_path):
+    with Subscriber(fresh(), base=tmp_path) as subscriber, pytest.raises(NotFound):
+        subscriber.latest()
