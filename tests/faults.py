@@ -1,5 +1,6 @@
 """A bucket that fails when its plan says so: before a write has an effect, or after, when only its answer is lost."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,17 @@ def from_write(n: int, *, after: bool = False) -> Plan:
     """Write number `n` fails, and every later one never arrives: what a killed writer leaves."""
     dead = Unavailable("the writer is dead")
     return lambda number, key: None if number < n else Fault(dead, after and number == n)
+
+
+def down(error: BucketError | None = None) -> tuple[Plan, threading.Event]:
+    """A store that fails every write; an event says when it was first asked."""
+    asked = threading.Event()
+
+    def plan(n: int, key: str) -> Fault:
+        asked.set()
+        return Fault(error or Unavailable("the store is down"))
+
+    return plan, asked
 
 
 class Faulty:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from deltawire import Publisher, Subscriber, digest, open_bucket
+from deltawire import Publisher, Subscriber, Update, digest, open_bucket
 from deltawire.bits import Bits
 from deltawire.buckets import Bucket
-from deltawire.manifests import Commit, TensorEntry, commit_key, read, write
+from deltawire.manifests import Commit, Position, TensorEntry, commit_key, read, write
 from deltawire.tensors import cast
 
 PATIENCE = 30.0
@@ -97,3 +97,31 @@ def replace_commit(bucket: Bucket, version: int, change: Callable[[Commit], Comm
     forged = change(read(Commit, bucket.get(key, limit=1 << 20), where=key))
     bucket.put(key, write(forged))
     return forged
+
+
+def chain_of_four() -> tuple[Bucket, list[dict[str, Bits]]]:
+    """A bucket with versions 0 to 3, and the trainer's bits at each."""
+    bucket, weights = fresh(), model()
+    steps = []
+    for step in range(4):
+        edit(weights, step)
+        steps.append({name: tensor.copy() for name, tensor in weights.items()})
+    publish_all(bucket, *steps)
+    return bucket, [served(step) for step in steps]
+
+
+def position(bucket: Bucket, version: int) -> Position:
+    """Where a copy at a version stands."""
+    return commits(bucket)[version].position
+
+
+def payload_key(bucket: Bucket, version: int) -> str:
+    """The key of a version's first payload."""
+    commit = commits(bucket)[version]
+    return f"runs/{commit.run}/{commit.payloads[0].key}"
+
+
+def updates(bucket: Bucket, since: Position | None = None, **options: Any) -> list[Update]:
+    """What a fresh reader gets."""
+    with Subscriber(bucket) as subscriber:
+        return list(subscriber.updates(since, **options))

@@ -45,8 +45,9 @@ def test_every_numpy_dtype_goes_to_bits_and_back_sharing_memory(dtype, shape, se
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float32"])
 def test_a_transposed_or_strided_tensor_is_read_in_row_major_order(dtype):
     tensor = torch.arange(12.0).reshape(3, 4).to(getattr(torch, dtype))
-    for view in (tensor.T, tensor[:, ::2], tensor[1:, 1:]):
+    for view in (tensor.T, tensor[:, ::2], tensor[1:, 1:], tensor[:, 1]):
         assert as_bits(view) == as_bits(view.contiguous().clone())
+        assert as_bits(view).data.flags.c_contiguous
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
     for view in (array.T, array[:, ::2], array[::-1]):
         assert as_bits(view) == as_bits(view.copy())

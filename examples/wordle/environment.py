@@ -3,8 +3,8 @@
     python -m examples.wordle.environment --port 8001 --length 3 --guesses 4 --words 4 --vocabulary 16
 
 prints one JSON line, `{"event": "ready", "url": "http://127.0.0.1:8001"}`, when it can be played with; port 0 takes a
-free port. Any OpenEnv client plays: `reset(seed=…)` or `reset(word=…)`, then `step({"guess": "cat"})` until `done`. What
-cannot be played is answered with a `problem`, never with an error: a policy that babbles is to be taught, not hung up on.
+free port. Any OpenEnv client plays: `reset(seed=…)` or `reset(word=…)`, then `step({"guess": "cat"})` until `done`.
+What cannot be played is answered with a `problem`, never with an error: a policy that babbles is to be taught.
 """
 
 import argparse

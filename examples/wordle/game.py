@@ -25,8 +25,8 @@ SLOWEST_WIN = 0.6
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """A variant of the game: letters in a word, turns, and how many words may be secrets and may be guessed, the first of
-    that length in the list. Raises ValueError if the list cannot serve it."""
+    """A variant of the game: letters in a word, turns, and how many words (the first of that length in the list) may be
+    secrets and may be guessed. Raises ValueError if the list cannot serve it."""
 
     length: int = 3
     guesses: int = 4
@@ -117,8 +117,8 @@ def problem_with(guess: str, rules: Rules) -> Problem | None:
 
 
 def worth(feedback: str, turn: int, rules: Rules) -> float:
-    """What a marked guess is worth at `turn`, counted from 0: a win 1, less the later it comes; any other its greens and
-    half its yellows, as a share of `PARTIAL_WORTH`."""
+    """What a marked guess is worth at `turn`, counted from 0: a win 1, less the later it comes; any other guess its
+    greens and half its yellows, as a share of `PARTIAL_WORTH`."""
     if set(feedback) == {"G"}:
         return 1.0 - (1.0 - SLOWEST_WIN) * turn / rules.guesses
     return PARTIAL_WORTH * (feedback.count("G") + feedback.count("Y") / 2) / len(feedback)

@@ -1,20 +1,17 @@
-"""A thread that keeps a bounded queue of rollouts full, so that the trainer never waits for a game it could have had.
+"""A thread that plays the next rollout while the trainer learns from the one before: asynchrony with a bound.
 
-The bound keeps rollouts young: one waits to be put while `depth` wait to be taken, so a rollout was begun at most
-`depth + 2` optimizer steps before the one it trains, plus what vLLM lags behind the bucket.
+A rollout is begun only when there is room for it, so that it is played with the newest weights vLLM has: with `depth`
+rollouts at most waiting or being played, each was begun `depth` optimizer steps before the one it trains, and what it
+is older than that is what vLLM lags behind the bucket.
 """
 
 import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from types import TracebackType
 
 from examples.wordle.rollouts import Player, Rollout
-
-POLL = 0.2
-"""seconds between two looks at whether to stop"""
 
 
 class Producer:
@@ -26,8 +23,9 @@ class Producer:
     def __init__(self, make_player: Callable[[], Player], *, groups: int, depth: int = 1) -> None:
         self._make_player = make_player
         self._groups = groups
-        self._queue: queue.Queue[Rollout | BaseException] = queue.Queue(maxsize=depth)
-        self._stopping = threading.Event()
+        self._rollouts: queue.SimpleQueue[Rollout | Exception] = queue.SimpleQueue()
+        self._room = threading.Semaphore(depth)
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
         self._thread.start()
 
@@ -42,33 +40,33 @@ class Producer:
     def take(self, timeout: float) -> Rollout:
         """The oldest rollout. Raises what stopped the player, or TimeoutError after `timeout` seconds."""
         try:
-            item = self._queue.get(timeout=timeout)
+            item = self._rollouts.get(timeout=timeout)
         except queue.Empty:
             raise TimeoutError(f"no rollout in {timeout:.0f} s") from None
-        if isinstance(item, BaseException):
+        if isinstance(item, Exception):
             raise item
+        self._room.release()
         return item
 
     def close(self) -> None:
         """Stop after the rollout being played."""
-        self._stopping.set()
+        self._closing.set()
+        self._room.release()
         self._thread.join(timeout=10.0)
 
     def _run(self) -> None:
         try:
             asyncio.run(self._play())
         except Exception as error:
-            self._put(error)
+            self._rollouts.put(error)
 
     async def _play(self) -> None:
         seed = 0
         async with self._make_player() as player:
-            while not self._stopping.is_set():
-                await asyncio.to_thread(self._put, await player.play(seed))  # the sessions answer pings meanwhile
+            while await asyncio.to_thread(self._wait_for_room):  # on another thread: the sessions must answer pings
+                self._rollouts.put(await player.play(seed))
                 seed += self._groups
 
-    def _put(self, item: Rollout | BaseException) -> None:
-        while not self._stopping.is_set():
-            with suppress(queue.Full):
-                self._queue.put(item, timeout=POLL)
-                break
+    def _wait_for_room(self) -> bool:
+        self._room.acquire()
+        return not self._closing.is_set()

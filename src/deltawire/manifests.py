@@ -146,7 +146,7 @@ def read(kind: type[Record], data: bytes, *, where: str) -> Record:
         if version != FORMAT:
             raise UnknownVersion(f"{where}: format {version}; this deltawire reads format {FORMAT}, upgrade it")
         record = msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{where}: not a {kind.__name__.lower()} record: {error}") from None
     _check(record, where)
     return record

@@ -216,13 +216,13 @@ class Publisher:
                         return
                 delay = min(2 * delay, LAST_RETRY)
         seconds = time.monotonic() - started
+        for data in attempt.payloads.values():
+            if isinstance(data, Path):
+                data.unlink(missing_ok=True)  # an anchor's files are as large as the model, and may lie in memory
         with self._changed:
             self._committed, self._work, self._problem = attempt.commit.position, None, None
             self._hurry = False
             self._changed.notify_all()
-        for data in attempt.payloads.values():
-            if isinstance(data, Path):
-                data.unlink(missing_ok=True)  # an anchor's files are as large as the model, and may lie in memory
         commit = attempt.commit
         self._on_upload(
             UploadReport(commit.position, commit.parent, captured.versions, commit.wire_bytes, seconds, tries)

@@ -15,7 +15,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a quick demo that ended well."""
     out = tmp_path_factory.mktemp("demo") / "run"
     command = [sys.executable, "-m", "deltawire.cli", "demo", "--quick", "--plain", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=480, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 

@@ -193,8 +193,8 @@ def final_table(summary: DemoSummary) -> Table:
     audit = summary.audit
     equal = "equal" if audit.equal else "DIFFERENT"
     table.caption = (
-        f"vLLM, bucket, fresh server and trainer at version {audit.version}: {equal}, {audit.tensors} tensors, "
-        f"{size(summary.model_bytes)}; pause {summary.pause_ms:.1f} ms, "
+        f"vLLM, bucket, fresh server and trainer at version {audit.version}: {equal}\n"
+        f"{audit.tensors} tensors, {size(summary.model_bytes)}; pause {summary.pause_ms:.1f} ms, "
         f"published to served {summary.publish_to_served_s:.2f} s (medians)"
     )
     return table

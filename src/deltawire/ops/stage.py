@@ -21,7 +21,7 @@ CLEAN = {0, 128 + 2, 128 + 15}
 class Patience:
     """Seconds a process may take to get ready, and go on without a word, before the demo gives up."""
 
-    start: float = 240.0
+    start: float = 300.0
     news: float = 120.0
 
 

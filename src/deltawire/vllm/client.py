@@ -17,7 +17,8 @@ TIMEOUT = httpx.Timeout(120.0, connect=5.0)
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
-    """What a worker says of itself: `position` is what it serves, None while that is no committed version."""
+    """What a worker says of itself: `position` is what it serves, None while that is no committed version; `error` its
+    newest failure, None after a success; `session_open` whether a weight update was started and not finished."""
 
     attached: str | None
     position: Position | None
@@ -25,6 +26,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     staged: dict[str, Any] | None
     applied: dict[str, Any] | None
     quarantined: bool
+    session_open: bool
     error: dict[str, str] | None
 
 
@@ -79,10 +81,7 @@ class EngineClient:
 
     def audit(self, bucket: str | None = None) -> AuditReport:
         """Recompute every digest from live memory. Raises what the worker recorded when it cannot."""
-        answer = self._ask("audit", {"bucket": bucket} if bucket else {})
-        if answer.get("error"):
-            raise named_error(answer["error"])
-        return msgspec.convert(answer, AuditReport)
+        return msgspec.convert(self._ask("audit", {"bucket": bucket} if bucket else {}), AuditReport)
 
     def placement(self) -> dict[str, list[dict[str, Any]]]:
         """Where each checkpoint tensor lives in the worker's parameters."""
@@ -109,6 +108,10 @@ class EngineClient:
         """Let generation go on."""
         self._post("/resume", None)
 
+    def is_paused(self) -> bool:
+        """Whether generation is held."""
+        return bool(self._send("GET", "/is_paused", None, {}).get("is_paused"))
+
     def weight_version(self) -> str:
         """What the server says it serves."""
         answer = self._send("GET", "/weight_info", None, {})
@@ -122,12 +125,10 @@ class EngineClient:
         if len(results) != 1:
             raise EngineUnsupported(f"{self.url} runs {len(results)} workers; one worker per follower is proven so far")
         answer = results[0]
-        if not isinstance(answer, dict) or answer.get("nonce") not in (nonce, None):
+        if not isinstance(answer, dict) or answer.get("nonce") != nonce:
             raise Quarantined(f"{self.url} answered another question than was asked: restart it")
-        if answer.get("nonce") is None:
-            raise named_error(answer.get("error") or {})
-        if method != "status" and answer.get("error"):
-            raise named_error(answer["error"])
+        if refused := answer.get("refused"):
+            raise named_error(refused)
         return answer
 
     def _post(self, path: str, body: Any, params: dict[str, str] | None = None) -> dict[str, Any]:

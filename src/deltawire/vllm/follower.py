@@ -17,18 +17,20 @@ from deltawire.errors import (
     NotFound,
     Quarantined,
 )
-from deltawire.manifests import Position
+from deltawire.manifests import HEAD_KEY, Position
 from deltawire.subscriber import Subscriber
 from deltawire.vllm.client import EngineClient, WorkerStatus, named_error
 
 ASK_AGAIN = 0.02
 """seconds between looks at a worker that is staging"""
+LOOK_ANYWAY = 5.0
+"""seconds after which the server is looked at even if the bucket did not change: it may have been restarted"""
 
 
 class UpdateReport(msgspec.Struct, frozen=True):
     """One update that the server serves now.
 
-    `from_version` is None when it started from an anchor. `pause_ms` is measured here, from asking for the pause to the
+    `from_version` is None when it started from an anchor. `pause_ms` is measured here, from opening the session to the
     answer to the resume; `write_ms` by the worker, around the writes alone. `verified` means that every changed
     tensor's new digest was equal to the commit's before anything was written. `publish_to_served_s` compares this
     host's clock with the publisher's.
@@ -88,17 +90,27 @@ class Follower:
 
     def run(self) -> None:
         """Follow until closed. What passes (a store or server out of reach, a damaged file) is reported and retried;
-        raises what a person must mend: EngineUnsupported, Quarantined, ApplyError, OtherRun."""
-        last: str | None = None
+        raises what a person must mend: EngineUnsupported, Quarantined, ApplyError, ChainError."""
+        seen: str | None = None
+        looked, reported = -LOOK_ANYWAY, ""
         while not self._stopping.is_set():
             try:
-                self.step()
-                last = None
+                tag = self._head_tag()
+                if tag != seen or time.monotonic() >= looked + LOOK_ANYWAY:
+                    self.step()
+                    seen, looked, reported = tag, time.monotonic(), ""
             except (BucketError, FormatError, EngineUnavailable) as error:
-                if last != str(error):
+                if reported != str(error):
                     self._on_problem(error)
-                last = str(error)
+                reported = str(error)
             self._stopping.wait(self._poll)
+
+    def _head_tag(self) -> str | None:
+        """The tag of HEAD, by a call that sends no body; None while nothing is published."""
+        try:
+            return self.bucket.stat(HEAD_KEY).tag
+        except NotFound:
+            return None
 
     def step(self) -> UpdateReport | None:
         """Bring the server to the newest version, once. None when there was nothing to do, or nothing is published.
@@ -109,56 +121,70 @@ class Follower:
             target = self._subscriber.latest()
         except NotFound:
             return None
-        status = self._engine.status()
-        if status.attached != self.bucket.url:
-            status = self._engine.init(self._url)
-            self._require(status)
-        if status.quarantined:
-            raise Quarantined(f"{self._engine.url} cannot say what it serves: restart it")
+        status = self._ready()
         if status.position == target:
             self._label(status)
             return None
         self._stage(target)
         return self._commit(target)
 
+    def _ready(self) -> WorkerStatus:
+        """The worker's status, attached to our bucket, generating, and with no session open: a follower that was killed
+        in the middle of an update leaves both behind."""
+        status = self._engine.status()
+        if status.attached != self.bucket.url:
+            status = self._engine.init(self._url)
+            _require(status)
+        if status.quarantined:
+            raise Quarantined(f"{self._engine.url} cannot say what it serves: restart it")
+        if status.session_open:
+            self._engine.finish(None)
+        if self._engine.is_paused():
+            self._engine.resume()
+        return status
+
     def _stage(self, target: Position) -> None:
         """Have the worker prepare the update while the server generates."""
         self._engine.stage(self._url, target.version)
         while (status := self._engine.status()).staging and not self._stopping.is_set():
             self._stopping.wait(ASK_AGAIN)
-        self._require(status)
+        _require(status)
 
-    def _commit(self, target: Position) -> UpdateReport | None:
-        """Swap the weights inside a pause that only scatters. Generation is resumed whatever happens."""
-        self._engine.start()
+    def _commit(self, target: Position) -> UpdateReport:
+        """Swap the weights inside a pause that only scatters."""
         paused = time.perf_counter()
+        status = self._swap(target)
+        pause_ms = 1e3 * (time.perf_counter() - paused)
+        _require(status)
+        if status.position != target or status.applied is None:
+            raise Quarantined(f"{self._engine.url} took {target} without an error and does not serve it: restart it")
+        applied = {name: status.applied[name] for name in _APPLIED}
+        report = UpdateReport(
+            run=target.run,
+            version=target.version,
+            pause_ms=pause_ms,
+            verified=True,
+            publish_to_served_s=self._clock() - status.applied["created"],
+            **applied,
+        )
+        self._on_update(report)
+        return report
+
+    def _swap(self, target: Position) -> WorkerStatus:
+        """Pause, commit, name the version, resume. The session is closed and generation resumed whatever happens."""
+        self._engine.start()
+        served = None
         try:
             self._engine.pause(clear_cache=self._clear_cache)
             self._engine.update(self._url, target.version)
             status = self._engine.status()
-            served = status.position == target
-            self._engine.finish(str(target) if served else None)
+            served = str(target) if status.position == target else None
         finally:
-            self._engine.resume()
-        pause_ms = 1e3 * (time.perf_counter() - paused)
-        self._require(status)
-        if not served or status.applied is None:
-            raise Quarantined(f"{self._engine.url} took {target} without an error and does not serve it: restart it")
-        report = UpdateReport(
-            run=target.run,
-            version=target.version,
-            from_version=status.applied["from_version"],
-            changed=status.applied["changed"],
-            wire_bytes=status.applied["wire_bytes"],
-            fetch_s=status.applied["fetch_s"],
-            stage_s=status.applied["stage_s"],
-            pause_ms=pause_ms,
-            write_ms=status.applied["write_ms"],
-            verified=True,
-            publish_to_served_s=self._clock() - status.applied["created"],
-        )
-        self._on_update(report)
-        return report
+            try:
+                self._engine.finish(served)
+            finally:
+                self._engine.resume()
+        return status
 
     def _label(self, status: WorkerStatus) -> None:
         """A server that stands on a version without saying so (fresh from that very checkpoint) is told its name."""
@@ -166,6 +192,11 @@ class Follower:
             self._engine.start()
             self._engine.finish(str(status.position))
 
-    def _require(self, status: WorkerStatus) -> None:
-        if status.error is not None:
-            raise named_error(status.error)
+
+_APPLIED = ("from_version", "changed", "wire_bytes", "fetch_s", "stage_s", "write_ms")
+"""what a report takes over from the worker's own record"""
+
+
+def _require(status: WorkerStatus) -> None:
+    if status.error is not None:
+        raise named_error(status.error)

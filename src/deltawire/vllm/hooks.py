@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from deltawire.errors import EngineUnsupported
 from deltawire.vllm.live import changes_between, tensors_of
 from deltawire.vllm.memory import fingerprint
 
 ENGINE = "deltawire"
 TRANSFORMED = "_deltawire_transformed"
 """the attribute of a loaded model that names parameters changed after loading"""
+NOT_CHOSEN = """start this vLLM server with --weight-transfer-config '{"backend":"deltawire"}'"""
 _INSTALLED = "_deltawire_installed"
 
 
@@ -64,16 +66,17 @@ def _watch_post_load_steps() -> None:
 def _worker_method(name: str) -> Any:
     def method(worker: Any, request: str = "{}") -> dict[str, Any]:
         """JSON in, a dict out; never raises: with several workers one that did would leave later answers off by one."""
+        nonce = None
         try:
             asked = json.loads(request)
-            engine = worker.weight_transfer_engine
-            answer = getattr(engine, f"answer_{name}", None)
+            nonce = asked.get("nonce")
+            answer = getattr(worker.weight_transfer_engine, f"answer_{name}", None)
             if answer is None:
-                reason = f"this server's weight transfer backend is not {ENGINE!r}"
-                return {"nonce": asked.get("nonce"), "error": {"kind": "EngineUnsupported", "message": reason}}
-            return {**answer(asked), "nonce": asked.get("nonce"), "rank": worker.rank}
+                raise EngineUnsupported(NOT_CHOSEN)
+            session_open = bool(worker._weight_update_active)
+            return {**answer(asked), "nonce": nonce, "rank": worker.rank, "session_open": session_open}
         except Exception as error:
-            return {"nonce": None, "error": {"kind": type(error).__name__, "message": str(error)}}
+            return {"nonce": nonce, "refused": {"kind": type(error).__name__, "message": str(error)}}
 
     method.__name__ = f"deltawire_{name}"
     return method

@@ -1,0 +1,69 @@
+"""One optimizer step: a rollout as tensors, the GRPO objective over it, and what the step saw."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from examples.wordle.grpo import clipped_loss, group_advantages, masked_mean, token_entropy, token_logprobs
+from examples.wordle.rollouts import Rollout
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+BETAS = (0.9, 0.95)
+"""Adam's: the second moment forgets in 20 steps, since rewards and gradients change fast on a toy."""
+CLIP_LOW, CLIP_HIGH = 0.2, 0.28
+"""How far the ratio may move before it earns nothing more."""
+ENTROPY_BONUS = 0.02
+"""What a nat of entropy is worth in reward: without it this toy settles on a word or two and stops trying others."""
+LONGEST_GRADIENT = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A rollout as tensors, an episode a row: ids [episodes, length]; mask and behaviour [episodes, length - 1]."""
+
+    ids: Tensor
+    mask: Tensor
+    behaviour: Tensor
+    advantages: Tensor
+
+
+def as_batch(rollout: Rollout) -> Batch:
+    """Pad the episodes to one length. Padding needs no attention mask: it comes last, and attention looks back."""
+    episodes = [episode for group in rollout.groups for episode in group]
+
+    def padded(rows: list[list[Any]], dtype: torch.dtype) -> Tensor:
+        return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
+
+    rewards = torch.tensor([[episode.reward for episode in group] for group in rollout.groups])
+    return Batch(
+        ids=padded([episode.tokens for episode in episodes], torch.long),
+        mask=padded([episode.sampled for episode in episodes], torch.float32)[:, 1:],
+        behaviour=padded([episode.logprobs for episode in episodes], torch.float32)[:, 1:],
+        advantages=group_advantages(rewards).flatten(),
+    )
+
+
+def new_optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW without weight decay, its moments at zero."""
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=0.0)
+
+
+def optimize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
+    """One optimizer step on one batch, and what it saw: the loss, the entropy in nats per sampled token, the gradient's
+    norm before clipping, and how far the log-probabilities are from those the policy was sampled with."""
+    logits = model(input_ids=batch.ids).logits
+    logprobs = token_logprobs(logits, batch.ids)
+    entropy = masked_mean(token_entropy(logits), batch.mask)
+    loss = clipped_loss(logprobs, batch.behaviour, batch.advantages, batch.mask, low=CLIP_LOW, high=CLIP_HIGH)
+    optimizer.zero_grad()
+    (loss - ENTROPY_BONUS * entropy).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), LONGEST_GRADIENT)
+    optimizer.step()
+    off_policy = masked_mean((logprobs.detach() - batch.behaviour).abs(), batch.mask)
+    return {
+        "loss": loss.item(),
+        "entropy": entropy.item(),
+        "gradient_norm": norm.item(),
+        "off_policy": off_policy.item(),
+    }

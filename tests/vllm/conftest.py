@@ -1,0 +1,30 @@
+"""One real vLLM server for all tests here, over a small seeded model."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A folder with the starting checkpoint, in bf16."""
+    from servers import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("model")
+    save_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint, tmp_path_factory):
+    """A vLLM server with the deltawire engine."""
+    from servers import Server
+
+    started = Server(checkpoint, tmp_path_factory.mktemp("vllm") / "vllm.log")
+    try:
+        yield started.wait()
+    finally:
+        started.stop()

@@ -1,0 +1,98 @@
+"""Small seeded models, and real vLLM servers over them that stop with the test."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+START_SECONDS = 240
+VOCABULARY = 300
+
+
+def tiny_qwen3() -> Qwen3ForCausalLM:
+    """A tied Qwen3 of about 93,000 fp32 parameters, the same on every call."""
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def save_checkpoint(folder: Path) -> None:
+    """The model in bf16, with a tokenizer of one word per token."""
+    tiny_qwen3().to(torch.bfloat16).save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+
+
+class Server:
+    """One vLLM server in a process group of its own; `url`, and `stop()`."""
+
+    def __init__(self, model: Path, log: Path, *, backend: str | None = "deltawire") -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        command = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+            *("--served-model-name", "policy", "--dtype", "bfloat16", "--max-model-len", "128"),
+            *("--enforce-eager", "--host", "127.0.0.1", "--port", str(port)),
+            *(("--weight-transfer-config", f'{{"backend":"{backend}"}}') if backend else ()),
+        ]
+        environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=environment, start_new_session=True
+            )
+
+    def wait(self) -> "Server":
+        """Until it answers; fails with the end of its log."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return self
+            except httpx.HTTPError:
+                time.sleep(0.25)
+        raise AssertionError(f"vLLM did not start:\n{self.log.read_text(errors='replace')[-3000:]}")
+
+    def stop(self) -> None:
+        """End it and its workers."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait(10)
+
+    def checksums(self) -> dict[str, str]:
+        """vLLM's own checksum of every live parameter."""
+        answer = httpx.post(f"{self.url}/weight_checker", json={"action": "checksum"}, timeout=60)
+        return answer.json()["checksums"]
+
+    def logprobs(self, prompt: list[int], length: int = 8) -> list[float]:
+        """Greedy generation: the log-probability of each token it chose."""
+        body = {"model": "policy", "prompt": prompt, "max_tokens": length, "temperature": 0, "logprobs": 0}
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["logprobs"]["token_logprobs"]

@@ -1,0 +1,218 @@
+"""A real vLLM server follows a bucket: bit for bit, at every version, and truthful when something is wrong."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from servers import VOCABULARY, Server, tiny_qwen3
+
+import deltawire as dw
+from deltawire.errors import BadDigest, EngineUnavailable, EngineUnsupported, NotFound
+from deltawire.vllm.client import EngineClient
+from deltawire.vllm.follower import Follower
+
+pytestmark = pytest.mark.vllm
+
+
+class Trainer:
+    """A model trained on noise, published to a folder bucket."""
+
+    def __init__(self, folder: Path, checkpoint: Path) -> None:
+        self.url = folder.as_uri()
+        self.model = tiny_qwen3()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True), assets=checkpoint)
+
+    def step(self) -> dw.PublishReport:
+        """Publish, wait for the commit, then train one step."""
+        report = self.publisher.publish(self.model.named_parameters())
+        self.publisher.flush(30)
+        tokens = torch.randint(0, VOCABULARY, (4, 16))
+        self.published = {name: f"{value:016x}" for name, value in dw.digest(self.served()).items()}
+        self.model(input_ids=tokens, labels=tokens).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return report
+
+    def served(self) -> dict[str, torch.Tensor]:
+        """The weights as a server holds them."""
+        return {name: value.detach().bfloat16() for name, value in self.model.named_parameters()}
+
+
+@pytest.fixture
+def trainer(tmp_path, checkpoint):
+    trainer = Trainer(tmp_path / "bucket", checkpoint)
+    yield trainer
+    trainer.publisher.close(10)
+
+
+def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(server, trainer, tmp_path, checkpoint):
+    before = server.logprobs([1, 2, 3])
+    with Follower(trainer.url, server.url) as follower, EngineClient(server.url) as engine:
+        for version in range(6):
+            assert trainer.step().version == version
+            report = follower.step()
+            assert report is None or (report.version == version and report.verified)
+            audit = engine.audit()
+            assert audit.position.version == version
+            assert audit.digests == trainer.published
+            assert audit.mismatched == []
+            assert engine.weight_version() == f"{audit.position.run}:{version}"
+    after = server.logprobs([1, 2, 3])
+    assert before != after
+
+    out = tmp_path / "materialized"
+    dw.materialize(trainer.publisher.bucket, out)
+    fresh = Server(out, tmp_path / "fresh.log", backend=None)
+    try:
+        fresh.wait()
+        assert fresh.checksums() == server.checksums()
+        assert fresh.logprobs([1, 2, 3]) == after
+        with (
+            pytest.raises(EngineUnsupported, match="weight-transfer-config"),
+            Follower(trainer.url, fresh.url) as other,
+        ):
+            other.step()
+    finally:
+        fresh.stop()
+    with pytest.raises(EngineUnavailable), Follower(trainer.url, fresh.url) as other:
+        other.step()
+
+
+def test_versions_that_were_missed_arrive_as_one_update(server, trainer):
+    with Follower(trainer.url, server.url) as follower:
+        trainer.step()
+        follower.step()
+        for _ in range(3):
+            trainer.step()
+        report = follower.step()
+        assert (report.from_version, report.version) == (0, 3)
+    with EngineClient(server.url) as engine:
+        assert engine.audit().digests == trainer.published
+
+
+def test_a_damaged_delta_is_refused_and_the_old_version_is_still_served(server, trainer, tmp_path):
+    with Follower(trainer.url, server.url) as follower, EngineClient(server.url) as engine:
+        trainer.step()
+        follower.step()
+        served, label, digests = server.checksums(), engine.weight_version(), trainer.published
+        trainer.step()
+        (payload,) = (tmp_path / "bucket").glob("runs/*/deltas/*")
+        right = payload.read_bytes()
+        payload.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+        with pytest.raises(BadDigest):
+            follower.step()
+        assert server.checksums() == served
+        assert engine.weight_version() == label
+        assert engine.audit().digests == digests
+
+        payload.write_bytes(right)
+        assert follower.step().version == 1
+        assert engine.audit().digests == trainer.published
+
+
+def test_a_new_follower_takes_over_from_the_engines_own_word(server, trainer):
+    with Follower(trainer.url, server.url) as follower:
+        trainer.step()
+        follower.step()
+    trainer.step()
+    with Follower(trainer.url, server.url) as follower:
+        assert follower.step().from_version == 0
+        assert follower.step() is None
+
+
+def test_plain_posts_update_without_a_follower(server, trainer):
+    for _ in range(2):
+        trainer.step()
+    position = trainer.publisher.position
+
+    def post(path: str, body: dict) -> None:
+        httpx.post(server.url + path, json=body, timeout=60).raise_for_status()
+
+    post("/start_weight_update", {})
+    post("/update_weights", {"update_info": {"bucket": trainer.url, "version": 1}})
+    post("/finish_weight_update", {"weight_version": str(position)})
+    with EngineClient(server.url) as engine:
+        audit = engine.audit()
+        assert audit.position == position
+        assert audit.digests == trainer.published
+
+
+def test_a_version_that_was_never_committed_and_a_bucket_that_is_not_there_change_nothing(server, trainer, tmp_path):
+    trainer.step()
+    with Follower(trainer.url, server.url) as follower:
+        follower.step()
+    served = server.checksums()
+    with EngineClient(server.url) as engine:
+        for body in (
+            {"bucket": trainer.url, "version": 99},
+            {"bucket": (tmp_path / "nowhere").as_uri(), "version": 0},
+            {"surprise": 1},
+            {},
+        ):
+            engine.start()
+            httpx.post(f"{server.url}/update_weights", json={"update_info": body}, timeout=60).raise_for_status()
+            engine.finish(None)
+            assert engine.status().error is not None, body
+        assert server.checksums() == served
+        with pytest.raises(NotFound):
+            engine.audit((tmp_path / "nowhere").as_uri())
+
+
+def test_a_request_in_flight_lives_through_an_update(server, trainer):
+    trainer.step()
+    body = {"model": "policy", "prompt": [5, 6, 7], "max_tokens": 100, "temperature": 0, "ignore_eos": True,
+            "stream": True, "return_token_ids": True}  # fmt: skip
+    tokens = []
+    with (
+        Follower(trainer.url, server.url) as follower,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer,
+    ):
+        lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: {"))
+        tokens += json.loads(next(lines))["choices"][0]["token_ids"]
+        follower.step()
+        for line in lines:
+            tokens += json.loads(line)["choices"][0].get("token_ids") or []
+    assert len(tokens) == 100
+
+
+def test_a_copy_of_the_bucket_elsewhere_is_the_same_run(server, trainer, tmp_path):
+    trainer.step()
+    with Follower(trainer.url, server.url) as follower:
+        follower.step()
+    shutil.copytree(tmp_path / "bucket", tmp_path / "copy")
+    with Follower((tmp_path / "copy").as_uri(), server.url) as follower:
+        assert follower.step() is None  # the live digests say where the server stands; nothing is fetched
+
+
+def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_one_mends(server, trainer):
+    trainer.step()
+    with Follower(trainer.url, server.url) as follower:
+        follower.step()
+    trainer.step()
+    with EngineClient(server.url) as engine:  # what a follower does before it is killed
+        engine.start()
+        engine.pause(clear_cache=True)
+    with Follower(trainer.url, server.url) as follower, EngineClient(server.url) as engine:
+        assert follower.step().version == 1
+        assert not engine.is_paused()
+        assert engine.audit().digests == trainer.published
+    assert len(server.logprobs([1, 2, 3])) == 8
+
+
+def test_a_follower_runs_until_it_is_closed_and_serves_what_is_published(server, trainer):
+    served = threading.Semaphore(0)
+    with Follower(trainer.url, server.url, poll=0.05, on_update=lambda report: served.release()) as follower:
+        thread = threading.Thread(target=follower.run)
+        thread.start()
+        for _ in range(3):
+            trainer.step()
+            trainer.step()
+            assert served.acquire(timeout=30)
+        follower.close()
+        thread.join(30)
+        assert not thread.is_alive()
