@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-BLOCKS = re.findall(r"<!-- tested by [^>]*-->\n```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)
+BLOCKS = re.findall(
+    r"<!-- tested by [^>]*-->\n```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S
+)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block{i}" for i in range(len(BLOCKS))])

@@ -234,9 +234,6 @@ class _Watcher(TorchDispatchMode):
             return None
         kept = [dim for dim, size in enumerate(target.shape) if size != 1]
         pick = lambda values: tuple(values[dim] for dim in kept)  # noqa: E731
-        if any(stride == 0 for stride in pick(followed[1])):
-            self.unfit[trace.name] = "one element of it lands in several places"
-            return None
         shape, strides = pick(tuple(target.shape)), pick(target.stride())
         return Box(shape, followed[0], pick(followed[1]), parameter, target.storage_offset(), strides)
 
