@@ -1,5 +1,6 @@
-"""The model recipe, made so small that it takes a moment: the same bits again, and a folder that is whole or not there."""
+"""The model recipe, made so small that it takes a moment: the same bits each time, a whole folder or none."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,8 +59,6 @@ def test_the_tokenizer_reads_and_writes_any_transcript_a_character_a_token(tmp_p
 
 
 def test_random_play_is_legal_ends_with_a_win_or_the_last_turn_and_marks_whose_lines_are_whose() -> None:
-    import random
-
     rng = random.Random(7)
     for _ in range(50):
         lines = random_transcript(Rules(), rng)

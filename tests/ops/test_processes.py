@@ -5,12 +5,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from scripts import PARENT, POLITE, STUBBORN, TELL, WAIT, is_running, python, until, wait_for_end
 
+from deltawire.ops import processes
 from deltawire.ops.processes import Child, Children, Command, ProcessFailed, Tail
 
 
@@ -48,6 +50,20 @@ def test_a_process_that_ignores_sigterm_is_killed_when_its_grace_is_over(childre
     assert not is_running(pid)
 
 
+def test_after_a_failure_a_process_that_ignores_sigterm_gets_little_grace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "HURRY", 0.1)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="something failed"), Children(tmp_path) as children:
+        child = start(children, STUBBORN, grace=600.0)
+        pid = ready(child)["pid"]
+        raise RuntimeError("something failed")
+    assert child.code == 128 + signal.SIGKILL
+    assert not is_running(pid)
+    assert time.monotonic() - began < 60
+
+
 def test_what_a_process_started_is_gone_with_it(children: Children) -> None:
     child = start(children, PARENT)
     record = ready(child)
@@ -69,6 +85,7 @@ def test_no_process_survives_an_owner_that_was_killed(tmp_path: Path) -> None:
         f"""
 import signal
 from pathlib import Path
+from deltawire.ops import processes
 from deltawire.ops.processes import Children, Command
 children = Children(Path({str(tmp_path / "logs")!r}))
 for name, source in [("plain", {WAIT!r}), ("parent", {PARENT!r}), ("stubborn", {STUBBORN!r})]:

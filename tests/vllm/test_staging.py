@@ -95,7 +95,7 @@ def test_weights_that_are_no_committed_version_start_from_the_anchor(publisher, 
     wanted = publish(publisher, weights)
     live, digests, subscriber = follow(publisher, model)
     plan = staging.stage(live, digests, subscriber, None, 1)
-    assert plan.before is None
+    assert plan.since is None
     staging.apply(plan.writes)
     assert dw.equal(model.served(), wanted)
 

@@ -4,46 +4,48 @@
 
 LIFELINE is a file descriptor, the reading end of a pipe whose other end the owner holds. When it closes, because the
 owner said so or because the owner is gone (a kill -9 closes it too), the command gets SIGTERM, and GRACE seconds later
-its whole process group gets SIGKILL. What the command leaves behind in its group is killed as well. The exit code is
-the command's, 128 + n if signal n ended it, 127 if it could not be started.
+its whole process group gets SIGKILL; an owner in a hurry writes another number of seconds before it closes. What the
+command leaves behind in its group is killed as well. The exit code is the command's, 128 + n if signal n ended it, 127
+if it could not be started.
 """
 
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 
 
 def main(arguments: list[str]) -> int:
     lifeline, grace, command = int(arguments[0]), float(arguments[1]), arguments[2:]
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    told: queue.SimpleQueue[float] = queue.SimpleQueue()
+    signal.signal(signal.SIGTERM, lambda number, frame: told.put(grace))
     try:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     except OSError as error:
         sys.stderr.write(f"{command[0]}: {error.strerror}\n")
         return 127
-    threading.Thread(target=_watch, args=(lifeline, stop), daemon=True).start()
-    threading.Thread(target=_end, args=(child.pid, stop, grace), daemon=True).start()
+    threading.Thread(target=_watch, args=(lifeline, told, grace), daemon=True).start()
+    threading.Thread(target=_end, args=(child.pid, told), daemon=True).start()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # unreaped, so the group's number cannot be given away
     _signal_group(child.pid, signal.SIGKILL)
     code = child.wait()
     return 128 - code if code < 0 else code
 
 
-def _watch(lifeline: int, stop: threading.Event) -> None:
-    while os.read(lifeline, 1):
-        pass
-    stop.set()
+def _watch(lifeline: int, told: "queue.SimpleQueue[float]", grace: float) -> None:
+    with open(lifeline, "rb") as owner:
+        told.put(float(owner.read() or grace))
 
 
-def _end(pid: int, stop: threading.Event, grace: float) -> None:
-    stop.wait()
+def _end(pid: int, told: "queue.SimpleQueue[float]") -> None:
+    grace = told.get()
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
-    threading.Event().wait(grace)
+    time.sleep(grace)
     _signal_group(pid, signal.SIGKILL)
 
 

@@ -17,6 +17,8 @@ from deltawire.errors import DeltaWireError
 
 KEEPER = Path(__file__).with_name("keeper.py")
 LOG_END_LINES = 20
+HURRY = 3.0
+"""seconds of grace for each when something has failed or a person pressed Ctrl-C"""
 _KEEPER_ALLOWANCE = 5.0
 """seconds a keeper has, after the grace of its command, to kill it and report"""
 
@@ -102,9 +104,13 @@ class Child:
         """The exit code (128 + n after signal n), None while it runs."""
         return self._keeper.poll()
 
-    def ask_to_end(self) -> None:
-        """Have it sent SIGTERM, and SIGKILL when its grace is over. Returns at once; may be called again."""
+    def ask_to_end(self, grace: float | None = None) -> None:
+        """Have it sent SIGTERM, and SIGKILL after `grace` seconds, by default the command's. Returns at once; only the
+        first call counts."""
         if self._lifeline >= 0:
+            if grace is not None:
+                with suppress(BrokenPipeError):  # it has ended already
+                    os.write(self._lifeline, str(grace).encode())
             os.close(self._lifeline)
             self._lifeline = -1
 
@@ -143,11 +149,11 @@ class Children:
         self._children[command.name] = child
         return child
 
-    def close(self) -> dict[str, int]:
+    def close(self, grace: float | None = None) -> dict[str, int]:
         """End every process that still runs: all are asked at once, the last started is waited for first. Exit codes
         by name, those of processes that had ended before included."""
         for child in reversed(self._children.values()):
-            child.ask_to_end()
+            child.ask_to_end(grace)
         return {child.name: child.close() for child in reversed(self._children.values())}
 
     def __enter__(self) -> Self:
@@ -156,4 +162,4 @@ class Children:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(None if kind is None else HURRY)

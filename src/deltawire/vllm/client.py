@@ -17,10 +17,15 @@ TIMEOUT = httpx.Timeout(120.0, connect=5.0)
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
-    """What a worker says of itself: `position` is what it serves, None while that is no committed version; `error` its
-    newest failure, None after a success; `session_open` whether a weight update was started and not finished."""
+    """What a worker says of itself.
+
+    `attached` is the bucket it stands on, `run` that bucket's run; `position` what it serves, None while that is no
+    committed version; `error` its newest failure, None after a success; `session_open` whether a weight update was
+    started and not finished.
+    """
 
     attached: str | None
+    run: str | None
     position: Position | None
     staging: bool
     staged: dict[str, Any] | None
@@ -76,11 +81,14 @@ class EngineClient:
         return self.status()
 
     def stage(self, bucket: str, version: int) -> bool:
-        """Ask the worker to stage a version on its own thread; False when it could not even start."""
+        """Ask the worker to stage a version on its own thread; False while it is staging another. The outcome is in
+        `status`."""
         return bool(self._ask("stage", {"bucket": bucket, "version": version})["accepted"])
 
     def audit(self, bucket: str | None = None) -> AuditReport:
-        """Recompute every digest from live memory. Raises what the worker recorded when it cannot."""
+        """Recompute every digest from live memory, and compare with the version the worker says it serves, or (when it
+        serves none) with the newest. `bucket` compares with another bucket than the one followed. Raises what kept the
+        worker from it."""
         return msgspec.convert(self._ask("audit", {"bucket": bucket} if bucket else {}), AuditReport)
 
     def placement(self) -> dict[str, list[dict[str, Any]]]:
@@ -111,6 +119,10 @@ class EngineClient:
     def is_paused(self) -> bool:
         """Whether generation is held."""
         return bool(self._send("GET", "/is_paused", None, {}).get("is_paused"))
+
+    def label(self, weight_version: str) -> None:
+        """Have the server report this version from now on; no weight moves."""
+        self._post("/update_weight_version", {"new_version": weight_version})
 
     def weight_version(self) -> str:
         """What the server says it serves."""

@@ -6,13 +6,15 @@ The engine, not this process's memory, says where the server stands; so a follow
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
 from deltawire.buckets import open_bucket
 from deltawire.errors import (
     BucketError,
-    EngineUnavailable,
+    EngineError,
+    EngineUnsupported,
     FormatError,
     NotFound,
     Quarantined,
@@ -50,7 +52,8 @@ class UpdateReport(msgspec.Struct, frozen=True):
 
 
 class Follower:
-    """Keeps one vLLM server at the newest version of one bucket.
+    """Keeps one vLLM server at the newest version of one bucket. It alone drives the server's updates: a pause or a
+    session that it finds was left by a follower that was killed, and is ended.
 
     `poll` is seconds between looks at the bucket, by default what suits the store. `clear_cache` chooses what happens
     to KV computed with older weights: True (default) drops the prefix cache and recomputes running requests, so that no
@@ -75,6 +78,8 @@ class Follower:
         self._subscriber = Subscriber(self.bucket)
         self._engine = EngineClient(engine_url)
         self._stopping = threading.Event()
+        self._stepping = threading.RLock()
+        self._labelled: Position | None = None
 
     def __enter__(self) -> "Follower":
         return self
@@ -83,14 +88,16 @@ class Follower:
         self.close()
 
     def close(self) -> None:
-        """Stop `run` and close connections; the server keeps what it serves."""
+        """Stop `run`, wait for the update in progress, and close connections; the server keeps what it serves."""
         self._stopping.set()
-        self._engine.close()
-        self._subscriber.close()
+        with self._stepping:
+            self._engine.close()
+            self._subscriber.close()
 
     def run(self) -> None:
-        """Follow until closed. What passes (a store or server out of reach, a damaged file) is reported and retried;
-        raises what a person must mend: EngineUnsupported, Quarantined, ApplyError, ChainError."""
+        """Follow until closed. What passes (a store or server that fails or is out of reach, a damaged file) is
+        reported, once while it lasts, and retried; raises what a person must mend: EngineUnsupported, Quarantined,
+        ApplyError, ChainError."""
         seen: str | None = None
         looked, reported = -LOOK_ANYWAY, ""
         while not self._stopping.is_set():
@@ -99,7 +106,9 @@ class Follower:
                 if tag != seen or time.monotonic() >= looked + LOOK_ANYWAY:
                     self.step()
                     seen, looked, reported = tag, time.monotonic(), ""
-            except (BucketError, FormatError, EngineUnavailable) as error:
+            except (EngineUnsupported, Quarantined):
+                raise
+            except (BucketError, FormatError, EngineError) as error:
                 if reported != str(error):
                     self._on_problem(error)
                 reported = str(error)
@@ -113,26 +122,29 @@ class Follower:
             return None
 
     def step(self) -> UpdateReport | None:
-        """Bring the server to the newest version, once. None when there was nothing to do, or nothing is published.
+        """Bring the server to the newest version, once. None when there was nothing to do, nothing is published, or the
+        follower is being closed.
 
         Raises BucketError, FormatError, ChainError, ApplyError, EngineError; the server then serves what it served.
         """
-        try:
-            target = self._subscriber.latest()
-        except NotFound:
-            return None
-        status = self._ready()
-        if status.position == target:
-            self._label(status)
-            return None
-        self._stage(target)
-        return self._commit(target)
+        with self._stepping:
+            if self._stopping.is_set():
+                return None
+            try:
+                target = self._subscriber.latest()
+            except NotFound:
+                return None
+            status = self._ready(target.run)
+            if status.position == target:
+                self._label(target)
+                return None
+            return self._commit(target) if self._stage(target) else None
 
-    def _ready(self) -> WorkerStatus:
-        """The worker's status, attached to our bucket, generating, and with no session open: a follower that was killed
-        in the middle of an update leaves both behind."""
+    def _ready(self, run: str) -> WorkerStatus:
+        """The worker's status, attached to our bucket's run, generating, and with no session open."""
         status = self._engine.status()
-        if status.attached != self.bucket.url:
+        if (status.attached, status.run) != (self.bucket.url, run):
+            self._labelled = None
             status = self._engine.init(self._url)
             _require(status)
         if status.quarantined:
@@ -143,12 +155,18 @@ class Follower:
             self._engine.resume()
         return status
 
-    def _stage(self, target: Position) -> None:
-        """Have the worker prepare the update while the server generates."""
-        self._engine.stage(self._url, target.version)
-        while (status := self._engine.status()).staging and not self._stopping.is_set():
+    def _stage(self, target: Position) -> bool:
+        """Have the worker prepare the update while the server generates; False when we were closed meanwhile."""
+        accepted = self._engine.stage(self._url, target.version)
+        while not self._stopping.is_set():
+            status = self._engine.status()
+            if not status.staging and accepted:
+                _require(status)
+                return True
+            if not status.staging:  # what another follower had it stage is done
+                accepted = self._engine.stage(self._url, target.version)
             self._stopping.wait(ASK_AGAIN)
-        _require(status)
+        return False
 
     def _commit(self, target: Position) -> UpdateReport:
         """Swap the weights inside a pause that only scatters."""
@@ -172,25 +190,34 @@ class Follower:
 
     def _swap(self, target: Position) -> WorkerStatus:
         """Pause, commit, name the version, resume. The session is closed and generation resumed whatever happens."""
-        self._engine.start()
-        served = None
         try:
+            self._engine.start()
             self._engine.pause(clear_cache=self._clear_cache)
             self._engine.update(self._url, target.version)
             status = self._engine.status()
-            served = str(target) if status.position == target else None
-        finally:
-            try:
-                self._engine.finish(served)
-            finally:
-                self._engine.resume()
+            self._engine.finish(str(target) if status.position == target else None)
+        except BaseException:
+            self._let_go()
+            raise
+        self._engine.resume()
+        self._labelled = status.position
         return status
 
-    def _label(self, status: WorkerStatus) -> None:
-        """A server that stands on a version without saying so (fresh from that very checkpoint) is told its name."""
-        if status.applied is None and self._engine.weight_version() != str(status.position):
-            self._engine.start()
-            self._engine.finish(str(status.position))
+    def _let_go(self) -> None:
+        """End the session and the pause of an update that failed, as far as the server lets us; the next step looks
+        again."""
+        with suppress(EngineError):
+            if self._engine.status().session_open:
+                self._engine.finish(None)
+        with suppress(EngineError):
+            self._engine.resume()
+
+    def _label(self, position: Position) -> None:
+        """A server that stands on a version without saying so (fresh from that very checkpoint, or left by a follower
+        that was killed) is told its name."""
+        if self._labelled != position and self._engine.weight_version() != str(position):
+            self._engine.label(str(position))
+        self._labelled = position
 
 
 _APPLIED = ("from_version", "changed", "wire_bytes", "fetch_s", "stage_s", "write_ms")

@@ -70,7 +70,8 @@ def _worker_method(name: str) -> Any:
         try:
             asked = json.loads(request)
             nonce = asked.get("nonce")
-            answer = getattr(worker.weight_transfer_engine, f"answer_{name}", None)
+            replica = getattr(worker.weight_transfer_engine, "replica", None)
+            answer = getattr(replica, f"answer_{name}", None)
             if answer is None:
                 raise EngineUnsupported(NOT_CHOSEN)
             session_open = bool(worker._weight_update_active)

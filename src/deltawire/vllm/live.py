@@ -1,6 +1,7 @@
 """One worker's live weights seen as checkpoint tensors: read them, digest them, find where an element lives."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -9,16 +10,17 @@ from deltawire.bits import Bits, Positions, count, unsigned
 from deltawire.digest import digest_bits
 from deltawire.errors import EngineUnsupported
 from deltawire.manifests import TensorEntry
+from deltawire.vllm.boxes import Placement
 from deltawire.vllm.memory import CARRIER, Memory, fingerprint
-from deltawire.vllm.placement import Placement, probe
+from deltawire.vllm.placement import probe
 
 
 class LiveWeights:
     """The run's tensors where they live in this worker.
 
     Opening probes the model's loader, proves by digests that the probe wrote nothing, and refuses (EngineUnsupported)
-    a model of which any tensor in the table cannot be patched in place: `transformed` names parameters that vLLM
-    changed after loading.
+    a model of which any tensor in the table cannot be patched in place: `transformed` names tensors that vLLM changed
+    or made after loading, and what their modules hold does not qualify.
     """
 
     def __init__(
@@ -31,12 +33,9 @@ class LiveWeights:
     ) -> None:
         self.table = {entry.name: entry for entry in table}
         live = tensors_of(model)
-        before = _state(live)
-        loader = load_weights or model.load_weights
-        self.placement = _without(probe(self.table.values(), loader, live), transformed)
-        after = _state(tensors_of(model))
-        if touched := [name for name in before if after.get(name) != before[name]]:
-            raise EngineUnsupported(f"probing the loader changed live weights ({', '.join(touched[:3])}): restart vLLM")
+        with _unchanged(model, live):
+            placement = probe(self.table.values(), load_weights or model.load_weights, live)
+        self.placement = _without(placement, live, _derived(live, transformed))
         self.placement.require(self.table)
         parameters = {box.parameter for boxes in self.placement.boxes.values() for box in boxes}
         self._memory = {name: Memory(live[name]) for name in parameters}
@@ -74,12 +73,15 @@ class LiveWeights:
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer of a model by its name."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-
-
-def _state(live: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, tuple[int, ...], int]]:
-    return {name: (tensor.data_ptr(), tuple(tensor.shape), fingerprint(tensor)) for name, tensor in live.items()}
+    """Every tensor a model's modules hold, by its name: parameters, buffers, and plain attributes (where vLLM keeps
+    some weights that it derives from others)."""
+    return {
+        f"{prefix}{'.' if prefix else ''}{name}": tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for held in (vars(module), module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if isinstance(tensor, torch.Tensor)
+    }
 
 
 def changes_between(
@@ -98,11 +100,52 @@ def changes_between(
     return changed
 
 
-def _without(placement: Placement, transformed: Mapping[str, str]) -> Placement:
+@contextmanager
+def _unchanged(model: torch.nn.Module, live: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Prove that a block leaves every live tensor as it was. One that rebinds tensors instead of copying into them
+    cannot be watched: they are put back, and EngineUnsupported raised."""
+    held = {name: tensor.data for name, tensor in live.items()}
+    before = _state(live)
+    try:
+        yield
+    finally:
+        after = _state(tensors_of(model))
+        touched = [name for name in before if after.get(name) != before[name]]
+        for name in touched:
+            prefix, _, leaf = name.rpartition(".")
+            live[name].data = held[name]
+            setattr(model.get_submodule(prefix), leaf, live[name])
+        if touched or after.keys() != before.keys():
+            whole = _state(tensors_of(model)) == before
+            outcome = "all is put back, and it cannot be patched in place" if whole else "restart vLLM"
+            names = ", ".join((touched or sorted(after.keys() - before.keys()))[:3])
+            raise EngineUnsupported(
+                f"this model's loader does not copy into its weights but rebinds ({names}): {outcome}"
+            )
+
+
+def _state(live: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int, tuple[int, ...], int]]:
+    return {
+        name: (id(tensor), tensor.data_ptr(), tuple(tensor.shape), fingerprint(tensor)) for name, tensor in live.items()
+    }
+
+
+def _derived(live: Mapping[str, torch.Tensor], transformed: Mapping[str, str]) -> dict[int, str]:
+    """By storage, why it may not be patched: a tensor that its module (or one around it) changed or made after loading
+    would be left stale."""
+    return {
+        tensor.untyped_storage().data_ptr(): f"{changed} was {how}"
+        for changed, how in transformed.items()
+        for name, tensor in live.items()
+        if name.startswith(changed[: changed.rfind(".") + 1])
+    }
+
+
+def _without(placement: Placement, live: Mapping[str, torch.Tensor], derived: Mapping[int, str]) -> Placement:
     for name, boxes in placement.boxes.items():
         for box in boxes:
-            if box.parameter in transformed:
-                placement.unfit.setdefault(name, f"{box.parameter} was {transformed[box.parameter]}")
+            if reason := derived.get(live[box.parameter].untyped_storage().data_ptr()):
+                placement.unfit.setdefault(name, reason)
     return placement
 
 

@@ -9,68 +9,16 @@ or copy computed values. What such an operation would have overwritten does not 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltawire.bits import Positions
 from deltawire.errors import EngineUnsupported
 from deltawire.manifests import TensorEntry
-from deltawire.tensors import NAMES, dtype_of
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A rectangle of a checkpoint tensor and the rectangle of a live storage that holds it; offsets and strides count
-    elements, `source_*` in the flat checkpoint tensor, `target_*` in the storage behind parameter `parameter`."""
-
-    shape: Shape
-    source_offset: int
-    source_strides: Shape
-    parameter: str
-    target_offset: int
-    target_strides: Shape
-
-    def locate(self, positions: Positions) -> tuple[np.ndarray, Positions]:
-        """Which of these flat checkpoint positions lie in the box (a mask), and their offsets in the storage."""
-        rest = positions - self.source_offset
-        inside = rest >= 0
-        offsets = np.full(positions.size, self.target_offset, np.int64)
-        order = sorted(range(len(self.shape)), key=lambda dim: -self.source_strides[dim])
-        for dim in order:
-            at, rest = np.divmod(rest, self.source_strides[dim])
-            inside &= at < self.shape[dim]
-            offsets += at * self.target_strides[dim]
-        inside &= rest == 0
-        return inside, offsets[inside]
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        """First and last storage offset the box touches."""
-        return _extent(self.target_offset, self.shape, self.target_strides)
-
-
-@dataclass(slots=True)
-class Placement:
-    """Boxes by checkpoint name, and for names that cannot be patched in place, why."""
-
-    boxes: dict[str, list[Box]] = field(default_factory=dict)
-    unfit: dict[str, str] = field(default_factory=dict)
-
-    def require(self, names: Iterable[str]) -> None:
-        """Raise EngineUnsupported, naming each tensor that cannot be patched in place and why."""
-        bad = [f"{name} ({self.unfit[name]})" for name in names if name in self.unfit]
-        if bad:
-            raise EngineUnsupported(
-                f"{len(bad)} tensors cannot be patched in place on this server: {'; '.join(bad[:4])}. "
-                "Serve this model with weights that vLLM keeps as they are loaded"
-            )
+from deltawire.tensors import NAMES
+from deltawire.vllm.boxes import Box, Placement, Shape, extent_of, fault, overwritten, shared
 
 
 def probe(
@@ -92,55 +40,22 @@ def probe(
             watcher.observe(entry.name, source)
             yield entry.name, source
 
-    with torch.no_grad(), watcher:
-        load_weights(observed())
+    try:
+        with torch.no_grad(), watcher:
+            load_weights(observed())
+    except Exception as error:
+        raise EngineUnsupported(
+            f"the model's loader refused {watcher.current} ({type(error).__name__}: {error}): "
+            "is the run of the model that this server loaded?"
+        ) from error
     placement = Placement(watcher.boxes, watcher.unfit)
     for entry in entries:
-        if reason := _fault(entry, placement.boxes.get(entry.name, []), live):
+        if reason := fault(entry, placement.boxes.get(entry.name, []), live):
             placement.unfit.setdefault(entry.name, watcher.computed.get(entry.name, reason))
-    for name, reason in _overwritten(placement.boxes, watcher.other_writes).items():
+    faults = overwritten(placement.boxes, watcher.other_writes) | shared(placement.boxes)
+    for name, reason in faults.items():
         placement.unfit.setdefault(name, reason)
     return placement
-
-
-def _fault(entry: TensorEntry, boxes: list[Box], live: Mapping[str, torch.Tensor]) -> str | None:
-    """Why a tensor that was only copied still does not qualify."""
-    size = prod(entry.shape)
-    if not boxes:
-        return "the model does not load it" if size else None
-    for box in boxes:
-        held = dtype_of(live[box.parameter])
-        if held != entry.dtype:
-            return f"the server holds {held}, the run ships {entry.dtype}"
-    covered = sum(prod(box.shape) for box in boxes)
-    if covered != size or (len(boxes) > 1 and not _disjoint(entry, boxes)):
-        return f"{covered} of its {size} elements arrive, or some arrive twice"
-    return None
-
-
-def _disjoint(entry: TensorEntry, boxes: list[Box]) -> bool:
-    seen = torch.zeros(prod(entry.shape), dtype=torch.bool)
-    for box in boxes:
-        seen.as_strided(box.shape, box.source_strides, box.source_offset).fill_(True)
-    return bool(seen.all())
-
-
-def _overwritten(boxes: Mapping[str, list[Box]], writes: list[tuple[str, int, int, str]]) -> dict[str, str]:
-    """Names whose memory some operation other than their own copy would write."""
-    by_parameter: dict[str, list[tuple[int, int, str]]] = {}
-    for name, parts in boxes.items():
-        for box in parts:
-            by_parameter.setdefault(box.parameter, []).append((*box.extent, name))
-    return {
-        name: f"its loader also runs {what} over it"
-        for parameter, first, last, what in writes
-        for start, stop, name in by_parameter.get(parameter, [])
-        if first <= stop and start <= last
-    }
-
-
-def _extent(offset: int, shape: Shape, strides: Shape) -> tuple[int, int]:
-    return offset, offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,22 +68,22 @@ class _Trace:
 
     def follow(self, offset: int, shape: Shape, strides: Shape) -> tuple[int, Shape] | None:
         """Source offset and strides of a view of this storage, or None when it is no rectangle of the source."""
-        start = self.source_offset
+        start, left = self.source_offset, []
         for size, here, there in self.layout:
-            at = offset // here
-            if at >= size:
-                return None
-            offset -= at * here
+            at, offset = divmod(offset, here)
             start += at * there
-        if offset:
-            return None
-        steps = [self._step(stride) for stride in strides]
-        if any(step is None for step, size in zip(steps, shape, strict=True) if size > 1):
-            return None
-        return start, tuple(step or 0 for step in steps)
-
-    def _step(self, stride: int) -> int | None:
-        return next((stride // here * there for _, here, there in self.layout if stride and stride % here == 0), None)
+            left.append(size - at)
+        steps = [0] * len(shape)
+        for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
+            if size == 1:
+                continue
+            known = next((at for at, (_, here, _) in enumerate(self.layout) if stride and stride % here == 0), None)
+            if known is None:
+                return None
+            _, here, there = self.layout[known]
+            left[known] -= (size - 1) * (stride // here)
+            steps[dim] = stride // here * there
+        return None if offset or min(left, default=1) < 1 else (start, tuple(steps))
 
 
 class _Watcher(TorchDispatchMode):
@@ -183,12 +98,12 @@ class _Watcher(TorchDispatchMode):
         self._live = {_storage(tensor): name for name, tensor in live.items() if tensor.numel()}
         self._traces: dict[int, _Trace] = {}
         self._fresh: set[int] = set()
-        self._current = ""
+        self.current = ""
         self._sources: list[torch.Tensor] = []
 
     def observe(self, name: str, source: torch.Tensor) -> None:
         """Follow this tensor, the checkpoint's `name`, from here on."""
-        self._current = name
+        self.current = name
         self._sources.append(source)  # kept alive, so that no later tensor can take its address
         if source.numel():
             layout = tuple(zip(source.shape, source.stride(), source.stride(), strict=True))
@@ -210,15 +125,15 @@ class _Watcher(TorchDispatchMode):
         if parameter == "":
             return
         if parameter is None:
-            self.unfit[self._current] = f"its loader runs {func} on memory that is no parameter or buffer"
+            self.unfit[self.current] = f"its loader runs {func} on memory that is no parameter or buffer"
             return
         source = args[1] if func is torch.ops.aten.copy_.default and isinstance(args[1], torch.Tensor) else None
         trace = self._traces.get(_storage(source)) if source is not None and source.numel() else None
         box = self._box(target, parameter, source, trace) if source is not None and trace is not None else None
         if box is None or trace is None:
-            first, last = _extent(target.storage_offset(), tuple(target.shape), tuple(target.stride()))
+            first, last = extent_of(target.storage_offset(), tuple(target.shape), tuple(target.stride()))
             self.other_writes.append((parameter, first, last, str(func)))
-            self.computed[self._current] = f"its loader writes {parameter} by {func} from values it computed"
+            self.computed[self.current] = f"its loader writes {parameter} by {func} from values it computed"
             return
         known = self.boxes.setdefault(trace.name, [])
         if box not in known:
@@ -241,7 +156,9 @@ class _Watcher(TorchDispatchMode):
         """Remember new storages as fresh, and which of them hold a plain copy of a checkpoint tensor."""
         inputs = {_storage(arg) for arg in args if isinstance(arg, torch.Tensor)}
         for output in result if isinstance(result, (tuple, list)) else (result,):
-            if not isinstance(output, torch.Tensor) or not output.numel() or _storage(output) in inputs:
+            if not isinstance(output, torch.Tensor) or not output.numel():
+                continue
+            if _storage(output) in inputs and func is not torch.ops.aten.lift_fresh.default:
                 continue
             key = _storage(output)
             self._fresh.add(key)

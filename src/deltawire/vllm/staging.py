@@ -7,6 +7,7 @@ comes out of here has been compared, tensor by tensor, with the digests of its c
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -58,13 +59,12 @@ class Fill:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """One update, checked and ready. `before` is None when it starts from an anchor rather than a known version.
+    """One update, checked and ready. `since` is None when it starts from an anchor rather than a known version.
 
     `digests` are those of every tensor after it. Seconds by the worker's clock; `created` is the commit's own.
     """
 
-    bucket: str
-    before: Position | None
+    since: Position | None
     after: Position
     digests: Mapping[str, int]
     writes: tuple[Scatter | Fill, ...]
@@ -80,8 +80,9 @@ def stage(
 ) -> Plan:
     """Make the plan that leads from the live weights (whose `digests` are known) to a committed version.
 
-    Commits on the way are folded into one change. Raises BucketError, FormatError, ChainError; WrongBase when live bits
-    are not what their digest says; BadDigest when the change does not lead to what the commit promises.
+    Commits after `since` are folded into one change; with None it starts from the run's anchor. Raises BucketError,
+    FormatError, ChainError; WrongBase when live bits are not what their digest says; BadDigest when the change does not
+    lead to what the commit promises.
     """
     started = time.monotonic()
     change, last, wire_bytes = _fetch(live, subscriber, since, version)
@@ -92,11 +93,9 @@ def stage(
         before_part, after_part = _place(live, name, tensor, writes)
         after[name] = moved(digests[name], before_part, after_part)
     if wrong := [name for name, value in last.digests.items() if after[name] != value]:
-        kind = WrongBase if since is None or any(name not in change for name in wrong) else BadDigest
-        raise kind(f"{last.position}: {len(wrong)} tensors would not match the commit: {', '.join(wrong[:4])}")
+        _blame(live, digests, last.position, wrong)
     return Plan(
-        bucket=subscriber.bucket.url,
-        before=since,
+        since=since,
         after=last.position,
         digests=dict(last.digests),
         writes=tuple(writes),
@@ -106,6 +105,14 @@ def stage(
         fetch_seconds=fetched - started,
         stage_seconds=time.monotonic() - fetched,
     )
+
+
+def _blame(live: LiveWeights, digests: Mapping[str, int], target: Position, wrong: list[str]) -> NoReturn:
+    """Tell live weights that drifted from a change that does not lead where its commit says."""
+    names = f"{len(wrong)} tensors would not match the commit: {', '.join(wrong[:4])}"
+    if drifted := [name for name in wrong if live.digest(name) != digests[name]]:
+        raise WrongBase(f"{target}: {names}; something else wrote to {', '.join(drifted[:4])}: restart vLLM")
+    raise BadDigest(f"{target}: {names}; the live weights are sound, what was published is not: publish a new run")
 
 
 def apply(writes: Iterable[Scatter | Fill]) -> None:
