@@ -25,7 +25,7 @@ def test_after_the_last_update_vllm_and_the_bucket_hold_exactly_the_trainers_wei
     assert summary["audit_equal"] is True
     assert summary["audit"]["vllm_differs"] == summary["audit"]["bucket_differs"] == []
     assert summary["audit"]["fresh_server_differs"] == []
-    assert summary["audit"]["checksums"] > 20
+    assert summary["audit"]["checksums"] > 10  # fewer than tensors: vLLM fuses some
     assert summary["audit"]["tensors"] == len(json.loads((folder / "trainer_digests.json").read_text())) > 20
 
 

@@ -283,6 +283,40 @@ def test_what_is_not_a_whole_plain_copy_is_refused_by_name(loader, reason):
         placement.require(["x"])
 
 
+def edited_copy(model, name, tensor):
+    part = tensor.clone()
+    part.add_(1)
+    into(model).copy_(part)
+
+
+def edited_row(model, name, tensor):
+    part = tensor.clone()
+    part[0].zero_()
+    into(model).copy_(part)
+
+
+def edited_source(model, name, tensor):
+    into(model).copy_(tensor.mul_(2))
+
+
+def overlapping(model, name, tensor):
+    into(model).copy_(tensor.as_strided((4, 4), (1, 1)))
+
+
+@pytest.mark.parametrize("loader", [edited_copy, edited_row, edited_source])
+def test_a_temporary_that_a_loader_edits_in_place_is_no_plain_copy_any_more(loader):
+    """As a norm that keeps `1 + w` would load: served as `w`, its digests would agree with themselves."""
+    placement = watch(Model(loader, w=(4, 4)), x=(4, 4))
+    with pytest.raises(EngineUnsupported, match=r"x .its loader writes w .* from values it computed"):
+        placement.require(["x"])
+
+
+def test_a_view_that_overlaps_itself_does_not_pass_for_the_whole_tensor():
+    placement = watch(Model(overlapping, w=(4, 4)), x=(16,))
+    with pytest.raises(EngineUnsupported, match="16 of its 16 elements arrive, or some arrive twice"):
+        placement.require(["x"])
+
+
 def rebinds_data(model, name, tensor):
     model.w.data = tensor
 

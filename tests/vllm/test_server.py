@@ -1,7 +1,11 @@
 """A real vLLM server follows a bucket: bit for bit, at every version, and truthful when something is wrong."""
 
+import copy
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -25,6 +29,7 @@ class Trainer:
         self.url = folder.as_uri()
         self.model = tiny_qwen3()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        torch.manual_seed(1)
         self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True), assets=checkpoint)
 
     def step(self) -> dw.PublishReport:
@@ -37,6 +42,12 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return report
+
+    @torch.no_grad()
+    def first_logprob(self, prompt: list[int]) -> float:
+        """What transformers says of the likeliest next token, with the weights as a server holds them."""
+        model = copy.deepcopy(self.model).bfloat16()
+        return float(model(input_ids=torch.tensor([prompt])).logits[0, -1].float().log_softmax(-1).max())
 
     def served(self) -> dict[str, torch.Tensor]:
         """The weights as a server holds them."""
@@ -153,6 +164,7 @@ def test_a_version_that_was_never_committed_and_a_bucket_that_is_not_there_chang
             {"bucket": (tmp_path / "nowhere").as_uri(), "version": 0},
             {"surprise": 1},
             {},
+            [{"bucket": trainer.url, "version": 99}],
         ):
             engine.start()
             httpx.post(f"{server.url}/update_weights", json={"update_info": body}, timeout=60).raise_for_status()
@@ -189,19 +201,53 @@ def test_a_copy_of_the_bucket_elsewhere_is_the_same_run(server, trainer, tmp_pat
         assert follower.step() is None  # the live digests say where the server stands; nothing is fetched
 
 
-def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_one_mends(server, trainer):
+KILLED = """
+import os, signal, sys
+from deltawire.vllm.client import EngineClient
+from deltawire.vllm.follower import Follower
+
+bucket, engine, moment = sys.argv[1:]
+setattr(EngineClient, moment, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+with Follower(bucket, engine) as follower:
+    follower.step()
+"""
+
+
+@pytest.mark.parametrize("moment", ["update", "finish"])
+def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_one_mends(server, trainer, moment):
     trainer.step()
     with Follower(trainer.url, server.url) as follower:
         follower.step()
     trainer.step()
-    with EngineClient(server.url) as engine:  # what a follower does before it is killed
-        engine.start()
-        engine.pause(clear_cache=True)
-    with Follower(trainer.url, server.url) as follower, EngineClient(server.url) as engine:
-        assert follower.step().version == 1
+    killed = subprocess.run([sys.executable, "-c", KILLED, trainer.url, server.url, moment], check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    with EngineClient(server.url) as engine:
+        assert engine.is_paused()
+        assert engine.status().session_open
+        with Follower(trainer.url, server.url) as follower:
+            report = follower.step()
+            assert (report is not None) == (moment == "update")  # killed later, the new weights were in place
         assert not engine.is_paused()
+        assert not engine.status().session_open
+        assert engine.weight_version() == str(trainer.publisher.position)
         assert engine.audit().digests == trainer.published
     assert len(server.logprobs([1, 2, 3])) == 8
+
+
+def test_what_is_generated_after_an_update_is_what_the_new_weights_say(server, trainer):
+    prompt = [5, 6, 7]
+    with Follower(trainer.url, server.url) as follower:
+        old = trainer.first_logprob(prompt)
+        trainer.step()
+        follower.step()
+        assert server.logprobs(prompt)[0] == pytest.approx(old, abs=0.05)
+        trainer.optimizer.param_groups[0]["lr"] = 3e-2
+        trainer.step()
+        new = trainer.first_logprob(prompt)
+        trainer.step()
+        assert follower.step().version == 2
+    assert abs(new - old) > 0.3
+    assert server.logprobs(prompt)[0] == pytest.approx(new, abs=0.05)
 
 
 def test_a_follower_runs_until_it_is_closed_and_serves_what_is_published(server, trainer):

@@ -1,137 +1,151 @@
 """Staging compares everything before anything is written; applying it puts all back when a write fails."""
 
-import secrets
-
+import numpy as np
 import pytest
-import torch
-from torch import nn
+from small import Fused, SmallRun, make_weights
 
 import deltawire as dw
-from deltawire.errors import BadDigest, WrongBase
+from deltawire.errors import Gap, OtherRun, WrongBase
 from deltawire.subscriber import Subscriber
 from deltawire.vllm import staging
 from deltawire.vllm.live import LiveWeights
-
-
-class Fused(nn.Module):
-    """A server's model: two checkpoint matrices in one parameter, and a vector."""
-
-    def __init__(self, weights):
-        super().__init__()
-        self.ab = nn.Parameter(torch.cat([weights["a"], weights["b"]]).bfloat16(), requires_grad=False)
-        self.v = nn.Parameter(weights["v"].bfloat16(), requires_grad=False)
-
-    def load_weights(self, weights):
-        for name, tensor in weights:
-            if name == "v":
-                self.v.data.copy_(tensor)
-            else:
-                self.ab.data.narrow(0, 0 if name == "a" else 8, 8).copy_(tensor)
-
-    def served(self):
-        return {"a": self.ab[:8].clone(), "b": self.ab[8:].clone(), "v": self.v.clone()}
+from deltawire.vllm.staging import Fill, Plan, Scatter
 
 
 @pytest.fixture
-def weights():
-    torch.manual_seed(0)
-    return {"a": torch.randn(8, 100), "b": torch.randn(8, 100), "v": torch.randn(16)}
+def run():
+    with SmallRun() as run:
+        yield run
 
 
-@pytest.fixture
-def publisher():
-    with dw.Publisher(dw.open_bucket(f"memory://{secrets.token_hex(4)}")) as publisher:
-        yield publisher
-
-
-def publish(publisher, weights):
-    publisher.publish(weights)
-    publisher.flush(10)
-    return {name: tensor.bfloat16() for name, tensor in weights.items()}
-
-
-def follow(publisher, model):
-    """The model's weights as the run names them, their digests, and where they stand."""
-    subscriber = Subscriber(publisher.bucket)
+def plan_for(run: SmallRun, model: Fused, since: int | None, version: int) -> tuple[LiveWeights, Plan]:
+    """The plan from a version (or the anchor) to another, for a model whose digests are taken now."""
+    subscriber = Subscriber(run.publisher.bucket)
     live = LiveWeights(model, subscriber.run.table, transformed={})
-    return live, live.digests(), subscriber
+    parent = None if since is None else subscriber.commits()[since].position
+    try:
+        return live, staging.stage(live, live.digests(), subscriber, parent, version)
+    finally:
+        subscriber.close()
 
 
-def test_a_plan_leads_to_the_published_bits_and_writes_nothing_before_it_is_applied(publisher, weights):
-    publish(publisher, weights)
-    model = Fused(weights)
-    live, digests, subscriber = follow(publisher, model)
-    since = subscriber.latest()
-    weights["a"][3, 7] += 1
-    weights["b"][0, 0] = -weights["b"][0, 0]
-    weights["v"] += 1  # changes everywhere: a fill, not a scatter
-    before, wanted = model.served(), publish(publisher, weights)
-    plan = staging.stage(live, digests, subscriber, since, 1)
-    assert dw.equal(model.served(), before)
+def test_a_plan_leads_to_the_published_bits_and_writes_nothing_before_it_is_applied(run):
+    model = run.model()
+    run.weights["v"] += 1  # changes everywhere: a fill, not a scatter
+    run.publish(a=1, b=-1)
+    live, plan = plan_for(run, model, 0, 1)
+    assert {type(write) for write in plan.writes} == {Scatter, Fill}
+    assert dw.equal(model.served(), run.versions[0])
     staging.apply(plan.writes)
-    assert dw.equal(model.served(), wanted)
-    assert live.digests() == plan.digests
+    assert dw.equal(model.served(), run.versions[1])
+    assert live.digests() == plan.digests == dw.digest(run.versions[1])
     staging.undo(plan.writes)
-    assert dw.equal(model.served(), before)
+    assert dw.equal(model.served(), run.versions[0])
 
 
-def test_several_commits_become_one_plan(publisher, weights):
-    publish(publisher, weights)
-    model = Fused(weights)
-    live, digests, subscriber = follow(publisher, model)
-    since = subscriber.latest()
-    for step in range(4):
-        weights["a"][step] += 0.5
-        wanted = publish(publisher, weights)
-    plan = staging.stage(live, digests, subscriber, since, 4)
+def test_a_dense_change_of_part_of_a_fused_parameter_fills_that_part_alone(run):
+    model = run.model()
+    run.weights["b"] += 1
+    run.publish()
+    _, plan = plan_for(run, model, 0, 1)
+    (fill,) = plan.writes
+    assert fill.view.shape == (8, 100)
     staging.apply(plan.writes)
-    assert dw.equal(model.served(), wanted)
+    assert dw.equal(model.served(), run.versions[1])
 
 
-def test_weights_that_are_no_committed_version_start_from_the_anchor(publisher, weights):
-    model = Fused({name: torch.zeros_like(tensor) for name, tensor in weights.items()})
-    publish(publisher, weights)
-    weights["b"][2] *= 3
-    wanted = publish(publisher, weights)
-    live, digests, subscriber = follow(publisher, model)
-    plan = staging.stage(live, digests, subscriber, None, 1)
+def test_several_commits_become_one_plan(run):
+    model = run.model()
+    for _ in range(4):
+        run.publish(a=0.5)
+    _, plan = plan_for(run, model, 0, 4)
+    assert len(plan.writes) == 1
+    staging.apply(plan.writes)
+    assert dw.equal(model.served(), run.versions[4])
+
+
+def test_commits_that_undo_each_other_leave_nothing_to_write(run):
+    model = run.model()
+    bits = run.weights["a"].clone()
+    run.publish(a=0.5)
+    run.weights["a"].copy_(bits)
+    run.publish()
+    _, plan = plan_for(run, model, 0, 2)
+    assert (plan.writes, plan.changed) == ((), 0)
+    assert plan.after.version == 2
+
+
+def test_weights_that_are_no_committed_version_start_from_the_anchor(run):
+    model = Fused(make_weights(seed=5))
+    run.publish(b=3)
+    _, plan = plan_for(run, model, None, 1)
     assert plan.since is None
     staging.apply(plan.writes)
-    assert dw.equal(model.served(), wanted)
+    assert dw.equal(model.served(), run.versions[1])
 
 
-def test_live_weights_that_are_not_what_they_should_be_are_refused_and_left_alone(publisher, weights):
-    publish(publisher, weights)
-    model = Fused(weights)
-    live, digests, subscriber = follow(publisher, model)
-    since = subscriber.latest()
-    weights["a"][3, 7] += 1
-    publish(publisher, weights)
-    model.ab.data[3, 7] = 42.0  # someone wrote where the delta will
+def test_from_the_anchor_only_what_differs_is_written(run):
+    model = run.model()
+    model.ab.data[2, 5] = 42.0
+    run.publish(b=3)
+    _, plan = plan_for(run, model, None, 1)
+    assert plan.changed == 1 + int(np.count_nonzero(run.versions[0]["b"] != run.versions[1]["b"]))
+    staging.apply(plan.writes)
+    assert dw.equal(model.served(), run.versions[1])
+
+
+@pytest.mark.parametrize("row", [1, 6], ids=["where the delta writes", "beside it"])
+def test_weights_that_drifted_are_refused_where_the_delta_touches_them(run, row):
+    model = run.model()
+    subscriber = Subscriber(run.publisher.bucket)
+    live = LiveWeights(model, subscriber.run.table, transformed={})
+    digests, since = live.digests(), subscriber.latest()
+    run.publish(a=1)
+    model.ab.data[row, 7] = 42.0
     drifted = model.served()
-    with pytest.raises((WrongBase, BadDigest), match="a"):
-        staging.stage(live, digests, subscriber, since, 1)
-    assert dw.equal(model.served(), drifted)
+    if row == 1:
+        with pytest.raises(WrongBase, match="something else wrote to a"):
+            staging.stage(live, digests, subscriber, since, 1)
+        assert dw.equal(model.served(), drifted)
+    else:  # the O(changed) check sees touched elements only; an audit finds the rest
+        staging.apply(staging.stage(live, digests, subscriber, since, 1).writes)
+        assert live.digest("a") != dw.digest(run.versions[1])["a"]
 
 
-def test_a_write_that_fails_puts_everything_back(publisher, weights):
-    publish(publisher, weights)
-    model = Fused(weights)
-    live, digests, subscriber = follow(publisher, model)
-    since, before = subscriber.latest(), model.served()
-    weights["a"][3, 7] += 1
-    weights["b"][3, 7] += 1
-    publish(publisher, weights)
-    plan = staging.stage(live, digests, subscriber, since, 1)
+def test_a_position_that_is_not_on_the_chain_is_refused(run):
+    model = run.model()
+    subscriber = Subscriber(run.publisher.bucket)
+    live = LiveWeights(model, subscriber.run.table, transformed={})
+    with pytest.raises(Gap):
+        staging.stage(live, live.digests(), subscriber, subscriber.latest(), 7)
+    with SmallRun(seed=1) as other, pytest.raises(OtherRun):
+        other.publish(a=1)
+        staging.stage(live, live.digests(), Subscriber(other.publisher.bucket), subscriber.latest(), 1)
 
-    class Broken:
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_write_that_fails_half_way_puts_everything_back(run, broken):
+    model = run.model()
+    run.weights["v"] += 1
+    run.publish(a=1, b=1)
+    live, plan = plan_for(run, model, 0, 1)
+    digests = live.digests()
+
+    class Half:
+        """Writes, and then fails as a device does that runs out of memory."""
+
+        def __init__(self, write):
+            self._write = write
+
         def write(self):
+            self._write.write()
             raise MemoryError("no room on the device")
 
         def undo(self):
-            pass
+            self._write.undo()
 
+    writes = [Half(write) if at == broken else write for at, write in enumerate(plan.writes)]
     with pytest.raises(MemoryError):
-        staging.apply((*plan.writes, Broken()))
-    assert dw.equal(model.served(), before)
+        staging.apply(writes)
+    assert dw.equal(model.served(), run.versions[0])
     assert live.digests() == digests

@@ -77,9 +77,19 @@ def fault(entry: TensorEntry, boxes: list[Box], live: Mapping[str, torch.Tensor]
         if held != entry.dtype:
             return f"the server holds {held}, the run ships {entry.dtype}"
     covered = sum(prod(box.shape) for box in boxes)
-    if covered != size or (len(boxes) > 1 and not _disjoint(entry, boxes)):
+    if covered != size or not (_is_whole(boxes[0], size) or _disjoint(entry, boxes)):
         return f"{covered} of its {size} elements arrive, or some arrive twice"
     return None
+
+
+def _is_whole(box: Box, size: int) -> bool:
+    """Whether the box is the whole tensor with its dimensions in some order, which no view that overlaps itself is."""
+    dense = 1
+    for stride, length in sorted(zip(box.source_strides, box.shape, strict=True)):
+        if stride != dense:
+            return False
+        dense *= length
+    return dense == size and box.source_offset == 0
 
 
 def _disjoint(entry: TensorEntry, boxes: list[Box]) -> bool:

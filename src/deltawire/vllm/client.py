@@ -14,6 +14,10 @@ from deltawire.manifests import Position
 
 TIMEOUT = httpx.Timeout(120.0, connect=5.0)
 """seconds; a call waits for the scheduler's current step, and for a first compile"""
+LIMITS = httpx.Limits(keepalive_expiry=2.0)
+"""seconds an idle connection is used again: fewer than the 5 after which vLLM closes it"""
+DIRECT = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
+"""hosts that are never reached through a proxy, whatever the environment says"""
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
@@ -59,7 +63,7 @@ class EngineClient:
         self.url = url.rstrip("/")
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT)
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT, limits=LIMITS, mounts=DIRECT)
 
     def __enter__(self) -> "EngineClient":
         return self

@@ -74,13 +74,13 @@ class LiveWeights:
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every tensor a model's modules hold, by its name: parameters, buffers, and plain attributes (where vLLM keeps
-    some weights that it derives from others)."""
+    some weights that it derives from others). The KV cache, kept the same way, is requests' state and left out."""
     return {
         f"{prefix}{'.' if prefix else ''}{name}": tensor
         for prefix, module in model.named_modules(remove_duplicate=False)
         for held in (vars(module), module._parameters, module._buffers)
         for name, tensor in held.items()
-        if isinstance(tensor, torch.Tensor)
+        if isinstance(tensor, torch.Tensor) and name != "kv_cache"
     }
 
 

@@ -116,6 +116,8 @@ class _Watcher(TorchDispatchMode):
             self._note_write(func, args, targets)
             return targets[0]
         result = func(*args, **kwargs)
+        for target in targets:  # a temporary that was written to holds no plain copy any more
+            self._traces.pop(_storage(target), None)
         self._note_result(func, args, result)
         return result
 

@@ -1,0 +1,124 @@
+"""A stand-in for vLLM's control endpoints over a small model, which can be made to fail at any of them.
+
+For faults alone: what vLLM itself does with weights is tested on vLLM itself.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+from small import Fused
+
+from deltawire.vllm.hooks import _worker_method
+from deltawire.vllm.replica import Replica
+
+Answer = tuple[int, Any]
+
+
+class StubEngine:
+    """`faults[path]` answers instead of the endpoint while it is there; `calls` are the paths asked, in order."""
+
+    def __init__(self, model: Fused) -> None:
+        self.replica = Replica(model, transformed={})
+        self.paused = self._stopped = False
+        self.weight_version = "default"
+        self.faults: dict[str, Callable[[dict[str, Any]], Answer]] = {}
+        self.calls: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        self._worker = SimpleNamespace(weight_transfer_engine=self, _weight_update_active=False, rank=0)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def __enter__(self) -> "StubEngine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Answer nobody from now on."""
+        self._stopped = True
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @property
+    def session_open(self) -> bool:
+        """Whether a weight update was started and not finished."""
+        return bool(self._worker._weight_update_active)
+
+    def fail(self, path: str, status: int, body: Any = None, *, after: bool = False) -> None:
+        """Answer this from now on; with `after`, do what was asked first."""
+
+        def fault(request: dict[str, Any]) -> Answer:
+            if after:
+                self.do(path, request)
+            return status, body or {"error": {"message": "as planned"}}
+
+        self.faults[path] = fault
+
+    def do(self, path: str, request: dict[str, Any]) -> Answer:
+        """What vLLM does at this path."""
+        worker = self._worker
+        if path == "/collective_rpc":
+            method = _worker_method(request["method"].removeprefix("deltawire_"))
+            return 200, {"results": [method(worker, *request["args"])]}
+        if path == "/init_weight_transfer_engine":
+            self.replica.attach(request["init_info"]["bucket"])
+        elif path == "/start_weight_update":
+            if worker._weight_update_active:
+                return 500, {"error": {"message": "a weight update is already active"}}
+            worker._weight_update_active = True
+        elif path == "/update_weights":
+            self.replica.commit(request["update_info"])
+        elif path == "/finish_weight_update":
+            if not worker._weight_update_active:
+                return 500, {"error": {"message": "no matching start_weight_update"}}
+            worker._weight_update_active = False
+            self.weight_version = request.get("weight_version") or self.weight_version
+        elif path == "/update_weight_version":
+            self.weight_version = request["new_version"]
+        elif path in ("/pause", "/resume"):
+            self.paused = path == "/pause"
+        elif path == "/is_paused":
+            return 200, {"is_paused": self.paused}
+        elif path == "/weight_info":
+            return 200, {"weight_version": self.weight_version}
+        else:
+            return 404, {"detail": "Not Found"}
+        return 200, {}
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                path = urlsplit(self.path).path
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                stub.calls.append(path)
+                stub.headers.append(dict(self.headers))
+                self.close_connection = stub._stopped
+                if stub._stopped:
+                    return
+                status, answer = stub.faults.get(path, lambda request: stub.do(path, request))(
+                    json.loads(body or b"{}")
+                )
+                data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST  # noqa: N815
+
+            def log_message(self, *arguments: object) -> None: ...
+
+        return Handler

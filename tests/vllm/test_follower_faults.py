@@ -1,0 +1,379 @@
+"""What a follower does when the server is not there, is not ours, or fails in the middle; against a stand-in."""
+
+import threading
+
+import pytest
+from small import SmallRun
+from stub_engine import StubEngine
+
+import deltawire as dw
+from deltawire.errors import (
+    AccessRefused,
+    BadDigest,
+    EngineError,
+    EngineUnavailable,
+    EngineUnsupported,
+    OtherRun,
+    Quarantined,
+    Unavailable,
+)
+from deltawire.vllm import staging
+from deltawire.vllm.client import EngineClient, named_error
+from deltawire.vllm.follower import Follower
+from deltawire.vllm.replica import Replica
+from runs import PATIENCE
+
+
+@pytest.fixture
+def run():
+    with SmallRun() as run:
+        yield run
+
+
+@pytest.fixture
+def engine(run):
+    with StubEngine(run.model()) as engine:
+        yield engine
+
+
+@pytest.fixture
+def follower(run, engine):
+    with Follower(run.url, engine.url) as follower:
+        yield follower
+
+
+def served(engine: StubEngine) -> int | None:
+    position = engine.replica.answer_status({})["position"]
+    return position and position["version"]
+
+
+def assert_at_rest(engine: StubEngine, run: SmallRun, version: int, *, label: str | None = None) -> None:
+    """Generating, no session open, and the weights and the label are those of a version."""
+    assert (engine.paused, engine.session_open) == (False, False)
+    assert served(engine) == version
+    assert engine.replica.answer_audit({})["mismatched"] == []
+    assert engine.weight_version == (label or f"{run.publisher.position.run}:{version}")
+
+
+def test_updates_go_stage_start_pause_update_finish_resume(run, engine, follower):
+    run.publish(a=1)
+    report = follower.step()
+    assert (report.version, report.from_version, report.verified) == (1, 0, True)
+    order = ["/start_weight_update", "/pause", "/update_weights", "/collective_rpc", "/finish_weight_update", "/resume"]
+    assert engine.calls[-6:] == order
+    assert_at_rest(engine, run, 1)
+
+
+def test_nobody_there_is_unavailable(run):
+    engine = StubEngine(run.model())
+    engine.stop()
+    with Follower(run.url, engine.url) as follower, pytest.raises(EngineUnavailable, match="is vLLM running there"):
+        follower.step()
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "body", "kind", "says"),
+    [
+        ("/collective_rpc", 404, None, EngineUnsupported, "VLLM_SERVER_DEV_MODE=1"),
+        ("/collective_rpc", 401, None, EngineUnsupported, "VLLM_API_KEY"),
+        ("/collective_rpc", 500, None, EngineUnsupported, "weight-transfer-config"),
+        ("/collective_rpc", 200, {"results": [{}, {}]}, EngineUnsupported, "2 workers"),
+        ("/collective_rpc", 200, {"results": [{"nonce": "another"}]}, Quarantined, "another question"),
+        ("/collective_rpc", 200, {"results": [{"position": None}]}, Quarantined, "another question"),
+        ("/collective_rpc", 200, {"results": ["text"]}, Quarantined, "another question"),
+        ("/collective_rpc", 200, b"not json", Quarantined, "another question"),
+        ("/init_weight_transfer_engine", 404, None, EngineUnsupported, "VLLM_SERVER_DEV_MODE=1"),
+        ("/is_paused", 500, None, EngineError, "as planned"),
+    ],
+)
+def test_a_server_that_is_not_ours_is_a_typed_error_with_the_next_step(
+    engine, follower, path, status, body, kind, says
+):
+    engine.fail(path, status, body)
+    with pytest.raises(kind, match=says):
+        follower.step()
+    assert "/start_weight_update" not in engine.calls
+
+
+def test_a_server_with_another_backend_is_told_the_flag(run, engine, follower):
+    engine.replica = None
+    with pytest.raises(EngineUnsupported, match="weight-transfer-config"):
+        follower.step()
+
+
+def test_the_api_key_of_the_environment_is_sent_and_never_shown(run, engine, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "sk-very-secret")
+    engine.fail("/collective_rpc", 401)
+    with Follower(run.url, engine.url) as follower, pytest.raises(EngineUnsupported) as caught:
+        follower.step()
+    assert engine.headers[-1]["Authorization"] == "Bearer sk-very-secret"
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_on_this_host_is_never_asked_through_a_proxy(run, engine, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with Follower(run.url, engine.url) as follower:
+        follower.step()
+    assert_at_rest(engine, run, 0)
+
+
+@pytest.mark.parametrize("path", ["/start_weight_update", "/pause", "/update_weights", "/finish_weight_update"])
+@pytest.mark.parametrize("after", [False, True], ids=["before it acts", "after it acted"])
+def test_a_failure_at_any_point_ends_session_and_pause_and_the_next_step_serves_the_version(
+    run, engine, follower, path, after
+):
+    follower.step()
+    run.publish(a=1)
+    engine.fail(path, 500, after=after)
+    with pytest.raises(EngineError, match="as planned"):
+        follower.step()
+    assert not engine.paused
+    assert engine.session_open == (path == "/finish_weight_update" and not after)
+    engine.faults.clear()
+    follower.step()
+    assert_at_rest(engine, run, 1)
+
+
+def test_a_server_that_cannot_be_resumed_is_resumed_by_the_next_step(run, engine, follower):
+    follower.step()
+    run.publish(a=1)
+    engine.fail("/resume", 500)
+    with pytest.raises(EngineError):
+        follower.step()
+    assert engine.paused
+    engine.faults.clear()
+    assert follower.step() is None
+    assert_at_rest(engine, run, 1)
+
+
+def test_an_update_that_the_worker_refuses_is_resumed_and_keeps_the_old_label(run, engine, follower, monkeypatch):
+    follower.step()
+    run.publish(a=1)
+
+    def broken(writes):
+        raise MemoryError("no room on the device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(staging, "apply", broken)
+        with pytest.raises(EngineError, match="MemoryError: no room"):
+            follower.step()
+    assert engine.calls[-2:] == ["/finish_weight_update", "/resume"]
+    assert_at_rest(engine, run, 0)
+    assert follower.step().version == 1
+    assert_at_rest(engine, run, 1)
+
+
+def test_an_update_that_cannot_be_staged_never_pauses_the_server(run, engine, follower, monkeypatch):
+    follower.step()
+    run.publish(a=1)
+
+    def damaged(*arguments):
+        raise BadDigest("runs/x/deltas/y: damaged")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(staging, "stage", damaged)
+        with pytest.raises(BadDigest, match="damaged"):
+            follower.step()
+    assert "/pause" not in engine.calls
+    assert_at_rest(engine, run, 0)
+    assert follower.step().version == 1
+
+
+def test_a_worker_that_says_nothing_went_wrong_and_does_not_serve_the_version_is_quarantined(run, engine, follower):
+    follower.step()
+    run.publish(a=1)
+    engine.fail("/update_weights", 200, {"message": "Weights updated"})
+    with pytest.raises(Quarantined, match="without an error and does not serve it"):
+        follower.step()
+    assert_at_rest(engine, run, 0)
+
+
+def test_a_worker_whose_weights_drifted_is_not_updated(run, engine, follower):
+    follower.step()
+    engine.replica._model.v.data[3] = 42.0
+    with EngineClient(engine.url) as client:
+        assert client.audit().mismatched == ["v"]
+        assert client.status().quarantined
+    run.publish(a=1)
+    with pytest.raises(Quarantined, match="restart"):
+        follower.step()
+    assert "/pause" not in engine.calls
+
+
+@pytest.mark.parametrize("reached", ["/start_weight_update", "/pause", "/update_weights", "/finish_weight_update"])
+def test_whatever_a_killed_follower_had_reached_the_next_one_mends(run, engine, follower, reached):
+    follower.step()
+    run.publish(a=1)
+    body = {"update_info": {"bucket": run.url, "version": 1}, "weight_version": str(run.publisher.position)}
+    for path in ("/start_weight_update", "/pause", "/update_weights", "/finish_weight_update"):
+        engine.do(path, body)
+        if path == reached:
+            break
+    with Follower(run.url, engine.url) as successor:
+        successor.step()
+        assert_at_rest(engine, run, 1)
+        assert successor.step() is None
+
+
+def test_a_follower_waits_for_what_another_had_staged_and_then_stages_its_own(run, engine, follower, monkeypatch):
+    follower.step()
+    run.publish(a=1)
+    run.publish(a=1)
+    original, entered, opened = staging.stage, threading.Event(), threading.Event()
+
+    def held(*arguments):
+        entered.set()
+        assert opened.wait(PATIENCE)
+        return original(*arguments)
+
+    monkeypatch.setattr(staging, "stage", held)
+    engine.do("/collective_rpc", {"method": "deltawire_stage", "args": [f'{{"bucket": "{run.url}", "version": 1}}']})
+    assert entered.wait(PATIENCE)
+    asked = engine.calls.count("/collective_rpc")
+    reports = []
+    thread = threading.Thread(target=lambda: reports.append(follower.step()))
+    thread.start()
+    while engine.calls.count("/collective_rpc") < asked + 4:
+        assert thread.is_alive()
+    opened.set()
+    thread.join(PATIENCE)
+    assert (reports[0].from_version, reports[0].version) == (0, 2)
+    assert_at_rest(engine, run, 2)
+
+
+def test_a_server_restarted_on_older_weights_is_brought_back_and_named(run, engine, follower):
+    run.publish(a=1)
+    follower.step()
+    engine.replica = Replica(run.model(0), transformed={})
+    engine.weight_version = "default"
+    report = follower.step()
+    assert (report.from_version, report.version) == (0, 1)
+    engine.replica = Replica(run.model(1), transformed={})
+    engine.weight_version = "default"
+    assert follower.step() is None
+    assert_at_rest(engine, run, 1)
+
+
+def test_a_follower_of_a_bucket_where_nothing_is_published_does_nothing(engine):
+    with Follower("memory://empty-so-far", engine.url) as follower:
+        assert follower.step() is None
+    assert engine.calls == []
+
+
+def test_a_trainer_that_started_a_new_run_is_followed_by_a_new_follower_only(tmp_path):
+    with SmallRun(tmp_path) as old:
+        pass
+    with StubEngine(old.model()) as engine, Follower(old.url, engine.url) as follower:
+        follower.step()
+        (tmp_path / "HEAD.json").unlink()
+        with SmallRun(tmp_path, seed=1) as new:
+            with pytest.raises(OtherRun):
+                follower.step()
+            assert_at_rest(engine, old, 0)
+            with Follower(new.url, engine.url) as successor:
+                report = successor.step()
+            assert (report.run, report.from_version, report.version) == (new.publisher.position.run, None, 0)
+            assert_at_rest(engine, new, 0)
+
+
+class Running:
+    """A follower's `run` on a thread; what it reported, and what ended it."""
+
+    def __init__(self, run: SmallRun, engine: StubEngine) -> None:
+        self.updates, self.problems = threading.Semaphore(0), threading.Semaphore(0)
+        self.told: list[Exception] = []
+        self.ended_by: Exception | None = None
+        self.follower = Follower(
+            run.url, engine.url, poll=0.01, on_update=lambda report: self.updates.release(), on_problem=self._problem
+        )
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _problem(self, error: Exception) -> None:
+        self.told.append(error)
+        self.problems.release()
+
+    def _run(self) -> None:
+        try:
+            self.follower.run()
+        except Exception as error:
+            self.ended_by = error
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.follower.close()
+        self.join()
+
+    def join(self) -> None:
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+
+
+def test_what_passes_is_reported_once_while_it_lasts_and_then_the_follower_goes_on(run, engine):
+    engine.fail("/is_paused", 500)
+    with Running(run, engine) as running:
+        assert running.problems.acquire(timeout=PATIENCE)
+        seen = len(engine.calls)
+        while len(engine.calls) < seen + 6:
+            assert running.ended_by is None
+        assert len(running.told) == 1
+        engine.faults.clear()
+        run.publish(a=1)
+        assert running.updates.acquire(timeout=PATIENCE)
+    assert [type(error) for error in running.told] == [EngineError]
+    assert running.ended_by is None
+    assert_at_rest(engine, run, 1)
+
+
+def test_a_server_that_dies_is_reported_and_waited_for(run):
+    engine = StubEngine(run.model())
+    try:
+        with Running(run, engine) as running:
+            run.publish(a=1)
+            assert running.updates.acquire(timeout=PATIENCE)
+            engine.stop()
+            run.publish(a=1)
+            assert running.problems.acquire(timeout=PATIENCE)
+            assert running._thread.is_alive()
+        assert isinstance(running.told[0], EngineUnavailable)
+        assert running.ended_by is None
+    finally:
+        engine.replica.close()
+
+
+def test_what_a_person_must_mend_ends_the_follower(run, engine):
+    engine.replica = None
+    with Running(run, engine) as running:
+        running.join()
+    assert isinstance(running.ended_by, EngineUnsupported)
+    assert running.told == []
+
+
+def test_closing_while_the_worker_stages_leaves_the_server_generating_the_old_version(run, engine, monkeypatch):
+    entered, opened = threading.Event(), threading.Event()
+
+    def held(*arguments):
+        entered.set()
+        assert opened.wait(PATIENCE)
+        raise Unavailable("too late")
+
+    with Running(run, engine) as running:
+        monkeypatch.setattr(staging, "stage", held)
+        run.publish(a=1)
+        assert entered.wait(PATIENCE)
+    opened.set()
+    assert running.ended_by is None
+    assert "/pause" not in engine.calls
+    assert (served(engine), engine.session_open) == (0, False)
+
+
+def test_an_error_recorded_by_a_worker_is_the_same_error_here():
+    assert isinstance(named_error({"kind": "AccessRefused", "message": "no"}), AccessRefused)
+    assert str(named_error({"kind": "KeyError", "message": "x"})) == "KeyError: x"
+    for kind in ("DeltaWireError", "annotations", None, "__doc__"):
+        assert isinstance(named_error({"kind": kind, "message": "x"}), dw.errors.DeltaWireError)
