@@ -33,7 +33,5 @@ assert utils.process_weights_after_loading is base_loader.process_weights_after_
 assert not hasattr(utils.process_weights_after_loading.__wrapped__, "__wrapped__")
 assert all(hasattr(Worker, f"deltawire_{name}") for name in ("status", "stage", "placement", "audit"))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
