@@ -29,9 +29,9 @@ class Act:
     steps: int
 
 
-FULL = (Act("learn", 1e-3, 80), Act("rl", 2e-6, 20))
+FULL = (Act("learn", 5e-4, 80), Act("rl", 2e-6, 20))
 """the first act's rate is one this toy visibly learns at, the second's is one real models are trained at"""
-QUICK = (Act("learn", 1e-3, 4), Act("rl", 2e-6, 4))
+QUICK = (Act("learn", 5e-4, 4), Act("rl", 2e-6, 4))
 
 
 def find_checkout() -> Path:

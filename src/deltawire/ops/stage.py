@@ -81,7 +81,7 @@ class Stage:
                 return found
             if time.monotonic() - since() > patience:
                 self._fail(child, f"did not {what} in {patience:g} s")
-            self._draw()
+            self._draw(child)
             time.sleep(TICK)
 
     def _look_at_all(self) -> None:
@@ -106,11 +106,13 @@ class Stage:
         if name in self.story.lights:
             self.story.lights[name] = light
 
-    def _draw(self) -> None:
-        now = time.monotonic()
-        starting = [self.children[name] for name, light in self.story.lights.items() if light == "starting"]
-        ages = [f"{child.name} is starting, {now - child.started:.0f} s" for child in starting]
-        self._screen.draw(self.story, "; ".join(ages), self.seconds)
+    def _draw(self, awaited: Child | None = None) -> None:
+        now, lights = time.monotonic(), self.story.lights
+        starting = [self.children[name] for name, light in lights.items() if light == "starting"]
+        waiting = [f"{child.name} is starting, {now - child.started:.0f} s" for child in starting]
+        if awaited is not None and awaited.name not in lights:
+            waiting.append(f"{awaited.name} is at work, {now - awaited.started:.0f} s")
+        self._screen.draw(self.story, "; ".join(waiting), self.seconds)
 
     def url(self, child: Child) -> str:
         """The URL a process says it is ready at. Raises ProcessFailed."""
