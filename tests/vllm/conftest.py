@@ -8,6 +8,16 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Show the end of the server's log with a test that failed on it."""
+    report = yield
+    if report.failed and "server" in getattr(item, "funcargs", {}):
+        log = item.funcargs["server"].log.read_text(errors="replace")
+        report.sections.append(("end of the vLLM log", log[-3000:]))
+    return report
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A folder with the starting checkpoint, in bf16."""

@@ -1,11 +1,11 @@
 """Small seeded models, and real vLLM servers over them that stop with the test."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -14,7 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from deltawire.ops.processes import KEEPER
+
 START_SECONDS = 240
+GRACE = 20
 VOCABULARY = 300
 
 
@@ -44,7 +47,7 @@ def save_checkpoint(folder: Path) -> None:
 
 
 class Server:
-    """One vLLM server in a process group of its own; `url`, and `stop()`."""
+    """One vLLM server under a keeper, which ends it and its workers even when the tests are killed; `url`, `stop()`."""
 
     def __init__(self, model: Path, log: Path, *, backend: str | None = "deltawire") -> None:
         with socket.socket() as probe:
@@ -59,31 +62,26 @@ class Server:
             *(("--weight-transfer-config", f'{{"backend":"{backend}"}}') if backend else ()),
         ]
         environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        reading, self._lifeline = os.pipe()
+        kept = [sys.executable, str(KEEPER), str(reading), str(GRACE), *command]
         with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=environment, start_new_session=True
-            )
+            self._process = subprocess.Popen(kept, stdout=output, stderr=output, env=environment, pass_fds=[reading])
+        os.close(reading)
 
     def wait(self) -> "Server":
         """Until it answers; fails with the end of its log."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
-            try:
+            with suppress(httpx.HTTPError):
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return self
-            except httpx.HTTPError:
-                time.sleep(0.25)
+            time.sleep(0.25)
         raise AssertionError(f"vLLM did not start:\n{self.log.read_text(errors='replace')[-3000:]}")
 
     def stop(self) -> None:
         """End it and its workers."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait(10)
+        os.close(self._lifeline)
+        self._process.wait(GRACE + 30)
 
     def checksums(self) -> dict[str, str]:
         """vLLM's own checksum of every live parameter."""
