@@ -5,12 +5,16 @@ import os
 import secrets
 from typing import Any
 
-import httpx
 import msgspec
 
 from deltawire import errors
 from deltawire.errors import EngineError, EngineUnavailable, EngineUnsupported, Quarantined
 from deltawire.manifests import Position
+
+try:
+    import httpx
+except ImportError:
+    raise ImportError("speaking to vLLM needs httpx: pip install 'deltawire[follow]'") from None
 
 TIMEOUT = httpx.Timeout(120.0, connect=5.0)
 """seconds; a call waits for the scheduler's current step, and for a first compile"""
