@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from deltawire import Publisher, Subscriber, Update, digest, open_bucket
 from deltawire.bits import Bits
 from deltawire.buckets import Bucket
-from deltawire.manifests import Commit, Position, TensorEntry, commit_key, read, write
+from deltawire.log import list_versions, read_commit
+from deltawire.manifests import Commit, Position, TensorEntry, commit_key, hash_of, read, write
 from deltawire.tensors import cast
 
 PATIENCE = 30.0
@@ -91,11 +93,16 @@ def commits(bucket: Bucket) -> list[Commit]:
 
 
 def replace_commit(bucket: Bucket, version: int, change: Callable[[Commit], Commit]) -> Commit:
-    """Overwrite a commit as only an intruder would; the forgery."""
+    """Overwrite a commit as only an intruder would, and link its children to it anew; the forgery."""
     (run,) = {found[1] for stat in bucket.list("runs/") if (found := re.match("runs/([0-9a-f]{16})/", stat.key))}
     key = commit_key(run, version)
     forged = change(read(Commit, bucket.get(key, limit=1 << 20), where=key))
     bucket.put(key, write(forged))
+    last = forged
+    for number in (number for number in list_versions(bucket, run) if number > version):
+        child = read_commit(bucket, run, number)
+        last = msgspec.structs.replace(child, parent_hash=hash_of(write(last)))
+        bucket.put(commit_key(run, number), write(last))
     return forged
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deltawire import kernels
 from deltawire.bits import Bits, count, unsigned, zeros
-from deltawire.delta import DENSE_FROM, Delta, TensorDelta, between_bits
+from deltawire.delta import POSITION_BYTES, Delta, TensorDelta, between_bits
 from deltawire.digest import digest, moved
 from deltawire.errors import (
     ApplyError,
@@ -73,7 +73,9 @@ def test_a_tensor_delta_counts_what_changes_and_keeps_it_the_smaller_way(pair):
     delta = between_bits(old, new)
     different = int((old.data != new.data).sum())
     assert (delta.changed, delta.total) == (different, count(old.shape))
-    assert (delta.positions is None) == (different > 0 and different >= DENSE_FROM * old.data.size)
+    width = old.data.itemsize
+    smaller_dense = different * (POSITION_BYTES + width) >= old.data.size * width
+    assert (delta.positions is None) == (different > 0 and smaller_dense)
     positions, steps = delta.sparse()
     assert np.array_equal(positions, np.flatnonzero(old.data != new.data))
     assert steps.all()

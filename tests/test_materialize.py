@@ -18,7 +18,8 @@ from deltawire import checkpoint, materialize, open_bucket
 from deltawire.bits import Bits
 from deltawire.checkpoint import SINGLE, Checkpoint
 from deltawire.errors import AlreadyExists, BadDigest, Gap, NotFound, OutOfSpace
-from deltawire.materialize import MARKER, held, verify
+from deltawire.materialize import verify
+from deltawire.mirror import MARKER, held
 from deltawire.tensors import equal
 from runs import (
     PATIENCE,

@@ -145,8 +145,10 @@ def test_a_missing_head_is_no_obstacle_to_one_who_knows_the_run(chain):
         here = subscriber.latest()
         bucket.delete(HEAD_KEY)
         assert subscriber.latest() == here
-    with Subscriber(bucket) as newcomer, pytest.raises(NotFound, match=HEAD_KEY):
-        newcomer.latest()
+    with Subscriber(bucket) as newcomer:  # the only run there is
+        assert newcomer.latest() == here
+    with Subscriber(fresh()) as early, pytest.raises(NotFound, match=HEAD_KEY):
+        early.latest()
 
 
 def test_a_bucket_that_moves_to_another_run_is_not_followed(chain):

@@ -21,8 +21,21 @@ from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import root as root_of
 from deltawire.errors import MissingTensor, NotFound, UnknownTensor
 from deltawire.log import Attempt
-from deltawire.manifests import BaseCheckpoint, Commit, Payload, Position, Run, TensorEntry, anchor_prefix, delta_key
+from deltawire.manifests import (
+    BaseCheckpoint,
+    Commit,
+    Payload,
+    Position,
+    Run,
+    TensorEntry,
+    anchor_prefix,
+    delta_key,
+    hash_of,
+    signed,
+    write,
+)
 from deltawire.materialize import materialize
+from deltawire.signing import SigningKey
 from deltawire.subscriber import Subscriber
 from deltawire.tensors import cast, dtype_of
 
@@ -56,6 +69,12 @@ class Captured:
         """Bytes of the payloads made so far."""
         return sum(_size(data) for data in (self.payloads or {}).values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory: the change, and the payloads made so far that are not files."""
+        encoded = sum(len(data) for data in (self.payloads or {}).values() if isinstance(data, bytes))
+        return self.delta.nbytes + encoded
+
 
 def fold(earlier: Captured, later: Captured) -> Captured:
     """Two deltas captured one after the other, as one."""
@@ -68,9 +87,14 @@ def fold(earlier: Captured, later: Captured) -> Captured:
     )
 
 
-def freeze(captured: Captured) -> Attempt:
-    """The exact bytes of an append, to be sent again unchanged until the outcome is known."""
-    run, first = captured.run, captured.parent is None
+def freeze(
+    captured: Captured, *, parent_hash: str | None = None, writer: str | None = None, key: SigningKey | None = None
+) -> Attempt:
+    """The exact bytes of an append, to be sent again unchanged until the outcome is known.
+
+    `parent_hash` is that of the commit before (a run's first names its run.json); `writer` says who holds the run.
+    """
+    run, first = signed(captured.run, key), captured.parent is None
     payloads = captured.payloads if captured.payloads is not None else encode(captured)
     changed = [entry.name for entry in run.table] if first else captured.delta
     records = tuple(
@@ -87,8 +111,10 @@ def freeze(captured: Captured) -> Attempt:
         created=captured.created,
         step=captured.step,
         metrics=dict(captured.metrics),
+        parent_hash=hash_of(write(run)) if first else parent_hash,
+        writer=writer,
     )
-    return Attempt(run, commit, payloads)
+    return Attempt(run, signed(commit, key), payloads)
 
 
 def encode(captured: Captured) -> dict[str, bytes | Path]:
@@ -114,7 +140,12 @@ class Capturer:
         dtype: str,
         assets: str | Path | None,
         clock: Callable[[], float],
+        supersede: bool = False,
+        compactors: tuple[str, ...] = (),
     ) -> None:
+        self._compactors = compactors
+        self._supersedes: Position | None = None
+        self.resumed_hash: str | None = None
         self._spool, self._dtype, self._clock = spool, dtype, clock
         self._assets = Path(assets) if assets is not None else None
         self._run: Run | None = None
@@ -123,7 +154,11 @@ class Capturer:
         self._next = 0
         self._base: BaseCheckpoint | None = None
         self._base_digests: Mapping[str, int] = {}
-        self.resumed = self._resume(bucket, base)
+        self.resumed: Position | None = None
+        if supersede:
+            self._supersedes = _newest(bucket)
+        else:
+            self.resumed = self._resume(bucket, base)
         if self.resumed is None and base is not None:
             self._base = resolve_base(str(base))
             self._baseline = _seeded(Checkpoint(open_base(self._base)))
@@ -195,7 +230,7 @@ class Capturer:
             baseline.seed(name, bits)
         if not baseline.digests:
             raise MissingTensor("no tensors were given: pass model.named_parameters()")
-        run = Run(secrets.token_hex(8), baseline.table(baseline.digests), self._clock())
+        run = self._new_run(baseline.table(baseline.digests), None)
         payloads = self._write_anchor(run.table, baseline)
         captured = self._describe(run, 0, about, digests=baseline.digests, payloads=payloads)
         self._baseline, self._run, self._next = baseline, run, 1
@@ -205,7 +240,10 @@ class Capturer:
         """A run whose version 0 is the base by reference."""
         for name in self._partial.keys() - trainable:  # named by a publish that failed, and not by this one
             self._baseline.advance(name, -self._partial.pop(name))
-        return Run(secrets.token_hex(8), self._baseline.table(trainable), self._clock(), self._base)
+        return self._new_run(self._baseline.table(trainable), self._base)
+
+    def _new_run(self, table: tuple[TensorEntry, ...], base: BaseCheckpoint | None) -> Run:
+        return Run(secrets.token_hex(8), table, self._clock(), base, self._supersedes, self._compactors)
 
     def _describe(
         self,
@@ -247,7 +285,7 @@ class Capturer:
     def _resume(self, bucket: Bucket, base: str | Path | None) -> Position | None:
         """Rebuild the baseline from the last commit of the run that is already there."""
         try:
-            log.read_head(bucket)
+            log.current_run(bucket)
         except NotFound:
             return None
         near = base if base is not None and Path(base).is_dir() else None
@@ -258,7 +296,17 @@ class Capturer:
             self._baseline = _seeded(Checkpoint(folder))
             shutil.rmtree(folder, ignore_errors=True)  # the spool may be memory
             self._run, self._next = subscriber.run, position.version + 1
+            self.resumed_hash = subscriber.chain.commit(position.version).hash
             return position
+
+
+def _newest(bucket: Bucket) -> Position | None:
+    """Where the bucket's run stands; None while nothing is published."""
+    with Subscriber(bucket) as subscriber:
+        try:
+            return subscriber.latest()
+        except NotFound:
+            return None
 
 
 def _seeded(weights: Mapping[str, Bits]) -> Baseline:

@@ -25,6 +25,10 @@ app = typer.Typer(
 )
 BucketUrl = Annotated[str, typer.Argument(metavar="BUCKET", help="hf://buckets/ns/name, s3://…, file:///folder, …")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of text.")]
+Trusted = Annotated[
+    list[str] | None,
+    typer.Option("--trust", metavar="KEY", help="Accept only what this public key, or a key in this file, signed."),
+]
 BaseFolder = Annotated[Path | None, typer.Option(help="Folder of the base checkpoint, if it is elsewhere here.")]
 MIB = 1 << 20
 
@@ -54,6 +58,8 @@ def follow(
     bucket: Annotated[str, typer.Option(help="The bucket the trainer publishes to.")],
     engine: Annotated[str, typer.Option(help="The vLLM server on this host.")] = "http://127.0.0.1:8000",
     poll: Annotated[float | None, typer.Option(help="Seconds between looks; default: what suits the store.")] = None,
+    pin: Annotated[int | None, typer.Option(help="Hold the server at this version, older or newer.")] = None,
+    trust: Trusted = None,
     once: Annotated[bool, typer.Option(help="Bring the server to the newest version, then stop.")] = False,
     json: AsJson = False,
 ) -> None:
@@ -74,7 +80,9 @@ def follow(
     def problem(error: Exception) -> None:
         _emit({"event": "problem", "error": _named(error)}, f"problem: {_named(error)}", json)
 
-    with Follower(bucket, engine, poll=poll, on_update=report, on_problem=problem) as follower:
+    with Follower(
+        bucket, engine, poll=poll, pin=pin, trusted=trust or (), on_update=report, on_problem=problem
+    ) as follower:
         if once:
             follower.step()
         else:
@@ -101,9 +109,9 @@ def audit(
 
 
 @app.command()
-def log(bucket: BucketUrl, json: AsJson = False) -> None:
+def log(bucket: BucketUrl, trust: Trusted = None, json: AsJson = False) -> None:
     """List the versions of the bucket's run: bytes, step and root of each commit."""
-    with Subscriber(open_bucket(bucket)) as subscriber:
+    with Subscriber(open_bucket(bucket), trusted=trust or ()) as subscriber:
         commits = subscriber.commits()
     if json:
         for commit in commits:
@@ -137,11 +145,13 @@ def inspect(file: Annotated[Path, typer.Argument(help="A delta file.")], json: A
 
 @app.command()
 def verify(
-    bucket: BucketUrl, base: Annotated[Path | None, typer.Option(help="Folder of the base checkpoint.")] = None
+    bucket: BucketUrl,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base checkpoint.")] = None,
+    trust: Trusted = None,
 ) -> None:
     """Fetch the whole run, apply every delta and recompute every digest."""
     with tempfile.TemporaryDirectory(prefix="deltawire-") as folder:
-        report = _materialize(bucket, Path(folder) / "checkpoint", None, base)
+        report = _materialize(bucket, Path(folder) / "checkpoint", None, base, trust)
     Console().print(
         f"{report.position}: anchor and {report.deltas} deltas verified, {_size(report.fetched_bytes)} read"
     )
@@ -153,12 +163,25 @@ def materialize(
     out_dir: Annotated[Path, typer.Argument(help="Folder to write; it must not hold anything else.")],
     version: Annotated[int | None, typer.Option(help="Which version; default: the newest.")] = None,
     base: BaseFolder = None,
+    trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
     """Write a version as a Hugging Face checkpoint folder that vLLM and transformers load."""
-    report = _materialize(bucket, out_dir, version, base)
+    report = _materialize(bucket, out_dir, version, base, trust)
     text = f"{report.position} in {out_dir}: anchor and {report.deltas} deltas, {report.seconds:.1f} s"
     _emit(msgspec.to_builtins(report, enc_hook=str), text, json)
+
+
+@app.command()
+def keygen(
+    file: Annotated[Path, typer.Argument(help="File to write the private key to; it is never overwritten.")],
+    json: AsJson = False,
+) -> None:
+    """Make a key that signs a run's records, and print its public half, which followers are told to --trust."""
+    from deltawire import signing
+
+    public = signing.generate_key(file).public
+    _emit({"file": str(file), "public": public}, public, json)
 
 
 @app.command()
@@ -176,18 +199,18 @@ def demo(
     raise typer.Exit(0 if summary.audit_equal else 1)
 
 
-def _materialize(bucket: str, out_dir: Path, version: int | None, base: Path | None) -> Any:
+def _materialize(bucket: str, out_dir: Path, version: int | None, base: Path | None, trust: list[str] | None) -> Any:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     store = open_bucket(bucket)
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        with Subscriber(store, base=base) as subscriber:
+        with Subscriber(store, base=base, trusted=trust or ()) as subscriber:
             total = sum(1 for commit in subscriber.commits() if version is None or commit.version <= version)
         task = progress.add_task("versions", total=total)
 
         def advance(update: Update) -> None:
             progress.advance(task)
 
-        return materialize_version(store, out_dir, version, base=base, on_update=advance)
+        return materialize_version(store, out_dir, version, base=base, trusted=trust or (), on_update=advance)
 
 
 def _emit(record: object, text: str, as_json: bool) -> None:

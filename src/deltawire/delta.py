@@ -17,9 +17,8 @@ from deltawire.bits import Bits, Positions, UInts, count, unsigned
 from deltawire.errors import DtypeMismatch, FormatError, MissingTensor, ShapeMismatch, UnknownTensor
 from deltawire.tensors import as_bits, like
 
-DENSE_FROM = 0.5
-"""Share of changed elements from which steps are kept one per element: there a position and a step (10 B in memory
-for bf16) cost more than five steps, whatever the codec later makes of them."""
+POSITION_BYTES = 8
+"""memory of one position; where positions and steps would take more than a step per element, those are kept instead"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,7 +100,7 @@ def settle(dtype: str, shape: tuple[int, ...], positions: Positions | None, step
     """A TensorDelta kept the cheaper way, by its share of changed elements; drops zero steps from a sparse one."""
     total = count(shape)
     if positions is None:
-        if np.count_nonzero(steps) >= DENSE_FROM * max(total, 1):
+        if _is_dense(np.count_nonzero(steps), max(total, 1), steps):
             return TensorDelta(dtype, shape, None, steps)
         positions = np.flatnonzero(steps)
         return TensorDelta(dtype, shape, positions, steps[positions])
@@ -109,9 +108,15 @@ def settle(dtype: str, shape: tuple[int, ...], positions: Positions | None, step
     if not kept.all():
         positions, steps = positions[kept], steps[kept]
     delta = TensorDelta(dtype, shape, positions, steps)
-    if total and positions.size >= DENSE_FROM * total:
+    if total and _is_dense(positions.size, total, steps):
         return TensorDelta(dtype, shape, None, _dense_steps(delta))
     return delta
+
+
+def _is_dense(changed: int | np.intp, total: int, steps: UInts) -> bool:
+    """Whether a step per element takes no more memory than positions and steps: from 20 % for 2-byte elements. So no
+    delta, however much is folded into it, ever takes more than its tensors themselves."""
+    return int(changed) * (POSITION_BYTES + steps.itemsize) >= total * steps.itemsize
 
 
 def between_bits(old: Bits, new: Bits) -> TensorDelta:

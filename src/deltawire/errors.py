@@ -11,6 +11,7 @@ DeltaWireError
   FormatError       these bytes are not a file we accept
     Truncated         shorter than it says it is
     BadDigest         the bytes or the weights do not hash to what was promised
+    BadSignature      not signed, or not by a key we trust
     UnknownVersion    a format version or codec this deltawire does not know
     TooLarge          a size beyond the stated bound, refused before any memory is spent on it
     NeedsBase         this codec is decoded against the old weights, and none were given
@@ -73,6 +74,10 @@ class Truncated(FormatError):
 
 class BadDigest(FormatError):
     """Bytes or weights do not hash to what was promised."""
+
+
+class BadSignature(FormatError):
+    """A record is not signed, or not by a key we trust."""
 
 
 class UnknownVersion(FormatError):

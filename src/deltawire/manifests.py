@@ -1,14 +1,17 @@
-"""The records a bucket holds beside payloads, as typed JSON: run, commit and head. docs/FORMAT.md §6 specifies them."""
+"""The records a bucket holds beside payloads, as typed JSON: run, commit, derived and head. docs/FORMAT.md §6 specifies
+them, §7 their signatures."""
 
 import re
 from typing import TypeVar
 
 import msgspec
+from blake3 import blake3
 
 from deltawire.bits import WIDTHS, count
 from deltawire.buckets.base import is_key
 from deltawire.container import MAX_RANK
 from deltawire.errors import FormatError, UnknownVersion
+from deltawire.signing import UNSIGNED, SigningKey, is_public_key
 
 FORMAT = 1
 MAX_RECORD = 64 << 20
@@ -16,6 +19,7 @@ MAX_RECORD = 64 << 20
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _HEX16 = re.compile(r"[0-9a-f]{16}")
+_HEX128 = re.compile(r"[0-9a-f]{128}")
 _MAX_VERSION = 1 << 53
 """JSON numbers are exact below it, in every language"""
 
@@ -49,13 +53,19 @@ class BaseCheckpoint(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True):
-    """run.json: what is true of every version of a run. `base` None means version 0 is an anchor in the bucket."""
+    """run.json: what is true of every version of a run. `base` None means version 0 is an anchor in the bucket.
+
+    `supersedes` is where the run before it ended; `compactors` are public keys that may sign folds and anchors.
+    """
 
     run: str
     table: tuple[TensorEntry, ...]
     created: float
     base: BaseCheckpoint | None = None
     supersedes: Position | None = None
+    compactors: tuple[str, ...] = ()
+    signer: str | None = None
+    signature: str | None = None
     format: int = FORMAT
 
 
@@ -73,7 +83,8 @@ class Commit(msgspec.Struct, frozen=True):
 
     `digests` are those of the tensors that changed since the parent, as 16 hex digits; `root` hashes all of them.
     `created` is seconds since the epoch by the publisher's clock, `step` the trainer's own counter. A metric that was
-    not finite is read as None: JSON has no NaN.
+    not finite is read as None: JSON has no NaN. `parent_hash` is the BLAKE3 of the parent's record (of run.json, for
+    the first commit), None only in buckets older than the links. `writer` names the process that holds the run.
     """
 
     run: str
@@ -85,11 +96,46 @@ class Commit(msgspec.Struct, frozen=True):
     created: float
     step: int | None = None
     metrics: dict[str, float | None] = {}
+    parent_hash: str | None = None
+    writer: str | None = None
+    signer: str | None = None
+    signature: str | None = None
     format: int = FORMAT
 
     @property
     def position(self) -> Position:
         """Where a copy stands that has applied this commit."""
+        return Position(self.run, self.version, self.root)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of all payloads."""
+        return sum(payload.size for payload in self.payloads)
+
+
+class Derived(msgspec.Struct, frozen=True):
+    """The manifest of a fold (all changes in (parent, version] as one delta) or of an anchor (parent None: a whole
+    checkpoint of `version`). Made from commits by whoever compacts; the same commits make the same bytes.
+
+    `digests` are those at `version` of the tensors a fold changes, or for an anchor of all. `commit_hash` is the BLAKE3
+    of the record of commit `version`, `parent_hash` that of commit `parent`: a fold is a link of the same chain.
+    """
+
+    run: str
+    version: int
+    parent: int | None
+    root: str
+    digests: dict[str, str]
+    payloads: tuple[Payload, ...]
+    commit_hash: str
+    parent_hash: str | None = None
+    signer: str | None = None
+    signature: str | None = None
+    format: int = FORMAT
+
+    @property
+    def position(self) -> Position:
+        """Where a copy stands that has applied this."""
         return Position(self.run, self.version, self.root)
 
     @property
@@ -107,7 +153,8 @@ class Head(msgspec.Struct, frozen=True):
     format: int = FORMAT
 
 
-Record = TypeVar("Record", Run, Commit, Head)
+Record = TypeVar("Record", Run, Commit, Derived, Head)
+Signable = TypeVar("Signable", Run, Commit, Derived)
 
 
 def run_key(run: str) -> str:
@@ -130,10 +177,35 @@ def anchor_prefix(version: int, blake3: str) -> str:
     return f"anchors/step_{version:06d}-{blake3[:12]}"
 
 
+def fold_key(parent: int, version: int, blake3: str) -> str:
+    """Key, below the run, of the delta file that leads from `parent` to `version` in one."""
+    return f"folds/step_{parent:06d}-{version:06d}-{blake3[:12]}.safetensors"
+
+
+def derived_key(run: str, parent: int | None, version: int, payloads: tuple[Payload, ...]) -> str:
+    """Key of a fold's or (parent None) an anchor's manifest; it names what it lists, so it never has two contents."""
+    named = blake3("".join(f"{payload.key} {payload.blake3}\n" for payload in payloads).encode()).hexdigest()[:12]
+    span = f"anchor-{version:06d}" if parent is None else f"fold-{parent:06d}-{version:06d}"
+    return f"runs/{run}/derived/{span}-{named}.json"
+
+
 HEAD_KEY = "HEAD.json"
 
 
-def write(record: Run | Commit | Head) -> bytes:
+def hash_of(data: bytes) -> str:
+    """What a child's `parent_hash` says of a record: the BLAKE3 of its bytes, 64 hex digits."""
+    return blake3(data).hexdigest()
+
+
+def signed(record: Signable, key: SigningKey | None) -> Signable:
+    """The record with its signature; as it is without a key."""
+    if key is None:
+        return record
+    blank = msgspec.structs.replace(record, signer=key.public, signature=UNSIGNED)
+    return msgspec.structs.replace(blank, signature=key.sign(write(blank)))
+
+
+def write(record: Run | Commit | Derived | Head) -> bytes:
     """A record as JSON; equal records give equal bytes. Raises FormatError for one that no reader would accept."""
     _check(record, f"this {type(record).__name__.lower()} record")
     return msgspec.json.encode(record, order="sorted")
@@ -156,13 +228,19 @@ class _AnyFormat(msgspec.Struct):
     format: int
 
 
-def _check(record: Run | Commit | Head, where: str) -> None:
+def _check(record: Run | Commit | Derived | Head, where: str) -> None:
     def require(sound: object, what: str) -> None:
         if not sound:
             raise FormatError(f"{where}: {what}")
 
     require(_RUN_ID.fullmatch(record.run), f"run {record.run!r} is not 16 hex digits")
+    if not isinstance(record, Head):
+        signer, signature = record.signer, record.signature
+        require((signer is None) == (signature is None), "a signer without a signature, or the reverse")
+        require(signer is None or is_public_key(signer), "the signer is not a key of 64 hex digits")
+        require(signature is None or _HEX128.fullmatch(signature), "the signature is not 128 hex digits")
     if isinstance(record, Run):
+        require(all(map(is_public_key, record.compactors)), "a compactor is not a key of 64 hex digits")
         names = {entry.name for entry in record.table}
         require(len(names) == len(record.table), "a name stands twice in the tensor table")
         require(not any("\0" in name for name in names), "a name in the tensor table has a NUL")
@@ -170,7 +248,10 @@ def _check(record: Run | Commit | Head, where: str) -> None:
             require(_is_possible(entry), f"{entry.name}: impossible dtype {entry.dtype!r} or shape {list(entry.shape)}")
         return
     require(0 <= record.version < _MAX_VERSION, f"version {record.version}")
-    if isinstance(record, Commit):
+    if isinstance(record, Derived):
+        require(_HEX64.fullmatch(record.commit_hash), "the commit's hash is not 64 hex digits")
+    if isinstance(record, Commit | Derived):
+        require(record.parent_hash is None or _HEX64.fullmatch(record.parent_hash), "parent hash is not 64 hex digits")
         require(record.parent is None or 0 <= record.parent < record.version, f"parent {record.parent}")
         require(_HEX64.fullmatch(record.root), "root is not 64 hex digits")
         require(all(_HEX16.fullmatch(value) for value in record.digests.values()), "a digest is not 16 hex digits")

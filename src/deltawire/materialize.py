@@ -1,10 +1,9 @@
 """Any version as a full Hugging Face checkpoint folder: the anchor's files, the deltas applied to them in place."""
 
-import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from deltawire import checkpoint
@@ -14,11 +13,9 @@ from deltawire.checkpoint import Checkpoint
 from deltawire.digest import digest_bits
 from deltawire.errors import AlreadyExists, BadDigest
 from deltawire.manifests import Position
+from deltawire.mirror import finish, held, sweep
 from deltawire.reports import MaterializeReport
 from deltawire.subscriber import Subscriber, Update
-
-MARKER = "deltawire.json"
-"""the file in a materialized folder that says which position it holds"""
 
 
 def materialize(
@@ -27,6 +24,7 @@ def materialize(
     version: int | None = None,
     *,
     base: Path | str | None = None,
+    trusted: Iterable[str | Path] = (),
     on_update: Callable[[Update], None] = lambda update: None,
 ) -> MaterializeReport:
     """Write a version (the newest by default) as a checkpoint folder that vLLM and transformers load.
@@ -34,11 +32,13 @@ def materialize(
     Every tensor's digest is recomputed and compared with the commit before the folder appears under its name, all at
     once. Costs one delta of memory. A folder that already holds this position is left as it is.
 
+    `trusted` are public keys, or files of them, one of which must have signed every record.
+
     Raises AlreadyExists for a folder that holds anything else, BadDigest, OutOfSpace, and what Subscriber.updates
     raises.
     """
     started, out = time.monotonic(), Path(out_dir)
-    with Subscriber(bucket, base=base) as subscriber:
+    with Subscriber(bucket, base=base, trusted=trusted) as subscriber:
         commits = [commit for commit in subscriber.commits() if version is None or commit.version <= version]
         target = subscriber.latest() if version is None else commits[-1].position if commits else None
         if version is not None and (target is None or target.version != version):
@@ -50,25 +50,14 @@ def materialize(
             if out.exists() and not (out.is_dir() and not any(out.iterdir())):
                 raise AlreadyExists(f"{out} exists and does not hold {target}; name another folder or remove it")
             out.parent.mkdir(parents=True, exist_ok=True)
+            sweep(out)
             work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
             updates = _build(subscriber, work, target, on_update)
-            with file_system_errors(str(out)):
-                marker = {"run": target.run, "version": target.version, "root": target.root}
-                (work / MARKER).write_text(json.dumps(marker))
-                work.chmod(0o755)
-                work.rename(out)  # takes the place of an empty folder, too
+            finish(work, out, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return MaterializeReport(target, out, len(updates) - 1, sum(updates), time.monotonic() - started)
-
-
-def held(folder: Path) -> Position | None:
-    """The position a materialized folder says it holds, or None."""
-    try:
-        return Position(**json.loads((folder / MARKER).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _build(subscriber: Subscriber, work: Path, target: Position, on_update: Callable[[Update], None]) -> list[int]:

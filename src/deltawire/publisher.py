@@ -6,14 +6,17 @@
 waits as one folded attempt, freezes its bytes, and appends it to the run log, again and again until it is durable.
 """
 
+import os
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from deltawire import capture, log
+from deltawire import capture, log, signing
 from deltawire.buckets.base import Bucket
 from deltawire.capture import Captured, Capturer
 from deltawire.errors import BucketError, ChainError, DeltaWireError, Unavailable, UnknownVersion
@@ -35,7 +38,11 @@ class Publisher:
     `codec`: "gap". `on_upload` hears of every commit, on the uploader's thread.
 
     A bucket that already holds a run continues it: the baseline is rebuilt from the last commit, and the first publish
-    is the difference.
+    is the difference. With run="supersede" a new run begins instead, which names where that one stood: followers
+    move on to it.
+
+    `signing_key`, a file written by `deltawire keygen`, signs every record; `compactors` are public keys that may sign
+    folds and anchors of a run that begins here.
 
     Not for several threads at once: one trainer, one publisher. Raises BucketError, FormatError, ChainError on opening.
     """
@@ -48,6 +55,9 @@ class Publisher:
         codec: str = "gap",
         dtype: str = "BF16",
         assets: str | Path | None = None,
+        run: Literal["continue", "supersede"] = "continue",
+        signing_key: str | Path | None = None,
+        compactors: Iterable[str | Path] = (),
         on_upload: Callable[[UploadReport], None] = lambda report: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -55,10 +65,22 @@ class Publisher:
             raise UnknownVersion(f'codec {codec!r} cannot be published; use "gap" ("raw" is for dw.encode alone)')
         self.bucket = bucket
         self._on_upload = on_upload
+        self._key = None if signing_key is None else signing.read_key(signing_key)
+        self._writer = f"{socket.gethostname()} pid {os.getpid()}"
+        delegates = tuple(sorted(signing.trust(compactors).keys))
         self._spool = tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True)
         spool = Path(self._spool.name)
         try:
-            self._capturer = Capturer(bucket, spool, base=base, dtype=dtype, assets=assets, clock=clock)
+            self._capturer = Capturer(
+                bucket,
+                spool,
+                base=base,
+                dtype=dtype,
+                assets=assets,
+                clock=clock,
+                supersede=run == "supersede",
+                compactors=delegates,
+            )
         except BaseException:
             self._spool.cleanup()
             raise
@@ -66,6 +88,7 @@ class Publisher:
         self._waiting: list[Captured] = []
         self._work: Captured | None = None
         self._committed: Position | None = self._capturer.resumed
+        self._committed_hash: str | None = self._capturer.resumed_hash
         self._problem: DeltaWireError | None = None
         self._failures = 0
         self._hurry = self._closing = self._died = False
@@ -112,10 +135,10 @@ class Publisher:
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         versions, compare_seconds = self._capturer.capture(pairs, step=step, metrics=numbers)
         newest = versions[-1]
+        wire_bytes = newest.payload_bytes
         with self._changed:
             for captured in versions:
                 self._enqueue(captured)
-            wire_bytes = newest.payload_bytes
             held = [*self._waiting, *([self._work] if self._work else [])]
             problem = str(self._problem) if self._problem else None
             self._changed.notify_all()
@@ -131,7 +154,8 @@ class Publisher:
             seconds=time.perf_counter() - started,
             compare_seconds=compare_seconds,
             waiting=sum(captured.versions for captured in held),
-            waiting_bytes=sum(captured.delta.nbytes for captured in held),
+            waiting_bytes=sum(captured.nbytes for captured in held),
+            waiting_bound=self._capturer.model_bytes + (self._work.nbytes if self._work else 0),
             problem=problem,
         )
 
@@ -168,6 +192,8 @@ class Publisher:
         """Fold into what waits; a run's first version is no delta, so nothing folds into it."""
         if self._waiting and self._waiting[-1].parent is not None:
             self._waiting[-1] = capture.fold(self._waiting[-1], captured)
+        elif self._work is not None and captured.parent is not None:
+            self._waiting.append(replace(captured, payloads=None))  # it will wait: its bytes are made when it is sent
         else:
             self._waiting.append(captured)
 
@@ -182,7 +208,8 @@ class Publisher:
     def _upload_forever(self) -> None:
         try:
             while captured := self._take_work():
-                self._upload(captured, capture.freeze(captured))
+                attempt = capture.freeze(captured, parent_hash=self._committed_hash, writer=self._writer, key=self._key)
+                self._upload(captured, attempt)
         except Exception as error:  # a thread that died silently would leave flush() waiting for ever
             with self._changed:
                 self._died, self._problem = True, DeltaWireError(f"the uploader stopped: {error!r}")
@@ -220,7 +247,8 @@ class Publisher:
             if isinstance(data, Path):
                 data.unlink(missing_ok=True)  # an anchor's files are as large as the model, and may lie in memory
         with self._changed:
-            self._committed, self._work, self._problem = attempt.commit.position, None, None
+            self._committed, self._committed_hash = attempt.commit.position, attempt.hash
+            self._work, self._problem = None, None
             self._hurry = False
             self._changed.notify_all()
         commit = attempt.commit

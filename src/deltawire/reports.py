@@ -12,8 +12,9 @@ class PublishReport:
 
     `wire_bytes` is the size of this version's own file (the anchor's, for a run's first version); versions that wait
     for the network are folded, so fewer bytes may be sent. `compare_seconds` is part of `seconds`; the upload is in
-    neither, it goes on behind. `waiting` versions were captured and are not committed yet; `problem` is the last
-    upload error, None while all is well.
+    neither, it goes on behind. `waiting` versions were captured and are not committed yet; they take `waiting_bytes` of
+    memory, and never more than `waiting_bound`: a step for every element, beside the upload under way. `problem` is the
+    last upload error, None while all is well.
     """
 
     run: str
@@ -27,6 +28,7 @@ class PublishReport:
     compare_seconds: float
     waiting: int
     waiting_bytes: int
+    waiting_bound: int
     problem: str | None
 
     @property

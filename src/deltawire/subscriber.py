@@ -1,22 +1,28 @@
-"""Read a bucket's run: verified updates in order, from an anchor or a known position up to the newest commit."""
+"""Read a bucket's run: verified updates in order, or the cheapest change from where a copy stands to a version."""
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltawire import log, wire
+from deltawire import log, paths, wire
 from deltawire.bases import base_of
 from deltawire.bits import Bits
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket, Stat
 from deltawire.buckets.verified import download_verified, get_verified
+from deltawire.chain import Chain, as_numbers
 from deltawire.checkpoint import Checkpoint, files
 from deltawire.delta import Delta
-from deltawire.digest import root as root_of
-from deltawire.errors import BadDigest, Forked, FormatError, Gap, NotFound, OtherRun, ShapeMismatch, UnknownTensor
-from deltawire.manifests import HEAD_KEY, Commit, Position, Run, TensorEntry
+from deltawire.errors import Forked, FormatError, Gap, NotFound, OtherRun, ShapeMismatch, UnknownTensor
+from deltawire.manifests import HEAD_KEY, Commit, Derived, Position, Run
+from deltawire.signing import Trust, trust
+
+PLANS = 3
+"""times a path is planned anew when something on it was pruned meanwhile"""
+LOOK_BACK = 64
+"""commits that are read to find out which version a copy of unknown origin is"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,11 +40,27 @@ class Update:
     anchor: Mapping[str, Bits] | None
     digests: Mapping[str, int]
     commit: Commit
+    wire_bytes: int
+    """bytes fetched for this update"""
 
-    @property
-    def wire_bytes(self) -> int:
-        """Bytes fetched for this update."""
-        return self.commit.wire_bytes
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """What leads from `since` to `position` by the cheapest path: perhaps an anchor, then everything else as one delta.
+
+    Bytes are verified, weights are not: whoever holds them computes their digests after the change and compares the
+    root over all with `position.root` before anything is written. `records` and `payloads` count objects read.
+    """
+
+    since: Position | None
+    position: Position
+    anchor: Checkpoint | None
+    anchor_position: Position | None
+    delta: Delta
+    commit: Commit
+    wire_bytes: int
+    records: int
+    payloads: int
 
 
 class Subscriber:
@@ -46,15 +68,16 @@ class Subscriber:
 
     The run is the one HEAD names at first use; when HEAD moves to another run, OtherRun is raised, not followed.
     `base` is a folder with the base checkpoint, for runs whose version 0 refers to one this host has elsewhere.
+    `trusted` are public keys, or files of them: then every record must be signed by one (BadSignature).
     """
 
-    def __init__(self, bucket: Bucket, *, base: Path | str | None = None) -> None:
+    def __init__(
+        self, bucket: Bucket, *, base: Path | str | None = None, trusted: Iterable[str | Path] | Trust = ()
+    ) -> None:
         self.bucket = bucket
+        self.trust = trusted if isinstance(trusted, Trust) else trust(trusted)
         self._base = Path(base) if base is not None else None
-        self._run: Run | None = None
-        self._entries: dict[str, TensorEntry] = {}
-        self._commits: dict[int, Commit] = {}
-        self._newest_digests: dict[str, int] = {}
+        self._opened: Chain | None = None
         self._cache: Path | None = None
 
     def __enter__(self) -> "Subscriber":
@@ -70,16 +93,26 @@ class Subscriber:
             self._cache = None
 
     @property
+    def chain(self) -> Chain:
+        """The run's records. Raises NotFound while nothing is published."""
+        if self._opened is None:
+            run = log.load_run(self.bucket, log.current_run(self.bucket), trust=self.trust)
+            self._opened = Chain(self.bucket, run, self.trust)
+        return self._opened
+
+    @property
     def run(self) -> Run:
         """The run's record, read once. Raises NotFound while nothing is published."""
-        if self._run is None:
-            self._run = log.read_run(self.bucket, log.read_head(self.bucket).run)
-            self._entries = {entry.name: entry for entry in self._run.table}
-        return self._run
+        return self.chain.run
 
     def latest(self) -> Position:
-        """The newest committed position. Raises NotFound while nothing is published, OtherRun."""
-        return self.commits()[-1].position
+        """The newest committed position, never older than one seen before. Raises NotFound while nothing is published,
+        OtherRun."""
+        self._require_same_run()
+        versions = self.chain.versions()
+        if not versions:
+            raise NotFound(f"{self.bucket.url}: run {self.run.run} has no commits yet")
+        return self.chain.commit(versions[-1]).record.position
 
     def commits(self, after: int | None = None) -> list[Commit]:
         """Commits with a version above `after`, in chain order, each the child of the one before it.
@@ -87,59 +120,111 @@ class Subscriber:
         Raises OtherRun, Forked, Gap, BadDigest (a commit whose root is not that of its digests), FormatError.
         """
         self._require_same_run()
-        known = self._commits
-        for version in log.list_versions(self.bucket, self.run.run):
-            if version not in known:
-                self._admit(log.read_commit(self.bucket, self.run.run, version))
-        if not known:
-            raise NotFound(f"{self.bucket.url}: run {self.run.run} has no commits yet")
-        return [known[version] for version in known if after is None or version > after]
+        return [commit for commit in self.chain.commits() if after is None or commit.version > after]
 
     def position_of(self, root: str) -> Position | None:
-        """The newest committed version whose weights have this root, or None."""
-        return next((commit.position for commit in reversed(self.commits()) if commit.root == root), None)
+        """The newest committed version whose weights have this root, or None. Looked at are anchors, where copies
+        start, and the newest commits."""
+        versions = self.chain.versions()
+        starts = [edge.end for edge in self.chain.anchors() if edge.end in versions]
+        for version in sorted({*starts, *versions[-LOOK_BACK:]}, reverse=True):
+            commit = self.chain.commit(version).record
+            if commit.root == root:
+                return commit.position
+        return None
 
     def digests_at(self, version: int) -> dict[str, int]:
         """The digest of every tensor at a committed version. Raises Gap for a version never committed."""
-        if version not in self._commits:
-            self.commits()
-        if version not in self._commits:
-            raise Gap(f"run {self.run.run}: version {version} was never committed; committed are {self._range()}")
-        digests: dict[str, int] = {}
-        for commit in self._commits.values():
-            if commit.version <= version:
-                digests |= _digests(commit)
-        return digests
+        return self.chain.digests_at(version)
 
     def updates(self, since: Position | None = None, *, until: int | None = None) -> Iterator[Update]:
-        """Verified updates in order from `since` (or from the anchor) to `until` (or to the newest commit).
+        """Verified updates in order from `since` (or from the newest anchor) to `until` (or to the newest commit).
 
         Raises BucketError; FormatError for damaged bytes; OtherRun, Gap or Forked when `since` is not on this chain.
         """
         commits = self.commits()
-        if until is not None and until not in self._commits:
-            self.digests_at(until)
+        if until is not None:
+            self.digests_at(until)  # says which versions there are
         parent = None if since is None else self._stand_on(since)
+        last = until if until is not None else commits[-1].version
+        start = self._anchor_before(commits, last) if since is None else since.version
         digests: dict[str, int] = {}
         for commit in commits:
-            if until is not None and commit.version > until:
+            if commit.version > last:
                 return
-            digests = digests | _digests(commit)
+            digests = digests | (as_numbers(commit.digests) if digests else self.digests_at(commit.version))
+            if commit.version < start:
+                continue
             if parent is None:
-                yield Update(commit.position, None, None, self._fetch_anchor(commit), digests, commit)
+                anchor, size = self._fetch_anchor(commit.version)
+                yield Update(commit.position, None, None, anchor, digests, commit, size)
             elif commit.version > parent.version:
-                yield Update(commit.position, parent, self._fetch_delta(commit), None, digests, commit)
+                delta = self._fetch_delta(commit)
+                yield Update(commit.position, parent, delta, None, digests, commit, commit.wire_bytes)
             else:
                 continue
             parent = commit.position
+
+    def change(self, since: Position | None, version: int, *, anchors: bool = True) -> Change:
+        """The cheapest change that leads from `since` (None: from nothing) to a version, older or newer. An anchor may
+        be cheaper than what lies between; without `anchors` only deltas and folds are taken.
+
+        What was pruned while it was fetched is planned around. Raises BucketError, FormatError; Gap or Forked when
+        `since` is not on this chain.
+        """
+        for attempt in range(PLANS):
+            try:
+                return self._change(since, version, anchors or since is None)
+            except NotFound:
+                if attempt == PLANS - 1:
+                    raise
+        raise AssertionError("unreachable")
 
     def watch(self, *, timeout: float, tag: str | None = None) -> Stat | None:
         """Wait until HEAD's tag differs from `tag`, at most `timeout` seconds."""
         return self.bucket.watch(HEAD_KEY, tag=tag, timeout=timeout)
 
-    def anchor_files(self) -> list[Path]:
-        """The anchor's files on this host, downloaded and verified if need be: a whole checkpoint of version 0."""
-        return files(self._anchor_folder(self.commits()[0]))
+    def anchor_files(self, version: int | None = None) -> list[Path]:
+        """The files of the newest anchor up to a version on this host, downloaded and verified if need be: a whole
+        checkpoint."""
+        commits = self.commits()
+        newest = commits[-1].version if version is None else version
+        return files(self._anchor_folder(self._anchor_record(self._anchor_before(commits, newest))))
+
+    def _change(self, since: Position | None, version: int, anchors: bool) -> Change:
+        if since is not None:
+            self._stand_on(since)
+        edges = [edge for edge in self.chain.edges() if anchors or edge.start is not None]
+        path = paths.cheapest(edges, None if since is None else since.version, version)
+        hops = self.chain.read(path)
+        commit = self.chain.commit(version)
+        delta, anchor, anchor_position, records = Delta(), None, None, len({edge.record for edge, _ in hops})
+        for edge, filed in hops:
+            if edge.start is None:
+                anchor, _ = self._open_anchor(filed.record)
+                anchor_position = filed.record.position
+            else:
+                part = self._fetch_delta(filed.record)
+                delta += -part if edge.undo else part
+        if hops:
+            edge, filed = hops[-1]
+            arrived = filed.record
+            hashes = arrived.parent_hash if edge.undo else arrived.commit_hash if isinstance(arrived, Derived) else None
+            if hashes is not None and hashes != commit.hash:
+                raise Forked(f"{self.bucket.url}: the path to version {version} ends at another commit of that number")
+        records += all(edge.end != version or "/commits/" not in edge.record for edge, _ in hops)
+        payloads = [payload for _, filed in hops for payload in filed.record.payloads]
+        return Change(
+            since=None if anchor is not None else since,
+            position=commit.record.position,
+            anchor=anchor,
+            anchor_position=anchor_position,
+            delta=delta,
+            commit=commit.record,
+            wire_bytes=sum(payload.size for payload in payloads),
+            records=records,
+            payloads=len(payloads),
+        )
 
     def _require_same_run(self) -> None:
         run = self.run.run
@@ -153,85 +238,74 @@ class Subscriber:
                 "restart with a fresh position to follow the new run"
             )
 
-    def _admit(self, commit: Commit) -> None:
-        """Check that a commit continues the chain known so far, and remember it."""
-        last = next(reversed(self._commits.values()), None)
-        where = f"{self.bucket.url}: commit {commit.position}"
-        if last is None and commit.parent is not None:
-            raise Gap(f"{where} continues version {commit.parent}, and there is no anchor before it")
-        if last is not None and commit.parent != last.version:
-            kind = Forked if commit.parent is None or commit.parent < last.version else Gap
-            raise kind(f"{where} continues version {commit.parent}, but the one before it is {last.version}")
-        if foreign := commit.digests.keys() - self._entries.keys():
-            raise UnknownTensor(f"{where} changes {min(foreign)!r}, which is not in the run's tensor table")
-        digests = self._newest_digests | _digests(commit)
-        if digests.keys() != self._entries.keys() or root_of(self.run.table, digests) != commit.root:
-            raise BadDigest(f"{where}: its digests do not make its root {commit.root[:12]}…: damaged or altered")
-        self._commits[commit.version] = commit
-        self._newest_digests = digests
-
-    def _range(self) -> str:
-        versions = list(self._commits)
-        return f"{versions[0]} to {versions[-1]}" if versions else "none"
-
     def _stand_on(self, since: Position) -> Position:
         if since.run != self.run.run:
             raise OtherRun(f"position {since} is of another run than {self.bucket.url}, which holds {self.run.run}")
-        commit = self._commits.get(since.version)
-        if commit is None:
-            raise Gap(f"run {since.run}: no commit {since.version} to continue from; committed are {self._range()}")
+        try:
+            commit = self.chain.commit(since.version).record
+        except NotFound:
+            raise Gap(f"run {since.run}: no commit {since.version} to continue from") from None
         if commit.root != since.root:
             raise Forked(f"{since}: these weights have root {since.root[:12]}…, the commit says {commit.root[:12]}…")
         return since
 
-    def _fetch_delta(self, commit: Commit) -> Delta:
+    def _anchor_before(self, commits: list[Commit], version: int) -> int:
+        """The newest version up to this one that is an anchor."""
+        if commits[0].parent is None and commits[0].version == version:
+            return version
+        return max(edge.end for edge in self.chain.anchors() if commits[0].version <= edge.end <= version)
+
+    def _anchor_record(self, version: int) -> Commit | Derived:
+        edge = next(edge for edge in self.chain.anchors() if edge.end == version)
+        return self.chain.read([edge])[0][1].record
+
+    def _fetch_delta(self, record: Commit | Derived) -> Delta:
         delta = Delta()
-        for payload in commit.payloads:
-            key = f"runs/{commit.run}/{payload.key}"
+        for payload in record.payloads:
+            key = f"runs/{record.run}/{payload.key}"
             data = get_verified(self.bucket, key, size=payload.size, blake3=payload.blake3)
             header = wire.read_header(data)
-            if (header.run, header.parent, header.version) != (commit.run, commit.parent, commit.version):
+            if (header.run, header.parent, header.version) != (record.run, record.parent, record.version):
                 raise FormatError(f"{key} says {header.run}:{header.parent}→{header.version}, not what its commit says")
             self._check_table(header, key)
             delta += wire.decode(data)
-        if delta.keys() != commit.digests.keys():
-            raise FormatError(f"commit {commit.position}: the payload changes other tensors than the commit lists")
+        if delta.keys() != record.digests.keys():
+            raise FormatError(f"{record.position}: the payload changes other tensors than the commit lists")
         return delta
 
     def _check_table(self, header: wire.DeltaHeader, key: str) -> None:
         for spec in header.tensors:
-            entry = self._entries.get(spec.name)
+            entry = self.chain.entries.get(spec.name)
             if entry is None or not entry.trainable:
                 raise UnknownTensor(f"{key} changes {spec.name!r}, which the run does not train")
             if (spec.dtype, spec.shape) != (entry.dtype, entry.shape):
                 raise ShapeMismatch(f"{key}: {spec.name} is {spec.dtype} {list(spec.shape)}, not as in the run's table")
 
-    def _fetch_anchor(self, commit: Commit) -> Checkpoint:
-        checkpoint = Checkpoint(self._anchor_folder(commit))
+    def _fetch_anchor(self, version: int) -> tuple[Checkpoint, int]:
+        return self._open_anchor(self._anchor_record(version))
+
+    def _open_anchor(self, record: Commit | Derived) -> tuple[Checkpoint, int]:
+        checkpoint = Checkpoint(self._anchor_folder(record))
         for entry in self.run.table:
             if entry.name not in checkpoint:
-                raise FormatError(f"anchor {commit.position} lacks tensor {entry.name!r}")
+                raise FormatError(f"anchor {record.position} lacks tensor {entry.name!r}")
             bits = checkpoint[entry.name]
             if (bits.dtype, bits.shape) != (entry.dtype, entry.shape):
-                raise ShapeMismatch(f"anchor {commit.position}: {entry.name} is {bits.dtype} {list(bits.shape)}")
-        return checkpoint
+                raise ShapeMismatch(f"anchor {record.position}: {entry.name} is {bits.dtype} {list(bits.shape)}")
+        return checkpoint, record.wire_bytes
 
-    def _anchor_folder(self, commit: Commit) -> Path:
-        if not commit.payloads:
+    def _anchor_folder(self, record: Commit | Derived) -> Path:
+        if not record.payloads:
             return self._base or base_of(self.run)
         if self._cache is None:
             with file_system_errors(f"{tempfile.gettempdir()} (TMPDIR chooses another disk)"):
                 self._cache = Path(tempfile.mkdtemp(prefix="deltawire-"))
-        folder = self._cache / f"{commit.run}-{commit.version}"
+        folder = self._cache / f"{record.run}-{record.version}"
         with file_system_errors(str(folder)):
             folder.mkdir(exist_ok=True)
-        for payload in commit.payloads:
+        for payload in record.payloads:
             path = folder / payload.key.rsplit("/", 1)[-1]
             if not path.is_file():
-                key = f"runs/{commit.run}/{payload.key}"
+                key = f"runs/{record.run}/{payload.key}"
                 download_verified(self.bucket, key, path, size=payload.size, blake3=payload.blake3)
         return folder
-
-
-def _digests(commit: Commit) -> dict[str, int]:
-    return {name: int(value, 16) for name, value in commit.digests.items()}

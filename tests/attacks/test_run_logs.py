@@ -118,6 +118,7 @@ def with_delta(bucket, version, delta):
             last,
             version=version,
             parent=last.version,
+            parent_hash=None,
             root=root(subscriber.run.table, known | new),
             digests={name: f"{value:016x}" for name, value in new.items()},
             payloads=(Payload(key, len(data), blake3(data).hexdigest()),),

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,10 +43,10 @@ def make_weights(seed: int = 0) -> dict[str, torch.Tensor]:
 class SmallRun:
     """A run whose every version is kept: `versions[n]` are its bits as a server must hold them."""
 
-    def __init__(self, folder: Path | None = None, *, seed: int = 0) -> None:
+    def __init__(self, folder: Path | None = None, *, seed: int = 0, **options: Any) -> None:
         self.url = folder.as_uri() if folder else f"memory://{secrets.token_hex(8)}"
         self.weights = make_weights(seed)
-        self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True))
+        self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True), **options)
         self.versions: list[dict[str, torch.Tensor]] = []
         self.publish()
 

@@ -1,5 +1,6 @@
 """What a follower does when the server is not there, is not ours, or fails in the middle; against a stand-in."""
 
+import shutil
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from deltawire.errors import (
     EngineError,
     EngineUnavailable,
     EngineUnsupported,
+    Gap,
     OtherRun,
     Quarantined,
     Unavailable,
@@ -263,20 +265,53 @@ def test_a_follower_of_a_bucket_where_nothing_is_published_does_nothing(engine):
     assert engine.calls == []
 
 
-def test_a_trainer_that_started_a_new_run_is_followed_by_a_new_follower_only(tmp_path):
-    with SmallRun(tmp_path) as old:
+def test_a_foreign_run_is_reported_and_followed_by_a_new_follower_only(tmp_path):
+    with SmallRun(tmp_path / "bucket") as old, SmallRun(tmp_path / "other", seed=1) as new:
         pass
     with StubEngine(old.model()) as engine, Follower(old.url, engine.url) as follower:
         follower.step()
-        (tmp_path / "HEAD.json").unlink()
-        with SmallRun(tmp_path, seed=1) as new:
-            with pytest.raises(OtherRun):
-                follower.step()
-            assert_at_rest(engine, old, 0)
-            with Follower(new.url, engine.url) as successor:
-                report = successor.step()
-            assert (report.run, report.from_version, report.version) == (new.publisher.position.run, None, 0)
+        shutil.copytree(tmp_path / "other", tmp_path / "bucket", dirs_exist_ok=True)
+        with pytest.raises(OtherRun):
+            follower.step()
+        assert_at_rest(engine, old, 0)
+        with Follower(old.url, engine.url) as successor:
+            report = successor.step()
+        assert (report.run, report.from_version, report.version) == (new.publisher.position.run, None, 0)
+        assert_at_rest(engine, new, 0)
+
+
+def test_a_run_that_supersedes_the_one_followed_is_followed_from_its_anchor(tmp_path):
+    with SmallRun(tmp_path) as old:
+        old.publish(a=1)
+    with StubEngine(old.model()) as engine, Follower(old.url, engine.url) as follower:
+        follower.step()
+        with SmallRun(tmp_path, seed=1, run="supersede") as new:
+            assert follower.step().run == new.publisher.position.run
             assert_at_rest(engine, new, 0)
+            new.publish(b=1)
+            assert follower.step().from_version == 0
+            assert_at_rest(engine, new, 1)
+
+
+def test_a_pinned_version_is_reached_backwards_by_the_bytes_of_its_delta_and_left_again(tmp_path):
+    with SmallRun(tmp_path) as run:
+        run.publish(a=1)
+        run.publish(b=1, v=1)
+    sizes = [stat.size for stat in run.publisher.bucket.list("runs/") if "/deltas/" in stat.key]
+    with StubEngine(run.model(2)) as engine:
+        with Follower(run.url, engine.url) as follower:
+            follower.step()
+            assert_at_rest(engine, run, 2)
+        with Follower(run.url, engine.url, pin=1) as follower:
+            report = follower.step()
+            assert (report.from_version, report.version, report.wire_bytes) == (2, 1, sizes[1])
+            assert_at_rest(engine, run, 1)
+            assert follower.step() is None
+        with Follower(run.url, engine.url) as follower:
+            assert follower.step().version == 2
+            assert_at_rest(engine, run, 2)
+        with Follower(run.url, engine.url, pin=7) as follower, pytest.raises(Gap, match="never committed"):
+            follower.step()
 
 
 class Running:

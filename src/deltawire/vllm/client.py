@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -83,9 +84,10 @@ class EngineClient:
         """Where the worker stands."""
         return msgspec.convert(self._ask("status", {}), WorkerStatus)
 
-    def init(self, bucket: str) -> WorkerStatus:
+    def init(self, bucket: str, trusted: Iterable[str] = ()) -> WorkerStatus:
         """Attach the worker to a bucket: placement is probed and live weights digested. Its outcome is the status."""
-        self._post("/init_weight_transfer_engine", {"init_info": {"bucket": bucket}})
+        info = {"bucket": bucket, **({"trusted": sorted(trusted)} if trusted else {})}
+        self._post("/init_weight_transfer_engine", {"init_info": info})
         return self.status()
 
     def stage(self, bucket: str, version: int) -> bool:

@@ -18,9 +18,10 @@ from deltawire.vllm.replica import Replica
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Body of /init_weight_transfer_engine: the bucket to stand on, optional."""
+    """Body of /init_weight_transfer_engine: the bucket to stand on, optional, and the public keys to trust."""
 
     bucket: str | None = None
+    trusted: tuple[str, ...] = ()
 
 
 @dataclass
@@ -50,14 +51,17 @@ class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         )
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> InitInfo:
-        """The bucket, if one is named; anything else is ignored, because parsing must not raise here."""
-        bucket = init_dict.get("bucket") if isinstance(init_dict, dict) else None
-        return InitInfo(None if bucket is None else str(bucket))
+        """The bucket and the keys, if named; anything else is ignored, because parsing must not raise here."""
+        named = init_dict if isinstance(init_dict, dict) else {}
+        bucket, keys = named.get("bucket"), named.get("trusted")
+        return InitInfo(
+            None if bucket is None else str(bucket), tuple(map(str, keys)) if isinstance(keys, list) else ()
+        )
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Attach to a bucket: probe placement, digest live weights, find the version they are."""
         if init_info.bucket is not None:
-            self.replica.attach(init_info.bucket)
+            self.replica.attach(init_info.bucket, init_info.trusted)
 
     def start_weight_update(self) -> None:
         """Nothing to prepare: staging has its own call, and needs no session."""

@@ -5,21 +5,26 @@ The engine, not this process's memory, says where the server stands; so a follow
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
+from deltawire import log
 from deltawire.buckets import open_bucket
 from deltawire.errors import (
     BucketError,
     EngineError,
     EngineUnsupported,
     FormatError,
+    Gap,
     NotFound,
+    OtherRun,
     Quarantined,
 )
 from deltawire.manifests import HEAD_KEY, Position
+from deltawire.signing import trust
 from deltawire.subscriber import Subscriber
 from deltawire.vllm.client import EngineClient, WorkerStatus, named_error
 
@@ -55,6 +60,9 @@ class Follower:
     """Keeps one vLLM server at the newest version of one bucket. It alone drives the server's updates: a pause or a
     session that it finds was left by a follower that was killed, and is ended.
 
+    `pin` holds the server at a version, older or newer, instead of the newest: how a bad policy is withdrawn.
+    `trusted` are public keys, or files of them: then only records they signed are followed.
+
     `poll` is seconds between looks at the bucket, by default what suits the store. `clear_cache` chooses what happens
     to KV computed with older weights: True (default) drops the prefix cache and recomputes running requests, so that no
     token is sampled from mixed versions; False keeps both and pauses shorter.
@@ -66,6 +74,8 @@ class Follower:
         engine_url: str,
         *,
         poll: float | None = None,
+        pin: int | None = None,
+        trusted: Iterable[str | Path] = (),
         clear_cache: bool = True,
         on_update: Callable[[UpdateReport], None] = lambda report: None,
         on_problem: Callable[[Exception], None] = lambda error: None,
@@ -75,7 +85,8 @@ class Follower:
         self._poll = poll if poll is not None else self.bucket.poll_seconds
         self._url, self._clear_cache, self._clock = bucket_url, clear_cache, clock
         self._on_update, self._on_problem = on_update, on_problem
-        self._subscriber = Subscriber(self.bucket)
+        self._pin, self._trust = pin, trust(trusted)
+        self._subscriber = Subscriber(self.bucket, trusted=self._trust)
         self._engine = EngineClient(engine_url)
         self._stopping = threading.Event()
         self._stepping = threading.RLock()
@@ -131,7 +142,7 @@ class Follower:
             if self._stopping.is_set():
                 return None
             try:
-                target = self._subscriber.latest()
+                target = self._target()
             except NotFound:
                 return None
             status = self._ready(target.run)
@@ -140,12 +151,33 @@ class Follower:
                 return None
             return self._commit(target) if self._stage(target) else None
 
+    def _target(self) -> Position:
+        """The version to serve: the pinned one, else the newest; of the run that continues ours when HEAD names it."""
+        try:
+            newest = self._subscriber.latest()
+        except OtherRun:
+            if not log.continues(
+                self.bucket, log.read_head(self.bucket).run, self._subscriber.run.run, trust=self._trust
+            ):
+                raise
+            self._subscriber.close()
+            self._subscriber = Subscriber(self.bucket, trusted=self._trust)
+            newest = self._subscriber.latest()
+        if self._pin is None:
+            return newest
+        try:
+            return self._subscriber.chain.commit(self._pin).record.position
+        except NotFound:
+            raise Gap(
+                f"{self.bucket.url}: version {self._pin} was never committed, or is pruned; pin another"
+            ) from None
+
     def _ready(self, run: str) -> WorkerStatus:
         """The worker's status, attached to our bucket's run, generating, and with no session open."""
         status = self._engine.status()
         if (status.attached, status.run) != (self.bucket.url, run):
             self._labelled = None
-            status = self._engine.init(self._url)
+            status = self._engine.init(self._url, self._trust.keys)
             _require(status)
         if status.quarantined:
             raise Quarantined(f"{self._engine.url} cannot say what it serves: restart it")

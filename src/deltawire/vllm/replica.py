@@ -8,7 +8,7 @@ Weights and position change on the worker's own thread alone; staging, on a thre
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,10 @@ import torch
 
 from deltawire.buckets import open_bucket
 from deltawire.digest import root as root_of
-from deltawire.errors import EngineError, EngineUnavailable, EngineUnsupported, Quarantined, WrongBase
-from deltawire.log import read_head
+from deltawire.errors import EngineError, EngineUnavailable, EngineUnsupported, Forked, Gap, Quarantined, WrongBase
+from deltawire.log import current_run
 from deltawire.manifests import Position
+from deltawire.signing import Trust, trust
 from deltawire.subscriber import Subscriber
 from deltawire.vllm import staging
 from deltawire.vllm.live import LiveWeights
@@ -63,6 +64,7 @@ class Replica:
         self._model, self._transformed = model, transformed
         self._workers, self._synchronize = workers, synchronize
         self._attached: _Attached | None = None
+        self._trust = Trust()
         self._plan: tuple[_Attached, Position | None, Plan] | None = None
         self._problem: dict[str, str] | None = None
         self._applied: dict[str, Any] | None = None
@@ -71,10 +73,13 @@ class Replica:
         self._reading = threading.Lock()
         """held by whoever uses the subscriber"""
 
-    def attach(self, url: str) -> None:
+    def attach(self, url: str, trusted: Iterable[str] = ()) -> None:
         """Stand on the run that a bucket's HEAD names: probe placement, digest live weights, find the version they
-        are."""
+        are. With `trusted` public keys every record must be signed by one, from here on."""
         with self._recording("attach"), self._alone():
+            if (wanted := trust(trusted)) and wanted != self._trust:
+                self._trust, self._plan = wanted, None
+                self.close()
             attached = self._attached
             if attached is None or not self._stands_on(url) or attached.subscriber.run.run != _head_run(url):
                 self._stand_on(url)
@@ -172,12 +177,16 @@ class Replica:
             self._reading.release()
 
     def _prepare(self, attached: _Attached, version: int) -> Plan:
-        """The plan that leads to a version: by deltas from where we stand, or from the anchor to one before it."""
-        since = attached.position
-        if since is not None and version < since.version:
-            since = None
+        """The plan that leads to a version, newer or older, from where we stand; from an anchor when we stand at no
+        version, or at one that the chain no longer has."""
         try:
-            return staging.stage(attached.live, attached.digests, attached.subscriber, since, version)
+            try:
+                since = attached.position
+                return staging.stage(attached.live, attached.digests, attached.subscriber, since, version)
+            except (Gap, Forked):
+                if since is None:
+                    raise
+                return staging.stage(attached.live, attached.digests, attached.subscriber, None, version)
         except WrongBase:
             self._quarantined = True
             raise
@@ -221,7 +230,7 @@ class Replica:
                 f"{self._workers} workers hold this model, and that is not proven yet: serve it without tensor, "
                 "pipeline or data parallelism"
             )
-        subscriber = Subscriber(open_bucket(url))
+        subscriber = Subscriber(open_bucket(url), trusted=self._trust)
         run = subscriber.run
         live = LiveWeights(self._model, run.table, transformed=self._transformed)
         digests = live.digests()
@@ -262,7 +271,7 @@ def _check_whole(live: LiveWeights, plan: Plan) -> None:
 
 
 def _head_run(url: str) -> str:
-    return read_head(open_bucket(url)).run
+    return current_run(open_bucket(url))
 
 
 def _convert(request: object) -> Target:

@@ -15,9 +15,10 @@ import torch
 from deltawire.bits import Bits
 from deltawire.delta import Delta, TensorDelta, between_bits
 from deltawire.digest import digest_at, moved
+from deltawire.digest import root as root_of
 from deltawire.errors import BadDigest, WrongBase
 from deltawire.manifests import Position
-from deltawire.subscriber import Subscriber, Update
+from deltawire.subscriber import Change, Subscriber
 from deltawire.vllm.live import LiveWeights
 from deltawire.vllm.memory import Memory
 
@@ -80,28 +81,31 @@ def stage(
 ) -> Plan:
     """Make the plan that leads from the live weights (whose `digests` are known) to a committed version.
 
-    Commits after `since` are folded into one change; with None it starts from the run's anchor. Raises BucketError,
-    FormatError, ChainError; WrongBase when live bits are not what their digest says; BadDigest when the change does not
-    lead to what the commit promises.
+    The way there is the cheapest, folded into one change, forward or back; with None it starts from an anchor.
+
+    Raises BucketError, FormatError, ChainError; WrongBase when live bits are not what their digest says; BadDigest when
+    the change does not lead to what the commit promises.
     """
     started = time.monotonic()
-    change, last, wire_bytes = _fetch(live, subscriber, since, version)
+    change = subscriber.change(since, version)
+    delta = _from_live(live, change)
     fetched = time.monotonic()
     writes: list[Scatter | Fill] = []
     after = dict(digests)
-    for name, tensor in change.items():
+    for name, tensor in delta.items():
         before_part, after_part = _place(live, name, tensor, writes)
         after[name] = moved(digests[name], before_part, after_part)
-    if wrong := [name for name, value in last.digests.items() if after[name] != value]:
-        _blame(live, digests, last.position, wrong)
+    if root_of(live.table.values(), after) != change.position.root:
+        promised = subscriber.digests_at(version)
+        _blame(live, digests, change.position, [name for name, value in promised.items() if after[name] != value])
     return Plan(
-        since=since,
-        after=last.position,
-        digests=dict(last.digests),
+        since=change.since,
+        after=change.position,
+        digests=after,
         writes=tuple(writes),
-        changed=change.changed,
-        wire_bytes=wire_bytes,
-        created=last.commit.created,
+        changed=delta.changed,
+        wire_bytes=change.wire_bytes,
+        created=change.commit.created,
         fetch_seconds=fetched - started,
         stage_seconds=time.monotonic() - fetched,
     )
@@ -136,21 +140,11 @@ def undo(writes: tuple[Scatter | Fill, ...]) -> None:
             write.undo()
 
 
-def _fetch(
-    live: LiveWeights, subscriber: Subscriber, since: Position | None, version: int
-) -> tuple[Delta, Update, int]:
-    """The change from the live weights to a version, the last update on the way, and the bytes it took."""
-    delta, wire_bytes, anchor, last = Delta(), 0, None, None
-    for last in subscriber.updates(since, until=version):
-        wire_bytes += last.wire_bytes
-        if last.delta is None:
-            anchor = last.anchor
-        else:
-            delta += last.delta
-    assert last is not None
-    if anchor is not None:
-        delta = Delta({name: _from_anchor(live, name, anchor[name], delta) for name in live.table})
-    return delta, last, wire_bytes
+def _from_live(live: LiveWeights, change: Change) -> Delta:
+    """The change from what is live, which after an anchor may be anything."""
+    if change.anchor is None:
+        return change.delta
+    return Delta({name: _from_anchor(live, name, change.anchor[name], change.delta) for name in live.table})
 
 
 def _from_anchor(live: LiveWeights, name: str, anchor: Bits, later: Delta) -> TensorDelta:
