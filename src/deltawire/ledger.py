@@ -1,0 +1,53 @@
+"""The fleet's ledger: what each replica serves and still needs, one small record each under `replicas/`."""
+
+import re
+
+import msgspec
+
+from deltawire.buckets.base import Bucket, Stat
+from deltawire.errors import FormatError, NotFound, TooLarge
+
+MAX_HEARTBEAT = 64 << 10
+"""bytes"""
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class Heartbeat(msgspec.Struct, frozen=True):
+    """What one replica says of itself. It is a hint: anyone who may write the bucket may write it.
+
+    `version` is what it serves; `need` the lowest version it still reads from, written before a joiner downloads.
+    """
+
+    replica: str
+    run: str | None = None
+    version: int | None = None
+    root: str | None = None
+    need: int | None = None
+    staged: int | None = None
+    lag: int | None = None
+    error: str | None = None
+    format: int = 1
+
+
+def replica_key(replica: str) -> str:
+    """Key of a replica's record. Raises FormatError for a name that is no safe part of a key."""
+    if not _ID.fullmatch(replica):
+        raise FormatError(f"replica name {replica!r}: use at most 100 letters, digits, '.', '_' and '-'")
+    return f"replicas/{replica}.json"
+
+
+def beat(bucket: Bucket, heartbeat: Heartbeat) -> None:
+    """Write a replica's record. Raises BucketError: AccessRefused where this host may only read."""
+    bucket.put(replica_key(heartbeat.replica), msgspec.json.encode(heartbeat))
+
+
+def read_all(bucket: Bucket) -> list[tuple[Stat, Heartbeat]]:
+    """Every replica's newest record, by name; what is no record is left out."""
+    found = []
+    for stat in bucket.list("replicas/"):
+        try:
+            heartbeat = msgspec.json.decode(bucket.get(stat.key, limit=MAX_HEARTBEAT), type=Heartbeat)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, NotFound, TooLarge):
+            continue
+        found.append((stat, heartbeat))
+    return found

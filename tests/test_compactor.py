@@ -1,0 +1,148 @@
+"""Folds and anchors: what a late reader fetches, and that it is right."""
+
+from itertools import pairwise
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltawire import Subscriber, digest, signing
+from deltawire.compactor import Compactor, due
+from deltawire.digest import root
+from deltawire.errors import BadDigest, BadSignature, Forked
+from deltawire.manifests import Derived, read, signed, write
+from deltawire.tensors import equal
+from runs import edit, fresh, model, publish_all, publishing, read_weights, replace_commit, served
+
+
+def chain(length, **options):
+    bucket, weights, steps = fresh(), model(), []
+    with publishing(bucket, **options) as publisher:
+        for step in range(length):
+            edit(weights, step, share=0.02)
+            publisher.publish(weights)
+            publisher.flush(30)
+            steps.append(served(weights))
+    return bucket, steps
+
+
+def reached(bucket, since, version):
+    """What a reader gets that stands on `since` with those weights (or on nothing)."""
+    start, weights = since
+    with Subscriber(bucket) as subscriber:
+        here = None if start is None else subscriber.chain.commit(start).record.position
+        change = subscriber.change(here, version)
+        held = dict(weights) if change.anchor is None else {name: change.anchor[name].copy() for name in weights}
+        held = held + change.delta
+        assert root(subscriber.run.table, digest(held)) == change.position.root
+    return held, change
+
+
+def test_folds_of_every_level_and_an_anchor_lead_to_the_same_weights(tmp_path):
+    bucket, steps = chain(20)
+    with Compactor(bucket, tmp_path / "m", anchors=16) as compactor:
+        reports = compactor.step()
+        assert compactor.step() == []
+    spans = [(report.parent, report.version) for report in reports]
+    assert spans == [(0, 4), (4, 8), (8, 12), (12, 16), (0, 16), (None, 19)]
+    assert all(report.wire_bytes <= report.replaced_bytes for report in reports[:-1])
+    for start, target in [(0, 16), (3, 18), (18, 3), (19, 0), (None, 17), (None, 19)]:
+        assert equal(reached(bucket, (start, steps[start or 0]), target)[0], steps[target])
+    assert reached(bucket, (0, steps[0]), 16)[1].payloads == 1
+    assert equal(read_weights(bucket), steps[19])
+
+
+def test_a_new_process_goes_on_with_the_mirror_it_finds(tmp_path):
+    bucket, steps = chain(6)
+    with Compactor(bucket, tmp_path / "m", anchors="never") as compactor:
+        compactor.step()
+    publish_all(bucket, model(7), model(8), model(9))
+    with Compactor(bucket, tmp_path / "m", anchors="never") as compactor:
+        assert [(report.parent, report.version) for report in compactor.step()] == [(4, 8)]
+    held, change = reached(bucket, (0, steps[0]), 8)
+    assert equal(held, served(model(9)))
+    assert change.payloads == 2
+
+
+def test_another_compactor_writes_the_very_same_bytes(tmp_path):
+    bucket, _ = chain(6)
+    with Compactor(bucket, tmp_path / "one", anchors=1) as compactor:
+        compactor.step()
+    first = {stat.key: stat.tag for stat in bucket.list("runs/")}
+    for key in [key for key in first if "/derived/" in key]:
+        bucket.delete(key)
+    with Compactor(bucket, tmp_path / "two", anchors=1) as compactor:
+        compactor.step()
+    assert first.keys() == {stat.key for stat in bucket.list("runs/")}
+
+
+def test_the_adaptive_cadence_writes_an_anchor_when_catching_up_costs_more(tmp_path):
+    bucket, weights = fresh(), model()
+    with publishing(bucket) as publisher, Compactor(bucket, tmp_path / "m", levels=()) as compactor:
+        anchors = []
+        for step in range(30):
+            edit(weights, step, share=0.2)
+            publisher.publish(weights)
+            publisher.flush(30)
+            anchors += [report.version for report in compactor.step()]
+    assert anchors
+    assert len(anchors) < 15
+    with Subscriber(bucket) as subscriber:
+        change = subscriber.change(None, 29)
+        assert change.anchor_position.version == anchors[-1]
+
+
+def test_a_chain_that_does_not_lead_where_it_says_is_not_folded(tmp_path):
+    bucket, _ = chain(6)
+    replace_commit(bucket, 2, lambda commit: msgspec.structs.replace(commit, root="0" * 64))
+    replace_commit(bucket, 4, lambda commit: msgspec.structs.replace(commit, root="0" * 64))
+    with Compactor(bucket, tmp_path / "m") as compactor, pytest.raises(BadDigest):
+        compactor.step()
+    assert not [stat for stat in bucket.list("runs/") if "/derived/" in stat.key]
+
+
+def test_a_delegated_key_signs_what_it_derives_and_another_is_refused(tmp_path):
+    trainer, clerk, stranger = (signing.generate_key(tmp_path / name) for name in ("trainer", "clerk", "stranger"))
+    bucket, _ = chain(6, signing_key=tmp_path / "trainer", compactors=[clerk.public])
+    trusted = [trainer.public]
+    with Compactor(bucket, tmp_path / "m", trusted=trusted, signing_key=tmp_path / "clerk") as compactor:
+        compactor.step()
+    with Subscriber(bucket, trusted=trusted) as subscriber:
+        change = subscriber.change(subscriber.chain.commit(0).record.position, 4)
+        assert change.payloads == 1
+    (key,) = [stat.key for stat in bucket.list("runs/") if "/derived/" in stat.key]
+    record = read(Derived, bucket.get(key, limit=1 << 20), where="")
+    bucket.put(key, write(signed(msgspec.structs.replace(record, signer=None, signature=None), stranger)))
+    with Subscriber(bucket, trusted=trusted) as subscriber, pytest.raises(BadSignature, match="not trusted"):
+        subscriber.change(subscriber.chain.commit(0).record.position, 4)
+
+
+def test_a_fold_of_other_commits_is_refused(tmp_path):
+    bucket, _ = chain(6)
+    with Compactor(bucket, tmp_path / "m", anchors="never") as compactor:
+        compactor.step()
+    (key,) = [stat.key for stat in bucket.list("runs/") if "/derived/" in stat.key]
+    record = read(Derived, bucket.get(key, limit=1 << 20), where="")
+    bucket.put(key, write(msgspec.structs.replace(record, commit_hash="0" * 64)))
+    with Subscriber(bucket) as subscriber:
+        with pytest.raises(Forked):
+            subscriber.change(subscriber.chain.commit(0).record.position, 4)
+        with pytest.raises(Forked):
+            subscriber.change(subscriber.chain.commit(0).record.position, 5)
+
+
+@given(st.sets(st.integers(0, 300), min_size=1), st.sampled_from([4, 16, 64]))
+def test_folds_that_are_due_are_apart_and_bounded_by_committed_versions(numbers, level):
+    versions = sorted(numbers)
+    folds = due(versions, level)
+    assert all(start in numbers and end in numbers and start < end for start, end in folds)
+    assert all(end <= start for (_, end), (start, _) in pairwise(folds))
+    assert all(len(numbers & set(range(start + 1, end + 1))) > 1 for start, end in folds)
+
+
+def test_consecutive_versions_are_folded_between_multiples():
+    assert due(list(range(10)), 4) == [(0, 4), (4, 8)]
+    assert due(list(range(3, 14)), 4) == [(4, 8), (8, 12)]
+    assert due([0, 3, 5, 6, 9], 4) == [(3, 6)]
+    assert due([], 4) == []
