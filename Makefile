@@ -1,5 +1,5 @@
 # What people do here. `make demo` and `make test` set up what they need on a fresh machine.
-.PHONY: help setup demo test lint types check docs
+.PHONY: help setup demo test soak lint types check docs
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -12,6 +12,9 @@ demo: setup      ## train a tiny model by RL while vLLM serves it, weights trave
 
 test: setup      ## every test, the ones on a real vLLM server included
 	@.venv/bin/python -m pytest
+
+soak: setup      ## a thousand versions under faults, kills, compaction and pruning
+	@DELTAWIRE_SOAK_VERSIONS=1000 .venv/bin/python -m pytest tests/test_soak.py --log-cli-level=INFO
 
 lint: setup      ## style
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -20,7 +20,7 @@ class Chain:
     """The records of one run in a bucket. Nothing here touches a payload."""
 
     def __init__(self, bucket: Bucket, run: Filed[Run], trust: Trust) -> None:
-        self.bucket, self._filed, self.run = bucket, run, run.record
+        self.bucket, self.filed, self.run = bucket, run, run.record
         self._trust = trust
         self._derived_trust = trust.also(run.record.compactors)
         self.entries = {entry.name: entry for entry in self.run.table}
@@ -146,7 +146,7 @@ class Chain:
     def _require_our_run(self, filed: Filed[Commit] | Filed[Derived]) -> None:
         record = filed.record
         first = isinstance(record, Commit) and record.parent is None
-        if first and record.parent_hash not in (None, self._filed.hash):
+        if first and record.parent_hash not in (None, self.filed.hash):
             raise Forked(f"{self._name(record)} was made for another run.json than the one that is there")
 
     def _require_known(self, digests: dict[str, str], what: str) -> None:

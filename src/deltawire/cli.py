@@ -14,6 +14,7 @@ from rich.table import Table
 from deltawire import wire
 from deltawire.buckets import open_bucket
 from deltawire.errors import DeltaWireError
+from deltawire.manifests import HEAD_KEY
 from deltawire.materialize import materialize as materialize_version
 from deltawire.subscriber import Subscriber, Update
 
@@ -170,6 +171,59 @@ def materialize(
     report = _materialize(bucket, out_dir, version, base, trust)
     text = f"{report.position} in {out_dir}: anchor and {report.deltas} deltas, {report.seconds:.1f} s"
     _emit(msgspec.to_builtins(report, enc_hook=str), text, json)
+
+
+@app.command()
+def compact(
+    bucket: BucketUrl,
+    mirror: Annotated[Path | None, typer.Option(help="Folder that keeps the weights for the next time.")] = None,
+    anchor_every: Annotated[int | None, typer.Option(help="Versions between anchors; default: when it pays.")] = None,
+    watch: Annotated[bool, typer.Option(help="Go on for ever, as versions come.")] = False,
+    base: BaseFolder = None,
+    trust: Trusted = None,
+    key: Annotated[Path | None, typer.Option(help="Private key that signs what is written.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Write folded deltas (over 4, 16, 64 versions) and anchors, so that late readers fetch little."""
+    from deltawire.compactor import Cadence, Compactor
+
+    store = open_bucket(bucket)
+    with tempfile.TemporaryDirectory(prefix="deltawire-") as folder:
+        place = mirror or Path(folder) / "mirror"
+        cadence: Cadence = anchor_every or "adaptive"
+        with Compactor(store, place, anchors=cadence, base=base, trusted=trust or (), signing_key=key) as compactor:
+            tag = None
+            while True:
+                for report in compactor.step():
+                    span = "anchor" if report.parent is None else f"fold from {report.parent}"
+                    text = f"{span} to {report.version}: {_size(report.wire_bytes)}"
+                    _emit({"event": "compact", **msgspec.to_builtins(report)}, text, json)
+                if not watch:
+                    return
+                found = store.watch(HEAD_KEY, tag=tag, timeout=60.0)
+                tag = found.tag if found else tag
+
+
+@app.command()
+def prune(
+    bucket: BucketUrl,
+    keep_anchors: Annotated[int, typer.Option(help="Newest anchors whose chains stay.")] = 2,
+    keep_hours: Annotated[float, typer.Option(help="What was committed within these hours stays.")] = 24.0,
+    delete: Annotated[bool, typer.Option(help="Delete; without it only say what would go.")] = False,
+    trust: Trusted = None,
+    json: AsJson = False,
+) -> None:
+    """Remove old versions that no active replica needs. Says what would go, and deletes with --delete."""
+    from deltawire import retention
+
+    store = open_bucket(bucket)
+    with Subscriber(store, trusted=trust or ()) as subscriber:
+        plan = retention.plan_prune(store, subscriber.run.run, retention.Policy(keep_anchors, keep_hours))
+    if delete:
+        retention.carry_out(store, plan)
+    done = "deleted" if delete else "would delete (--delete does)"
+    text = f"{done} {plan.objects} objects, {_size(plan.bytes)}, all below version {plan.floor}; kept: {plan.reason}"
+    _emit({"deleted": delete, **msgspec.to_builtins(plan)}, text, json)
 
 
 @app.command()

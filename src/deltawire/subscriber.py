@@ -92,6 +92,11 @@ class Subscriber:
             shutil.rmtree(self._cache, ignore_errors=True)
             self._cache = None
 
+    def refresh(self) -> None:
+        """Forget the records read so far, so that one damaged on its way is read again; the run stays the same."""
+        if self._opened is not None:
+            self._opened = Chain(self.bucket, self._opened.filed, self.trust)
+
     @property
     def chain(self) -> Chain:
         """The run's records. Raises NotFound while nothing is published."""

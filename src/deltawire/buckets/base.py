@@ -18,6 +18,8 @@ class Stat:
     """bytes"""
     tag: str
     """changes whenever the content does (ETag, Xet hash)"""
+    modified: float = 0.0
+    """when it was written, in seconds since the epoch by the store's own clock"""
 
 
 @runtime_checkable

@@ -212,7 +212,8 @@ def open_hub(bucket_id: str, *, create: bool) -> HubBucket:
 
 
 def _stat(info: Any) -> Stat:
-    return Stat(info.path, info.size, info.xet_hash)
+    written = info.uploaded_at or info.mtime
+    return Stat(info.path, info.size, info.xet_hash, written.timestamp() if written else 0.0)
 
 
 def _is_loopback(endpoint: str) -> bool:

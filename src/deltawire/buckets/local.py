@@ -205,7 +205,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _stat(key: str, found: os.stat_result) -> Stat:
-    return Stat(key, found.st_size, f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}")
+    tag = f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
+    return Stat(key, found.st_size, tag, found.st_mtime)
 
 
 def _raise_unless_gone(error: OSError) -> None:

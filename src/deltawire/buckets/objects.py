@@ -139,7 +139,8 @@ _memories: dict[str, Any] = {}
 
 
 def _stat(meta: Any) -> Stat:
-    return Stat(meta["path"], meta["size"], meta["e_tag"] or meta["version"] or meta["last_modified"].isoformat())
+    tag = meta["e_tag"] or meta["version"] or meta["last_modified"].isoformat()
+    return Stat(meta["path"], meta["size"], tag, meta["last_modified"].timestamp())
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,8 @@
 The engine, not this process's memory, says where the server stands; so a follower may die and start again at any time.
 """
 
+import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -11,10 +13,12 @@ from pathlib import Path
 
 import msgspec
 
-from deltawire import log
+from deltawire import ledger, log
 from deltawire.buckets import open_bucket
 from deltawire.errors import (
+    AccessRefused,
     BucketError,
+    ChainError,
     EngineError,
     EngineUnsupported,
     FormatError,
@@ -23,6 +27,7 @@ from deltawire.errors import (
     OtherRun,
     Quarantined,
 )
+from deltawire.ledger import Heartbeat
 from deltawire.manifests import HEAD_KEY, Position
 from deltawire.signing import trust
 from deltawire.subscriber import Subscriber
@@ -30,6 +35,8 @@ from deltawire.vllm.client import EngineClient, WorkerStatus, named_error
 
 ASK_AGAIN = 0.02
 """seconds between looks at a worker that is staging"""
+BEAT_EVERY = 30.0
+"""seconds after which a replica's ledger entry is written again"""
 LOOK_ANYWAY = 5.0
 """seconds after which the server is looked at even if the bucket did not change: it may have been restarted"""
 
@@ -63,6 +70,8 @@ class Follower:
     `pin` holds the server at a version, older or newer, instead of the newest: how a bad policy is withdrawn.
     `trusted` are public keys, or files of them: then only records they signed are followed.
 
+    `replica` names the entry under `replicas/` that tells others, and retention, what it serves and needs.
+
     `poll` is seconds between looks at the bucket, by default what suits the store. `clear_cache` chooses what happens
     to KV computed with older weights: True (default) drops the prefix cache and recomputes running requests, so that no
     token is sampled from mixed versions; False keeps both and pauses shorter.
@@ -77,6 +86,7 @@ class Follower:
         pin: int | None = None,
         trusted: Iterable[str | Path] = (),
         clear_cache: bool = True,
+        replica: str | None = None,
         on_update: Callable[[UpdateReport], None] = lambda report: None,
         on_problem: Callable[[Exception], None] = lambda error: None,
         clock: Callable[[], float] = time.time,
@@ -91,6 +101,10 @@ class Follower:
         self._stopping = threading.Event()
         self._stepping = threading.RLock()
         self._labelled: Position | None = None
+        self._replica = replica or re.sub(r"[^A-Za-z0-9]+", "-", f"{socket.gethostname()} {engine_url}")[:100].strip(
+            "-"
+        )
+        self._may_write, self._beaten, self._last_beat = True, -BEAT_EVERY, ""
 
     def __enter__(self) -> "Follower":
         return self
@@ -106,9 +120,11 @@ class Follower:
             self._subscriber.close()
 
     def run(self) -> None:
-        """Follow until closed. What passes (a store or server that fails or is out of reach, a damaged file) is
-        reported, once while it lasts, and retried; raises what a person must mend: EngineUnsupported, Quarantined,
-        ApplyError, ChainError."""
+        """Follow until closed. What passes (a store or server that fails or is out of reach, a damaged file, a chain
+        that was read while it changed, another trainer's run) is reported, once while it lasts, and looked at again;
+        the server keeps what it serves.
+
+        Raises what a person must mend: EngineUnsupported, Quarantined, ApplyError."""
         seen: str | None = None
         looked, reported = -LOOK_ANYWAY, ""
         while not self._stopping.is_set():
@@ -117,13 +133,37 @@ class Follower:
                 if tag != seen or time.monotonic() >= looked + LOOK_ANYWAY:
                     self.step()
                     seen, looked, reported = tag, time.monotonic(), ""
+                    self._beat()
             except (EngineUnsupported, Quarantined):
                 raise
-            except (BucketError, FormatError, EngineError) as error:
+            except (BucketError, FormatError, ChainError, EngineError) as error:
+                self._subscriber.refresh()
                 if reported != str(error):
                     self._on_problem(error)
                 reported = str(error)
+                self._beat(error=f"{type(error).__name__}: {error}")
             self._stopping.wait(self._poll)
+
+    def _beat(self, *, need: int | None = None, error: str | None = None) -> None:
+        """Write our ledger entry when it says something new or is getting old; a host that may only read has none."""
+        served = self._labelled
+        entry = Heartbeat(
+            self._replica,
+            run=served.run if served else None,
+            version=served.version if served else None,
+            root=served.root if served else None,
+            need=need,
+            error=error,
+        )
+        if not self._may_write or (self._last_beat == str(entry) and time.monotonic() < self._beaten + BEAT_EVERY):
+            return
+        try:
+            ledger.beat(self.bucket, entry)
+        except AccessRefused:
+            self._may_write = False
+        except BucketError:  # the next one will tell
+            return
+        self._beaten, self._last_beat = time.monotonic(), str(entry)
 
     def _head_tag(self) -> str | None:
         """The tag of HEAD, by a call that sends no body; None while nothing is published."""
@@ -189,6 +229,8 @@ class Follower:
 
     def _stage(self, target: Position) -> bool:
         """Have the worker prepare the update while the server generates; False when we were closed meanwhile."""
+        if self._labelled is None:  # a joiner: what it is about to read must not be pruned
+            self._beat(need=0)
         accepted = self._engine.stage(self._url, target.version)
         while not self._stopping.is_set():
             status = self._engine.status()
@@ -250,6 +292,11 @@ class Follower:
         if self._labelled != position and self._engine.weight_version() != str(position):
             self._engine.label(str(position))
         self._labelled = position
+
+
+def _replica_name(engine_url: str) -> str:
+    """This host and the server's address, as a key may hold them."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", f"{socket.gethostname()} {engine_url}")[:100].strip("-")
 
 
 _APPLIED = ("from_version", "changed", "wire_bytes", "fetch_s", "stage_s", "write_ms")

@@ -18,7 +18,17 @@ import torch
 
 from deltawire.buckets import open_bucket
 from deltawire.digest import root as root_of
-from deltawire.errors import EngineError, EngineUnavailable, EngineUnsupported, Forked, Gap, Quarantined, WrongBase
+from deltawire.errors import (
+    ChainError,
+    EngineError,
+    EngineUnavailable,
+    EngineUnsupported,
+    Forked,
+    FormatError,
+    Gap,
+    Quarantined,
+    WrongBase,
+)
 from deltawire.log import current_run
 from deltawire.manifests import Position
 from deltawire.signing import Trust, trust
@@ -189,6 +199,9 @@ class Replica:
                 return staging.stage(attached.live, attached.digests, attached.subscriber, None, version)
         except WrongBase:
             self._quarantined = True
+            raise
+        except (FormatError, ChainError):
+            attached.subscriber.refresh()  # a record may have been damaged on its way
             raise
         finally:
             attached.subscriber.close()  # an anchor's files are as large as the model, and not needed again

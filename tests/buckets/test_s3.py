@@ -1,0 +1,106 @@
+"""S3 for real: the protocol over HTTP against a moto server, conditional writes on."""
+
+import uuid
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from deltawire import Publisher, materialize, open_bucket
+from deltawire.buckets.conformance import BucketTests
+from deltawire.buckets.faulty import Faulty, at
+from deltawire.errors import AlreadyExists, Forked, NotFound
+from deltawire.tensors import equal
+from runs import PATIENCE, commits, edit, model, publish_all, publishing, read_weights, served
+
+REGION = "us-east-1"
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        url = f"http://{host}:{port}"
+        for name, value in {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": REGION,
+            "AWS_DEFAULT_REGION": REGION,
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            patch.setenv(name, value)
+        yield url
+    server.stop()
+
+
+@pytest.fixture
+def s3(endpoint):
+    name = f"b{uuid.uuid4().hex}"
+    boto3.client("s3", endpoint_url=endpoint, region_name=REGION).create_bucket(Bucket=name)
+    return open_bucket(f"s3://{name}/prefix")
+
+
+class TestS3(BucketTests):
+    @pytest.fixture
+    def bucket(self, s3):
+        return s3
+
+
+def test_put_new_is_fenced_by_the_store_itself(s3):
+    s3.put_new("a", b"1")
+    with pytest.raises(AlreadyExists):
+        s3.put_new("a", b"2")
+    assert s3.get("a", limit=9) == b"1"
+
+
+def test_a_bucket_that_does_not_exist_is_not_found(endpoint):
+    with pytest.raises(NotFound):
+        open_bucket("s3://no-such-bucket-at-all").stat("a")
+
+
+@pytest.mark.parametrize("part", ["run.json", "anchors/", "commits/000000", "HEAD", "deltas/", "commits/000001"])
+@pytest.mark.parametrize("kind", ["fail before", "fail after"])
+def test_a_run_on_s3_survives_a_failed_write_and_a_lost_acknowledgement(s3, part, kind, monkeypatch):
+    monkeypatch.setattr("deltawire.publisher.FIRST_RETRY", 0.001)
+    weights, bucket = model(), Faulty(s3, at("put_new", part, kind))
+    publish_all(bucket, weights, model(1))
+    assert bucket.injected.total() == 1
+    assert [commit.version for commit in commits(s3)] == [0, 1]
+    assert equal(read_weights(s3, 0), served(weights))
+    assert equal(read_weights(s3), served(model(1)))
+
+
+def test_of_two_writers_on_s3_the_second_is_fenced_and_told_who_holds_the_run(s3, tmp_path):
+    weights = model()
+    publish_all(s3, weights)
+    first, second = Publisher(s3), Publisher(s3)
+    try:
+        edit(weights, 1)
+        first.publish(weights)
+        first.flush(PATIENCE)
+        second.publish(model(2))
+        with pytest.raises(Forked, match=r"two trainers publish one run"):
+            second.flush(PATIENCE)
+    finally:
+        first.close(PATIENCE)
+        with pytest.raises(Forked, match=r" pid \d+"):
+            second.close(PATIENCE)
+    assert equal(read_weights(s3), served(weights))
+    assert materialize(s3, tmp_path / "out").position.version == 1
+
+
+def test_two_trainers_that_start_on_one_empty_bucket_get_one_run(s3):
+    with publishing(s3) as first:
+        second = Publisher(s3)
+        first.publish(model())
+        first.flush(PATIENCE)
+        second.publish(model(1))
+        with pytest.raises(Forked, match="two trainers publish to one bucket"):
+            second.flush(PATIENCE)
+        with pytest.raises(Forked):
+            second.close(PATIENCE)
+    assert equal(read_weights(s3), served(model()))

@@ -1,0 +1,143 @@
+"""Retention: references go first, nobody who stands at or above the floor misses anything."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltawire import Subscriber, ledger, materialize, retention
+from deltawire.buckets import Stat
+from deltawire.compactor import Compactor
+from deltawire.errors import FormatError, Gap
+from deltawire.ledger import Heartbeat
+from deltawire.retention import Policy, carry_out, plan, plan_prune
+from deltawire.tensors import equal
+from runs import edit, fresh, model, publishing, read_weights, served
+
+SOON = Policy(anchors=1, hours=-1.0)
+"""keep no commit for its age"""
+
+
+@pytest.fixture
+def compacted(tmp_path):
+    """Versions 0 to 19 with folds, and anchors at 8, 16 and 19."""
+    bucket, weights, steps = fresh(), model(), []
+    with publishing(bucket) as publisher, Compactor(bucket, tmp_path / "m", anchors=8) as compactor:
+        for step in range(20):
+            edit(weights, step, share=0.02)
+            publisher.publish(weights)
+            publisher.flush(30)
+            steps.append(served(weights))
+            if step in (8, 16):
+                compactor.step()
+    with Compactor(bucket, tmp_path / "m", anchors=1) as compactor:
+        compactor.step()
+    with Subscriber(bucket) as subscriber:
+        return bucket, subscriber.run.run, steps
+
+
+def versions(bucket):
+    with Subscriber(bucket) as subscriber:
+        return subscriber.chain.versions()
+
+
+def test_what_is_below_the_newest_anchors_goes_and_the_rest_still_reads(compacted, tmp_path):
+    bucket, run, steps = compacted
+    first = plan_prune(bucket, run, Policy(anchors=2, hours=-1.0))
+    assert (first.floor, first.reason) == (16, "the newest 2 anchors")
+    assert versions(bucket) == list(range(20))  # planning changes nothing
+    carry_out(bucket, first)
+    assert versions(bucket) == [16, 17, 18, 19]
+    assert plan_prune(bucket, run, Policy(anchors=2, hours=-1.0)).keys == ()
+    assert equal(read_weights(bucket, 17), steps[17])
+    assert equal(read_weights(bucket), steps[19])
+    assert materialize(bucket, tmp_path / "out").position.version == 19
+    with Subscriber(bucket) as subscriber, pytest.raises(Gap, match="version 3 is pruned; committed are 16 to 19"):
+        subscriber.digests_at(3)
+    with Subscriber(bucket) as subscriber:
+        assert [commit.version for commit in subscriber.commits()] == [16, 17, 18, 19]
+
+
+def test_a_trainer_continues_a_pruned_run(compacted):
+    bucket, run, _ = compacted
+    carry_out(bucket, plan_prune(bucket, run, SOON))
+    with publishing(bucket) as publisher:
+        publisher.publish(model(5))
+        assert publisher.flush(30).version == 20
+    assert equal(read_weights(bucket), served(model(5)))
+
+
+@pytest.mark.parametrize("beat", [Heartbeat("a", None, 10), Heartbeat("a", None, 19, need=9)])
+def test_what_an_active_replica_needs_stays(compacted, beat):
+    bucket, run, _ = compacted
+    ledger.beat(bucket, msgspec.structs.replace(beat, run=run))
+    found = plan_prune(bucket, run, SOON)
+    assert (found.floor, found.reason) == (8, "replica a")
+
+
+def test_a_replica_that_fell_silent_or_follows_another_run_keeps_nothing(compacted):
+    bucket, run, _ = compacted
+    ledger.beat(bucket, Heartbeat("elsewhere", "f" * 16, 1))
+    ledger.beat(bucket, Heartbeat("silent", run, 1))
+    assert plan_prune(bucket, run, Policy(1, -1.0, replica_hours=-1.0)).floor == 19
+    assert plan_prune(bucket, run, SOON).reason == "replica silent"
+
+
+def test_what_was_committed_lately_stays(compacted):
+    bucket, run, _ = compacted
+    found = plan_prune(bucket, run, Policy(anchors=1, hours=24))
+    assert (found.floor, found.keys) == (0, ())
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.9])
+def test_an_interrupted_prune_reads_at_every_moment_and_is_finished_by_the_next(compacted, share):
+    bucket, run, steps = compacted
+    found = plan_prune(bucket, run, SOON)
+    bucket.delete(*found.keys[: int(share * len(found.keys))])
+    assert equal(read_weights(bucket), steps[19])
+    with Subscriber(bucket) as subscriber:
+        change = subscriber.change(None, 19)
+        assert change.anchor_position.version == 19
+    carry_out(bucket, plan_prune(bucket, run, SOON))
+    assert versions(bucket) == [19]
+    assert equal(read_weights(bucket), steps[19])
+
+
+def test_payloads_go_after_everything_that_refers_to_them(compacted):
+    bucket, run, _ = compacted
+    kinds = [key.split("/")[2] for key in plan_prune(bucket, run, SOON).keys]
+    last_reference = max(number for number, kind in enumerate(kinds) if kind in ("commits", "derived"))
+    assert min(number for number, kind in enumerate(kinds) if kind not in ("commits", "derived")) > last_reference
+
+
+def stats(length, anchors, times):
+    run, names = "0" * 16, [f"commits/{n:06d}.json" for n in range(length)]
+    names += [f"deltas/step_{n:06d}-0123456789ab.safetensors" for n in range(1, length)]
+    names += [f"derived/anchor-{n:06d}-0123456789ab.json" for n in anchors]
+    names += [f"anchors/step_{n:06d}-0123456789ab/model.safetensors" for n in anchors]
+    return [Stat(f"runs/{run}/{name}", 1, "", times(n)) for n, name in enumerate(names)]
+
+
+@given(st.integers(1, 40), st.sets(st.integers(0, 39)), st.integers(1, 4), st.lists(st.integers(0, 39)), st.data())
+def test_nothing_at_or_above_what_is_wanted_goes(length, anchors, keep, replicas, data):
+    anchors = {version for version in anchors if version < length}
+    listed = stats(length, anchors, lambda n: data.draw(st.floats(-1e9, 1e10)))
+    beats = [(Stat("x", 1, "", 1e10), Heartbeat(f"x{n}", "0" * 16, version)) for n, version in enumerate(replicas)]
+    found = plan(listed, "0" * 16, beats, Policy(keep, hours=-1e9))
+    starts = sorted(anchors | {0})
+    assert found.floor in starts
+    assert found.floor <= min([*replicas, starts[-keep:][0]])
+    commits = [key for key in found.keys if "/commits/" in key]
+    assert len(commits) == found.floor
+    assert not [key for key in found.keys if "deltas" in key and int(key.split("step_")[1][:6]) > found.floor]
+
+
+def test_the_ledger_is_read_as_hints(compacted):
+    bucket, run, _ = compacted
+    bucket.put("replicas/junk.json", b"\xff not a record")
+    bucket.put("replicas/huge.json", b" " * (ledger.MAX_HEARTBEAT + 1))
+    ledger.beat(bucket, Heartbeat("b", run, 3, lag=2, error="x"))
+    assert [beat for _, beat in ledger.read_all(bucket)] == [Heartbeat("b", run, 3, lag=2, error="x")]
+    with pytest.raises(FormatError, match="replica name"):
+        ledger.beat(bucket, Heartbeat("../b"))
+    assert retention.plan_prune(bucket, run, SOON).reason == "replica b"

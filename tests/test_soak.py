@@ -1,0 +1,155 @@
+"""Everything at once: faults on every store, followers that are killed, compaction and pruning under way.
+
+`make soak` plays a thousand versions; a short form runs with the tests. The followers are processes that keep a mirror:
+what a replica does, without a GPU or vLLM. The weights are synthetic.
+"""
+
+import logging
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+
+from deltawire import Publisher, Subscriber, open_bucket, publisher, retention
+from deltawire.buckets.faulty import Faulty, seeded
+from deltawire.checkpoint import Checkpoint
+from deltawire.compactor import Compactor
+from deltawire.errors import DeltaWireError
+from deltawire.mirror import Mirror, held
+from deltawire.tensors import equal
+from runs import commits, edit, model, served
+
+VERSIONS = int(os.environ.get("DELTAWIRE_SOAK_VERSIONS", "60"))
+FAULTS = 0.05
+"""share of calls on which something goes wrong"""
+FOLLOWER = """
+import sys, time
+from pathlib import Path
+from deltawire import Subscriber, ledger, open_bucket
+from deltawire.buckets.faulty import Faulty, seeded
+from deltawire.checkpoint import files
+from deltawire.errors import DeltaWireError
+from deltawire.ledger import Heartbeat
+from deltawire.mirror import Mirror, held
+url, folder, log, seed, pause, name = sys.argv[1:]
+folder, seed, pause = Path(folder), int(seed), float(pause)
+bucket = Faulty(open_bucket(url), seeded(seed, 0.05))
+mirror, subscriber = None, None
+while True:
+    try:
+        if subscriber is None:
+            subscriber = Subscriber(bucket)
+        target = subscriber.latest()
+        if mirror is None and held(folder) is not None:
+            mirror = Mirror(folder, subscriber.run.table)
+        here = mirror.position if mirror else None
+        if here != target and (here is None or target.version > here.version):
+            ledger.beat(bucket, Heartbeat(name, target.run, here and here.version, need=here.version if here else 0))
+            change = subscriber.change(here, target.version, anchors=here is None)
+            if mirror is None:
+                found, at = files(change.anchor.folder), change.anchor_position
+                mirror = Mirror.create(folder, found, at, subscriber.run.table)
+            if mirror.position != change.position:
+                mirror.apply(change.delta, change.position)
+            with open(log, "a") as file:
+                file.write(f"{mirror.position.version} {mirror.position.root} {change.payloads} {change.wire_bytes}\\n")
+            ledger.beat(bucket, Heartbeat(name, target.run, mirror.position.version))
+    except DeltaWireError:
+        subscriber = None
+    time.sleep(pause)
+"""
+
+
+def follower(url, folder, number, life):
+    """A process that keeps a mirror of the bucket; slower ones have higher numbers."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = [url, folder / f"m{number}", folder / f"log{number}", str(97 * life + number), str(0.02 * 5**number)]
+    command = [sys.executable, "-c", FOLLOWER, *arguments, f"f{number}"]
+    with open(folder / f"errors{number}", "ab") as errors:
+        return subprocess.Popen(command, env=environment, stderr=errors)
+
+
+def insist(action, tries=200):
+    """Repeat what faults interrupt, as a supervisor would."""
+    for _ in range(tries):
+        try:
+            return action()
+        except DeltaWireError as error:
+            last = error
+    raise last
+
+
+def test_all_followers_end_where_the_trainer_does_whatever_happened(tmp_path, monkeypatch):
+    monkeypatch.setattr(publisher, "FIRST_RETRY", 0.001)
+    monkeypatch.setattr(publisher, "LAST_RETRY", 0.01)
+    draw, weights, injected = random.Random(1), model(), Counter()
+    (tmp_path / "bucket").mkdir()
+    url = (tmp_path / "bucket").as_uri()
+    clean = open_bucket(url)
+    faulty = Faulty(clean, seeded(2, FAULTS))
+    uploads, kills, sizes = [], 0, []
+    followers = [follower(url, tmp_path, number, 0) for number in range(3)]
+    trainer = insist(lambda: Publisher(faulty, on_upload=uploads.append))
+    compactor = Compactor(faulty, tmp_path / "compactor", anchors=32)
+    started = time.monotonic()
+    try:
+        for version in range(VERSIONS):
+            edit(weights, version, share=0.02)
+            trainer.publish(weights, step=version)
+            if draw.random() < 0.5:
+                insist(partial(trainer.flush, 30))
+            if draw.random() < 0.05:
+                injected += Counter({"trainer restart": 1})
+                insist(partial(trainer.close, 30))
+                    lambda: trainer.close(30)
+                )
+                trainer = insist(lambda: Publisher(faulty, on_upload=uploads.append))
+            if draw.random() < 0.08:
+                number = draw.randrange(3)
+                followers[number].kill()
+                followers[number].wait()
+                kills += 1
+                followers[number] = follower(url, tmp_path, number, kills)
+            if version % 16 == 15:
+                compactor.close()
+                compactor = Compactor(faulty, tmp_path / "compactor", anchors=32)
+                insist(compactor.step)
+                with Subscriber(clean) as subscriber:
+                    run = subscriber.run.run
+                plan = retention.plan_prune(clean, run, retention.Policy(2, -1.0, replica_hours=0.01))
+                insist(partial(retention.carry_out, faulty, plan))
+                sizes.append(sum(stat.size for stat in clean.list("runs/")))
+        position = insist(partial(trainer.flush, 30))
+        deadline = time.monotonic() + 60
+        while any(held(tmp_path / f"m{number}") != position for number in range(3)):
+            assert time.monotonic() < deadline, [held(tmp_path / f"m{number}") for number in range(3)]
+            assert [process.poll() for process in followers] == [None] * 3
+            time.sleep(0.05)
+    finally:
+        for process in followers:
+            process.kill()
+            process.wait()
+        compactor.close()
+        insist(partial(trainer.close, 30))
+    for number in range(3):
+        with Mirror(tmp_path / f"m{number}", compactor._subscriber.run.table) as mirror:
+            assert equal({name: Checkpoint(mirror.folder)[name] for name in weights}, served(weights))
+    assert commits(clean)[-1].step == VERSIONS - 1  # the last one captured
+    committed = {upload.position.version: upload.position.root for upload in uploads}
+    parents = [upload.parent for upload in uploads]
+    assert parents == [None, *[upload.position.version for upload in uploads][:-1]]  # each change in exactly one commit
+    for number in range(3):
+        for line in (tmp_path / f"log{number}").read_text().splitlines():
+            version, root, _, _ = line.split()
+            assert committed[int(version)] == root
+        assert (tmp_path / f"errors{number}").read_text() == ""
+    model_bytes = sum(bits.data.nbytes for bits in served(weights).values())
+    assert max(sizes[len(sizes) // 2 :]) <= 2 * max(sizes[: len(sizes) // 2 + 1]) + 10 * model_bytes
+    injected += faulty.injected
+    logging.getLogger(__name__).info(
+        "%d versions in %.0f s, %d commits, faults %s, %d kills, bucket %s bytes of at most %s",
+        VERSIONS, time.monotonic() - started, len(uploads), dict(injected), kills, sizes[-1:], max(sizes),
+    )  # fmt: skip
