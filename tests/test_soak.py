@@ -104,8 +104,6 @@ def test_all_followers_end_where_the_trainer_does_whatever_happened(tmp_path, mo
             if draw.random() < 0.05:
                 injected += Counter({"trainer restart": 1})
                 insist(partial(trainer.close, 30))
-                    lambda: trainer.close(30)
-                )
                 trainer = insist(lambda: Publisher(faulty, on_upload=uploads.append))
             if draw.random() < 0.08:
                 number = draw.randrange(3)
