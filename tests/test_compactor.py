@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from deltawire import Subscriber, digest, signing
 from deltawire.compactor import Compactor, due
 from deltawire.digest import root
-from deltawire.errors import BadDigest, BadSignature, Forked
+from deltawire.errors import BadDigest, BadSignature
 from deltawire.manifests import Derived, read, signed, write
 from deltawire.tensors import equal
 from runs import edit, fresh, model, publish_all, publishing, read_weights, replace_commit, served
@@ -118,18 +118,22 @@ def test_a_delegated_key_signs_what_it_derives_and_another_is_refused(tmp_path):
         subscriber.change(subscriber.chain.commit(0).record.position, 4)
 
 
-def test_a_fold_of_other_commits_is_refused(tmp_path):
-    bucket, _ = chain(6)
+def test_a_fold_of_other_commits_is_passed_over(tmp_path):
+    bucket, steps = chain(6)
     with Compactor(bucket, tmp_path / "m", anchors="never") as compactor:
         compactor.step()
+    assert reached(bucket, (0, steps[0]), 5)[1].payloads == 2
     (key,) = [stat.key for stat in bucket.list("runs/") if "/derived/" in stat.key]
     record = read(Derived, bucket.get(key, limit=1 << 20), where="")
-    bucket.put(key, write(msgspec.structs.replace(record, commit_hash="0" * 64)))
-    with Subscriber(bucket) as subscriber:
-        with pytest.raises(Forked):
-            subscriber.change(subscriber.chain.commit(0).record.position, 4)
-        with pytest.raises(Forked):
-            subscriber.change(subscriber.chain.commit(0).record.position, 5)
+    for lie in ({"commit_hash": "0" * 64}, {"parent_hash": "0" * 64}, {"payloads": ()}, {"run": "0" * 16}):
+        bucket.put(key, write(msgspec.structs.replace(record, **lie)))
+        for target in (4, 5):
+            held, change = reached(bucket, (0, steps[0]), target)
+            assert equal(held, steps[target])
+            assert change.payloads == target
+    bucket.put(key, write(record))
+    bucket.put(f"runs/{record.run}/{record.payloads[0].key}", b"junk")
+    assert equal(reached(bucket, (0, steps[0]), 5)[0], steps[5])
 
 
 @given(st.sets(st.integers(0, 300), min_size=1), st.sampled_from([4, 16, 64]))

@@ -15,7 +15,7 @@ from deltawire.digest import root
 from runs import fresh, publishing, served
 
 log = logging.getLogger(__name__)
-VERSIONS, ELEMENTS, RATE = 130, 60_000, 1e-6
+VERSIONS, ELEMENTS, RATE = 130, 400_000, 1e-6
 
 
 @pytest.fixture(scope="module")

@@ -72,14 +72,15 @@ def follower(url, folder, number, life):
         return subprocess.Popen(command, env=environment, stderr=errors)
 
 
-def insist(action, tries=200):
+def insist(action, tries=300):
     """Repeat what faults interrupt, as a supervisor would."""
+    refused = Counter()
     for _ in range(tries):
         try:
             return action()
         except DeltaWireError as error:
-            last = error
-    raise last
+            refused[f"{type(error).__name__}: {error}"] += 1
+    raise AssertionError(f"never done: {refused.most_common(5)}")
 
 
 def test_all_followers_end_where_the_trainer_does_whatever_happened(tmp_path, monkeypatch):

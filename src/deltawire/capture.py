@@ -19,7 +19,7 @@ from deltawire.buckets.base import Bucket
 from deltawire.checkpoint import Checkpoint
 from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import root as root_of
-from deltawire.errors import MissingTensor, NotFound, UnknownTensor
+from deltawire.errors import BadDigest, MissingTensor, NotFound, UnknownTensor
 from deltawire.log import Attempt
 from deltawire.manifests import (
     BaseCheckpoint,
@@ -34,7 +34,6 @@ from deltawire.manifests import (
     signed,
     write,
 )
-from deltawire.materialize import materialize
 from deltawire.signing import SigningKey
 from deltawire.subscriber import Subscriber
 from deltawire.tensors import cast, dtype_of
@@ -291,10 +290,15 @@ class Capturer:
         near = base if base is not None and Path(base).is_dir() else None
         with Subscriber(bucket, base=near) as subscriber:
             position = subscriber.latest()
-            folder = self._spool / "resumed"
-            materialize(bucket, folder, position.version, base=near)
-            self._baseline = _seeded(Checkpoint(folder))
-            shutil.rmtree(folder, ignore_errors=True)  # the spool may be memory
+            change = subscriber.change(None, position.version)
+            assert change.anchor is not None
+            table = subscriber.run.table
+            self._baseline = _seeded({entry.name: change.anchor[entry.name] for entry in table})
+            for name, tensor in change.delta.items():
+                self._baseline.advance(name, tensor)
+            if root_of(table, self._baseline.digests) != position.root:
+                subscriber.digests_at(position.version)  # says so if it is the record that is damaged
+                raise BadDigest(f"{bucket.url}: what was fetched of {position} is not what was committed; try again")
             self._run, self._next = subscriber.run, position.version + 1
             self.resumed_hash = subscriber.chain.commit(position.version).hash
             return position

@@ -82,21 +82,23 @@ class Chain:
         """The edges that lead from nothing, by version."""
         return sorted((edge for edge in self.edges() if edge.start is None), key=lambda edge: edge.end)
 
-    def read(self, path: Iterable[Edge]) -> list[Hop]:
-        """The records of a path. Raises Forked unless each continues the one before it, hash by hash; NotFound."""
+    def read(self, path: Iterable[Edge], since: str | None = None) -> list[Hop]:
+        """The records of a path, which starts at the commit whose hash is `since`.
+
+        Raises Forked unless each continues the one before it, hash by hash; NotFound."""
         hops: list[Hop] = []
-        here: str | None = None
+        here = since
         for edge in path:
             filed = self.commit(edge.end) if "/commits/" in edge.record else self._derived(edge)
             record = filed.record
             after = record.commit_hash if isinstance(record, Derived) else filed.hash
-            start, end = (after, record.parent_hash) if edge.undo else (record.parent_hash, after)
+            start = after if edge.undo else record.parent_hash
             if record.parent != edge.start:
                 raise Gap(f"{self._name(record)} continues version {record.parent}, not the one listed before it")
             if edge.start is not None and None not in (here, start) and here != start:
                 raise Forked(f"{self._name(record)} does not continue the commit before it: its parent was rewritten")
             self._require_our_run(filed)
-            here = end
+            here = ends_at(edge, filed)
             hops.append((edge, filed))
         return hops
 
@@ -158,6 +160,13 @@ class Chain:
     def _name(self, record: Commit | Derived) -> str:
         kind = "commit" if isinstance(record, Commit) else "fold" if record.parent is not None else "anchor"
         return f"{self.bucket.url}: {kind} {record.position}"
+
+
+def ends_at(edge: Edge, filed: Filed[Commit] | Filed[Derived]) -> str | None:
+    """The hash of the commit that an edge arrives at; None where an older record does not say."""
+    if edge.undo:
+        return filed.record.parent_hash
+    return filed.record.commit_hash if isinstance(filed.record, Derived) else filed.hash
 
 
 def as_numbers(digests: dict[str, str]) -> dict[str, int]:

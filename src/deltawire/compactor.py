@@ -4,6 +4,7 @@ A fold of level L replaces the deltas between two multiples of L by their sum. B
 lists is checked against committed roots on a mirror of the weights.
 """
 
+import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,15 +14,16 @@ from typing import Literal
 
 from blake3 import blake3
 
-from deltawire import manifests, paths, signing, wire
+from deltawire import log, manifests, paths, signing, wire
 from deltawire.buckets.base import Bucket
 from deltawire.checkpoint import files
 from deltawire.digest import root as root_of
-from deltawire.errors import AlreadyExists, BadDigest
-from deltawire.manifests import Derived, Payload, anchor_prefix, derived_key, fold_key, signed
+from deltawire.errors import AlreadyExists, BadDigest, ChainError, Forked, FormatError, Gap
+from deltawire.log import Filed
+from deltawire.manifests import Commit, Derived, Payload, anchor_prefix, derived_key, fold_key, signed
 from deltawire.mirror import Mirror, held
 from deltawire.paths import Edge
-from deltawire.subscriber import Subscriber
+from deltawire.subscriber import Change, Subscriber
 
 LEVELS = (4, 16, 64)
 """versions that a fold of each level spans"""
@@ -81,6 +83,13 @@ class Compactor:
 
     def step(self) -> list[CompactReport]:
         """Write every fold and anchor that is due and not there; what was written. A repeated step writes nothing."""
+        try:
+            return self._step()
+        except (FormatError, ChainError):
+            self._subscriber.refresh()  # a record may have been damaged on its way: read it again next time
+            raise
+
+    def _step(self) -> list[CompactReport]:
         target, edges = self._subscriber.latest(), self._subscriber.chain.edges()
         there = {(edge.start, edge.end) for edge in edges}
         reports = []
@@ -100,7 +109,7 @@ class Compactor:
 
     def _fold(self, start: int, end: int, edges: list[Edge]) -> CompactReport:
         chain = self._subscriber.chain
-        first, last = chain.commit(start), chain.commit(end)
+        first, last = chain.commit(start), self._read_twice(end)
         change = self._subscriber.change(first.record.position, end, anchors=False)
         mirror = self._mirror_at(end)
         before = mirror.digests_after(change.delta, undone=True)
@@ -136,10 +145,17 @@ class Compactor:
             payloads=tuple(
                 Payload(f"{prefix}/{path.name}", path.stat().st_size, value) for path, value in hashes.items()
             ),
-            commit_hash=chain.commit(version).hash,
+            commit_hash=self._read_twice(version).hash,
         )
         self._put(record, {f"{prefix}/{path.name}": path for path in hashes})
         return CompactReport(None, version, record.wire_bytes, 0)
+
+    def _read_twice(self, version: int) -> Filed[Commit]:
+        """A commit that a manifest will name for ever: what was damaged on its way does not come twice alike."""
+        filed, run = self._subscriber.chain.commit(version), self._subscriber.run.run
+        if log.load_commit(self.bucket, run, version).hash != filed.hash:
+            raise BadDigest(f"{self.bucket.url}: commit {version} was read in two ways; try again")
+        return filed
 
     def _put(self, record: Derived, payloads: dict[str, bytes] | dict[str, Path]) -> None:
         """Payloads, then their manifest. A key holds its content's hash: what is there already is ours."""
@@ -157,17 +173,28 @@ class Compactor:
         table, run = self._subscriber.run.table, self._subscriber.run.run
         if self._mirror is None and held(self._folder) is not None:
             self._mirror = Mirror(self._folder, table)
-        if self._mirror is not None and self._mirror.position.run == run:
-            change = self._subscriber.change(self._mirror.position, version, anchors=False)
-        else:
-            change = self._subscriber.change(None, version)
+        change = self._way_to(version, run)
+        if self._mirror is None or change.anchor is not None:
             assert change.anchor is not None
             assert change.anchor_position is not None
+            if self._mirror is not None:  # of another run, or of a version the chain no longer has
+                self._mirror.close()
+                self._mirror = None
+                shutil.rmtree(self._folder)
             self._mirror = Mirror.create(self._folder, files(change.anchor.folder), change.anchor_position, table)
             self._subscriber.close()  # the downloaded anchor is as large as the model
         if change.position != self._mirror.position:
             self._mirror.apply(change.delta, change.position)
         return self._mirror
+
+    def _way_to(self, version: int, run: str) -> Change:
+        """The change that takes the mirror to a version, or makes it anew."""
+        if self._mirror is None or self._mirror.position.run != run:
+            return self._subscriber.change(None, version)
+        try:
+            return self._subscriber.change(self._mirror.position, version, anchors=False)
+        except (Gap, Forked):
+            return self._subscriber.change(None, version)
 
     def _wants_anchor(self, edges: list[Edge], version: int) -> bool:
         newest = max((edge for edge in edges if edge.start is None), key=lambda edge: edge.end)

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,22 @@ from deltawire.bits import Bits
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket, Stat
 from deltawire.buckets.verified import download_verified, get_verified
-from deltawire.chain import Chain, as_numbers
+from deltawire.chain import Chain, as_numbers, ends_at
 from deltawire.checkpoint import Checkpoint, files
 from deltawire.delta import Delta
-from deltawire.errors import Forked, FormatError, Gap, NotFound, OtherRun, ShapeMismatch, UnknownTensor
-from deltawire.manifests import HEAD_KEY, Commit, Derived, Position, Run
+from deltawire.errors import (
+    BadSignature,
+    ChainError,
+    Forked,
+    FormatError,
+    Gap,
+    NotFound,
+    OtherRun,
+    ShapeMismatch,
+    UnknownTensor,
+)
+from deltawire.manifests import HEAD_KEY, Commit, Derived, Position, Run, commit_key
+from deltawire.paths import Edge
 from deltawire.signing import Trust, trust
 
 PLANS = 3
@@ -113,11 +125,14 @@ class Subscriber:
     def latest(self) -> Position:
         """The newest committed position, never older than one seen before. Raises NotFound while nothing is published,
         OtherRun."""
-        self._require_same_run()
-        versions = self.chain.versions()
-        if not versions:
+        hinted = self._require_same_run()
+        newest = max(self.chain.versions(), default=-1)
+        if hinted > newest:  # the listing is staler than HEAD; or HEAD is wrong, and then there is no such commit
+            with suppress(NotFound):
+                return self.chain.commit(hinted).record.position
+        if newest < 0:
             raise NotFound(f"{self.bucket.url}: run {self.run.run} has no commits yet")
-        return self.chain.commit(versions[-1]).record.position
+        return self.chain.commit(newest).record.position
 
     def commits(self, after: int | None = None) -> list[Commit]:
         """Commits with a version above `after`, in chain order, each the child of the one before it.
@@ -125,7 +140,12 @@ class Subscriber:
         Raises OtherRun, Forked, Gap, BadDigest (a commit whose root is not that of its digests), FormatError.
         """
         self._require_same_run()
-        return [commit for commit in self.chain.commits() if after is None or commit.version > after]
+        try:
+            found = self.chain.commits()
+        except (FormatError, ChainError):
+            self.refresh()
+            raise
+        return [commit for commit in found if after is None or commit.version > after]
 
     def position_of(self, root: str) -> Position | None:
         """The newest committed version whose weights have this root, or None. Looked at are anchors, where copies
@@ -180,6 +200,9 @@ class Subscriber:
         for attempt in range(PLANS):
             try:
                 return self._change(since, version, anchors or since is None)
+            except (FormatError, ChainError):
+                self.refresh()
+                raise
             except NotFound:
                 if attempt == PLANS - 1:
                     raise
@@ -196,14 +219,33 @@ class Subscriber:
         newest = commits[-1].version if version is None else version
         return files(self._anchor_folder(self._anchor_record(self._anchor_before(commits, newest))))
 
-    def _change(self, since: Position | None, version: int, anchors: bool) -> Change:
+    def _change(
+        self, since: Position | None, version: int, anchors: bool, passed_over: frozenset[str] = frozenset()
+    ) -> Change:
         if since is not None:
             self._stand_on(since)
         edges = [edge for edge in self.chain.edges() if anchors or edge.start is not None]
-        path = paths.cheapest(edges, None if since is None else since.version, version)
-        hops = self.chain.read(path)
+        usable = [edge for edge in edges if edge.record not in passed_over]
+        path = paths.cheapest(usable, None if since is None else since.version, version)
+        try:
+            return self._fetch(since, version, path)
+        except BadSignature:
+            raise
+        except (FormatError, ChainError) as error:
+            # Folds and anchors only save bytes: without those on this path there may be another way.
+            derived = frozenset(edge.record for edge in path if "/derived/" in edge.record)
+            if not derived:
+                raise
+            self.refresh()
+            try:
+                return self._change(since, version, anchors, passed_over | derived)
+            except Gap:
+                raise error from None
+
+    def _fetch(self, since: Position | None, version: int, path: list[Edge]) -> Change:
+        hops = self.chain.read(path, None if since is None else self.chain.commit(since.version).hash)
         commit = self.chain.commit(version)
-        delta, anchor, anchor_position, records = Delta(), None, None, len({edge.record for edge, _ in hops})
+        delta, anchor, anchor_position = Delta(), None, None
         for edge, filed in hops:
             if edge.start is None:
                 anchor, _ = self._open_anchor(filed.record)
@@ -211,13 +253,9 @@ class Subscriber:
             else:
                 part = self._fetch_delta(filed.record)
                 delta += -part if edge.undo else part
-        if hops:
-            edge, filed = hops[-1]
-            arrived = filed.record
-            hashes = arrived.parent_hash if edge.undo else arrived.commit_hash if isinstance(arrived, Derived) else None
-            if hashes is not None and hashes != commit.hash:
-                raise Forked(f"{self.bucket.url}: the path to version {version} ends at another commit of that number")
-        records += all(edge.end != version or "/commits/" not in edge.record for edge, _ in hops)
+        if hops and ends_at(*hops[-1]) not in (None, commit.hash):
+            raise Forked(f"{self.bucket.url}: the path to version {version} ends at another commit of that number")
+        read = {edge.record for edge, _ in hops} | {commit_key(self.run.run, version)}
         payloads = [payload for _, filed in hops for payload in filed.record.payloads]
         return Change(
             since=None if anchor is not None else since,
@@ -227,21 +265,23 @@ class Subscriber:
             delta=delta,
             commit=commit.record,
             wire_bytes=sum(payload.size for payload in payloads),
-            records=records,
+            records=len(read),
             payloads=len(payloads),
         )
 
-    def _require_same_run(self) -> None:
+    def _require_same_run(self) -> int:
+        """The version that HEAD hints at, -1 without one. Raises OtherRun."""
         run = self.run.run
         try:
             head = log.read_head(self.bucket)
         except NotFound:  # it is a hint, and we know the run
-            return
+            return -1
         if head.run != run:
             raise OtherRun(
                 f"{self.bucket.url} moved from run {run} to run {head.run}, which does not continue it; "
                 "restart with a fresh position to follow the new run"
             )
+        return head.version
 
     def _stand_on(self, since: Position) -> Position:
         if since.run != self.run.run:

@@ -21,7 +21,7 @@ from runs import chain_of_four, commits
 
 SECONDS = float(os.environ.get("DELTAWIRE_FUZZ_SECONDS", "12"))
 GOLDEN = Path(__file__).parents[1] / "golden"
-TOKENS = [b'"', b"{", b"[", b"]", b":", b",", b"-1", b"0", b"1e999", b"NaN", b"null", b"18446744073709551616", b"\\u0000", b"..", b"/"]  # fmt: skip
+TOKENS = b'" { [ ] : , -1 0 1e999 NaN null 18446744073709551616 \\u0000 .. /'.split()
 
 
 def mutate(draw, data):

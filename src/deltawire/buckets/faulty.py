@@ -105,13 +105,13 @@ class Faulty:
 
     def get(self, key: str, *, limit: int) -> bytes:
         fault = self._begin("get", key)
-        return _damaged(self._bucket.get(key, limit=limit), fault)
+        return _damaged(self._bucket.get(key, limit=limit), fault, self._calls)
 
     def get_file(self, key: str, path: Path, *, limit: int) -> None:
         fault = self._begin("get_file", key)
         self._bucket.get_file(key, path, limit=limit)
         if fault in ("truncate", "flip"):
-            path.write_bytes(_damaged(path.read_bytes(), fault))
+            path.write_bytes(_damaged(path.read_bytes(), fault, self._calls))
 
     def put(self, key: str, data: bytes | Path) -> None:
         self._write("put", key, lambda: self._bucket.put(key, data), data)
@@ -165,10 +165,10 @@ class Faulty:
         return fault.kind
 
 
-def _damaged(data: bytes, fault: str | None) -> bytes:
+def _damaged(data: bytes, fault: str | None, number: int) -> bytes:
     if fault == "truncate":
         return data[:-1]
     if fault == "flip" and data:
-        middle = len(data) // 2
-        return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        place = 7919 * number % len(data)
+        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
     return data

@@ -248,6 +248,9 @@ class Follower:
         status = self._swap(target)
         pause_ms = 1e3 * (time.perf_counter() - paused)
         _require(status)
+        if status.position != target:
+            self._subscriber.refresh()  # our copy of the commit may have been damaged on its way
+            target = self._subscriber.chain.commit(target.version).record.position
         if status.position != target or status.applied is None:
             raise Quarantined(f"{self._engine.url} took {target} without an error and does not serve it: restart it")
         applied = {name: status.applied[name] for name in _APPLIED}
