@@ -289,7 +289,7 @@ class Capturer:
             return None
         near = base if base is not None and Path(base).is_dir() else None
         with Subscriber(bucket, base=near) as subscriber:
-            position = subscriber.latest()
+            position = max(subscriber.latest(), subscriber.latest(), key=_version)  # either look may be stale
             change = subscriber.change(None, position.version)
             assert change.anchor is not None
             table = subscriber.run.table
@@ -302,6 +302,10 @@ class Capturer:
             self._run, self._next = subscriber.run, position.version + 1
             self.resumed_hash = subscriber.chain.commit(position.version).hash
             return position
+
+
+def _version(position: Position) -> int:
+    return position.version
 
 
 def _newest(bucket: Bucket) -> Position | None:

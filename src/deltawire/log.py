@@ -156,8 +156,8 @@ def _put_once(bucket: Bucket, key: str, data: bytes) -> None:
     try:
         bucket.put_new(key, data)
     except AlreadyExists:
-        found = bucket.get(key, limit=MAX_RECORD)
-        if found != data:
+        found = _foreign(bucket, key, lambda there: there == data)
+        if found is not None:
             raise Forked(
                 f"{bucket.url}/{key} was written by someone else{_holder(found)}: two trainers publish one run. "
                 "Stop one of them"
@@ -181,12 +181,21 @@ def _require_our_parent(bucket: Bucket, commit: Commit) -> None:
     """Where a store cannot refuse a second writer, look whether it overwrote the commit we continue."""
     assert commit.parent is not None
     key = commit_key(commit.run, commit.parent)
-    found = bucket.get(key, limit=MAX_RECORD)
-    if commit.parent_hash is not None and hash_of(found) != commit.parent_hash:
+    found = _foreign(bucket, key, lambda there: commit.parent_hash in (None, hash_of(there)))
+    if found is not None:
         raise Forked(
             f"{bucket.url}/{key} was replaced{_holder(found)}: two trainers publish one run. Stop one of them; "
             "a restarted trainer continues from what is there"
         )
+
+
+def _foreign(bucket: Bucket, key: str, is_ours: Callable[[bytes], bool]) -> bytes | None:
+    """What lies under a key, unless it is ours. Read twice before anyone is accused: a reading may be damaged."""
+    for _ in range(2):
+        found = bucket.get(key, limit=MAX_RECORD)
+        if is_ours(found):
+            return None
+    return found
 
 
 def _holder(data: bytes) -> str:
