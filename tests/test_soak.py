@@ -23,6 +23,7 @@ from deltawire.tensors import equal
 from runs import commits, edit, model, served
 
 VERSIONS = int(os.environ.get("DELTAWIRE_SOAK_VERSIONS", "60"))
+SEED = int(os.environ.get("DELTAWIRE_SOAK_SEED", "1"))
 FAULTS = 0.05
 """share of calls on which something goes wrong"""
 FOLLOWER = """
@@ -86,11 +87,11 @@ def insist(action, tries=300):
 def test_all_followers_end_where_the_trainer_does_whatever_happened(tmp_path, monkeypatch):
     monkeypatch.setattr(publisher, "FIRST_RETRY", 0.001)
     monkeypatch.setattr(publisher, "LAST_RETRY", 0.01)
-    draw, weights, injected = random.Random(1), model(), Counter()
+    draw, weights, injected = random.Random(SEED), model(), Counter()
     (tmp_path / "bucket").mkdir()
     url = (tmp_path / "bucket").as_uri()
     clean = open_bucket(url)
-    faulty = Faulty(clean, seeded(2, FAULTS))
+    faulty = Faulty(clean, seeded(SEED, FAULTS))
     uploads, kills, sizes = [], 0, []
     followers = [follower(url, tmp_path, number, 0) for number in range(3)]
     trainer = insist(lambda: Publisher(faulty, on_upload=uploads.append))
