@@ -41,7 +41,8 @@ def rollout(version: str = "default") -> Rollout:
 
 
 def published(version: int, run: str = "r1") -> dw.PublishReport:
-    return dw.PublishReport(run, version, version, 1, 10, 5, 20, 0.1, 0.0, 0, 0, None)
+    about = {"changed": 1, "total": 10, "wire_bytes": 5, "model_bytes": 20, "seconds": 0.1, "compare_seconds": 0.0}
+    return dw.PublishReport(run, version, version, **about, waiting=0, waiting_bytes=0, waiting_bound=20, problem=None)
 
 
 class ScriptedPlayer:

@@ -113,18 +113,24 @@ def test_no_process_survives_a_demo_that_is_interrupted(cast: FakeCast, tmp_path
     script = tmp_path / "demo.py"
     script.write_text(
         f"""
+import signal
 from pathlib import Path
 from fakes import fake_cast
 from deltawire.ops.demo import DemoOptions, run_demo
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 run_demo(DemoOptions(plain=True), cast=fake_cast(Path({str(cast.folder)!r})).breaking("trainer", {HANG!r}))
 """
     )
     environment = {"PYTHONPATH": f"{Path(__file__).parent}:{Path(real_cast.__file__).parents[2]}"}
     with (tmp_path / "output").open("w") as output:
         demo = subprocess.Popen([sys.executable, script], env=environment, stdout=output, stderr=output)
-        until(lambda: cast.pids().get("trainer") or demo.poll())
-        demo.send_signal(number)
-        demo.wait(30)
+        try:
+            until(lambda: cast.pids().get("trainer") or demo.poll())
+            demo.send_signal(number)
+            demo.wait(30)
+        finally:
+            demo.kill()
+            demo.wait()
     assert demo.returncode == -number
     for pid in cast.pids().values():
         wait_for_end(pid)
