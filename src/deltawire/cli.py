@@ -37,21 +37,27 @@ MIB = 1 << 20
 @app.command()
 def serve(
     root: Annotated[Path, typer.Option(help="Folder that holds the buckets.")] = Path("buckets"),
-    host: Annotated[str, typer.Option(help="Address to listen on; loopback only.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; loopback only without --users.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8100,
+    users: Annotated[Path | None, typer.Option(help="JSON file of users and their tokens; default: one user.")] = None,
     json: AsJson = False,
 ) -> None:
     """Run a Hub-compatible bucket server for the unmodified huggingface_hub client.
 
     Point clients at it with HF_ENDPOINT=<the printed URL> and any HF_TOKEN; then hf://buckets/me/NAME lives in --root.
+
+    With --users, tokens are checked and private buckets are private:
+    {"users": [{"name": "ada", "token": "a long secret", "orgs": [{"name": "lab", "private_by_default": true}]}]}.
+    Tokens travel as they are: beyond your own network, put a server that speaks TLS in front.
     """
     from deltawire.hub_server import serve as serve_forever
 
     def ready(url: str) -> None:
-        text = f"serving {root} at {url}\nexport HF_ENDPOINT={url} HF_TOKEN=local   # then use hf://buckets/me/NAME"
+        token = "local" if users is None else "<your token>"
+        text = f"serving {root} at {url}\nexport HF_ENDPOINT={url} HF_TOKEN={token}   # then use hf://buckets/me/NAME"
         _emit({"event": "ready", "url": url, "root": str(root)}, text, json)
 
-    serve_forever(root, host, port, on_ready=ready)
+    serve_forever(root, host, port, users=users, on_ready=ready)
 
 
 @app.command()

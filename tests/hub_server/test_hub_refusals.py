@@ -251,10 +251,6 @@ def test_refusals_carry_what_the_client_reads(request_hub: Ask, bucket: str) -> 
     assert request_hub("PATCH", f"/api/buckets/{bucket}").status == 405
 
 
-def test_there_is_no_event_feed_yet_and_the_server_says_so(request_hub: Ask, bucket: str) -> None:
-    assert request_hub("GET", f"/api/buckets/{bucket}/events").status == 501
-
-
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
 def test_listening_beyond_loopback_is_refused(tmp_path: Path, host: str) -> None:
     with pytest.raises(AccessRefused, match="users and tokens are needed to listen beyond loopback"):

@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import tempfile
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +61,7 @@ class HubBucket:
         self.poll_seconds = 0.5 if _is_loopback(endpoint) else 5.0
         self._id = bucket_id
         self._api = HfApi(endpoint=endpoint, library_name="deltawire")
+        self._feed: _Feed | None = None
 
     def __repr__(self) -> str:
         return f"<bucket {self.url} at {self.endpoint}>"
@@ -135,7 +138,10 @@ class HubBucket:
                     raise
 
     def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
-        return watch_by_polling(self, key, tag=tag, timeout=timeout)
+        """Poll, and look at once when the Hub's feed of changes says that something happened in the bucket."""
+        if self._feed is None:
+            self._feed = _Feed(self._id, self.endpoint)
+        return watch_by_polling(self, key, tag=tag, timeout=timeout, sleep=self._feed.wait)
 
     def _info(self, key: str) -> Any:
         check_key(key)
@@ -191,6 +197,33 @@ class HubBucket:
 
     def _refused(self, where: str, why: str) -> AccessRefused:
         return AccessRefused(f"{where}: {self.endpoint} refused ({why}); run `hf auth login` or set HF_TOKEN")
+
+
+class _Feed:
+    """Wakes whoever waits for a bucket to change, while the client can follow the Hub's feed; else it just waits.
+
+    The client keeps the feed's reader to itself so far; a client without it, or a server without a feed, is polled.
+    """
+
+    def __init__(self, bucket_id: str, endpoint: str) -> None:
+        self._changed = threading.Event()
+        try:
+            from huggingface_hub._bucket_live_follow import BucketFollower
+        except ImportError:
+            return
+        alive, changed = weakref.ref(self), self._changed
+        BucketFollower(
+            endpoint=endpoint,
+            bucket_id=bucket_id,
+            on_changes=lambda changes: changed.set(),
+            on_reconcile=changed.set,
+            is_alive=lambda: alive() is not None,
+        ).start()
+
+    def wait(self, seconds: float) -> None:
+        """Return after some time, or when something changed."""
+        self._changed.wait(seconds)
+        self._changed.clear()
 
 
 def open_hub(bucket_id: str, *, create: bool) -> HubBucket:

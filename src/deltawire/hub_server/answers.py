@@ -15,9 +15,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deltawire.errors import AlreadyExists, DeltaWireError, FormatError, NotFound, OutOfSpace, TooLarge, Unavailable
+from deltawire.errors import (
+    AccessRefused,
+    AlreadyExists,
+    DeltaWireError,
+    FormatError,
+    NotFound,
+    OutOfSpace,
+    TooLarge,
+    Unavailable,
+)
+from deltawire.hub_server.access import Unauthorized
 from deltawire.hub_server.catalog import BucketMissing, EntryMissing
 from deltawire.hub_server.durable import no_space_is_typed
+from deltawire.hub_server.events import Feed
 from deltawire.hub_server.store import Store
 from deltawire.hub_server.xorbs import Damaged
 
@@ -35,6 +46,8 @@ _STATUS: tuple[tuple[type[DeltaWireError], int, str | None], ...] = (
     (Damaged, 500, None),
     (FormatError, 400, None),
     (OutOfSpace, 507, None),
+    (Unauthorized, 401, None),
+    (AccessRefused, 403, None),
     (Unavailable, 503, None),
 )
 
@@ -51,6 +64,12 @@ def store_of(request: Request) -> Store:
     """The store the application was made with."""
     store: Store = request.app.state.store
     return store
+
+
+def feed_of(request: Request) -> Feed:
+    """The feed of changes the application was made with."""
+    feed: Feed = request.app.state.feed
+    return feed
 
 
 def base_url(request: Request) -> str:

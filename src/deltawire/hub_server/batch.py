@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deltawire.errors import FormatError, TooLarge
@@ -26,6 +26,9 @@ class PutFile:
     xet_hash: bytes
     mtime_ms: int
     content_type: str | None
+    source: str | None = None
+    """the bucket a copy is made from, where the client says it"""
+    copied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +83,25 @@ def _parse_line(number: int, line: bytes) -> PutFile | DeleteFile | Failure:
     if problem := path_problem(path):
         return Failure(path.encode("utf-8", "replace").decode(), problem)
     match fields.get("type"):
-        case "addFile" | "copyFile":
+        case "addFile":
             return _parse_put(path, fields)
+        case "copyFile":
+            return _parse_copy(path, fields)
         case "deleteFile":
             return DeleteFile(path)
         case other:
             return Failure(path, f"unknown operation {other!r}")
+
+
+def _parse_copy(path: str, fields: dict[str, Any]) -> PutFile | Failure:
+    if fields.get("sourceRepoType", "bucket") != "bucket":
+        return Failure(path, "this server copies from buckets alone")
+    source, put = fields.get("sourceRepoId"), _parse_put(path, fields)
+    if isinstance(put, Failure) or source is None:
+        return put if isinstance(put, Failure) else replace(put, copied=True)
+    if not isinstance(source, str):
+        return Failure(path, "sourceRepoId is not a bucket")
+    return replace(put, source=source, copied=True)
 
 
 def _parse_put(path: str, fields: dict[str, Any]) -> PutFile | Failure:

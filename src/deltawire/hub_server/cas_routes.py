@@ -6,6 +6,7 @@ A xorb is checked by decoding it and hashing what comes out, so the CRC-64 a gra
 
 import json
 from dataclasses import asdict
+from functools import partial
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -13,6 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from deltawire.errors import FormatError, NotFound, TooLarge
+from deltawire.hub_server.access import access_of
 from deltawire.hub_server.answers import base_url, parse_range, read_body, save_body, store_of
 from deltawire.hub_server.content import total_size
 from deltawire.hub_server.grants import Grants
@@ -21,6 +23,7 @@ from deltawire.hub_server.shards import MAX_SHARD_BYTES
 from deltawire.hub_server.xet_hashes import from_text
 from deltawire.hub_server.xorbs import MAX_CHUNKS, MAX_XORB_BYTES
 
+_XORB_BYTES = "/v1/xorb-bytes"
 _MAX_UPLOAD_BYTES = MAX_XORB_BYTES + 1024 * 1024
 """A footer, at most some 90 bytes a chunk, may follow the chunks."""
 
@@ -34,12 +37,14 @@ class XorbResponse(FileResponse):
 
 def dedup(request: Request) -> Response:
     """GET /v1/chunks/{prefix}/{chunk}: a shard that names stored xorbs, or 404."""
-    shard = store_of(request).content.dedup_shard(from_text(request.path_params["chunk"]))
+    user = _holder(request)
+    shard = store_of(request).content.dedup_shard(from_text(request.path_params["chunk"]), user=user)
     return Response(shard, media_type="application/octet-stream")
 
 
 async def grant_xorb(request: Request) -> Response:
     """POST /v1/xorb-grants/default/{xorb}: 201 with where to send it, or 200 if it is stored already."""
+    user = _holder(request)
     body = await read_body(request, limit=64 * 1024)
     xorb = from_text(request.path_params["xorb"])
     if _announced_length(body) > _MAX_UPLOAD_BYTES:
@@ -47,6 +52,8 @@ async def grant_xorb(request: Request) -> Response:
     store = store_of(request)
     try:
         table = await run_in_threadpool(store.content.xorb_table, xorb)
+        if not await run_in_threadpool(store.content.holds, user, xorb):
+            raise NotFound("not sent by this user")
     except NotFound:
         grant = _grants(request).issue(xorb)
         url = f"{base_url(request)}/v1/xorb-uploads/{grant}"
@@ -69,18 +76,21 @@ async def upload_granted(request: Request) -> Response:
 
 def commit_granted(request: Request) -> Response:
     """POST /v1/xorb-commits/default/{xorb}/grant/{grant}: verify what was held and store it."""
+    user = _holder(request)
     xorb = from_text(request.path_params["xorb"])
     staged = _grants(request).take(request.path_params["grant"], xorb)
-    return JSONResponse({"was_inserted": store_of(request).content.add_xorb(xorb, staged)})
+    return JSONResponse({"was_inserted": store_of(request).content.add_xorb(xorb, staged, user=user)})
 
 
 async def upload_xorb(request: Request) -> Response:
     """POST /v1/xorbs/default/{xorb}: the way without a grant."""
+    user = _holder(request)
     xorb = from_text(request.path_params["xorb"])
     store = store_of(request)
     staged = store.new_staging_path()
     store.count(received=await save_body(request, staged, limit=_MAX_UPLOAD_BYTES))
-    return JSONResponse({"was_inserted": await run_in_threadpool(store.content.add_xorb, xorb, staged)})
+    inserted = await run_in_threadpool(partial(store.content.add_xorb, xorb, staged, user=user))
+    return JSONResponse({"was_inserted": inserted})
 
 
 async def upload_shard_v1(request: Request) -> Response:
@@ -106,11 +116,12 @@ def reconstruction_v2(request: Request) -> Response:
 
 
 async def _register_shard(request: Request) -> None:
+    user = _holder(request)
     body = await read_body(request, limit=MAX_SHARD_BYTES)
     store = store_of(request)
     store.count(received=len(body))
     try:
-        deduplicated = await run_in_threadpool(store.content.add_shard, body)
+        deduplicated = await run_in_threadpool(partial(store.content.add_shard, body, user=user))
     except NotFound as error:
         # 404 would tell the client that there is no such API, and make it try the older one.
         raise FormatError(str(error)) from error
@@ -118,8 +129,13 @@ async def _register_shard(request: Request) -> None:
 
 
 def _reconstruction(request: Request, *, version: int) -> Response:
-    content = store_of(request).content
-    segments = content.segments(from_text(request.path_params["file"]))
+    content, file = store_of(request).content, from_text(request.path_params["file"])
+    access, visitor = access_of(request), access_of(request).visitor(request, "read")
+    if visitor is not None:
+        open_to = content.holds(visitor.user, file) or store_of(request).catalog.lists(visitor.bucket, file)
+        if not open_to:
+            raise NotFound(f"bucket {visitor.bucket} has no file with hash {request.path_params['file']}")
+    segments = content.segments(file)
     size = total_size(segments)
     start, stop = parse_range(request.headers.get("range"), size) or (0, size)
     plan = plan_range(segments, start, stop, content.xorb_table)
@@ -127,13 +143,14 @@ def _reconstruction(request: Request, *, version: int) -> Response:
         plan,
         version=version,
         table_of=content.xorb_table,
-        url_of=lambda name: f"{base_url(request)}/v1/xorb-bytes/{name}",
+        url_of=lambda name: f"{base_url(request)}{_XORB_BYTES}/{name}{access.sign_address(f'{_XORB_BYTES}/{name}')}",
     )
     return JSONResponse(answer)
 
 
 def xorb_bytes(request: Request) -> Response:
-    """GET /v1/xorb-bytes/{xorb}: ranges of a xorb as it was sent. Needs no token, as a signed URL would not."""
+    """GET /v1/xorb-bytes/{xorb}: ranges of a xorb as it was sent. Needs no token: the address is signed."""
+    access_of(request).check_address(request)
     content = store_of(request).content
     xorb = from_text(request.path_params["xorb"])
     if not content.has_xorb(xorb):
@@ -149,7 +166,14 @@ async def telemetry(request: Request) -> Response:
 
 def stats(request: Request) -> Response:
     """GET /_deltawire/stats: the counters, as JSON."""
+    access_of(request).require_user(request)
     return JSONResponse(asdict(store_of(request).stats()))
+
+
+def _holder(request: Request) -> str | None:
+    """Who sends content; None on a server without users. Raises Unauthorized, Forbidden."""
+    visitor = access_of(request).visitor(request, "write")
+    return None if visitor is None else visitor.user
 
 
 def _grants(request: Request) -> Grants:
@@ -176,7 +200,7 @@ ROUTES = [
     Route("/v2/shards", upload_shard_v2, methods=["POST"]),
     Route("/v1/reconstructions/{file}", reconstruction_v1),
     Route("/v2/reconstructions/{file}", reconstruction_v2),
-    Route("/v1/xorb-bytes/{xorb}", xorb_bytes),
+    Route(f"{_XORB_BYTES}/{{xorb}}", xorb_bytes),
     Route("/v1/telemetry", telemetry, methods=["POST"]),
     Route("/_deltawire/stats", stats),
 ]

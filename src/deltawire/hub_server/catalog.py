@@ -85,10 +85,17 @@ class Catalog:
         with self._database.write() as connection:
             connection.execute("DELETE FROM buckets WHERE id = ?", (_bucket_id(connection, bucket),))
 
-    def require(self, bucket: str) -> None:
-        """Raise BucketMissing if there is no such bucket."""
+    def is_private(self, bucket: str) -> bool:
+        """Whether only its owner may see a bucket. Raises BucketMissing."""
         with self._database.read() as connection:
-            _bucket_id(connection, bucket)
+            number = _bucket_id(connection, bucket)
+            return bool(connection.execute("SELECT private FROM buckets WHERE id = ?", (number,)).fetchone()[0])
+
+    def lists(self, bucket: str, xet_hash: bytes) -> bool:
+        """Whether a path of a bucket has this content. Raises BucketMissing."""
+        with self._database.read() as connection:
+            query = "SELECT 1 FROM entries WHERE bucket = ? AND xet_hash = ? LIMIT 1"
+            return connection.execute(query, (_bucket_id(connection, bucket), xet_hash)).fetchone() is not None
 
     def info(self, bucket: str) -> BucketInfo:
         """A bucket and its totals. Raises BucketMissing."""

@@ -53,14 +53,22 @@ class Content:
         with self._database.read() as connection:
             return _xorb_table(connection, digest)
 
-    def add_xorb(self, digest: bytes, staged: Path) -> bool:
+    def holds(self, user: str | None, *digests: bytes) -> bool:
+        """Whether a user has sent all of these xorbs or files; None, on a server without users, may use any."""
+        if user is None:
+            return True
+        with self._database.read() as connection:
+            query = "SELECT 1 FROM holders WHERE hash = ? AND user = ?"
+            return all(connection.execute(query, (digest, user)).fetchone() for digest in digests)
+
+    def add_xorb(self, digest: bytes, staged: Path, *, user: str | None = None) -> bool:
         """Verify the file `staged` and move it into the store, durably. False if that xorb was there already.
 
         `staged` must be on the same file system and is gone afterwards, whatever happens.
         Raises FormatError and its kinds if the bytes are not that xorb; OutOfSpace.
         """
         try:
-            if self.has_xorb(digest):
+            if self.has_xorb(digest) and self.holds(user, digest):
                 return False
             with staged.open("r+b") as file:
                 table = verify_xorb(file, digest)
@@ -69,11 +77,12 @@ class Content:
                 move_into_place(staged, self.xorb_path(digest))
             row = (digest, table.ends[-1], table.pack())
             with self._database.write() as connection:
+                _note_holder(connection, user, [digest])
                 return connection.execute("INSERT OR IGNORE INTO xorbs VALUES (?, ?, ?)", row).rowcount == 1
         finally:
             staged.unlink(missing_ok=True)
 
-    def add_shard(self, data: bytes) -> int:
+    def add_shard(self, data: bytes, *, user: str | None = None) -> int:
         """Verify a shard against the stored xorbs and register its files and its chunks, durably.
 
         Returns how many bytes of its files were not uploaded for it, because xorbs stored earlier hold them.
@@ -81,19 +90,25 @@ class Content:
         """
         shard = parse_shard(data)
         tables = {digest: self.xorb_table(digest) for digest in _xorbs_of(shard)}
+        if not self.holds(user, *tables):
+            raise NotFound(
+                "a xorb of this shard is not stored by this user; send it first (an empty HF_XET_CACHE does)"
+            )
         for xorb in shard.xorbs:
             _verify_xorb_record(xorb, tables[xorb.hash])
         for file in shard.files:
             _verify_file_record(file, tables)
         with self._database.write() as connection:
             connection.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?)", map(_file_row, shard.files))
+            _note_holder(connection, user, [file.hash for file in shard.files])
             if shard.xorbs:
                 _index(connection, shard)
         sent = sum(tables[xorb.hash].raw_offsets[-1] for xorb in shard.xorbs)
         return max(0, sum(total_size(file.segments) for file in shard.files) - sent)
 
-    def dedup_shard(self, chunk: bytes) -> bytes:
-        """A shard naming every xorb that was registered together with this chunk. Raises NotFound.
+    def dedup_shard(self, chunk: bytes, *, user: str | None = None) -> bytes:
+        """A shard naming every xorb that was registered together with this chunk. Raises NotFound, also for a user
+        who has not sent all of them: the answer would tell of what is in them.
 
         All of them, not only the one with the chunk: clients ask for one chunk in a thousand, so an answer of one xorb
         makes a client with a cold cache send 43 % of an unchanged 200 MB file again (measured); all of them, nothing.
@@ -105,6 +120,8 @@ class Content:
                 raise NotFound(f"no stored file has the indexed chunk {to_text(chunk)}")
             digests = [digest for (digest,) in struct.iter_unpack("32s", found[0])]
             tables = [(digest, _xorb_table(connection, digest)) for digest in digests]
+        if not self.holds(user, *digests):
+            raise NotFound(f"no file of this user has the indexed chunk {to_text(chunk)}")
         return build_dedup_shard(((digest, table.ends[-1], table) for digest, table in tables), now=int(self._clock()))
 
     def segments(self, digest: bytes) -> tuple[Segment, ...]:
@@ -138,6 +155,12 @@ def file_size(connection: sqlite3.Connection, digest: bytes) -> int | None:
         return 0
     found = connection.execute("SELECT size FROM files WHERE hash = ?", (digest,)).fetchone()
     return None if found is None else int(found[0])
+
+
+def _note_holder(connection: sqlite3.Connection, user: str | None, digests: Sequence[bytes]) -> None:
+    if user is not None:
+        rows = ((digest, user) for digest in digests)
+        connection.executemany("INSERT OR IGNORE INTO holders VALUES (?, ?)", rows)
 
 
 def _xorb_table(connection: sqlite3.Connection, digest: bytes) -> ChunkTable:

@@ -33,6 +33,12 @@ CREATE TABLE entries (
 """
 
 
+_SINCE_USERS = """
+CREATE TABLE IF NOT EXISTS holders (hash BLOB NOT NULL, user TEXT NOT NULL, PRIMARY KEY (hash, user)) WITHOUT ROWID
+"""
+"""who has sent which xorb and which file, and so may use it again"""
+
+
 class Database:
     """One connection to write, one to read, each for one thread at a time: readers never wait for a flush."""
 
@@ -53,6 +59,7 @@ class Database:
                 connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             elif version != _SCHEMA_VERSION:
                 raise UnknownVersion(f"{self._path} has layout {version}; this deltawire reads {_SCHEMA_VERSION}")
+            connection.execute(_SINCE_USERS)
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:

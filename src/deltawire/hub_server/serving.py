@@ -14,10 +14,13 @@ from types import TracebackType
 from typing import Self
 
 import uvicorn
+from starlette.applications import Starlette
 
 from deltawire.errors import AccessRefused, Unavailable
-from deltawire.hub_server.app import create_app
+from deltawire.hub_server.app import Inject, create_app
+from deltawire.hub_server.events import Feed
 from deltawire.hub_server.store import Store
+from deltawire.hub_server.users import Users, read_users
 
 _LOG_TAIL_BYTES = 2000
 
@@ -28,15 +31,19 @@ def serve(
     port: int = 0,
     *,
     page_size: int = 1000,
+    users: Path | str | None = None,
     on_ready: Callable[[str], object] = lambda url: None,
 ) -> None:
-    """Serve the buckets under `root` until SIGINT or SIGTERM.
+    """Serve the buckets under `root` until SIGINT or SIGTERM, to the users a file names, else to anyone here.
 
     `on_ready` is called with the server's URL ("http://127.0.0.1:41234") once it accepts requests; port 0 is any free
-    one. Raises AccessRefused if `host` is not loopback, Unavailable if the port or the folder is taken.
+    one. Raises AccessRefused if `host` is not loopback and there are no users, FormatError for a file that names none,
+    Unavailable if the port or the folder is taken.
     """
-    with closing(_listen(host, port)) as listener, closing(Store(root)) as store:
-        server = _Server(store, page_size=page_size, on_ready=lambda: on_ready(_url(listener)))
+    known = None if users is None else read_users(users)
+    with closing(_listen(host, port, known)) as listener, closing(Store(root)) as store:
+        app = create_app(store, page_size=page_size, users=known)
+        server = _Server(app, on_ready=lambda: on_ready(_url(listener)))
         with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has finished
             server.run([listener])
 
@@ -44,11 +51,21 @@ def serve(
 class HubServer:
     """The server in a background thread. The folder is taken at once; requests are answered from `start` on.
 
-    Raises AccessRefused if `host` is not loopback, Unavailable if the port or the folder is taken.
+    `faults` may answer in the server's place. Raises what `serve` raises.
     """
 
-    def __init__(self, root: Path | str, host: str = "127.0.0.1", port: int = 0, *, page_size: int = 1000) -> None:
-        self._listener = _listen(host, port)
+    def __init__(
+        self,
+        root: Path | str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        page_size: int = 1000,
+        users: Path | str | None = None,
+        faults: Inject = lambda request: None,
+    ) -> None:
+        known = None if users is None else read_users(users)
+        self._listener = _listen(host, port, known)
         try:
             self._store = Store(root)
         except BaseException:
@@ -56,7 +73,8 @@ class HubServer:
             raise
         self.url = _url(self._listener)
         self._ready = threading.Event()
-        self._server = _Server(self._store, page_size=page_size, on_ready=self._ready.set)
+        app = create_app(self._store, page_size=page_size, users=known, faults=faults)
+        self._server = _Server(app, on_ready=self._ready.set)
         self._thread = threading.Thread(target=self._run, name="hub-server", daemon=True)
 
     def start(self) -> Self:
@@ -104,9 +122,11 @@ class HubProcess:
         port: int = 0,
         *,
         page_size: int = 1000,
+        users: Path | None = None,
         log: Path | None = None,
     ) -> None:
-        self._root, self._host, self._port, self._page_size = str(root), host, port, page_size
+        self._arguments = [str(root), host, str(port), str(page_size), str(users or "")]
+        self._root = str(root)
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
@@ -124,7 +144,7 @@ class HubProcess:
         Raises Unavailable with the end of the log if the process ends first or takes longer than `timeout` seconds.
         """
         reader, writer = os.pipe()
-        arguments = [self._root, self._host, str(self._port), str(self._page_size), str(writer)]
+        arguments = [*self._arguments, str(writer)]
         with open(self._log or os.devnull, "ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "deltawire.hub_server", *arguments],
@@ -177,9 +197,9 @@ class HubProcess:
 class _Server(uvicorn.Server):
     """uvicorn, telling when it is ready. It is given an open socket, so the port is known before it starts."""
 
-    def __init__(self, store: Store, *, page_size: int, on_ready: Callable[[], object]) -> None:
+    def __init__(self, app: Starlette, *, on_ready: Callable[[], object]) -> None:
         config = uvicorn.Config(
-            create_app(store, page_size=page_size),
+            app,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -188,6 +208,7 @@ class _Server(uvicorn.Server):
             timeout_graceful_shutdown=10,
         )
         super().__init__(config)
+        self._feed: Feed = app.state.feed
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -196,17 +217,22 @@ class _Server(uvicorn.Server):
         if self.started:
             self._on_ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish; streams of events first, which would never end by themselves."""
+        self._feed.close()
+        await super().shutdown(sockets)
 
-def _listen(host: str, port: int) -> socket.socket:
+
+def _listen(host: str, port: int, users: Users | None) -> socket.socket:
     address = "127.0.0.1" if host == "localhost" else host
     try:
         loopback = ipaddress.ip_address(address).is_loopback
     except ValueError:
         loopback = False
-    if not loopback:
+    if not loopback and users is None:
         raise AccessRefused(
             f"users and tokens are needed to listen beyond loopback, and this server has none: "
-            f"use host 127.0.0.1 instead of {host}"
+            f"give it a file of users, or use host 127.0.0.1 instead of {host}"
         )
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

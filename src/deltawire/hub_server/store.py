@@ -2,6 +2,7 @@
 
 <root>/lock         held while a process serves this folder
 <root>/hub.sqlite   metadata
+<root>/secret       signs what opens private content; for its owner's eyes
 <root>/xorbs/       one file a xorb, named by its hash
 <root>/staging/     uploads in progress; emptied at start
 """
@@ -59,6 +60,7 @@ class Store:
         self.content = Content(self.root / "xorbs", self._database, clock=clock)
         self.content.remove_strays()
         self.catalog = Catalog(self._database, clock=clock)
+        self.secret = _secret(self.root / "secret")
         self._counters = threading.Lock()
         self._stats = Stats(0, 0, 0, 0, 0, 0)
 
@@ -87,6 +89,20 @@ class Store:
         """Let another process have the folder."""
         self._database.close()
         os.close(self._lock_file)
+
+
+def _secret(path: Path) -> bytes:
+    """What signs passes: kept, so that those given out outlive a restart."""
+    try:
+        if len(kept := path.read_bytes()) == 32:
+            return kept
+    except FileNotFoundError:
+        pass
+    made = secrets.token_bytes(32)
+    with no_space_is_typed(path), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(made)
+    flush(path)
+    return made
 
 
 def _lock(path: Path) -> int:
