@@ -1,5 +1,6 @@
 """Folds and anchors: what a late reader fetches, and that it is right."""
 
+import queue
 from itertools import pairwise
 
 import msgspec
@@ -8,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltawire import Subscriber, digest, signing
-from deltawire.compactor import Compactor, due
+from deltawire.buckets.faulty import Faulty, at
+from deltawire.compactor import Compactor, Tending, due
 from deltawire.digest import root
-from deltawire.errors import BadDigest, BadSignature
+from deltawire.errors import BadDigest, BadSignature, Unavailable
 from deltawire.manifests import Derived, read, signed, write
 from deltawire.tensors import equal
 from runs import edit, fresh, model, publish_all, publishing, read_weights, replace_commit, served
@@ -150,3 +152,16 @@ def test_consecutive_versions_are_folded_between_multiples():
     assert due(list(range(3, 14)), 4) == [(4, 8), (8, 12)]
     assert due([0, 3, 5, 6, 9], 4) == [(3, 6)]
     assert due([], 4) == []
+
+
+def test_tending_compacts_beside_whoever_wakes_it_and_tries_again_what_failed(tmp_path):
+    bucket, _ = chain(5)
+    faulty, told = Faulty(bucket, at("put_new", "folds/", "fail before")), queue.Queue()
+    compactor = Compactor(faulty, tmp_path / "m", anchors="never")
+    with Tending(compactor, on_report=told.put, on_problem=told.put) as tending:
+        tending.wake()
+        assert isinstance(told.get(timeout=30), Unavailable)
+        tending.wake()
+        report = told.get(timeout=30)
+    assert (report.parent, report.version) == (0, 4)
+    assert told.empty()

@@ -123,16 +123,34 @@ def test_a_folder_that_holds_the_version_is_left_as_it_is(chain, tmp_path):
 
 def test_a_folder_that_holds_anything_else_is_refused_and_left_alone(chain, tmp_path):
     bucket, _ = chain
-    materialize(bucket, tmp_path / "older", 1)
+    other, _ = chain_of_four()
+    materialize(other, tmp_path / "older", 1)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("older", "foreign", "file"):
         with pytest.raises(AlreadyExists, match=f"{name} exists and does not hold .*:3; name another folder"):
             materialize(bucket, tmp_path / name)
-    assert held(tmp_path / "older") == position(bucket, 1)
+    assert held(tmp_path / "older") == position(other, 1)
     assert (tmp_path / "foreign" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     assert leftovers(tmp_path) == ["file", "foreign", "older"]
+
+
+def test_a_folder_that_holds_another_version_of_the_run_is_moved_either_way_by_the_deltas_between(chain, tmp_path):
+    bucket, expected = chain
+    materialize(bucket, tmp_path / "out", 1)
+    anchor = payload_key(bucket, 0)
+    whole = bucket.get(anchor, limit=1 << 30)
+    bucket.delete(anchor)  # it is not needed
+    for version, deltas in ((3, 2), (0, 3), (2, 2)):
+        report = materialize(bucket, tmp_path / "out", version)
+        assert equal({name: Checkpoint(tmp_path / "out")[name] for name in expected[0]}, expected[version])
+        assert (report.position, report.deltas) == (position(bucket, version), deltas)
+        assert held(tmp_path / "out") == report.position
+    bucket.put(anchor, whole)
+    (tmp_path / "out" / SINGLE).write_bytes((tmp_path / "out" / SINGLE).read_bytes()[:-1] + b"?")
+    with pytest.raises(BadDigest, match="remove it, and it is made anew"):
+        materialize(bucket, tmp_path / "out", 3)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"run": "x"}', '{"run": 1, "version": "2", "root": []}'])

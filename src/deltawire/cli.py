@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +69,8 @@ def follow(
     pin: Annotated[int | None, typer.Option(help="Hold the server at this version, older or newer.")] = None,
     trust: Trusted = None,
     once: Annotated[bool, typer.Option(help="Bring the server to the newest version, then stop.")] = False,
+    compact: Annotated[Path | None, typer.Option(help="Keep a mirror here, and write folds and anchors.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Private key that signs those folds and anchors.")] = None,
     json: AsJson = False,
 ) -> None:
     """Follow a bucket and patch a vLLM server's live weights, version by version.
@@ -75,7 +78,10 @@ def follow(
     vLLM runs on this host with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{"backend":"deltawire"}'. Its API
     key, if it has one, is read from VLLM_API_KEY.
     """
+    from deltawire.compactor import Compactor, Tending
     from deltawire.vllm.follower import Follower, UpdateReport
+
+    tending: Tending | None = None
 
     def report(update: UpdateReport) -> None:
         text = (
@@ -83,13 +89,19 @@ def follow(
             f"pause {update.pause_ms:.1f} ms, {update.publish_to_served_s:.2f} s after publish"
         )
         _emit({"event": "update", **msgspec.to_builtins(update)}, text, json)
+        if tending is not None:
+            tending.wake()
 
     def problem(error: Exception) -> None:
         _emit({"event": "problem", "error": _named(error)}, f"problem: {_named(error)}", json)
 
-    with Follower(
-        bucket, engine, poll=poll, pin=pin, trusted=trust or (), on_update=report, on_problem=problem
-    ) as follower:
+    with ExitStack() as stack:
+        if compact is not None:
+            compactor = Compactor(open_bucket(bucket), compact, trusted=trust or (), signing_key=key)
+            tending = stack.enter_context(Tending(compactor, on_problem=problem))
+        follower = stack.enter_context(
+            Follower(bucket, engine, poll=poll, pin=pin, trusted=trust or (), on_update=report, on_problem=problem)
+        )
         if once:
             follower.step()
         else:
@@ -167,7 +179,7 @@ def verify(
 @app.command()
 def materialize(
     bucket: BucketUrl,
-    out_dir: Annotated[Path, typer.Argument(help="Folder to write; it must not hold anything else.")],
+    out_dir: Annotated[Path, typer.Argument(help="Folder to write, or that holds another version of this run.")],
     version: Annotated[int | None, typer.Option(help="Which version; default: the newest.")] = None,
     base: BaseFolder = None,
     trust: Trusted = None,

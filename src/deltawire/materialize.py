@@ -13,7 +13,7 @@ from deltawire.checkpoint import Checkpoint
 from deltawire.digest import digest_bits
 from deltawire.errors import AlreadyExists, BadDigest
 from deltawire.manifests import Position
-from deltawire.mirror import finish, held, sweep
+from deltawire.mirror import Mirror, finish, held, sweep, unfinished
 from deltawire.reports import MaterializeReport
 from deltawire.subscriber import Subscriber, Update
 
@@ -30,7 +30,8 @@ def materialize(
     """Write a version (the newest by default) as a checkpoint folder that vLLM and transformers load.
 
     Every tensor's digest is recomputed and compared with the commit before the folder appears under its name, all at
-    once. Costs one delta of memory. A folder that already holds this position is left as it is.
+    once. Costs one delta of memory. A folder that already holds this position is left as it is; one that holds another
+    version of the run is moved by what lies between, through a journal, so that a kill leaves no mixture.
 
     `trusted` are public keys, or files of them, one of which must have signed every record.
 
@@ -44,8 +45,8 @@ def materialize(
         if version is not None and (target is None or target.version != version):
             subscriber.digests_at(version)  # says which versions there are
         assert target is not None
-        if held(out) == target:
-            return MaterializeReport(target, out, 0, 0, time.monotonic() - started)
+        if (here := held(out)) is not None and here.run == target.run:
+            return _move(subscriber, out, target, started)
         with file_system_errors(str(out)):
             if out.exists() and not (out.is_dir() and not any(out.iterdir())):
                 raise AlreadyExists(f"{out} exists and does not hold {target}; name another folder or remove it")
@@ -58,6 +59,16 @@ def materialize(
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return MaterializeReport(target, out, len(updates) - 1, sum(updates), time.monotonic() - started)
+
+
+def _move(subscriber: Subscriber, out: Path, target: Position, started: float) -> MaterializeReport:
+    deltas = fetched = 0
+    if held(out) != target or unfinished(out):
+        with Mirror(out, subscriber.run.table) as mirror:
+            change = subscriber.change(mirror.position, target.version, anchors=False)
+            mirror.apply(change.delta, change.position)
+            deltas, fetched = change.payloads, change.wire_bytes
+    return MaterializeReport(target, out, deltas, fetched, time.monotonic() - started)
 
 
 def _build(subscriber: Subscriber, work: Path, target: Position, on_update: Callable[[Update], None]) -> list[int]:

@@ -166,9 +166,14 @@ def reading(folder: Path) -> Iterator[tuple[Checkpoint, Position]]:
     Raises NotFound for a folder that is no mirror.
     """
     with _locked(folder / _READERS, fcntl.LOCK_SH):
-        if any(folder.glob(f"{_JOURNAL}*")):
+        if unfinished(folder):
             raise NotFound(f"{folder} was left half written by a process that was killed: open it for writing first")
         yield Checkpoint(folder), _require_held(folder)
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a writer was killed in the middle of an update: opening the folder for writing finishes it."""
+    return any(folder.glob(f"{_JOURNAL}*"))
 
 
 def held(folder: Path) -> Position | None:

@@ -213,7 +213,7 @@ with Follower(bucket, engine) as follower:
 """
 
 
-@pytest.mark.parametrize("moment", ["update", "finish"])
+@pytest.mark.parametrize("moment", ["stage", "start", "pause", "update", "finish", "resume"])
 def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_one_mends(server, trainer, moment):
     trainer.step()
     with Follower(trainer.url, server.url) as follower:
@@ -222,11 +222,12 @@ def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_o
     killed = subprocess.run([sys.executable, "-c", KILLED, trainer.url, server.url, moment], check=False, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     with EngineClient(server.url) as engine:
-        assert engine.is_paused()
-        assert engine.status().session_open
+        assert engine.is_paused() == (moment in ("update", "finish", "resume"))
+        assert engine.status().session_open == (moment in ("pause", "update", "finish"))
         with Follower(trainer.url, server.url) as follower:
             report = follower.step()
-            assert (report is not None) == (moment == "update")  # killed later, the new weights were in place
+            in_place = moment in ("finish", "resume")  # killed that late, the new weights were served already
+            assert (report is None) == in_place
         assert not engine.is_paused()
         assert not engine.status().session_open
         assert engine.weight_version() == str(trainer.publisher.position)

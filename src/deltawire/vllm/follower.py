@@ -129,7 +129,8 @@ class Follower:
         looked, reported = -LOOK_ANYWAY, ""
         while not self._stopping.is_set():
             try:
-                tag = self._head_tag()
+                found = self.bucket.watch(HEAD_KEY, tag=seen, timeout=self._poll)
+                tag = found.tag if found else seen
                 if tag != seen or time.monotonic() >= looked + LOOK_ANYWAY:
                     self.step()
                     seen, looked, reported = tag, time.monotonic(), ""
@@ -142,7 +143,7 @@ class Follower:
                     self._on_problem(error)
                 reported = str(error)
                 self._beat(error=f"{type(error).__name__}: {error}")
-            self._stopping.wait(self._poll)
+                self._stopping.wait(self._poll)
 
     def _beat(self, *, need: int | None = None, error: str | None = None) -> None:
         """Write our ledger entry when it says something new or is getting old; a host that may only read has none."""
@@ -164,13 +165,6 @@ class Follower:
         except BucketError:  # the next one will tell
             return
         self._beaten, self._last_beat = time.monotonic(), str(entry)
-
-    def _head_tag(self) -> str | None:
-        """The tag of HEAD, by a call that sends no body; None while nothing is published."""
-        try:
-            return self.bucket.stat(HEAD_KEY).tag
-        except NotFound:
-            return None
 
     def step(self) -> UpdateReport | None:
         """Bring the server to the newest version, once. None when there was nothing to do, nothing is published, or the
