@@ -1,6 +1,44 @@
-"""What every test shares: hypothesis without a deadline, because the first call of a kernel compiles it."""
+"""What every test shares: hypothesis without a deadline, because a kernel compiles when first called; an S3 server."""
 
+import uuid
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("deltawire", deadline=None, max_examples=60)
 settings.load_profile("deltawire")
+REGION = "us-east-1"
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint():
+    """The address of a moto server, which the environment names too."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        url = f"http://{host}:{port}"
+        for name, value in {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": REGION,
+            "AWS_DEFAULT_REGION": REGION,
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            patch.setenv(name, value)
+        yield url
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_endpoint):
+    """An empty bucket of its own."""
+    import boto3
+
+    name = f"b{uuid.uuid4().hex}"
+    boto3.client("s3", endpoint_url=s3_endpoint, region_name=REGION).create_bucket(Bucket=name)
+    return f"s3://{name}/prefix"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from deltawire import capture, checkpoint
 from deltawire.bits import Bits
-from deltawire.capture import Capturer, fold, freeze
+from deltawire.capture import Capturer
 from deltawire.checkpoint import Checkpoint
 from deltawire.delta import Delta
 from deltawire.digest import digest
@@ -23,6 +23,7 @@ from deltawire.errors import (
     UnknownTensor,
 )
 from deltawire.manifests import BaseCheckpoint
+from deltawire.pending import fold, freeze
 from deltawire.tensors import equal
 from deltawire.wire import decode
 from runs import edit, fresh, model, publish_all, publishing, read_weights, served, table

@@ -74,7 +74,16 @@ def final():
 
 @pytest.mark.parametrize(("step", "occurrence"), MATRIX)
 def test_killed_at_any_step_and_started_again_all_is_there(tmp_path, step, occurrence):
-    url, folder = (tmp_path / "bucket").as_uri(), tmp_path / "mirror"
+    kill_and_start_again((tmp_path / "bucket").as_uri(), tmp_path, step, occurrence)
+
+
+@pytest.mark.parametrize(("step", "occurrence"), [case for case in MATRIX if not case[0].startswith("mirror")])
+def test_killed_at_any_step_of_writing_to_s3_and_started_again_all_is_there(s3_url, tmp_path, step, occurrence):
+    kill_and_start_again(s3_url, tmp_path, step, occurrence)
+
+
+def kill_and_start_again(url, tmp_path, step, occurrence):
+    folder = tmp_path / "mirror"
     killed = play(url, folder, step, occurrence)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     again = play(url, folder)

@@ -1,6 +1,7 @@
 """deltawire ships only the weights that changed: verified sparse deltas, from a trainer to vLLM, through a bucket."""
 
 from deltawire.buckets import open_bucket
+from deltawire.changes import Change, Update
 from deltawire.delta import Delta
 from deltawire.digest import digest
 from deltawire.errors import DeltaWireError
@@ -8,11 +9,12 @@ from deltawire.manifests import Position
 from deltawire.materialize import materialize
 from deltawire.publisher import Publisher
 from deltawire.reports import MaterializeReport, PublishReport, UploadReport
-from deltawire.subscriber import Subscriber, Update
+from deltawire.subscriber import Subscriber
 from deltawire.tensors import equal
 from deltawire.wire import decode, encode
 
 __all__ = [
+    "Change",
     "Delta",
     "DeltaWireError",
     "MaterializeReport",

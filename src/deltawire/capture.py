@@ -1,16 +1,16 @@
-"""From the trainer's tensors to what a commit will say: compare, number, fold, freeze. Needs no network once opened."""
+"""From the trainer's tensors to the next version: cast, compare, number. Needs no network once opened."""
 
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
-from deltawire import checkpoint, log, wire
+from deltawire import checkpoint, log
 from deltawire.baseline import Baseline
 from deltawire.bases import open_base, resolve_base
 from deltawire.bits import WIDTHS, Bits, count
@@ -20,21 +20,14 @@ from deltawire.checkpoint import Checkpoint
 from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import root as root_of
 from deltawire.errors import BadDigest, MissingTensor, NotFound, UnknownTensor
-from deltawire.log import Attempt
 from deltawire.manifests import (
     BaseCheckpoint,
-    Commit,
-    Payload,
     Position,
     Run,
     TensorEntry,
     anchor_prefix,
-    delta_key,
-    hash_of,
-    signed,
-    write,
 )
-from deltawire.signing import SigningKey
+from deltawire.pending import Captured, encode, hash_file
 from deltawire.subscriber import Subscriber
 from deltawire.tensors import cast, dtype_of
 
@@ -42,86 +35,6 @@ WIDE = ("F32", "F64")
 """float dtypes that trainers hold and servers do not"""
 _About = tuple[int | None, Mapping[str, float]]
 """what the trainer says of a version: its step and metrics"""
-
-
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """Versions captured and not yet attempted, folded into one: the change, and what its commit will say.
-
-    `parent` is None for a run's first version, which carries its anchor's files in `payloads` (key below the run ->
-    bytes or file) or, with a base, nothing. A delta's payload is dropped when it folds, and made again when frozen.
-    """
-
-    run: Run
-    version: int
-    parent: int | None
-    versions: int
-    delta: Delta
-    digests: Mapping[str, int]
-    created: float
-    step: int | None
-    metrics: Mapping[str, float]
-    payloads: Mapping[str, bytes | Path] | None
-
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes of the payloads made so far."""
-        return sum(_size(data) for data in (self.payloads or {}).values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory: the change, and the payloads made so far that are not files."""
-        encoded = sum(len(data) for data in (self.payloads or {}).values() if isinstance(data, bytes))
-        return self.delta.nbytes + encoded
-
-
-def fold(earlier: Captured, later: Captured) -> Captured:
-    """Two deltas captured one after the other, as one."""
-    return replace(
-        later,
-        parent=earlier.parent,
-        versions=earlier.versions + later.versions,
-        delta=earlier.delta + later.delta,
-        payloads=None,
-    )
-
-
-def freeze(
-    captured: Captured, *, parent_hash: str | None = None, writer: str | None = None, key: SigningKey | None = None
-) -> Attempt:
-    """The exact bytes of an append, to be sent again unchanged until the outcome is known.
-
-    `parent_hash` is that of the commit before (a run's first names its run.json); `writer` says who holds the run.
-    """
-    run, first = signed(captured.run, key), captured.parent is None
-    payloads = captured.payloads if captured.payloads is not None else encode(captured)
-    changed = [entry.name for entry in run.table] if first else captured.delta
-    records = tuple(
-        Payload(key, _size(data), blake3(data).hexdigest() if isinstance(data, bytes) else _hash_file(data))
-        for key, data in payloads.items()
-    )
-    commit = Commit(
-        run=run.run,
-        version=captured.version,
-        parent=captured.parent,
-        root=root_of(run.table, captured.digests),
-        digests={name: f"{captured.digests[name]:016x}" for name in changed},
-        payloads=records,
-        created=captured.created,
-        step=captured.step,
-        metrics=dict(captured.metrics),
-        parent_hash=hash_of(write(run)) if first else parent_hash,
-        writer=writer,
-    )
-    return Attempt(run, signed(commit, key), payloads)
-
-
-def encode(captured: Captured) -> dict[str, bytes | Path]:
-    """The delta's file under its key; nothing for a version in which nothing changed."""
-    if not captured.delta:
-        return {}
-    data = wire.encode(captured.delta, run=captured.run.run, parent=captured.parent, version=captured.version)
-    return {delta_key(captured.version, blake3(data).hexdigest()): data}
 
 
 class Capturer:
@@ -277,7 +190,7 @@ class Capturer:
             checkpoint.copy_assets(self._assets, folder)
         checkpoint.write(folder, table, baseline.as_mapping())
         files = sorted(folder.iterdir())
-        listing = "".join(f"{path.name} {_hash_file(path)}\n" for path in files)
+        listing = "".join(f"{path.name} {hash_file(path)}\n" for path in files)
         prefix = anchor_prefix(0, blake3(listing.encode()).hexdigest())
         return {f"{prefix}/{path.name}": path for path in files}
 
@@ -328,11 +241,3 @@ def _cast_all(pairs: Iterable[tuple[str, Any]], dtype: str) -> Iterable[tuple[st
     for name, tensor in pairs:
         own = dtype_of(tensor)
         yield name, cast(tensor, dtype if own in WIDE else own)
-
-
-def _size(data: bytes | Path) -> int:
-    return len(data) if isinstance(data, bytes) else data.stat().st_size
-
-
-def _hash_file(path: Path) -> str:
-    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()

@@ -14,10 +14,11 @@ from rich.table import Table
 
 from deltawire import wire
 from deltawire.buckets import open_bucket
+from deltawire.changes import Update
 from deltawire.errors import DeltaWireError
 from deltawire.manifests import HEAD_KEY
 from deltawire.materialize import materialize as materialize_version
-from deltawire.subscriber import Subscriber, Update
+from deltawire.subscriber import Subscriber
 
 app = typer.Typer(
     help="Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket.",

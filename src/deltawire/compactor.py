@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from deltawire import log, manifests, paths, signing, wire
 from deltawire.buckets.base import Bucket
+from deltawire.changes import Change
 from deltawire.checkpoint import files
 from deltawire.digest import root as root_of
 from deltawire.errors import AlreadyExists, BadDigest, ChainError, DeltaWireError, Forked, FormatError, Gap
@@ -24,7 +25,7 @@ from deltawire.log import Filed
 from deltawire.manifests import Commit, Derived, Payload, anchor_prefix, derived_key, fold_key, signed
 from deltawire.mirror import Mirror, held
 from deltawire.paths import Edge
-from deltawire.subscriber import Change, Subscriber
+from deltawire.subscriber import Subscriber
 
 LEVELS = (4, 16, 64)
 """versions that a fold of each level spans"""

@@ -9,13 +9,14 @@ from pathlib import Path
 from deltawire import checkpoint
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
+from deltawire.changes import Update
 from deltawire.checkpoint import Checkpoint
 from deltawire.digest import digest_bits
 from deltawire.errors import AlreadyExists, BadDigest
 from deltawire.manifests import Position
 from deltawire.mirror import Mirror, finish, held, sweep, unfinished
 from deltawire.reports import MaterializeReport
-from deltawire.subscriber import Subscriber, Update
+from deltawire.subscriber import Subscriber
 
 
 def materialize(

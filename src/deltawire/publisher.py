@@ -16,12 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from deltawire import capture, log, signing
+from deltawire import log, pending, signing
 from deltawire.buckets.base import Bucket
-from deltawire.capture import Captured, Capturer
+from deltawire.capture import Capturer
 from deltawire.errors import BucketError, ChainError, DeltaWireError, Unavailable, UnknownVersion
 from deltawire.log import Attempt
 from deltawire.manifests import Position
+from deltawire.pending import Captured
 from deltawire.reports import PublishReport, UploadReport
 
 FIRST_RETRY = 0.5
@@ -191,7 +192,7 @@ class Publisher:
     def _enqueue(self, captured: Captured) -> None:
         """Fold into what waits; a run's first version is no delta, so nothing folds into it."""
         if self._waiting and self._waiting[-1].parent is not None:
-            self._waiting[-1] = capture.fold(self._waiting[-1], captured)
+            self._waiting[-1] = pending.fold(self._waiting[-1], captured)
         elif self._work is not None and captured.parent is not None:
             self._waiting.append(replace(captured, payloads=None))  # it will wait: its bytes are made when it is sent
         else:
@@ -208,7 +209,7 @@ class Publisher:
     def _upload_forever(self) -> None:
         try:
             while captured := self._take_work():
-                attempt = capture.freeze(captured, parent_hash=self._committed_hash, writer=self._writer, key=self._key)
+                attempt = pending.freeze(captured, parent_hash=self._committed_hash, writer=self._writer, key=self._key)
                 self._upload(captured, attempt)
         except Exception as error:  # a thread that died silently would leave flush() waiting for ever
             with self._changed:

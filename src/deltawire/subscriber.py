@@ -1,19 +1,15 @@
 """Read a bucket's run: verified updates in order, or the cheapest change from where a copy stands to a version."""
 
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from deltawire import log, paths, wire
-from deltawire.bases import base_of
-from deltawire.bits import Bits
-from deltawire.buckets.atomic import file_system_errors
+from deltawire.anchors import Anchors
 from deltawire.buckets.base import Bucket, Stat
-from deltawire.buckets.verified import download_verified, get_verified
+from deltawire.buckets.verified import get_verified
 from deltawire.chain import Chain, as_numbers, ends_at
+from deltawire.changes import Change, Update
 from deltawire.checkpoint import Checkpoint, files
 from deltawire.delta import Delta
 from deltawire.errors import (
@@ -37,44 +33,6 @@ LOOK_BACK = 64
 """commits that are read to find out which version a copy of unknown origin is"""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Update:
-    """One step of the chain, its bytes verified.
-
-    Either `delta` leads from `parent` to `position`, or (the first update of a copy that starts from nothing)
-    `anchor` holds every tensor at `position`, lazily mapped from files, and `parent` is None. `digests` are those of
-    all tensors at `position`; whoever holds the weights compares them with what it got.
-    """
-
-    position: Position
-    parent: Position | None
-    delta: Delta | None
-    anchor: Mapping[str, Bits] | None
-    digests: Mapping[str, int]
-    commit: Commit
-    wire_bytes: int
-    """bytes fetched for this update"""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Change:
-    """What leads from `since` to `position` by the cheapest path: perhaps an anchor, then everything else as one delta.
-
-    Bytes are verified, weights are not: whoever holds them computes their digests after the change and compares the
-    root over all with `position.root` before anything is written. `records` and `payloads` count objects read.
-    """
-
-    since: Position | None
-    position: Position
-    anchor: Checkpoint | None
-    anchor_position: Position | None
-    delta: Delta
-    commit: Commit
-    wire_bytes: int
-    records: int
-    payloads: int
-
-
 class Subscriber:
     """Follows one run in a bucket. Reading is all it does to the store.
 
@@ -88,9 +46,8 @@ class Subscriber:
     ) -> None:
         self.bucket = bucket
         self.trust = trusted if isinstance(trusted, Trust) else trust(trusted)
-        self._base = Path(base) if base is not None else None
+        self._anchors = Anchors(bucket, base=Path(base) if base is not None else None)
         self._opened: Chain | None = None
-        self._cache: Path | None = None
 
     def __enter__(self) -> "Subscriber":
         return self
@@ -100,9 +57,7 @@ class Subscriber:
 
     def close(self) -> None:
         """Remove downloaded anchor files; mappings handed out before stop being usable."""
-        if self._cache is not None:
-            shutil.rmtree(self._cache, ignore_errors=True)
-            self._cache = None
+        self._anchors.close()
 
     def refresh(self) -> None:
         """Forget the records read so far, so that one damaged on its way is read again; the run stays the same."""
@@ -217,7 +172,7 @@ class Subscriber:
         checkpoint."""
         commits = self.commits()
         newest = commits[-1].version if version is None else version
-        return files(self._anchor_folder(self._anchor_record(self._anchor_before(commits, newest))))
+        return files(self._anchors.folder(self._anchor_record(self._anchor_before(commits, newest)), self.run))
 
     def _change(
         self, since: Position | None, version: int, anchors: bool, passed_over: frozenset[str] = frozenset()
@@ -248,7 +203,7 @@ class Subscriber:
         delta, anchor, anchor_position = Delta(), None, None
         for edge, filed in hops:
             if edge.start is None:
-                anchor, _ = self._open_anchor(filed.record)
+                anchor = self._anchors.open(filed.record, self.run)
                 anchor_position = filed.record.position
             else:
                 part = self._fetch_delta(filed.record)
@@ -327,30 +282,5 @@ class Subscriber:
                 raise ShapeMismatch(f"{key}: {spec.name} is {spec.dtype} {list(spec.shape)}, not as in the run's table")
 
     def _fetch_anchor(self, version: int) -> tuple[Checkpoint, int]:
-        return self._open_anchor(self._anchor_record(version))
-
-    def _open_anchor(self, record: Commit | Derived) -> tuple[Checkpoint, int]:
-        checkpoint = Checkpoint(self._anchor_folder(record))
-        for entry in self.run.table:
-            if entry.name not in checkpoint:
-                raise FormatError(f"anchor {record.position} lacks tensor {entry.name!r}")
-            bits = checkpoint[entry.name]
-            if (bits.dtype, bits.shape) != (entry.dtype, entry.shape):
-                raise ShapeMismatch(f"anchor {record.position}: {entry.name} is {bits.dtype} {list(bits.shape)}")
-        return checkpoint, record.wire_bytes
-
-    def _anchor_folder(self, record: Commit | Derived) -> Path:
-        if not record.payloads:
-            return self._base or base_of(self.run)
-        if self._cache is None:
-            with file_system_errors(f"{tempfile.gettempdir()} (TMPDIR chooses another disk)"):
-                self._cache = Path(tempfile.mkdtemp(prefix="deltawire-"))
-        folder = self._cache / f"{record.run}-{record.version}"
-        with file_system_errors(str(folder)):
-            folder.mkdir(exist_ok=True)
-        for payload in record.payloads:
-            path = folder / payload.key.rsplit("/", 1)[-1]
-            if not path.is_file():
-                key = f"runs/{record.run}/{payload.key}"
-                download_verified(self.bucket, key, path, size=payload.size, blake3=payload.blake3)
-        return folder
+        record = self._anchor_record(version)
+        return self._anchors.open(record, self.run), record.wire_bytes

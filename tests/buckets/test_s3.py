@@ -1,10 +1,6 @@
 """S3 for real: the protocol over HTTP against a moto server, conditional writes on."""
 
-import uuid
-
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from deltawire import Publisher, materialize, open_bucket
 from deltawire.buckets.conformance import BucketTests
@@ -13,35 +9,10 @@ from deltawire.errors import AlreadyExists, Forked, NotFound
 from deltawire.tensors import equal
 from runs import PATIENCE, commits, edit, model, publish_all, publishing, read_weights, served
 
-REGION = "us-east-1"
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        url = f"http://{host}:{port}"
-        for name, value in {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_REGION": REGION,
-            "AWS_DEFAULT_REGION": REGION,
-            "NO_PROXY": "127.0.0.1",
-        }.items():
-            patch.setenv(name, value)
-        yield url
-    server.stop()
-
 
 @pytest.fixture
-def s3(endpoint):
-    name = f"b{uuid.uuid4().hex}"
-    boto3.client("s3", endpoint_url=endpoint, region_name=REGION).create_bucket(Bucket=name)
-    return open_bucket(f"s3://{name}/prefix")
+def s3(s3_url):
+    return open_bucket(s3_url)
 
 
 class TestS3(BucketTests):
@@ -57,7 +28,7 @@ def test_put_new_is_fenced_by_the_store_itself(s3):
     assert s3.get("a", limit=9) == b"1"
 
 
-def test_a_bucket_that_does_not_exist_is_not_found(endpoint):
+def test_a_bucket_that_does_not_exist_is_not_found(s3):
     with pytest.raises(NotFound):
         open_bucket("s3://no-such-bucket-at-all").stat("a")
 

@@ -207,7 +207,7 @@ from deltawire.vllm.client import EngineClient
 from deltawire.vllm.follower import Follower
 
 bucket, engine, moment = sys.argv[1:]
-setattr(EngineClient, moment, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+setattr(EngineClient, moment, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL))
 with Follower(bucket, engine) as follower:
     follower.step()
 """

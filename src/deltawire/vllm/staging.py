@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from deltawire.bits import Bits
+from deltawire.changes import Change
 from deltawire.delta import Delta, TensorDelta, between_bits
 from deltawire.digest import digest_at, moved
 from deltawire.digest import root as root_of
 from deltawire.errors import BadDigest, WrongBase
 from deltawire.manifests import Position
-from deltawire.subscriber import Change, Subscriber
+from deltawire.subscriber import Subscriber
 from deltawire.vllm.live import LiveWeights
 from deltawire.vllm.memory import Memory
 

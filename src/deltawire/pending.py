@@ -1,0 +1,103 @@
+"""A change that no commit covers yet: folded while it waits, frozen to exact bytes once it is sent."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from blake3 import blake3
+
+from deltawire import wire
+from deltawire.delta import Delta
+from deltawire.digest import root as root_of
+from deltawire.log import Attempt
+from deltawire.manifests import Commit, Payload, Run, delta_key, hash_of, signed, write
+from deltawire.signing import SigningKey
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """Versions captured and not yet attempted, folded into one: the change, and what its commit will say.
+
+    `parent` is None for a run's first version, which carries its anchor's files in `payloads` (key below the run ->
+    bytes or file) or, with a base, nothing. A delta's payload is dropped when it folds, and made again when frozen.
+    """
+
+    run: Run
+    version: int
+    parent: int | None
+    versions: int
+    delta: Delta
+    digests: Mapping[str, int]
+    created: float
+    step: int | None
+    metrics: Mapping[str, float]
+    payloads: Mapping[str, bytes | Path] | None
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the payloads made so far."""
+        return sum(_size(data) for data in (self.payloads or {}).values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory: the change, and the payloads made so far that are not files."""
+        encoded = sum(len(data) for data in (self.payloads or {}).values() if isinstance(data, bytes))
+        return self.delta.nbytes + encoded
+
+
+def fold(earlier: Captured, later: Captured) -> Captured:
+    """Two deltas captured one after the other, as one."""
+    return replace(
+        later,
+        parent=earlier.parent,
+        versions=earlier.versions + later.versions,
+        delta=earlier.delta + later.delta,
+        payloads=None,
+    )
+
+
+def freeze(
+    captured: Captured, *, parent_hash: str | None = None, writer: str | None = None, key: SigningKey | None = None
+) -> Attempt:
+    """The exact bytes of an append, to be sent again unchanged until the outcome is known.
+
+    `parent_hash` is that of the commit before (a run's first names its run.json); `writer` says who holds the run.
+    """
+    run, first = signed(captured.run, key), captured.parent is None
+    payloads = captured.payloads if captured.payloads is not None else encode(captured)
+    changed = [entry.name for entry in run.table] if first else captured.delta
+    records = tuple(
+        Payload(key, _size(data), blake3(data).hexdigest() if isinstance(data, bytes) else hash_file(data))
+        for key, data in payloads.items()
+    )
+    commit = Commit(
+        run=run.run,
+        version=captured.version,
+        parent=captured.parent,
+        root=root_of(run.table, captured.digests),
+        digests={name: f"{captured.digests[name]:016x}" for name in changed},
+        payloads=records,
+        created=captured.created,
+        step=captured.step,
+        metrics=dict(captured.metrics),
+        parent_hash=hash_of(write(run)) if first else parent_hash,
+        writer=writer,
+    )
+    return Attempt(run, signed(commit, key), payloads)
+
+
+def encode(captured: Captured) -> dict[str, bytes | Path]:
+    """The delta's file under its key; nothing for a version in which nothing changed."""
+    if not captured.delta:
+        return {}
+    data = wire.encode(captured.delta, run=captured.run.run, parent=captured.parent, version=captured.version)
+    return {delta_key(captured.version, blake3(data).hexdigest()): data}
+
+
+def _size(data: bytes | Path) -> int:
+    return len(data) if isinstance(data, bytes) else data.stat().st_size
+
+
+def hash_file(path: Path) -> str:
+    """The BLAKE3 of a file, in hex."""
+    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
