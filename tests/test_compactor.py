@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from deltawire import Subscriber, digest, signing
 from deltawire.buckets.faulty import Faulty, at
-from deltawire.compactor import Compactor, Tending, due
+from deltawire.compactor import Compactor, due
 from deltawire.digest import root
 from deltawire.errors import BadDigest, BadSignature, Unavailable
 from deltawire.manifests import Derived, read, signed, write
+from deltawire.tending import Tending
 from deltawire.tensors import equal
 from runs import edit, fresh, model, publish_all, publishing, read_weights, replace_commit, served
 
@@ -116,8 +117,16 @@ def test_a_delegated_key_signs_what_it_derives_and_another_is_refused(tmp_path):
     (key,) = [stat.key for stat in bucket.list("runs/") if "/derived/" in stat.key]
     record = read(Derived, bucket.get(key, limit=1 << 20), where="")
     bucket.put(key, write(signed(msgspec.structs.replace(record, signer=None, signature=None), stranger)))
-    with Subscriber(bucket, trusted=trusted) as subscriber, pytest.raises(BadSignature, match="not trusted"):
-        subscriber.change(subscriber.chain.commit(0).record.position, 4)
+    for key_file in (None, tmp_path / "stranger"):
+        told = pytest.raises(BadSignature, match="compact it with one of these keys")
+        with Compactor(bucket, tmp_path / "m", signing_key=key_file) as compactor, told:
+            compactor.step()
+    with Subscriber(bucket, trusted=trusted) as subscriber:  # a stranger's fold stops nobody, and is not used
+        assert subscriber.change(subscriber.chain.commit(0).record.position, 4).payloads == 4
+    with Compactor(bucket, tmp_path / "m", trusted=trusted, signing_key=tmp_path / "clerk") as compactor:
+        assert [(report.parent, report.version) for report in compactor.step()] == [(0, 4)]
+    with Subscriber(bucket, trusted=trusted) as subscriber:
+        assert subscriber.change(subscriber.chain.commit(0).record.position, 4).payloads == 1
 
 
 def test_a_fold_of_other_commits_is_passed_over(tmp_path):

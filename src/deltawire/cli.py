@@ -79,7 +79,8 @@ def follow(
     vLLM runs on this host with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{"backend":"deltawire"}'. Its API
     key, if it has one, is read from VLLM_API_KEY.
     """
-    from deltawire.compactor import Compactor, Tending
+    from deltawire.compactor import Compactor
+    from deltawire.tending import Tending
     from deltawire.vllm.follower import Follower, UpdateReport
 
     tending: Tending | None = None
@@ -196,7 +197,9 @@ def materialize(
 def compact(
     bucket: BucketUrl,
     mirror: Annotated[Path | None, typer.Option(help="Folder that keeps the weights for the next time.")] = None,
-    anchor_every: Annotated[int | None, typer.Option(help="Versions between anchors; default: when it pays.")] = None,
+    anchor_every: Annotated[
+        int | None, typer.Option(min=1, help="Versions between anchors; default: when it pays.")
+    ] = None,
     watch: Annotated[bool, typer.Option(help="Go on for ever, as versions come.")] = False,
     base: BaseFolder = None,
     trust: Trusted = None,
@@ -226,8 +229,8 @@ def compact(
 @app.command()
 def prune(
     bucket: BucketUrl,
-    keep_anchors: Annotated[int, typer.Option(help="Newest anchors whose chains stay.")] = 2,
-    keep_hours: Annotated[float, typer.Option(help="What was committed within these hours stays.")] = 24.0,
+    keep_anchors: Annotated[int, typer.Option(min=1, help="Newest anchors whose chains stay.")] = 2,
+    keep_hours: Annotated[float, typer.Option(min=0, help="What was committed within these hours stays.")] = 24.0,
     delete: Annotated[bool, typer.Option(help="Delete; without it only say what would go.")] = False,
     trust: Trusted = None,
     json: AsJson = False,

@@ -5,7 +5,6 @@ lists is checked against committed roots on a mirror of the weights.
 """
 
 import shutil
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,11 +19,21 @@ from deltawire.buckets.base import Bucket
 from deltawire.changes import Change
 from deltawire.checkpoint import files
 from deltawire.digest import root as root_of
-from deltawire.errors import AlreadyExists, BadDigest, ChainError, DeltaWireError, Forked, FormatError, Gap
+from deltawire.errors import (
+    AlreadyExists,
+    BadDigest,
+    BadSignature,
+    ChainError,
+    Forked,
+    FormatError,
+    Gap,
+    NotFound,
+)
 from deltawire.log import Filed
 from deltawire.manifests import Commit, Derived, Payload, anchor_prefix, derived_key, fold_key, signed
 from deltawire.mirror import Mirror, held
 from deltawire.paths import Edge
+from deltawire.signing import Trust
 from deltawire.subscriber import Subscriber
 
 LEVELS = (4, 16, 64)
@@ -48,7 +57,8 @@ class Compactor:
     """Keeps a bucket's folds and anchors complete. One per bucket is enough; two write the same bytes.
 
     `folder` holds the mirror: it is made by the first step, and found again by the next process. `signing_key` is the
-    trainer's, or one that run.json delegates to. Raises what `Subscriber` and `Mirror` raise.
+    trainer's, or one that run.json delegates to; a signed run needs it (BadSignature). Raises what `Subscriber` and
+    `Mirror` raise.
     """
 
     def __init__(
@@ -68,6 +78,7 @@ class Compactor:
         self._key = None if signing_key is None else signing.read_key(signing_key)
         self._subscriber = Subscriber(bucket, base=base, trusted=trusted)
         self._mirror: Mirror | None = None
+        self._sound: set[str] = set()
         self._on_step = on_step
 
     def __enter__(self) -> "Compactor":
@@ -92,7 +103,9 @@ class Compactor:
             raise
 
     def _step(self) -> list[CompactReport]:
-        target, edges = self._subscriber.latest(), self._subscriber.chain.edges()
+        target = self._subscriber.latest()
+        self._require_key()
+        edges = self._edges()
         there = {(edge.start, edge.end) for edge in edges}
         reports = []
         for level in self._levels:  # a level is made of the one below it
@@ -100,10 +113,36 @@ class Compactor:
                 if (start, end) not in there:
                     reports.append(self._fold(start, end, edges))
                     there.add((start, end))
-        edges = self._subscriber.chain.edges() if reports else edges
+        edges = self._edges() if reports else edges
         if self._wants_anchor(edges, target.version) and (None, target.version) not in there:
             reports.append(self._anchor(target.version))
         return reports
+
+    def _require_key(self) -> None:
+        """A signed run is compacted with the trainer's key, or one it delegated to."""
+        run = self._subscriber.run
+        if run.signer is None:
+            return
+        allowed = {run.signer, *run.compactors}
+        if self._key is None or self._key.public not in allowed:
+            named = ", ".join(f"{key[:16]}…" for key in sorted(allowed))
+            raise BadSignature(f"run {run.run} is signed: compact it with one of these keys: {named}")
+
+    def _edges(self) -> list[Edge]:
+        """What leads somewhere for those who trust the run's keys."""
+        return [edge for edge in self._subscriber.chain.edges() if self._is_sound(edge)]
+
+    def _is_sound(self, edge: Edge) -> bool:
+        """Whether a manifest that is there is signed as its run is; each is read once."""
+        run = self._subscriber.run
+        if run.signer is None or "/commits/" in edge.record or edge.record in self._sound:
+            return True
+        try:
+            log.load(self.bucket, Derived, edge.record, trust=Trust(frozenset({run.signer, *run.compactors})))
+        except (FormatError, NotFound):
+            return False
+        self._sound.add(edge.record)
+        return True
 
     def _versions(self, edges: list[Edge]) -> list[int]:
         start = min((edge.end for edge in edges if edge.start is None), default=0)
@@ -166,8 +205,12 @@ class Compactor:
                 self.bucket.put_new(f"runs/{record.run}/{key}", data)
             self._on_step("payload")
         key = derived_key(record.run, record.parent, record.version, record.payloads)
-        with suppress(AlreadyExists):
-            self.bucket.put_new(key, manifests.write(signed(record, self._key)))
+        data = manifests.write(signed(record, self._key))
+        try:
+            self.bucket.put_new(key, data)
+        except AlreadyExists:
+            if self._key is not None:  # nobody could use what was there, or we would not have made this
+                self.bucket.put(key, data)
         self._on_step("manifest")
 
     def _mirror_at(self, version: int) -> Mirror:
@@ -206,54 +249,6 @@ class Compactor:
             return False
         way = paths.cheapest([edge for edge in edges if edge.start is not None], newest.end, version)
         return sum(edge.size for edge in way) > newest.size
-
-
-class Tending:
-    """Compacts on a thread of its own whenever it is woken, so that whoever wakes it never waits.
-
-    Owns the compactor. What fails is given to `on_problem` and tried again the next time.
-    """
-
-    def __init__(
-        self,
-        compactor: Compactor,
-        *,
-        on_report: Callable[[CompactReport], None] = lambda report: None,
-        on_problem: Callable[[Exception], None] = lambda error: None,
-    ) -> None:
-        self._compactor, self._on_report, self._on_problem = compactor, on_report, on_problem
-        self._woken, self._closing = threading.Event(), False
-        self._thread = threading.Thread(target=self._run, name="deltawire-compact", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> "Tending":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def wake(self) -> None:
-        """Something new was published."""
-        self._woken.set()
-
-    def close(self) -> None:
-        """Finish the step under way and let go of the mirror."""
-        self._closing = True
-        self._woken.set()
-        self._thread.join()
-        self._compactor.close()
-
-    def _run(self) -> None:
-        while True:
-            self._woken.wait()
-            self._woken.clear()
-            if self._closing:
-                return
-            try:
-                for report in self._compactor.step():
-                    self._on_report(report)
-            except DeltaWireError as error:
-                self._on_problem(error)
 
 
 def due(versions: list[int], level: int) -> list[tuple[int, int]]:

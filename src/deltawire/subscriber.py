@@ -13,7 +13,6 @@ from deltawire.changes import Change, Update
 from deltawire.checkpoint import Checkpoint, files
 from deltawire.delta import Delta
 from deltawire.errors import (
-    BadSignature,
     ChainError,
     Forked,
     FormatError,
@@ -184,10 +183,9 @@ class Subscriber:
         path = paths.cheapest(usable, None if since is None else since.version, version)
         try:
             return self._fetch(since, version, path)
-        except BadSignature:
-            raise
         except (FormatError, ChainError) as error:
-            # Folds and anchors only save bytes: without those on this path there may be another way.
+            # Folds and anchors only save bytes: without those on this path, damaged or signed by a stranger, there may
+            # be another way. A stranger's must not stop anyone.
             derived = frozenset(edge.record for edge in path if "/derived/" in edge.record)
             if not derived:
                 raise

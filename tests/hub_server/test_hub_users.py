@@ -281,8 +281,9 @@ def test_the_feed_tells_what_changed_and_goes_on_from_a_cursor(place):
 
 def test_a_watch_is_woken_by_the_feed_long_before_it_would_poll(place, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKENS["ada"])
-    place.api("ada").create_bucket("ada/watched")
     bucket = open_bucket("hf://buckets/ada/watched")
+    assert bucket.watch("HEAD.json", tag=None, timeout=0.01) is None  # whoever follows may be there first
+    place.api("ada").create_bucket("ada/watched")
     bucket.poll_seconds = 60.0
     writer = open_bucket("hf://buckets/ada/watched")
     threading.Timer(1.0, lambda: writer.put("HEAD.json", b"1")).start()

@@ -6,11 +6,13 @@ HF_XET_CLIENT_RETRY_BASE_DELAY=200ms in the environment makes that seconds.
 """
 
 import ipaddress
+import logging
 import os
 import re
 import shutil
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +63,7 @@ class HubBucket:
         self.poll_seconds = 0.5 if _is_loopback(endpoint) else 5.0
         self._id = bucket_id
         self._api = HfApi(endpoint=endpoint, library_name="deltawire")
+        self._exists = False
         self._feed: _Feed | None = None
 
     def __repr__(self) -> str:
@@ -139,14 +142,22 @@ class HubBucket:
 
     def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
         """Poll, and look at once when the Hub's feed of changes says that something happened in the bucket."""
-        if self._feed is None:
+        return watch_by_polling(self, key, tag=tag, timeout=timeout, sleep=self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        """Sleep, or until something changes; the feed of a bucket nobody made yet would be given up for good."""
+        if self._feed is None and self._exists:
             self._feed = _Feed(self._id, self.endpoint)
-        return watch_by_polling(self, key, tag=tag, timeout=timeout, sleep=self._feed.wait)
+        if self._feed is None:
+            time.sleep(seconds)
+        else:
+            self._feed.wait(seconds)
 
     def _info(self, key: str) -> Any:
         check_key(key)
         with self._errors(key, "read"):
             found = [*self._api.get_bucket_paths_info(self._id, [key])]
+        self._exists = True
         if not found:
             raise NotFound(f"{self.url}/{key}: no such object")
         return found[0]
@@ -212,6 +223,7 @@ class _Feed:
         except ImportError:
             return
         alive, changed = weakref.ref(self), self._changed
+        logging.getLogger(BucketFollower.__module__).setLevel(logging.ERROR)  # without a feed, polling is all there is
         BucketFollower(
             endpoint=endpoint,
             bucket_id=bucket_id,
