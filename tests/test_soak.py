@@ -56,7 +56,8 @@ while True:
             if mirror.position != change.position:
                 mirror.apply(change.delta, change.position)
             with open(log, "a") as file:
-                file.write(f"{mirror.position.version} {mirror.position.root} {change.payloads} {change.wire_bytes}\\n")
+                here = mirror.position
+                file.write(f"{here.version} {here.root} {change.payloads} {change.wire_bytes} {time.time()}\\n")
             ledger.beat(bucket, Heartbeat(name, target.run, mirror.position.version))
     except DeltaWireError:
         subscriber = None
@@ -92,7 +93,7 @@ def test_all_followers_end_where_the_trainer_does_whatever_happened(tmp_path, mo
     url = (tmp_path / "bucket").as_uri()
     clean = open_bucket(url)
     faulty = Faulty(clean, seeded(SEED, FAULTS))
-    uploads, kills, sizes = [], 0, []
+    uploads, kills, sizes, reopened = [], [], [], []
     followers = [follower(url, tmp_path, number, 0) for number in range(3)]
     trainer = insist(lambda: Publisher(faulty, on_upload=uploads.append))
     compactor = Compactor(faulty, tmp_path / "compactor", anchors=32)
@@ -106,13 +107,15 @@ def test_all_followers_end_where_the_trainer_does_whatever_happened(tmp_path, mo
             if draw.random() < 0.05:
                 injected += Counter({"trainer restart": 1})
                 insist(partial(trainer.close, 30))
+                began = time.monotonic()
                 trainer = insist(lambda: Publisher(faulty, on_upload=uploads.append))
+                reopened.append(time.monotonic() - began)
             if draw.random() < 0.08:
                 number = draw.randrange(3)
                 followers[number].kill()
                 followers[number].wait()
-                kills += 1
-                followers[number] = follower(url, tmp_path, number, kills)
+                kills.append((number, time.time()))
+                followers[number] = follower(url, tmp_path, number, len(kills))
             if version % 16 == 15:
                 compactor.close()
                 compactor = Compactor(faulty, tmp_path / "compactor", anchors=32)
@@ -143,13 +146,24 @@ def test_all_followers_end_where_the_trainer_does_whatever_happened(tmp_path, mo
     assert parents == [None, *[upload.position.version for upload in uploads][:-1]]  # each change in exactly one commit
     for number in range(3):
         for line in (tmp_path / f"log{number}").read_text().splitlines():
-            version, root, _, _ = line.split()
+            version, root, *_ = line.split()
             assert committed[int(version)] == root
         assert (tmp_path / f"errors{number}").read_text() == ""
     model_bytes = sum(bits.data.nbytes for bits in served(weights).values())
     assert max(sizes[len(sizes) // 2 :]) <= 2 * max(sizes[: len(sizes) // 2 + 1]) + 10 * model_bytes
     injected += faulty.injected
+    lives = {
+        number: [float(line.split()[-1]) for line in (tmp_path / f"log{number}").read_text().splitlines()]
+        for number in range(3)
+    }
+    back = [
+        min(when for when in lives[number] if when > killed) - killed
+        for number, killed in kills
+        if lives[number][-1] > killed
+    ]
     logging.getLogger(__name__).info(
-        "%d versions in %.0f s, %d commits, faults %s, %d kills, bucket %s bytes of at most %s",
-        VERSIONS, time.monotonic() - started, len(uploads), dict(injected), kills, sizes[-1:], max(sizes),
+        "%d versions in %.0f s, %d commits, faults %s, %d kills, bucket %s bytes of at most %s; a killed follower "
+        "served again after at most %.1f s, a restarted trainer had its baseline after at most %.2f s",
+        VERSIONS, time.monotonic() - started, len(uploads), dict(injected), len(kills), sizes[-1:], max(sizes),
+        max(back, default=0.0), max(reopened, default=0.0),
     )  # fmt: skip
