@@ -1,20 +1,17 @@
 """Any version as a full Hugging Face checkpoint folder: the anchor's files, the deltas applied to them in place."""
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from deltawire import checkpoint
-from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
 from deltawire.changes import Update
 from deltawire.checkpoint import Checkpoint
 from deltawire.digest import digest_bits
-from deltawire.errors import AlreadyExists, BadDigest
+from deltawire.errors import BadDigest
 from deltawire.manifests import Position
-from deltawire.mirror import Mirror, finish, held, sweep, unfinished
+from deltawire.mirror import Mirror, building, held, unfinished
 from deltawire.reports import MaterializeReport
 from deltawire.subscriber import Subscriber
 
@@ -48,17 +45,8 @@ def materialize(
         assert target is not None
         if (here := held(out)) is not None and here.run == target.run:
             return _move(subscriber, out, target, started)
-        with file_system_errors(str(out)):
-            if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-                raise AlreadyExists(f"{out} exists and does not hold {target}; name another folder or remove it")
-            out.parent.mkdir(parents=True, exist_ok=True)
-            sweep(out)
-            work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        try:
+        with building(out, target) as work:
             updates = _build(subscriber, work, target, on_update)
-            finish(work, out, target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     return MaterializeReport(target, out, len(updates) - 1, sum(updates), time.monotonic() - started)
 
 

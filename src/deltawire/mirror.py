@@ -75,21 +75,12 @@ class Mirror:
         Raises AlreadyExists for a folder that holds anything, OutOfSpace; BadDigest when the files are not `position`.
         """
         entries = tuple(table)
-        with file_system_errors(str(folder)):
-            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-                raise AlreadyExists(f"{folder} is not empty; name another folder or remove it")
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            sweep(folder)
-            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with building(folder, position) as work:
             checkpoint.copy(files, work)
             weights = Checkpoint(work)
             digests = {entry.name: digest_bits(weights[entry.name].data) for entry in entries}
             if root_of(entries, digests) != position.root:
                 raise BadDigest(f"these files are not {position}: their digests do not make its root")
-            finish(work, folder, position)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
         return cls(folder, entries, on_step=on_step)
 
     def __enter__(self) -> "Mirror":
@@ -193,8 +184,28 @@ def mark(folder: Path, position: Position) -> None:
     _flush(folder)
 
 
-def finish(work: Path, folder: Path, position: Position) -> None:
-    """Give a finished folder its name: marked, and on the disk before it appears."""
+@contextmanager
+def building(folder: Path, position: Position) -> Iterator[Path]:
+    """A folder to fill, which gets its name only when the block ends well: marked, and on the disk before it appears.
+
+    Raises AlreadyExists for a folder that holds anything. Two processes must not make the same folder at once: what
+    killed ones left beside it is removed.
+    """
+    with file_system_errors(str(folder)):
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise AlreadyExists(f"{folder} exists and does not hold {position}; name another folder or remove it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f".{folder.name}-????????"):
+            shutil.rmtree(left, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield work
+        _finish(work, folder, position)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _finish(work: Path, folder: Path, position: Position) -> None:
     with file_system_errors(str(folder)):
         for path in work.iterdir():
             _flush(path)
@@ -202,13 +213,6 @@ def finish(work: Path, folder: Path, position: Position) -> None:
         work.chmod(0o755)
         work.rename(folder)  # takes the place of an empty folder, too
         _flush(folder.parent)
-
-
-def sweep(folder: Path) -> None:
-    """Remove unfinished copies of a folder that killed processes left beside it. Two processes must not make the same
-    folder at once."""
-    for left in folder.parent.glob(f".{folder.name}-????????"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _named_position(journal: Path) -> Position | None:
