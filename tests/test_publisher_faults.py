@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from deltawire import Publisher, materialize, publisher
 from deltawire.checkpoint import Checkpoint
 from deltawire.errors import (
+    BadDigest,
     Forked,
     MissingTensor,
     Unavailable,
@@ -258,3 +259,31 @@ def test_a_commit_is_never_listed_before_it_is_whole():
 def _listed(bucket):
     runs = {stat.key.split("/")[1] for stat in bucket.list("runs/")}
     return [version for run in runs for version in list_versions(bucket, run)]
+
+
+def test_a_restarted_trainer_does_not_continue_a_commit_that_was_damaged_on_its_way():
+    """Its writer's name is changed on the way: all of it still makes sense, and only its hash is another."""
+    bucket, weights = fresh(), model()
+    publish_all(bucket, weights)
+
+    class Misread:
+        """One reading of the commit has another writer's name in it."""
+
+        def __init__(self):
+            self.left = 1
+
+        def __getattr__(self, name):
+            return getattr(bucket, name)
+
+        def get(self, key, *, limit):
+            data = bucket.get(key, limit=limit)
+            if key.endswith("commits/000000.json") and self.left:
+                self.left -= 1
+                return data.replace(b'"writer":"', b'"writer":"X')
+            return data
+
+    with pytest.raises(BadDigest, match="read in two ways; try again"):
+        Publisher(Misread())
+    edit(weights, 1)
+    publish_all(bucket, weights)
+    assert equal(read_weights(bucket), served(weights))

@@ -213,7 +213,7 @@ class Capturer:
                 subscriber.digests_at(position.version)  # says so if it is the record that is damaged
                 raise BadDigest(f"{bucket.url}: what was fetched of {position} is not what was committed; try again")
             self._run, self._next = subscriber.run, position.version + 1
-            self.resumed_hash = subscriber.chain.commit(position.version).hash
+            self.resumed_hash = subscriber.chain.settled(position.version).hash
             return position
 
 
@@ -225,7 +225,7 @@ def _newest(bucket: Bucket) -> Position | None:
     """Where the bucket's run stands; None while nothing is published."""
     with Subscriber(bucket) as subscriber:
         try:
-            return subscriber.latest()
+            return subscriber.chain.settled(subscriber.latest().version).record.position
         except NotFound:
             return None
 

@@ -44,6 +44,14 @@ class Chain:
             self._commits[version] = filed
         return self._commits[version]
 
+    def settled(self, version: int) -> Filed[Commit]:
+        """A commit that a record we write will name for ever: read twice alike, for a record damaged on its way may
+        still make sense. Raises BadDigest when it was not."""
+        filed = self.commit(version)
+        if log.load_commit(self.bucket, self.run.run, version, trust=self._trust).hash != filed.hash:
+            raise BadDigest(f"{self._name(filed.record)} was read in two ways; try again")
+        return filed
+
     def commits(self) -> list[Commit]:
         """Every commit from the chain's start, each the child of the one before it, each root that of its digests.
 

@@ -29,8 +29,7 @@ from deltawire.errors import (
     Gap,
     NotFound,
 )
-from deltawire.log import Filed
-from deltawire.manifests import Commit, Derived, Payload, anchor_prefix, derived_key, fold_key, signed
+from deltawire.manifests import Derived, Payload, anchor_prefix, derived_key, fold_key, signed
 from deltawire.mirror import Mirror, held
 from deltawire.paths import Edge
 from deltawire.signing import Trust
@@ -150,7 +149,7 @@ class Compactor:
 
     def _fold(self, start: int, end: int, edges: list[Edge]) -> CompactReport:
         chain = self._subscriber.chain
-        first, last = chain.commit(start), self._read_twice(end)
+        first, last = chain.settled(start), chain.settled(end)
         change = self._subscriber.change(first.record.position, end, anchors=False)
         mirror = self._mirror_at(end)
         before = mirror.digests_after(change.delta, undone=True)
@@ -186,17 +185,10 @@ class Compactor:
             payloads=tuple(
                 Payload(f"{prefix}/{path.name}", path.stat().st_size, value) for path, value in hashes.items()
             ),
-            commit_hash=self._read_twice(version).hash,
+            commit_hash=chain.settled(version).hash,
         )
         self._put(record, {f"{prefix}/{path.name}": path for path in hashes})
         return CompactReport(None, version, record.wire_bytes, 0)
-
-    def _read_twice(self, version: int) -> Filed[Commit]:
-        """A commit that a manifest will name for ever: what was damaged on its way does not come twice alike."""
-        filed, run = self._subscriber.chain.commit(version), self._subscriber.run.run
-        if log.load_commit(self.bucket, run, version).hash != filed.hash:
-            raise BadDigest(f"{self.bucket.url}: commit {version} was read in two ways; try again")
-        return filed
 
     def _put(self, record: Derived, payloads: dict[str, bytes] | dict[str, Path]) -> None:
         """Payloads, then their manifest. A key holds its content's hash: what is there already is ours."""
