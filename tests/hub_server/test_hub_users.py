@@ -161,6 +161,9 @@ def test_a_pass_opens_one_bucket_for_one_right_for_a_while(place):
     assert ask(place.url, "GET", path, None, bearer(foreign)).status == 404
     assert ask(place.url, "GET", path, None, bearer(reads[:-1] + "x")).status == 401
     assert ask(place.url, "GET", path).status == 401
+    for odd in ("\xe9", "\xe9.\xe9", ".", "a.b.c", "=" * 99, reads.split(".")[0] + ".\xff"):
+        assert ask(place.url, "GET", path, None, bearer(odd)).status == 401
+        assert ask(place.url, "GET", "/api/whoami-v2", None, bearer(odd)).status == 401
     assert ask(place.url, "POST", "/v2/shards", b"", bearer(reads)).status == 403
     plan = ask(place.url, "GET", path, None, bearer(reads)).json()
     (address,) = {fetch["url"] for fetches in plan["xorbs"].values() for fetch in fetches}

@@ -115,7 +115,7 @@ class Access:
             return None
         body, _, signature = (_bearer(request) or "").partition(".")
         data = _bytes(body)
-        if not hmac.compare_digest(signature, self._sign(data)):
+        if not hmac.compare_digest(signature.encode(), self._sign(data).encode()):
             raise Unauthorized("the content token is wrong: ask for a new one")
         found = msgspec.json.decode(data, type=Pass)
         if found.expires <= self._clock():
