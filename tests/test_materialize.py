@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from deltawire import checkpoint, materialize, open_bucket
 from deltawire.bits import Bits
 from deltawire.checkpoint import SINGLE, Checkpoint
+from deltawire.compactor import Compactor
 from deltawire.errors import AlreadyExists, BadDigest, Gap, NotFound, OutOfSpace
 from deltawire.materialize import verify
 from deltawire.mirror import MARKER, held
@@ -56,6 +57,15 @@ def test_every_version_is_written_bit_for_bit(chain, tmp_path, version):
     assert report.fetched_bytes >= report.deltas > -1
     assert held(tmp_path / "out") == report.position
     assert leftovers(tmp_path) == ["out"]
+
+
+def test_an_older_version_is_not_built_on_a_newer_anchor(chain, tmp_path):
+    bucket, expected = chain
+    with Compactor(bucket, tmp_path / "mirror", anchors=1) as compactor:
+        assert [report.version for report in compactor.step()] == [3]
+    for version in (0, 1, 2, 3):
+        materialize(bucket, tmp_path / f"v{version}", version)
+        assert equal(dict(Checkpoint(tmp_path / f"v{version}")), expected[version])
 
 
 def test_torch_loads_what_was_trained(tmp_path):

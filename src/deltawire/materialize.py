@@ -65,7 +65,7 @@ def _build(subscriber: Subscriber, work: Path, target: Position, on_update: Call
     weights: Checkpoint | None = None
     for update in subscriber.updates(until=target.version):
         if update.delta is None:
-            checkpoint.copy(subscriber.anchor_files(), work)
+            checkpoint.copy(subscriber.anchor_files(update.position.version), work)
             weights = Checkpoint(work, writable=True)
         else:
             assert weights is not None
