@@ -6,10 +6,10 @@ from pathlib import Path
 
 from deltawire import checkpoint
 from deltawire.buckets.base import Bucket
-from deltawire.changes import Update
+from deltawire.changes import Change, Update
 from deltawire.checkpoint import Checkpoint
 from deltawire.digest import digest_bits
-from deltawire.errors import BadDigest
+from deltawire.errors import AlreadyExists, BadDigest, Forked, Gap
 from deltawire.manifests import Position
 from deltawire.mirror import Mirror, building, held, unfinished
 from deltawire.reports import MaterializeReport
@@ -33,8 +33,8 @@ def materialize(
 
     `trusted` are public keys, or files of them, one of which must have signed every record.
 
-    Raises AlreadyExists for a folder that holds anything else, BadDigest, OutOfSpace, and what Subscriber.updates
-    raises.
+    Raises AlreadyExists for a folder that holds anything else, or a version from which nothing leads to this one;
+    BadDigest, OutOfSpace, and what Subscriber.updates raises.
     """
     started, out = time.monotonic(), Path(out_dir)
     with Subscriber(bucket, base=base, trusted=trusted) as subscriber:
@@ -54,10 +54,18 @@ def _move(subscriber: Subscriber, out: Path, target: Position, started: float) -
     deltas = fetched = 0
     if held(out) != target or unfinished(out):
         with Mirror(out, subscriber.run.table) as mirror:
-            change = subscriber.change(mirror.position, target.version, anchors=False)
+            change = _way(subscriber, mirror.position, target, out)
             mirror.apply(change.delta, change.position)
             deltas, fetched = change.payloads, change.wire_bytes
     return MaterializeReport(target, out, deltas, fetched, time.monotonic() - started)
+
+
+def _way(subscriber: Subscriber, start: Position, target: Position, out: Path) -> Change:
+    try:
+        return subscriber.change(start, target.version, anchors=False)
+    except (Gap, Forked):
+        problem = f"{out} holds {start}, from which nothing leads to {target} any more"
+        raise AlreadyExists(f"{problem}; name another folder or remove it") from None
 
 
 def _build(subscriber: Subscriber, work: Path, target: Position, on_update: Callable[[Update], None]) -> list[int]:
