@@ -12,7 +12,21 @@ import httpx
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from deltawire.ops.processes import KEEPER
 
@@ -39,9 +53,51 @@ def tiny_qwen3() -> Qwen3ForCausalLM:
     )
 
 
-def save_checkpoint(folder: Path) -> None:
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
+MODELS = {
+    "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=True)),
+    "qwen3-untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=False)),
+    "qwen3-one-kv-head": lambda: Qwen3ForCausalLM(Qwen3Config(**{**SMALL, "num_key_value_heads": 1})),
+    "qwen2-biases": lambda: Qwen2ForCausalLM(Qwen2Config(**without(SMALL, "head_dim", hidden_size=128))),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SMALL)),
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SMALL, **EXPERTS, num_experts=4, moe_intermediate_size=64)
+    ),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, **EXPERTS, num_local_experts=4)),
+    "qwen3-moe-padded": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SMALL, **EXPERTS, num_experts=4, moe_intermediate_size=40)
+    ),
+}
+
+
+def without(options: dict, name: str, **others: object) -> dict:
+    return {**{key: value for key, value in options.items() if key != name}, **others}
+
+
+def build(kind: str):
+    """A small seeded model of a kind, in fp32; every element differs from what it was made with, norms too."""
+    torch.manual_seed(0)
+    model = MODELS[kind]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def save_checkpoint(folder: Path, model=None) -> None:
     """The model in bf16, with a tokenizer of one word per token."""
-    tiny_qwen3().to(torch.bfloat16).save_pretrained(folder)
+    (model or tiny_qwen3()).to(torch.bfloat16).save_pretrained(folder)
     words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
 
@@ -49,7 +105,9 @@ def save_checkpoint(folder: Path) -> None:
 class Server:
     """One vLLM server under a keeper, which ends it and its workers even when the tests are killed; `url`, `stop()`."""
 
-    def __init__(self, model: Path, log: Path, *, backend: str | None = "deltawire") -> None:
+    def __init__(
+        self, model: Path, log: Path, *, backend: str | None = "deltawire", options=(), **environ: str
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -59,9 +117,10 @@ class Server:
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
             *("--served-model-name", "policy", "--dtype", "bfloat16", "--max-model-len", "128"),
             *("--enforce-eager", "--host", "127.0.0.1", "--port", str(port)),
+            *options,
             *(("--weight-transfer-config", f'{{"backend":"{backend}"}}') if backend else ()),
         ]
-        environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **environ}
         reading, self._lifeline = os.pipe()
         kept = [sys.executable, str(KEEPER), str(reading), str(GRACE), *command]
         with log.open("wb") as output:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from small import Fused
 
 from deltawire.vllm.hooks import _worker_method
+from deltawire.vllm.loading import AfterLoading
 from deltawire.vllm.replica import Replica
 
 Answer = tuple[int, Any]
@@ -23,7 +24,7 @@ class StubEngine:
     """`faults[path]` answers instead of the endpoint while it is there; `calls` are the paths asked, in order."""
 
     def __init__(self, model: Fused) -> None:
-        self.replica = Replica(model, transformed={})
+        self.replica = Replica(model, loading=AfterLoading())
         self.paused = self._stopped = False
         self.weight_version = "default"
         self.faults: dict[str, Callable[[dict[str, Any]], Answer]] = {}

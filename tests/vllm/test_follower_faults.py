@@ -20,8 +20,9 @@ from deltawire.errors import (
     Unavailable,
 )
 from deltawire.vllm import staging
-from deltawire.vllm.client import EngineClient, named_error
+from deltawire.vllm.client import EngineClient, audited, named_error
 from deltawire.vllm.follower import Follower
+from deltawire.vllm.loading import AfterLoading
 from deltawire.vllm.replica import Replica
 from runs import PATIENCE
 
@@ -53,7 +54,7 @@ def assert_at_rest(engine: StubEngine, run: SmallRun, version: int, *, label: st
     """Generating, no session open, and the weights and the label are those of a version."""
     assert (engine.paused, engine.session_open) == (False, False)
     assert served(engine) == version
-    assert engine.replica.answer_audit({})["mismatched"] == []
+    assert audited([engine.replica.answer_audit({})]).mismatched == []
     assert engine.weight_version == (label or f"{run.publisher.position.run}:{version}")
 
 
@@ -79,7 +80,7 @@ def test_nobody_there_is_unavailable(run):
         ("/collective_rpc", 404, None, EngineUnsupported, "VLLM_SERVER_DEV_MODE=1"),
         ("/collective_rpc", 401, None, EngineUnsupported, "VLLM_API_KEY"),
         ("/collective_rpc", 500, None, EngineUnsupported, "weight-transfer-config"),
-        ("/collective_rpc", 200, {"results": [{}, {}]}, EngineUnsupported, "2 workers"),
+        ("/collective_rpc", 200, {"results": [{}, {}]}, Quarantined, "another question"),
         ("/collective_rpc", 200, {"results": [{"nonce": "another"}]}, Quarantined, "another question"),
         ("/collective_rpc", 200, {"results": [{"position": None}]}, Quarantined, "another question"),
         ("/collective_rpc", 200, {"results": ["text"]}, Quarantined, "another question"),
@@ -193,16 +194,20 @@ def test_a_worker_that_says_nothing_went_wrong_and_does_not_serve_the_version_is
     assert_at_rest(engine, run, 0)
 
 
-def test_a_worker_whose_weights_drifted_is_not_updated(run, engine, follower):
+def test_a_server_whose_weights_drifted_stops_naming_a_version_and_is_repaired_from_the_bucket(run, engine, follower):
     follower.step()
     engine.replica._model.v.data[3] = 42.0
     with EngineClient(engine.url) as client:
         assert client.audit().mismatched == ["v"]
         assert client.status().quarantined
-    run.publish(a=1)
-    with pytest.raises(Quarantined, match="restart"):
+    engine.fail("/start_weight_update", 500)
+    with pytest.raises(EngineError):
         follower.step()
-    assert "/pause" not in engine.calls
+    assert engine.weight_version == "unverified"
+    engine.faults.clear()
+    report = follower.step()
+    assert (report.from_version, report.version, report.changed) == (None, 0, 1)
+    assert_at_rest(engine, run, 0, label=str(run.publisher.position))
 
 
 @pytest.mark.parametrize("reached", ["/start_weight_update", "/pause", "/update_weights", "/finish_weight_update"])
@@ -249,11 +254,11 @@ def test_a_follower_waits_for_what_another_had_staged_and_then_stages_its_own(ru
 def test_a_server_restarted_on_older_weights_is_brought_back_and_named(run, engine, follower):
     run.publish(a=1)
     follower.step()
-    engine.replica = Replica(run.model(0), transformed={})
+    engine.replica = Replica(run.model(0), loading=AfterLoading())
     engine.weight_version = "default"
     report = follower.step()
     assert (report.from_version, report.version) == (0, 1)
-    engine.replica = Replica(run.model(1), transformed={})
+    engine.replica = Replica(run.model(1), loading=AfterLoading())
     engine.weight_version = "default"
     assert follower.step() is None
     assert_at_rest(engine, run, 1)

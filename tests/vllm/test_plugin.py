@@ -31,7 +31,7 @@ assert "deltawire" in WeightTransferEngineFactory._registry
 assert WeightTransferEngineFactory._registry["deltawire"]().__name__ == "DeltaWireEngine"
 assert utils.process_weights_after_loading is base_loader.process_weights_after_loading
 assert not hasattr(utils.process_weights_after_loading.__wrapped__, "__wrapped__")
-assert all(hasattr(Worker, f"deltawire_{name}") for name in ("status", "stage", "placement", "audit"))
+assert all(hasattr(Worker, f"deltawire_{name}") for name in ("status", "holdings", "stage", "audit"))
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from hashlib import sha256
 from pathlib import Path
 
 import httpx
@@ -78,20 +79,32 @@ def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(s
 
     out = tmp_path / "materialized"
     dw.materialize(trainer.publisher.bucket, out)
-    fresh = Server(out, tmp_path / "fresh.log", backend=None)
+    fresh = Server(out, tmp_path / "fresh.log")
     try:
         fresh.wait()
         assert fresh.checksums() == server.checksums()
         assert fresh.logprobs([1, 2, 3]) == after
-        with (
-            pytest.raises(EngineUnsupported, match="weight-transfer-config"),
-            Follower(trainer.url, fresh.url) as other,
-        ):
-            other.step()
     finally:
         fresh.stop()
     with pytest.raises(EngineUnavailable), Follower(trainer.url, fresh.url) as other:
         other.step()
+
+
+def test_a_server_started_without_our_engine_is_refused_and_left_as_vllm_makes_it(trainer, tmp_path, checkpoint):
+    trainer.step()
+    plain = Server(checkpoint, tmp_path / "plain.log", backend=None)
+    try:
+        plain.wait()
+        with (
+            pytest.raises(EngineUnsupported, match="weight-transfer-config"),
+            Follower(trainer.url, plain.url) as follower,
+        ):
+            follower.step()
+        sums = plain.checksums()
+        packed = [name for name, value in sums.items() if value == sha256().hexdigest()]
+        assert any(name.endswith("down_proj.weight") for name in packed)  # oneDNN holds it, as without the plugin
+    finally:
+        plain.stop()
 
 
 def test_versions_that_were_missed_arrive_as_one_update(server, trainer):

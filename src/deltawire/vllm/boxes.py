@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
-import torch
 
-from deltawire.bits import Positions
+from deltawire.bits import Positions, UInts
 from deltawire.errors import EngineUnsupported
-from deltawire.manifests import TensorEntry
-from deltawire.tensors import dtype_of
 
 Shape = tuple[int, ...]
+Part = tuple[int, Shape, Shape]
+"""offset, shape and strides, in elements, of a rectangle of a flat checkpoint tensor"""
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
     """A rectangle of a checkpoint tensor and the rectangle of a live storage that holds it; offsets and strides count
-    elements, `source_*` in the flat checkpoint tensor, `target_*` in the storage behind parameter `parameter`."""
+    elements, `source_*` in the flat checkpoint tensor, `target_*` in the storage behind parameter `parameter`.
+    Dimensions stand by falling source stride. Live elements are `shift` bits wider, at the low end, all zero."""
 
     shape: Shape
     source_offset: int
@@ -30,6 +30,39 @@ class Box:
     parameter: str
     target_offset: int
     target_strides: Shape
+    shift: int = 0
+
+    @property
+    def size(self) -> int:
+        """Elements in the box."""
+        return prod(self.shape)
+
+    @property
+    def part(self) -> "Part":
+        """The rectangle of the checkpoint tensor, written the one way in which equal rectangles are equal."""
+        joined: list[tuple[int, int]] = []
+        for length, stride in zip(self.shape, self.source_strides, strict=True):
+            if joined and joined[-1][1] == length * stride:
+                joined[-1] = (joined[-1][0] * length, stride)
+            else:
+                joined.append((length, stride))
+        return self.source_offset, tuple(length for length, _ in joined), tuple(stride for _, stride in joined)
+
+    def at(self, index: Positions) -> tuple[Positions, Positions]:
+        """Flat checkpoint positions and storage offsets of elements named by their row-major index in the box."""
+        source, target = np.full(index.size, self.source_offset), np.full(index.size, self.target_offset)
+        for dim in reversed(range(len(self.shape))):
+            index, digit = np.divmod(index, self.shape[dim])
+            source += digit * self.source_strides[dim]
+            target += digit * self.target_strides[dim]
+        return source, target
+
+    def pick(self, whole: UInts) -> UInts:
+        """The box's elements of a flat checkpoint tensor, in row-major order; a copy."""
+        step = whole.itemsize
+        strides = tuple(step * stride for stride in self.source_strides)
+        view = np.lib.stride_tricks.as_strided(whole[self.source_offset :], self.shape, strides, writeable=False)
+        return view.reshape(-1).copy()
 
     def locate(self, positions: Positions) -> tuple[np.ndarray, Positions]:
         """Which of these flat checkpoint positions lie in the box (a mask), and their offsets in the storage."""
@@ -50,53 +83,40 @@ class Box:
         return extent_of(self.target_offset, self.shape, self.target_strides)
 
 
+def box_of(dims: Iterable[tuple[int, int, int]], source: int, parameter: str, target: int, shift: int = 0) -> Box:
+    """A box of (length, source stride, target stride) in any order; dimensions of one element are left out."""
+    kept = sorted((dim for dim in dims if dim[0] != 1), key=lambda dim: -dim[1])
+    shape, sources, targets = zip(*kept, strict=True) if kept else ((), (), ())
+    return Box(shape, source, sources, parameter, target, targets, shift)
+
+
 @dataclass(slots=True)
 class Placement:
-    """Boxes by checkpoint name, and for names that cannot be patched in place, why."""
+    """Boxes by checkpoint name, and for names that cannot be patched in place, why. `computed` says of names of which
+    something did not arrive as a copy what wrote it instead."""
 
     boxes: dict[str, list[Box]] = field(default_factory=dict)
     unfit: dict[str, str] = field(default_factory=dict)
+    computed: dict[str, str] = field(default_factory=dict)
 
     def require(self, names: Iterable[str]) -> None:
         """Raise EngineUnsupported, naming each tensor that cannot be patched in place and why."""
-        bad = [f"{name} ({self.unfit[name]})" for name in names if name in self.unfit]
-        if bad:
-            raise EngineUnsupported(
-                f"{len(bad)} tensors cannot be patched in place on this server: {'; '.join(bad[:4])}. "
-                "Serve this model with weights that vLLM keeps as they are loaded"
-            )
+        refuse({name: self.unfit[name] for name in names if name in self.unfit})
+
+    @property
+    def parts(self) -> dict[str, list[Part]]:
+        """Which rectangles of each checkpoint tensor are here."""
+        return {name: [box.part for box in boxes] for name, boxes in self.boxes.items()}
 
 
-def fault(entry: TensorEntry, boxes: list[Box], live: Mapping[str, torch.Tensor]) -> str | None:
-    """Why a tensor that was only copied still does not qualify, or None when it does."""
-    size = prod(entry.shape)
-    if not boxes:
-        return "the model does not load it" if size else None
-    for box in boxes:
-        held = dtype_of(live[box.parameter])
-        if held != entry.dtype:
-            return f"the server holds {held}, the run ships {entry.dtype}"
-    covered = sum(prod(box.shape) for box in boxes)
-    if covered != size or not (_is_whole(boxes[0], size) or _disjoint(entry, boxes)):
-        return f"{covered} of its {size} elements arrive, or some arrive twice"
-    return None
-
-
-def _is_whole(box: Box, size: int) -> bool:
-    """Whether the box is the whole tensor with its dimensions in some order, which no view that overlaps itself is."""
-    dense = 1
-    for stride, length in sorted(zip(box.source_strides, box.shape, strict=True)):
-        if stride != dense:
-            return False
-        dense *= length
-    return dense == size and box.source_offset == 0
-
-
-def _disjoint(entry: TensorEntry, boxes: list[Box]) -> bool:
-    seen = torch.zeros(prod(entry.shape), dtype=torch.bool)
-    for box in boxes:
-        seen.as_strided(box.shape, box.source_strides, box.source_offset).fill_(True)
-    return bool(seen.all())
+def refuse(reasons: Mapping[str, str]) -> None:
+    """Raise EngineUnsupported for tensors that cannot be patched; nothing when there are none."""
+    if reasons:
+        first = "; ".join(f"{name} ({reason})" for name, reason in itertools.islice(reasons.items(), 4))
+        raise EngineUnsupported(
+            f"{len(reasons)} tensors cannot be patched in place on this server: {first}. "
+            "Serve this model with weights that vLLM keeps as they are loaded"
+        )
 
 
 def overwritten(boxes: Mapping[str, list[Box]], writes: list[tuple[str, int, int, str]]) -> dict[str, str]:
@@ -124,12 +144,12 @@ def shared(boxes: Mapping[str, list[Box]]) -> dict[str, str]:
         ends = sorted(box.extent for _, box in tenants)
         if all(stop < start for (_, stop), (start, _) in itertools.pairwise(ends)):
             continue
-        taken = torch.zeros(1 + max(stop for _, stop in ends), dtype=torch.bool)
+        taken = np.zeros(1 + max(stop for _, stop in ends), bool)
         for name, box in tenants:
-            region = taken.as_strided(box.shape, box.target_strides, box.target_offset)
+            region = np.lib.stride_tricks.as_strided(taken[box.target_offset :], box.shape, box.target_strides)
             if region.any():
                 faults[name] = f"another tensor of the run lands in the same part of {parameter}"
-            region.fill_(True)
+            region[...] = True
     return faults
 
 

@@ -1,6 +1,6 @@
 """The weight transfer engine that vLLM creates in each worker: vLLM's names for what a replica does."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from deltawire import kernels
 from deltawire.codecs import gap
-from deltawire.vllm.hooks import TRANSFORMED
+from deltawire.vllm.hooks import LOADING
 from deltawire.vllm.replica import Replica
 
 
@@ -26,10 +26,11 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Body of /update_weights: which version of which bucket."""
+    """Body of /update_weights: which version of which bucket, and what a follower found it to lead to."""
 
     bucket: str
     version: int
+    root: str | None = None
 
 
 class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -45,8 +46,10 @@ class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         gap.warm_up()
         self.replica = Replica(
             self.model,
-            transformed=getattr(self.model, TRANSFORMED, None),
-            workers=self.parallel_config.world_size * self.parallel_config.data_parallel_size,
+            loading=getattr(self.model, LOADING, None),
+            workers=self.parallel_config.world_size,
+            copies=self.parallel_config.data_parallel_size,
+            compiled=not self.model_config.enforce_eager,
             synchronize=self._synchronize,
         )
 
@@ -72,10 +75,11 @@ class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """vLLM's inner half of update_weights, which this engine overrides whole."""
-        self.replica.commit({"bucket": update_info.bucket, "version": update_info.version})
+        self.replica.commit(asdict(update_info))
 
     def finish_weight_update(self) -> None:
-        """Nothing to finish: an update is whole when update_weights returns."""
+        """The update stays: what it replaced is forgotten."""
+        self.replica.confirm()
 
     def shutdown(self) -> None:
         """Forget the bucket and its downloads; the weights stay as they are."""

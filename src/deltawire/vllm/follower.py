@@ -37,6 +37,8 @@ ASK_AGAIN = 0.02
 """seconds between looks at a worker that is staging"""
 BEAT_EVERY = 30.0
 """seconds after which a replica's ledger entry is written again"""
+UNVERIFIED = "unverified"
+"""what a server reports whose weights were found to be no version"""
 LOOK_ANYWAY = 5.0
 """seconds after which the server is looked at even if the bucket did not change: it may have been restarted"""
 
@@ -213,8 +215,14 @@ class Follower:
             self._labelled = None
             status = self._engine.init(self._url, self._trust.keys)
             _require(status)
+        if not status.joined:
+            self._engine.join(self._subscriber)
+            status = self._engine.status()
+        if status.torn:  # a follower was killed between some workers' writes and the others'
+            self._engine.revert()
+            status = self._engine.status()
         if status.quarantined:
-            raise Quarantined(f"{self._engine.url} cannot say what it serves: restart it")
+            self._disown()
         if status.session_open:
             self._engine.finish(None)
         if self._engine.is_paused():
@@ -230,6 +238,8 @@ class Follower:
             status = self._engine.status()
             if not status.staging and accepted:
                 _require(status)
+                if status.workers > 1:
+                    self._engine.vouch(self._subscriber, target)
                 return True
             if not status.staging:  # what another follower had it stage is done
                 accepted = self._engine.stage(self._url, target.version)
@@ -264,8 +274,10 @@ class Follower:
         try:
             self._engine.start()
             self._engine.pause(clear_cache=self._clear_cache)
-            self._engine.update(self._url, target.version)
+            self._engine.update(self._url, target)
             status = self._engine.status()
+            if status.torn:
+                self._engine.revert()
             self._engine.finish(str(target) if status.position == target else None)
         except BaseException:
             self._let_go()
@@ -282,6 +294,12 @@ class Follower:
                 self._engine.finish(None)
         with suppress(EngineError):
             self._engine.resume()
+
+    def _disown(self) -> None:
+        """Have a server whose weights are in doubt stop naming a version, until an anchor has made them sure again."""
+        self._labelled = None
+        if self._engine.weight_version() != UNVERIFIED:
+            self._engine.label(UNVERIFIED)
 
     def _label(self, position: Position) -> None:
         """A server that stands on a version without saying so (fresh from that very checkpoint, or left by a follower

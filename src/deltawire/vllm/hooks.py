@@ -1,66 +1,82 @@
-"""What the plugin changes in vLLM, once per process: the engine's name, CPU packing off, a watch on post-load steps,
-and four methods on the worker class that `/collective_rpc` reaches."""
+"""What the plugin changes in vLLM, once per process: the engine's name, a watch on what happens to the weights of a
+model served with it after loading (CPU packing off meanwhile), and the worker's methods behind `/collective_rpc`."""
 
 import functools
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from deltawire.errors import EngineUnsupported
-from deltawire.vllm.live import changes_between, tensors_of
-from deltawire.vllm.memory import fingerprint
+from deltawire.vllm.live import watch_loading
 
 ENGINE = "deltawire"
-TRANSFORMED = "_deltawire_transformed"
-"""the attribute of a loaded model that names parameters changed after loading"""
+LOADING = "_deltawire_loading"
+"""the attribute of a loaded model that holds what was changed of it after loading"""
+PREPACK = "DELTAWIRE_PREPACK"
+"""the environment variable that, when `keep`, leaves vLLM's packing of linear weights on CPU as it is"""
 NOT_CHOSEN = """start this vLLM server with --weight-transfer-config '{"backend":"deltawire"}'"""
+METHODS = ("status", "holdings", "stand", "stage", "staged", "blame", "revert", "placement", "audit")
 _INSTALLED = "_deltawire_installed"
 
 
 def install() -> None:
     """Change this process's vLLM; doing it twice changes nothing."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_worker import Worker
 
     if getattr(Worker, _INSTALLED, False):
         return
     setattr(Worker, _INSTALLED, True)
     WeightTransferEngineFactory.register_engine(ENGINE, "deltawire.vllm.engine", "DeltaWireEngine")
-    if current_platform.is_cpu():
-        _keep_linear_weights_unpacked()
     _watch_post_load_steps()
-    for name in ("status", "stage", "placement", "audit"):
+    for name in METHODS:
         setattr(Worker, f"deltawire_{name}", _worker_method(name))
 
 
-def _keep_linear_weights_unpacked() -> None:
-    """oneDNN and SGL copy a linear layer's weight into a packed one and read only that: every later update would answer
-    HTTP 200 and change nothing. vLLM has no switch for either."""
-    import vllm._custom_ops as ops
-    from vllm.model_executor.layers import utils
-
-    ops._supports_onednn = False
-    utils.check_cpu_sgl_kernel = lambda *shape_and_dtype: False
-
-
 def _watch_post_load_steps() -> None:
-    """Record what `process_weights_after_loading` changes, before anyone asks. What it changes is not as loaded."""
+    """See what `process_weights_after_loading` changes, before anyone asks: what it changes is not as loaded."""
+    from vllm.config import get_current_vllm_config_or_none
     from vllm.model_executor.model_loader import base_loader, utils
 
     original = utils.process_weights_after_loading
 
     @functools.wraps(original)
     def watched(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        before = tensors_of(model)
-        known = {name: fingerprint(tensor) for name, tensor in before.items()}
-        result = original(model, *args, **kwargs)
-        object.__setattr__(model, TRANSFORMED, changes_between(before, tensors_of(model), known))
+        config = get_current_vllm_config_or_none()
+        chosen = getattr(getattr(config, "weight_transfer_config", None), "backend", None)
+        if chosen != ENGINE:
+            return original(model, *args, **kwargs)
+        with _linear_weights_unpacked():
+            result, loading = watch_loading(model, lambda: original(model, *args, **kwargs))
+        object.__setattr__(model, LOADING, loading)
         return result
 
     utils.process_weights_after_loading = watched
     base_loader.process_weights_after_loading = watched
+
+
+@contextmanager
+def _linear_weights_unpacked() -> Iterator[None]:
+    """On CPU oneDNN and SGL copy a linear layer's weight into a packed one and read only that. Without them weights are
+    patched where they lie, which vLLM has no switch for. With DELTAWIRE_PREPACK=keep they stay, and what they hold is
+    made anew at each update."""
+    import vllm._custom_ops as ops
+    from vllm.model_executor.layers import utils
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or os.environ.get(PREPACK) == "keep":
+        yield
+        return
+    held = ops._supports_onednn, utils.check_cpu_sgl_kernel
+    ops._supports_onednn, utils.check_cpu_sgl_kernel = False, lambda *shape_and_dtype: False
+    try:
+        yield
+    finally:
+        ops._supports_onednn, utils.check_cpu_sgl_kernel = held
 
 
 def _worker_method(name: str) -> Any:

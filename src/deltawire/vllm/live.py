@@ -2,25 +2,26 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import torch
 
-from deltawire.bits import Bits, Positions, count, unsigned
-from deltawire.digest import digest_bits
+from deltawire.bits import count
 from deltawire.errors import EngineUnsupported
 from deltawire.manifests import TensorEntry
-from deltawire.vllm.boxes import Placement
-from deltawire.vllm.memory import CARRIER, Memory, fingerprint
+from deltawire.vllm.boxes import Box, Part, Placement
+from deltawire.vllm.loading import AfterLoading, Step, Watch, as_loaded
+from deltawire.vllm.memory import Memory, digest_box, fingerprint
 from deltawire.vllm.placement import probe
 
 
 class LiveWeights:
-    """The run's tensors where they live in this worker.
+    """The run's tensors where they live in this worker: those that it holds, and of those the parts it holds.
 
     Opening probes the model's loader, proves by digests that the probe wrote nothing, and refuses (EngineUnsupported)
-    a model of which any tensor in the table cannot be patched in place: `transformed` names tensors that vLLM changed
-    or made after loading, and what their modules hold does not qualify.
+    a model of which any tensor here can neither be patched in place nor made anew. `loading` says what vLLM changed
+    after loading: `steps` that are understood are followed or repeated, what else changed makes its module unfit.
     """
 
     def __init__(
@@ -28,48 +29,69 @@ class LiveWeights:
         model: torch.nn.Module,
         table: Iterable[TensorEntry],
         *,
-        transformed: Mapping[str, str],
+        loading: AfterLoading,
         load_weights: Callable[[Iterator[tuple[str, torch.Tensor]]], object] | None = None,
     ) -> None:
         self.table = {entry.name: entry for entry in table}
-        live = tensors_of(model)
-        with _unchanged(model, live):
-            placement = probe(self.table.values(), load_weights or model.load_weights, live)
-        self.placement = _without(placement, live, _derived(live, transformed))
-        self.placement.require(self.table)
-        parameters = {box.parameter for boxes in self.placement.boxes.values() for box in boxes}
-        self._memory = {name: Memory(live[name]) for name in parameters}
+        with as_loaded(loading.steps):
+            loaded = tensors_of(model)
+            with _unchanged(model, loaded):
+                placement = probe(self.table.values(), load_weights or model.load_weights, loaded)
+        self.steps: dict[str, list[Step]] = {}
+        self._memory: dict[tuple[str, int], Memory] = {}
+        self.placement = _without(placement, loaded, _derived(tensors_of(model) | loaded, loading.unexplained))
+        steps = {_address(old): (step, leaf) for step in loading.steps for leaf, old in step.loaded.items()}
+        for name, boxes in placement.boxes.items():
+            placement.boxes[name] = [part for box in boxes for part in self._settle(name, box, loaded, steps)]
+        placement.require(self.table)
+        if stale := [step.prefix for step in self.rebuilt() if not step.is_current()]:
+            raise EngineUnsupported(f"what vLLM makes of {stale[0]} after loading is not the same every time")
 
-    def read(self, name: str) -> Bits:
-        """One tensor's live bits, as the checkpoint would have them; a copy on the host."""
-        entry = self.table[name]
-        bits = Bits(entry.dtype, entry.shape, np.empty(count(entry.shape), unsigned(entry.dtype)))
-        carrier = torch.from_numpy(bits.data.view(_carrier(bits.data.itemsize)))
-        for view, box in self.rectangles(name):
-            carrier.as_strided(box[0], box[2], box[1]).copy_(view)
-        return bits
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Elements of each checkpoint tensor, wherever they are."""
+        return {name: count(entry.shape) for name, entry in self.table.items()}
 
-    def digest(self, name: str) -> int:
-        """One tensor's digest, from live memory."""
-        return digest_bits(self.read(name).data)
+    @property
+    def parts(self) -> dict[str, list[Part]]:
+        """Which rectangles of each checkpoint tensor are here."""
+        return self.placement.parts
 
-    def digests(self) -> dict[str, int]:
-        """Every tensor's digest, from live memory: the full audit."""
+    def places(self, name: str) -> Iterator[tuple[Memory, Box]]:
+        """Where the parts of a tensor live."""
+        for box in self.placement.boxes.get(name, []):
+            yield self._memory[box.parameter, box.shift], box
+
+    def digest(self, name: str) -> tuple[int, ...]:
+        """The digest of each part of one tensor, from live memory."""
+        return tuple(digest_box(memory.peek(box), box) for memory, box in self.places(name))
+
+    def digests(self) -> dict[str, tuple[int, ...]]:
+        """The digest of every part of every tensor, from live memory: the full audit."""
         return {name: self.digest(name) for name in self.table}
 
-    def rectangles(self, name: str) -> Iterator[tuple[torch.Tensor, tuple[tuple[int, ...], int, tuple[int, ...]]]]:
-        """Writable views of live memory that make up a tensor, each with its place in the checkpoint tensor: shape,
-        offset and strides in elements."""
-        for box in self.placement.boxes.get(name, []):
-            view = self._memory[box.parameter].view(box.shape, box.target_strides, box.target_offset)
-            yield view, (box.shape, box.source_offset, box.source_strides)
+    def rebuilt(self) -> list[Step]:
+        """The steps that are repeated when what they work on changes."""
+        return list({id(step): step for steps in self.steps.values() for step in steps}.values())
 
-    def locate(self, name: str, positions: Positions) -> Iterator[tuple[Memory, np.ndarray, Positions]]:
-        """Where elements live: per storage, which of `positions` (a mask) and their offsets there. O(changed)."""
-        for box in self.placement.boxes.get(name, []):
-            inside, offsets = box.locate(positions)
-            if offsets.size:
-                yield self._memory[box.parameter], inside, offsets
+    def _settle(
+        self, name: str, box: Box, loaded: Mapping[str, torch.Tensor], steps: Mapping[int, tuple[Step, str]]
+    ) -> list[Box]:
+        """A box of the weights as the loader sees them, as boxes of where they are."""
+        memory, boxes = loaded[box.parameter], [box]
+        step, leaf = steps.get(_address(memory), (None, ""))
+        if step is not None and step.layouts:
+            live = step.module._parameters[leaf]
+            carried = step.layouts[leaf].carry(box)
+            if live is None or carried is None:
+                self.placement.unfit[name] = f"{step.parameter(leaf)} is packed across it after loading"
+                return []
+            start = live.storage_offset()
+            memory, boxes = live, [replace(part, target_offset=part.target_offset + start) for part in carried]
+        elif step is not None and step not in self.steps.setdefault(name, []):
+            self.steps[name].append(step)
+        self._memory.setdefault((box.parameter, box.shift), Memory(memory, box.shift))
+        return boxes
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -98,6 +120,23 @@ def changes_between(
         elif known[name] != fingerprint(tensor):
             changed[name] = "rewritten after loading"
     return changed
+
+
+def watch_loading(model: torch.nn.Module, process: Callable[[], Any]) -> tuple[Any, AfterLoading]:
+    """Run what vLLM does to a model after loading it. Each module's own step is watched by itself; what else changed,
+    by whatever hand, is not explained."""
+    before = tensors_of(model)
+    known = {name: fingerprint(tensor) for name, tensor in before.items()}
+    watch = Watch(model)
+    with watch.modules():
+        result = process()
+    changes = changes_between(before, tensors_of(model), known)
+    for step in watch.steps:
+        prefix = step.parameter("")
+        own = [name for name in changes if name.startswith(prefix) and "." not in name[len(prefix) :]]
+        for name in own:
+            del changes[name]
+    return result, AfterLoading(changes, watch.steps)
 
 
 @contextmanager
@@ -134,7 +173,7 @@ def _derived(live: Mapping[str, torch.Tensor], transformed: Mapping[str, str]) -
     """By storage, why it may not be patched: a tensor that its module (or one around it) changed or made after loading
     would be left stale."""
     return {
-        tensor.untyped_storage().data_ptr(): f"{changed} was {how}"
+        _address(tensor): f"{changed} was {how}"
         for changed, how in transformed.items()
         for name, tensor in live.items()
         if name.startswith(changed[: changed.rfind(".") + 1])
@@ -144,10 +183,10 @@ def _derived(live: Mapping[str, torch.Tensor], transformed: Mapping[str, str]) -
 def _without(placement: Placement, live: Mapping[str, torch.Tensor], derived: Mapping[int, str]) -> Placement:
     for name, boxes in placement.boxes.items():
         for box in boxes:
-            if reason := derived.get(live[box.parameter].untyped_storage().data_ptr()):
+            if reason := derived.get(_address(live[box.parameter])):
                 placement.unfit.setdefault(name, reason)
     return placement
 
 
-def _carrier(width: int) -> np.dtype[np.generic]:
-    return np.dtype(str(CARRIER[width]).removeprefix("torch."))
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

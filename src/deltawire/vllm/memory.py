@@ -6,10 +6,14 @@ import numpy as np
 import torch
 
 from deltawire.bits import Positions, UInts
-from deltawire.digest import MODULUS, digest_bits
+from deltawire.digest import MODULUS, digest_at, digest_bits
+from deltawire.errors import WrongBase
+from deltawire.vllm.boxes import Box
 
 CARRIER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """the integer dtype that carries bits through torch, by width in bytes"""
+SHORT = 16
+"""elements that lie in a row, below which positions are computed for each"""
 CHUNK = 1 << 24
 """elements copied from an accelerator at a time for a digest"""
 
@@ -17,15 +21,19 @@ CHUNK = 1 << 24
 class Memory:
     """The whole storage behind one live tensor, as a flat vector of integers as wide as its dtype.
 
-    Writing goes through the storage itself and never rebinds it: captured CUDA graphs hold its address.
+    Bits go in and out as the checkpoint has them: where live elements are wider, `shift` zero bits are added at the low
+    end or taken off. Writing goes through the storage itself and never rebinds it: captured CUDA graphs hold its
+    address.
     """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, shift: int = 0) -> None:
         carrier = CARRIER[tensor.element_size()]
         storage = tensor.untyped_storage()
         size = storage.nbytes() // tensor.element_size()
         self.flat = torch.empty(0, dtype=carrier, device=tensor.device).set_(storage, 0, (size,), (1,))
-        self._unsigned = np.dtype(f"<u{tensor.element_size()}")
+        self.shift = shift
+        self._live = np.dtype(f"<u{tensor.element_size()}")
+        self._narrow = np.dtype(f"<u{tensor.element_size() - shift // 8}")
 
     def on_device(self, offsets: Positions) -> torch.Tensor:
         """Offsets as this device wants them."""
@@ -33,17 +41,47 @@ class Memory:
 
     def bits_on_device(self, bits: UInts) -> torch.Tensor:
         """Bits as this device wants them."""
-        signed = np.ascontiguousarray(bits).view(np.uint8 if bits.itemsize == 1 else f"<i{bits.itemsize}")
+        wide = np.ascontiguousarray(bits.astype(self._live) << self.shift if self.shift else bits)
+        signed = wide.view(np.uint8 if wide.itemsize == 1 else f"<i{wide.itemsize}")
         return torch.from_numpy(signed).to(self.flat.device)
 
     def gather(self, offsets: torch.Tensor) -> UInts:
         """The bits at these offsets, on the host."""
-        bits: UInts = self.flat[offsets].cpu().numpy().view(self._unsigned)
-        return bits
+        return self._narrowed(self.flat[offsets].cpu().numpy().view(self._live))
 
-    def view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
-        """A rectangle of the storage, writable."""
-        return self.flat.as_strided(shape, strides, offset)
+    def peek(self, box: Box) -> UInts:
+        """A box's bits on the host, in row-major order; perhaps live memory itself, to look at now."""
+        return self._narrowed(to_host(self.view(box)))
+
+    def read(self, box: Box) -> UInts:
+        """A box's bits on the host, in row-major order; a copy."""
+        return self.peek(box).copy()
+
+    def view(self, box: Box) -> torch.Tensor:
+        """A box of the storage, writable, with its bits as they lie there."""
+        return self.flat.as_strided(box.shape, box.target_strides, box.target_offset)
+
+    def _narrowed(self, bits: UInts) -> UInts:
+        """Raises WrongBase for bits that the checkpoint's dtype cannot hold."""
+        if not self.shift:
+            return bits
+        if (bits & bits.dtype.type((1 << self.shift) - 1)).any():
+            raise WrongBase("live weights hold values that the run's dtype cannot: something else wrote to them")
+        narrow: UInts = (bits >> self.shift).astype(self._narrow)
+        return narrow
+
+
+def digest_box(bits: UInts, box: Box) -> int:
+    """The part of a tensor's digest that a box makes; `bits` are its elements in row-major order."""
+    run = 1
+    for length, stride in reversed(list(zip(box.shape, box.source_strides, strict=True))):
+        if stride != run:
+            break
+        run *= length
+    starts = box.at(np.arange(0, box.size, run))[0]
+    if starts.size * SHORT > box.size:
+        return digest_at(box.at(np.arange(box.size))[0], bits)
+    return sum(digest_bits(bits[n * run : (n + 1) * run], int(at)) for n, at in enumerate(starts)) % MODULUS
 
 
 def to_host(view: torch.Tensor) -> UInts:
@@ -66,3 +104,11 @@ def _chunks(flat: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     step = max(flat.numel(), 1) if flat.device.type == "cpu" else CHUNK
     for start in range(0, flat.numel(), step):
         yield start, flat[start : start + step]
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; NaN equals itself."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    carrier = CARRIER[one.element_size()]
+    return torch.equal(one.detach().contiguous().view(carrier), other.detach().contiguous().view(carrier))

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deltawire.errors import EngineUnsupported
 from deltawire.manifests import TensorEntry
 from deltawire.tensors import NAMES
-from deltawire.vllm.boxes import Box, Placement, Shape, extent_of, fault, overwritten, shared
+from deltawire.vllm.boxes import Box, Placement, Shape, box_of, extent_of, overwritten, shared
 
 
 def probe(
@@ -28,8 +28,8 @@ def probe(
 ) -> Placement:
     """Watch `load_weights` once. `live` names every live parameter and buffer; none of them is written.
 
-    A tensor is unfit when no live memory receives it, when it does not arrive whole and exactly once, when a value is
-    converted or computed on the way, or when another operation would write over it.
+    A tensor is unfit when a value is converted or computed on the way, or when another operation would write over it.
+    Whether all of it arrives is for `Union` to say, because other workers may hold the rest.
     """
     watcher = _Watcher(live)
     entries = list(table)
@@ -48,10 +48,11 @@ def probe(
             f"the model's loader refused {watcher.current} ({type(error).__name__}: {error}): "
             "is the run of the model that this server loaded?"
         ) from error
-    placement = Placement(watcher.boxes, watcher.unfit)
+    placement = Placement(watcher.boxes, watcher.unfit, watcher.computed)
     for entry in entries:
-        if reason := fault(entry, placement.boxes.get(entry.name, []), live):
-            placement.unfit.setdefault(entry.name, watcher.computed.get(entry.name, reason))
+        boxes = placement.boxes.get(entry.name, [])
+        if not boxes and entry.name in watcher.computed:
+            placement.unfit.setdefault(entry.name, watcher.computed[entry.name])
     faults = overwritten(placement.boxes, watcher.other_writes) | shared(placement.boxes)
     for name, reason in faults.items():
         placement.unfit.setdefault(name, reason)
@@ -144,15 +145,16 @@ class _Watcher(TorchDispatchMode):
     def _box(self, target: torch.Tensor, parameter: str, source: torch.Tensor, trace: _Trace) -> Box | None:
         source = source.expand(target.shape)
         followed = trace.follow(source.storage_offset(), tuple(source.shape), tuple(source.stride()))
-        if followed is None or source.dtype != target.dtype:
+        shift = 0 if source.dtype == target.dtype else _WIDENED.get((source.dtype, target.dtype))
+        if followed is None or shift is None:
             self.unfit[trace.name] = (
-                f"copied from {source.dtype} into {target.dtype}" if followed else "copied as no rectangle of it"
+                f"the server holds {target.dtype}, the run ships {source.dtype}"
+                if followed
+                else "copied as no rectangle of it"
             )
             return None
-        kept = [dim for dim, size in enumerate(target.shape) if size != 1]
-        pick = lambda values: tuple(values[dim] for dim in kept)  # noqa: E731
-        shape, strides = pick(tuple(target.shape)), pick(target.stride())
-        return Box(shape, followed[0], pick(followed[1]), parameter, target.storage_offset(), strides)
+        dims = zip(target.shape, followed[1], target.stride(), strict=True)
+        return box_of(dims, followed[0], parameter, target.storage_offset(), shift)
 
     def _note_result(self, func: Any, args: Any, result: Any) -> None:
         """Remember new storages as fresh, and which of them hold a plain copy of a checkpoint tensor."""
@@ -179,6 +181,8 @@ class _Watcher(TorchDispatchMode):
         return _Trace(trace.name, followed[0], _coalesced(layout))
 
 
+_WIDENED = {(torch.bfloat16, torch.float32): 16}
+"""conversions that only append zero bits, by how many: widening and narrowing back is exact"""
 _PLAIN_COPIES = frozenset(
     {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten.contiguous.default}
 )

@@ -1,4 +1,7 @@
-"""One worker's copy of the weights: the bucket it stands on, the version it is, and the update it has prepared.
+"""One worker's part of the weights: the bucket it stands on, the version it is, and the update it has prepared.
+
+A worker that holds the whole model compares with commits by itself. Of several, each holds parts, and only all together
+can be compared: a follower adds up what they report, tells them where they stand, and vouches for what they write.
 
 Nothing that a server asks of it raises. With several workers an exception in one leaves every later answer off by one
 behind HTTP 200, so failures are kept here and read back by `answer_status`. A failure leaves weights and version.
@@ -8,7 +11,7 @@ Weights and position change on the worker's own thread alone; staging, on a thre
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +29,6 @@ from deltawire.errors import (
     Forked,
     FormatError,
     Gap,
-    Quarantined,
     WrongBase,
 )
 from deltawire.log import current_run
@@ -35,44 +37,56 @@ from deltawire.signing import Trust, trust
 from deltawire.subscriber import Subscriber
 from deltawire.vllm import staging
 from deltawire.vllm.live import LiveWeights
-from deltawire.vllm.staging import Plan
+from deltawire.vllm.loading import AfterLoading
+from deltawire.vllm.staging import PartDigests, Plan
+from deltawire.vllm.union import Union, disagreement
 
 
 class Target(msgspec.Struct, frozen=True):
-    """What an update asks for."""
+    """What an update asks for; `root` is what a follower found all workers together to lead to."""
 
     bucket: str
     version: int
+    root: str | None = None
 
 
 @dataclass(eq=False)
 class _Attached:
-    """A bucket's run, this worker's weights as that run names them, their digests, and which version they are."""
+    """A bucket's run, this worker's weights as that run names them, the digests of their parts, and which version they
+    are. `union` is None when other workers hold the rest, `joined` whether somebody has found out the version.
+    `undo` is the last update until it is confirmed, with what was before."""
 
     asked: str
     subscriber: Subscriber
     live: LiveWeights
-    digests: dict[str, int]
-    position: Position | None
+    union: Union | None
+    digests: PartDigests
+    position: Position | None = None
+    joined: bool = False
+    undo: tuple[Plan, PartDigests, Position | None] | None = None
 
 
 class Replica:
     """The weights of `model`, followed through one bucket at a time.
 
-    `transformed` names tensors that were changed or made after loading; None means that nobody watched, and no bucket
-    is attached. `workers` hold the model together. `synchronize` waits until what was written is on the device.
+    `loading` is what vLLM changed after loading; None means that nobody watched, and no bucket is attached. `workers`
+    hold the model together. `copies` of it serve (data parallelism). `compiled` models keep what they were traced with.
+    `synchronize` waits until what was written is on the device.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         *,
-        transformed: Mapping[str, str] | None,
+        loading: AfterLoading | None,
         workers: int = 1,
+        copies: int = 1,
+        compiled: bool = False,
         synchronize: Callable[[], None] = lambda: None,
     ) -> None:
-        self._model, self._transformed = model, transformed
-        self._workers, self._synchronize = workers, synchronize
+        self._model, self._loading = model, loading
+        self._workers, self._copies, self._compiled = workers, copies, compiled
+        self._synchronize = synchronize
         self._attached: _Attached | None = None
         self._trust = Trust()
         self._plan: tuple[_Attached, Position | None, Plan] | None = None
@@ -101,14 +115,23 @@ class Replica:
             if not self._stands_on(target.bucket):
                 self._stand_on(target.bucket)
             attached, staged, self._plan = self._require_attached(), self._plan, None
-            if self._quarantined:
-                raise Quarantined("this worker's weights are not the version it claimed: restart vLLM")
             if attached.position is not None and attached.position.version == target.version:
                 return
             if staged and staged[:2] == (attached, attached.position) and staged[2].after.version == target.version:
-                self._write(attached, staged[2])
+                plan = staged[2]
             else:
-                self._write(attached, self._prepare(attached, target.version))
+                plan = self._prepare(attached, target.version)
+            if attached.union is None and target.root != plan.after.root:
+                raise EngineUnsupported(
+                    f"{self._workers} workers hold this model, each a part: only a follower can compare what they hold "
+                    "together with the commit. Run `deltawire follow`"
+                )
+            self._write(attached, plan)
+
+    def confirm(self) -> None:
+        """Keep the last update: what it replaced is forgotten."""
+        if self._attached is not None:
+            self._attached.undo = None
 
     def close(self) -> None:
         """Forget the bucket and its downloads; the weights stay as they are."""
@@ -124,6 +147,7 @@ class Replica:
             "attached": attached.subscriber.bucket.url if attached else None,
             "run": attached.subscriber.run.run if attached else None,
             "position": _as_dict(position),
+            "joined": bool(attached and attached.joined),
             "staging": self._staging,
             "staged": _facts(staged[2]) if staged else None,
             "applied": self._applied,
@@ -146,14 +170,53 @@ class Replica:
             raise
         return {"accepted": True}
 
+    def answer_holdings(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Which parts of which tensors this worker holds, and the digest of each as of its last update."""
+        attached = self._require_attached()
+        return {"sizes": attached.live.sizes, "parts": attached.live.parts, "digests": _as_hex(attached.digests)}
+
+    def answer_stand(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Be told which version the workers' digests, taken together, are: {"position"}, None when no committed one."""
+        attached, told = self._require_attached(), request["position"]
+        attached.position, attached.joined = msgspec.convert(told, Position | None), True
+        return {}
+
+    def answer_staged(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The digest of every part after what is staged, or as it is when nothing has to be done."""
+        attached, staged = self._require_attached(), self._plan
+        return {"digests": _as_hex(staged[2].digests if staged else attached.digests)}
+
+    def answer_blame(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Which of these `names` hold something else than this worker's updates left there."""
+        attached = self._require_attached()
+        drifted = self._drifted(attached, request["names"])
+        if drifted:
+            self._quarantine(attached)
+        return {"drifted": drifted}
+
+    def answer_revert(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Take the last update back, unless it was confirmed: another worker could not write its part."""
+        attached = self._require_attached()
+        if attached.undo is None:
+            return {"reverted": False}
+        (plan, attached.digests, attached.position), attached.undo = attached.undo, None
+        staging.undo(plan.writes)
+        self._synchronize()
+        return {"reverted": True}
+
     def answer_placement(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Every box of every tensor of the attached run."""
-        boxes = self._attached.live.placement.boxes if self._attached else {}
-        return {"placement": {name: [_box(box) for box in parts] for name, parts in boxes.items()}}
+        """Every box of every tensor of the attached run, and the modules whose weights are made anew at an update."""
+        live = self._attached.live if self._attached else None
+        boxes = live.placement.boxes if live else {}
+        return {
+            "placement": {name: [_box(box) for box in parts] for name, parts in boxes.items()},
+            "remade": [step.prefix for step in live.rebuilt()] if live else [],
+        }
 
     def answer_audit(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Recompute every digest from live memory and compare with the version this worker says it serves, or, when it
-        serves none, with the newest one. `bucket` names another bucket to compare with; nothing is followed by that.
+        """Recompute every digest from live memory. `promised` are those of the version this worker says it serves, or,
+        when it serves none, of the newest; `drifted` names what its own updates did not leave so. `bucket` names
+        another bucket to compare with; nothing is followed by that.
 
         Weights that are not the version served quarantine the worker: it stops claiming a version.
         """
@@ -161,16 +224,25 @@ class Replica:
             url = request.get("bucket")
             other = url is not None and not self._stands_on(str(url))
             attached = self._opened(str(url)) if other else self._require_attached()
-            digests = attached.live.digests()
-            expected = attached.digests
-            if attached.position is None:
-                expected = attached.subscriber.digests_at(attached.subscriber.latest().version)
-            wrong = [name for name, value in expected.items() if digests[name] != value]
-            self._quarantined = self._quarantined or bool(wrong and attached.position is not None)
+            live, position = attached.live, attached.position
+            digests = live.digests()
+            stale = [step for step in live.rebuilt() if not step.is_current()]
+            drifted = [
+                name
+                for name in live.table
+                if digests[name] != attached.digests[name] or any(step in stale for step in live.steps.get(name, ()))
+            ]
+            version = position.version if position else attached.subscriber.latest().version
+            promised = attached.subscriber.digests_at(version)
+            if position is not None and drifted:
+                self._quarantine(attached)
             return {
-                "position": _as_dict(attached.position),
-                "digests": {name: f"{value:016x}" for name, value in digests.items()},
-                "mismatched": wrong,
+                "position": _as_dict(position),
+                "sizes": live.sizes,
+                "parts": live.parts,
+                "digests": _as_hex(digests),
+                "drifted": drifted,
+                "promised": {name: f"{value:016x}" for name, value in promised.items()},
             }
 
     def _stage(self, target: Target) -> None:
@@ -190,21 +262,45 @@ class Replica:
         """The plan that leads to a version, newer or older, from where we stand; from an anchor when we stand at no
         version, or at one that the chain no longer has."""
         try:
+            if self._quarantined:
+                attached.digests = attached.live.digests()
             try:
                 since = attached.position
-                return staging.stage(attached.live, attached.digests, attached.subscriber, since, version)
+                plan = staging.stage(attached.live, attached.digests, attached.subscriber, since, version)
             except (Gap, Forked):
                 if since is None:
                     raise
-                return staging.stage(attached.live, attached.digests, attached.subscriber, None, version)
+                plan = staging.stage(attached.live, attached.digests, attached.subscriber, None, version)
+            self._judge(attached, plan)
+            return plan
         except WrongBase:
-            self._quarantined = True
+            self._quarantine(attached)
             raise
         except (FormatError, ChainError):
             attached.subscriber.refresh()  # a record may have been damaged on its way
             raise
         finally:
             attached.subscriber.close()  # an anchor's files are as large as the model, and not needed again
+
+    def _judge(self, attached: _Attached, plan: Plan) -> None:
+        """Compare a plan with its commit, when all parts are here. Tells live weights that drifted from a change that
+        does not lead where its commit says."""
+        if attached.union is None:
+            return
+        digests, _ = attached.union.digests([plan.digests])
+        if root_of(attached.live.table.values(), digests) == plan.after.root:
+            return
+        promised = attached.subscriber.digests_at(plan.after.version)
+        wrong = [name for name, value in promised.items() if digests[name] != value]
+        raise disagreement(plan.after, wrong, self._drifted(attached, wrong))
+
+    def _drifted(self, attached: _Attached, names: Iterable[str]) -> list[str]:
+        return [name for name in names if attached.live.digest(name) != attached.digests[name]]
+
+    def _quarantine(self, attached: _Attached) -> None:
+        """Claim no version any more. The next update starts from an anchor and compares all of memory with it."""
+        self._quarantined, self._plan = True, None
+        attached.position = attached.undo = None
 
     def _write(self, attached: _Attached, plan: Plan) -> None:
         """Apply a plan. When that fails the old weights are put back, and proved to be, or the worker quarantined."""
@@ -216,10 +312,12 @@ class Replica:
             if plan.since is None:
                 _check_whole(attached.live, plan)
         except BaseException:
-            self._quarantined = True
-            self._quarantined = attached.live.digests() != attached.digests
+            if attached.live.digests() != attached.digests:
+                self._quarantine(attached)
             raise
-        attached.digests, attached.position = dict(plan.digests), plan.after
+        attached.undo = plan, attached.digests, attached.position
+        attached.digests, attached.position = plan.digests, plan.after
+        attached.joined, self._quarantined = True, False
         self._applied = {**_facts(plan), "write_ms": 1e3 * seconds}
 
     def _stands_on(self, url: str) -> bool:
@@ -236,18 +334,28 @@ class Replica:
     def _opened(self, url: str) -> _Attached:
         """A bucket's run and this worker's weights in it. Their digests say where they stand: at a committed version
         or at none."""
-        if self._transformed is None:
+        if self._loading is None:
             raise EngineUnsupported("the model was loaded before the deltawire plugin: restart vLLM with it installed")
-        if self._workers > 1:
+        if self._copies > 1:
             raise EngineUnsupported(
-                f"{self._workers} workers hold this model, and that is not proven yet: serve it without tensor, "
-                "pipeline or data parallelism"
+                f"{self._copies} data-parallel copies serve this model, and one call reaches one of them: start each "
+                "as a server of its own, with its own follower"
             )
         subscriber = Subscriber(open_bucket(url), trusted=self._trust)
-        run = subscriber.run
-        live = LiveWeights(self._model, run.table, transformed=self._transformed)
+        table = subscriber.run.table
+        live = LiveWeights(self._model, table, loading=self._loading)
+        if self._compiled and any(step.hidden for step in live.rebuilt()):
+            raise EngineUnsupported(
+                "a compiled model keeps the packed weights it was traced with: start vLLM with --enforce-eager, or "
+                "without DELTAWIRE_PREPACK=keep"
+            )
         digests = live.digests()
-        return _Attached(url, subscriber, live, digests, subscriber.position_of(root_of(run.table, digests)))
+        attached = _Attached(url, subscriber, live, None, digests)
+        if self._workers == 1:
+            attached.union = Union(live.sizes, [live.parts], live.placement.computed)
+            whole, _ = attached.union.digests([digests])
+            attached.position, attached.joined = subscriber.position_of(root_of(table, whole)), True
+        return attached
 
     def _require_attached(self) -> _Attached:
         if self._attached is None:
@@ -281,6 +389,10 @@ def _check_whole(live: LiveWeights, plan: Plan) -> None:
     if wrong := [name for name, value in plan.digests.items() if digests[name] != value]:
         staging.undo(plan.writes)
         raise WrongBase(f"{plan.after}: {len(wrong)} tensors read back wrong ({', '.join(wrong[:4])}); put back")
+
+
+def _as_hex(digests: PartDigests) -> dict[str, list[str]]:
+    return {name: [f"{value:016x}" for value in values] for name, values in digests.items()}
 
 
 def _head_run(url: str) -> str:

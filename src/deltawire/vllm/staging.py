@@ -1,27 +1,32 @@
 """Everything about an update that can be done while the server generates: fetch, verify, place, gather, compare.
 
-Weights move only by our own updates, so old bits gathered while generating are still right in the pause. A Plan that
-comes out of here has been compared, tensor by tensor, with the digests of its commit; applying it only scatters.
+Weights move only by our own updates, so old bits gathered while generating are still right in the pause. A Plan tells
+the digests that it leads to, to be compared with its commit's before it is applied; applying it only scatters.
 """
 
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 import torch
+from torch import nn
 
-from deltawire.bits import Bits
-from deltawire.changes import Change
-from deltawire.delta import Delta, TensorDelta, between_bits
+from deltawire.bits import UInts
+from deltawire.delta import TensorDelta
 from deltawire.digest import digest_at, moved
-from deltawire.digest import root as root_of
-from deltawire.errors import BadDigest, WrongBase
+from deltawire.errors import EngineUnsupported
 from deltawire.manifests import Position
 from deltawire.subscriber import Subscriber
+from deltawire.vllm.boxes import Box
 from deltawire.vllm.live import LiveWeights
-from deltawire.vllm.memory import Memory
+from deltawire.vllm.loading import Step
+from deltawire.vllm.memory import Memory, digest_box
+
+PartDigests = Mapping[str, tuple[int, ...]]
+"""by name, the digest of each part of a tensor that this worker holds"""
+DENSE = 4
+"""one element in so many changed, and the whole part is written"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,43 +38,80 @@ class Scatter:
     old: torch.Tensor
     new: torch.Tensor
 
+    def put(self, memory: Memory, bits: torch.Tensor) -> None:
+        """Write bits to the same elements of a storage."""
+        memory.flat[self.offsets] = bits
+
     def write(self) -> None:
         """Put the new bits."""
-        self.memory.flat[self.offsets] = self.new
+        self.put(self.memory, self.new)
 
     def undo(self) -> None:
         """Put the old bits back."""
-        self.memory.flat[self.offsets] = self.old
+        self.put(self.memory, self.old)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fill:
     """A whole rectangle of live memory, for a tensor that changed nearly everywhere."""
 
-    view: torch.Tensor
+    memory: Memory
+    box: Box
     old: torch.Tensor
     new: torch.Tensor
 
+    def put(self, memory: Memory, bits: torch.Tensor) -> None:
+        """Write bits to the same rectangle of a storage."""
+        memory.view(self.box).copy_(bits)
+
     def write(self) -> None:
         """Put the new bits."""
-        self.view.copy_(self.new)
+        self.put(self.memory, self.new)
 
     def undo(self) -> None:
         """Put the old bits back."""
-        self.view.copy_(self.old)
+        self.put(self.memory, self.old)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Swap:
+    """What a module's step after loading makes of its new weights, made on a shadow: into its live tensors, in place,
+    and into the attributes that hold what it keeps out of sight."""
+
+    module: nn.Module
+    tensors: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
+    attributes: tuple[tuple[str, object, object], ...]
+
+    def write(self) -> None:
+        """Put the new results."""
+        for live, _, new in self.tensors:
+            live.copy_(new)
+        for name, _, made in self.attributes:
+            setattr(self.module, name, made)
+
+    def undo(self) -> None:
+        """Put the old results back."""
+        for live, old, _ in self.tensors:
+            live.copy_(old)
+        for name, held, _ in self.attributes:
+            setattr(self.module, name, held)
+
+
+Write = Scatter | Fill | Swap
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """One update, checked and ready. `since` is None when it starts from an anchor rather than a known version.
 
-    `digests` are those of every tensor after it. Seconds by the worker's clock; `created` is the commit's own.
+    `digests` are those of every part of every tensor after it. Seconds by the worker's clock, `created` by the
+    publisher's.
     """
 
     since: Position | None
     after: Position
-    digests: Mapping[str, int]
-    writes: tuple[Scatter | Fill, ...]
+    digests: PartDigests
+    writes: tuple[Write, ...]
     changed: int
     wire_bytes: int
     created: float
@@ -78,33 +120,40 @@ class Plan:
 
 
 def stage(
-    live: LiveWeights, digests: Mapping[str, int], subscriber: Subscriber, since: Position | None, version: int
+    live: LiveWeights, digests: PartDigests, subscriber: Subscriber, since: Position | None, version: int
 ) -> Plan:
     """Make the plan that leads from the live weights (whose `digests` are known) to a committed version.
 
-    The way there is the cheapest, folded into one change, forward or back; with None it starts from an anchor.
+    The way there is the cheapest, folded into one change, forward or back; with None it starts from an anchor. Whether
+    the plan's digests are what the commit promises is for the caller to compare, with those of all workers.
 
-    Raises BucketError, FormatError, ChainError; WrongBase when live bits are not what their digest says; BadDigest when
-    the change does not lead to what the commit promises.
+    Raises BucketError, FormatError, ChainError.
     """
     started = time.monotonic()
     change = subscriber.change(since, version)
-    delta = _from_live(live, change)
     fetched = time.monotonic()
     writes: list[Scatter | Fill] = []
-    after = dict(digests)
-    for name, tensor in delta.items():
-        before_part, after_part = _place(live, name, tensor, writes)
-        after[name] = moved(digests[name], before_part, after_part)
-    if root_of(live.table.values(), after) != change.position.root:
-        promised = subscriber.digests_at(version)
-        _blame(live, digests, change.position, [name for name, value in promised.items() if after[name] != value])
+    after, changed = dict(digests), change.delta.changed
+    if change.anchor is None:
+        for name, tensor in change.delta.items():
+            after[name] = _place(live, name, tensor, digests[name], writes)
+        touched = [step for name in change.delta for step in live.steps.get(name, ())]
+    else:
+        changed = 0
+        for name in live.table:
+            wanted = change.anchor[name].copy()
+            if name in change.delta:
+                change.delta[name].apply_(wanted.data)
+            after[name], moved_here = _place_whole(live, name, wanted.data, writes)
+            changed += moved_here
+        touched = live.rebuilt()
+    swaps = [_remake(step, writes) for step in dict.fromkeys(touched)]
     return Plan(
         since=change.since,
         after=change.position,
         digests=after,
-        writes=tuple(writes),
-        changed=delta.changed,
+        writes=(*writes, *swaps),
+        changed=changed,
         wire_bytes=change.wire_bytes,
         created=change.commit.created,
         fetch_seconds=fetched - started,
@@ -112,17 +161,9 @@ def stage(
     )
 
 
-def _blame(live: LiveWeights, digests: Mapping[str, int], target: Position, wrong: list[str]) -> NoReturn:
-    """Tell live weights that drifted from a change that does not lead where its commit says."""
-    names = f"{len(wrong)} tensors would not match the commit: {', '.join(wrong[:4])}"
-    if drifted := [name for name in wrong if live.digest(name) != digests[name]]:
-        raise WrongBase(f"{target}: {names}; something else wrote to {', '.join(drifted[:4])}: restart vLLM")
-    raise BadDigest(f"{target}: {names}; the live weights are sound, what was published is not: publish a new run")
-
-
-def apply(writes: Iterable[Scatter | Fill]) -> None:
+def apply(writes: Iterable[Write]) -> None:
     """Write everything, or (when a write fails) put everything back and raise."""
-    done: list[Scatter | Fill] = []
+    done: list[Write] = []
     with torch.inference_mode():
         try:
             for write in writes:
@@ -134,53 +175,73 @@ def apply(writes: Iterable[Scatter | Fill]) -> None:
             raise
 
 
-def undo(writes: tuple[Scatter | Fill, ...]) -> None:
+def undo(writes: tuple[Write, ...]) -> None:
     """Put back what `apply` replaced."""
     with torch.inference_mode():
         for write in reversed(writes):
             write.undo()
 
 
-def _from_live(live: LiveWeights, change: Change) -> Delta:
-    """The change from what is live, which after an anchor may be anything."""
-    if change.anchor is None:
-        return change.delta
-    return Delta({name: _from_anchor(live, name, change.anchor[name], change.delta) for name in live.table})
+def _place(
+    live: LiveWeights, name: str, tensor: TensorDelta, known: tuple[int, ...], writes: list[Scatter | Fill]
+) -> tuple[int, ...]:
+    """Add the writes of one tensor's change. Returns the digest of each part after it."""
+    digests = []
+    for (memory, box), digest in zip(live.places(name), known, strict=True):
+        if tensor.positions is None:
+            old = memory.read(box)
+            new = old + box.pick(tensor.steps)
+            before, after = digest_box(old, box), digest_box(new, box)
+            _fill(memory, box, old, new, writes)
+        else:
+            inside, offsets = box.locate(tensor.positions)
+            positions, on_device = tensor.positions[inside], memory.on_device(offsets)
+            old = memory.gather(on_device)
+            new = old + tensor.steps[inside]
+            before, after = digest_at(positions, old), digest_at(positions, new)
+            if positions.size:
+                writes.append(Scatter(memory, on_device, memory.bits_on_device(old), memory.bits_on_device(new)))
+        digests.append(moved(digest, before, after))
+    return tuple(digests)
 
 
-def _from_anchor(live: LiveWeights, name: str, anchor: Bits, later: Delta) -> TensorDelta:
-    """The change of one tensor from what is live to the anchor and the deltas after it."""
-    wanted = anchor.copy()
-    if name in later:
-        later[name].apply_(wanted.data)
-    return between_bits(live.read(name), wanted)
+def _place_whole(
+    live: LiveWeights, name: str, wanted: UInts, writes: list[Scatter | Fill]
+) -> tuple[tuple[int, ...], int]:
+    """Add the writes that make one tensor what it should be, whatever it is. The digest of each part after it, and how
+    many elements change."""
+    digests, changed = [], 0
+    for memory, box in live.places(name):
+        old, new = memory.read(box), box.pick(wanted)
+        differ = np.flatnonzero(old != new)
+        if differ.size * DENSE > old.size:
+            _fill(memory, box, old, new, writes)
+        elif differ.size:
+            offsets = memory.on_device(box.at(differ)[1])
+            sides = (memory.bits_on_device(bits[differ]) for bits in (old, new))
+            writes.append(Scatter(memory, offsets, *sides))
+        changed += differ.size
+        digests.append(digest_box(new, box))
+    return tuple(digests), changed
 
 
-def _place(live: LiveWeights, name: str, tensor: TensorDelta, writes: list[Scatter | Fill]) -> tuple[int, int]:
-    """Add one tensor's writes. Returns the touched elements' part of its digest, before and after."""
-    positions, steps = tensor.sparse()
-    if tensor.positions is None:
-        old = live.read(name)
-        new = Bits(old.dtype, old.shape, old.data + tensor.steps)
-        _fill(live, name, old, new, writes)
-        return digest_at(positions, old.data[positions]), digest_at(positions, new.data[positions])
-    old_bits = np.empty(steps.size, steps.dtype)
-    places = list(live.locate(name, positions))
-    for memory, inside, offsets in places:
-        on_device = memory.on_device(offsets)
-        old_bits[inside] = memory.gather(on_device)
-        new = memory.bits_on_device(old_bits[inside] + steps[inside])
-        writes.append(Scatter(memory, on_device, memory.bits_on_device(old_bits[inside]), new))
-    return digest_at(positions, old_bits), digest_at(positions, old_bits + steps)
+def _fill(memory: Memory, box: Box, old: UInts, new: UInts, writes: list[Scatter | Fill]) -> None:
+    writes.append(Fill(memory, box, *(memory.bits_on_device(bits).reshape(box.shape) for bits in (old, new))))
 
 
-def _fill(live: LiveWeights, name: str, old: Bits, new: Bits, writes: list[Scatter | Fill]) -> None:
-    for view, (shape, offset, strides) in live.rectangles(name):
-        pick = [
-            torch.from_numpy(bits.data.view(str(view.dtype).removeprefix("torch.")))
-            .as_strided(shape, strides, offset)
-            .contiguous()
-            .to(view.device)
-            for bits in (old, new)
-        ]
-        writes.append(Fill(view, *pick))
+def _remake(step: Step, writes: Iterable[Scatter | Fill]) -> Swap:
+    """Run a module's step on a shadow of it with its new weights."""
+    values = {leaf: old.detach().clone() for leaf, old in step.loaded.items()}
+    storages = {old.untyped_storage().data_ptr(): values[leaf] for leaf, old in step.loaded.items()}
+    for write in writes:
+        if (copied := storages.get(write.memory.flat.untyped_storage().data_ptr())) is not None:
+            write.put(Memory(copied), write.new)
+    shadow = step.shadow(values)
+    live, made = step.results(step.module), step.results(shadow)
+    if any(name not in made or made[name].shape != tensor.shape for name, tensor in live.items()):
+        raise EngineUnsupported(f"what vLLM makes of {step.prefix} after loading does not fit in its place")
+    return Swap(
+        step.module,
+        tuple((tensor, tensor.detach().clone(), made[name].detach()) for name, tensor in live.items()),
+        tuple((name, getattr(step.module, name), getattr(shadow, name)) for name in step.hidden),
+    )

@@ -1,0 +1,112 @@
+"""What people serve, each on a real vLLM server: bit for bit through deltas, a fold and a rollback.
+
+`make test` runs three kinds and layouts; `make test-vllm` all of them.
+"""
+
+import os
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from servers import Server, build, save_checkpoint
+
+import deltawire as dw
+from deltawire.vllm.client import EngineClient
+from deltawire.vllm.follower import Follower
+
+TP2 = ("--tensor-parallel-size", "2")
+PP2 = ("--pipeline-parallel-size", "2")
+TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+KEEP = {"DELTAWIRE_PREPACK": "keep"}
+ALWAYS = [("qwen3-moe", "tp1"), ("qwen3-one-kv-head", "tp2"), ("qwen3-untied", "packed")]
+OFTEN = [
+    ("qwen3-tied", "tp1"), ("qwen3-untied", "tp1"), ("llama", "tp1"), ("gemma", "tp1"), ("qwen2-biases", "tp1"),
+    ("mixtral", "tp1"), ("qwen3-moe-padded", "tp1"), ("qwen3-tied", "tp2"), ("llama", "tp2"), ("gemma", "tp2"),
+    ("qwen2-biases", "tp2"), ("qwen3-moe", "tp2"), ("mixtral", "tp2"), ("qwen3-tied", "packed"),
+    ("qwen3-moe", "packed"), ("qwen3-untied", "pp2"), ("qwen3-tied", "pp2"), ("qwen3-moe", "pp2"),
+]  # fmt: skip
+LAYOUTS = {"tp1": ((), {}), "tp2": (TP2, TWO), "pp2": (PP2, TWO), "packed": ((), KEEP)}
+every = os.environ.get("DELTAWIRE_TEST_VLLM") == "all"
+pytestmark = pytest.mark.vllm
+
+
+class Chain:
+    """A checkpoint's tensors, edited and published; `weights` are those of the newest version."""
+
+    def __init__(self, folder, checkpoint):
+        self.url = folder.as_uri()
+        self.weights = load_file(checkpoint / "model.safetensors")
+        self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True), assets=checkpoint)
+        self.versions = []
+        self.random = torch.Generator().manual_seed(7)
+        self.publish()
+
+    def publish(self, share=0.02):
+        for tensor in self.weights.values() if self.versions else ():
+            chosen = torch.rand(tensor.shape, generator=self.random) < share
+            noise = 0.05 * torch.randn(tensor.shape, generator=self.random)
+            tensor.add_(torch.where(chosen, noise, torch.zeros(())).to(tensor.dtype))
+        self.publisher.publish(self.weights)
+        self.publisher.flush(60)
+        self.versions.append({name: f"{value:016x}" for name, value in dw.digest(self.weights).items()})
+        return len(self.versions) - 1
+
+
+@pytest.mark.parametrize("combination", [*ALWAYS, *(OFTEN if every else [])], ids=" ".join)
+def test_every_version_is_served_bit_for_bit(combination, tmp_path):
+    kind, layout = combination
+    checkpoint = tmp_path / "model"
+    save_checkpoint(checkpoint, build(kind))
+    chain = Chain(tmp_path / "bucket", checkpoint)
+    options, environ = LAYOUTS[layout]
+    server = Server(checkpoint, tmp_path / "vllm.log", options=options, **environ)
+    try:
+        server.wait()
+        with Follower(chain.url, server.url) as follower, EngineClient(server.url) as engine:
+            start = server.logprobs([1, 2, 3])
+            follower.step()
+            remade = [module for worker in engine.placement() for module in worker["remade"]]
+            assert bool(remade) == (layout == "packed" or kind == "qwen3-moe-padded"), remade
+            assert follower.step() is None  # the checkpoint it was started on is version 0
+            for version in (1, 2):
+                assert chain.publish() == version
+                assert follower.step().from_version == version - 1
+                assert_served(chain, engine, version)
+            for _ in range(3):
+                chain.publish()
+            assert (follower.step().from_version, engine.status().position.version) == (2, 5)
+            assert_served(chain, engine, 5)
+            dense = chain.publish(share=1)
+            follower.step()
+            assert_served(chain, engine, dense)
+            newest = server.logprobs([1, 2, 3])
+            assert newest != start
+        with Follower(chain.url, server.url, pin=2) as follower, EngineClient(server.url) as engine:
+            assert follower.step().version == 2
+            assert_served(chain, engine, 2)
+        with Follower(chain.url, server.url) as follower, EngineClient(server.url) as engine:
+            chain.publish()
+            follower.step()
+            assert_served(chain, engine, 7)
+        served, sums = server.logprobs([1, 2, 3]), server.checksums()
+    finally:
+        server.stop()
+        chain.publisher.close(10)
+    save_file(chain.weights, checkpoint / "model.safetensors", {"format": "pt"})
+    fresh = Server(checkpoint, tmp_path / "fresh.log", options=options, **environ)
+    try:
+        fresh.wait()
+        with Follower(chain.url, fresh.url) as follower:
+            assert follower.step() is None
+        assert fresh.logprobs([1, 2, 3]) == served
+        assert fresh.checksums() == sums
+    finally:
+        fresh.stop()
+
+
+def assert_served(chain, engine, version):
+    report = engine.audit()
+    assert (report.position.version, report.mismatched) == (version, [])
+    assert report.digests == chain.versions[version]
+    assert httpx.get(f"{engine.url}/weight_info", timeout=30).json()["weight_version"] == str(report.position)
