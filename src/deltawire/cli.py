@@ -4,7 +4,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -33,6 +33,7 @@ Trusted = Annotated[
     typer.Option("--trust", metavar="KEY", help="Accept only what this public key, or a key in this file, signed."),
 ]
 BaseFolder = Annotated[Path | None, typer.Option(help="Folder of the base checkpoint, if it is elsewhere here.")]
+PauseChoice = Literal["keep", "wait", "abort"]
 MIB = 1 << 20
 
 
@@ -69,6 +70,13 @@ def follow(
     poll: Annotated[float | None, typer.Option(help="Seconds between looks; default: what suits the store.")] = None,
     pin: Annotated[int | None, typer.Option(help="Hold the server at this version, older or newer.")] = None,
     trust: Trusted = None,
+    pause: Annotated[PauseChoice, typer.Option(help="Requests in flight: kept, finished first, or ended.")] = "keep",
+    keep_cache: Annotated[bool, typer.Option(help="Keep the KV cache of older weights: a shorter pause.")] = False,
+    audit_every: Annotated[int, typer.Option(min=0, help="Digest all of live memory every so many updates.")] = 100,
+    max_staleness: Annotated[
+        int | None, typer.Option(min=0, help="Versions behind at which --health answers 503; default: any.")
+    ] = None,
+    health: Annotated[int | None, typer.Option(help="Port here that answers 200 when ready, else 503.")] = None,
     once: Annotated[bool, typer.Option(help="Bring the server to the newest version, then stop.")] = False,
     compact: Annotated[Path | None, typer.Option(help="Keep a mirror here, and write folds and anchors.")] = None,
     key: Annotated[Path | None, typer.Option(help="Private key that signs those folds and anchors.")] = None,
@@ -82,6 +90,7 @@ def follow(
     from deltawire.compactor import Compactor
     from deltawire.tending import Tending
     from deltawire.vllm.follower import Follower, UpdateReport
+    from deltawire.vllm.health import HealthServer
 
     tending: Tending | None = None
 
@@ -102,8 +111,23 @@ def follow(
             compactor = Compactor(open_bucket(bucket), compact, trusted=trust or (), signing_key=key)
             tending = stack.enter_context(Tending(compactor, on_problem=problem))
         follower = stack.enter_context(
-            Follower(bucket, engine, poll=poll, pin=pin, trusted=trust or (), on_update=report, on_problem=problem)
+            Follower(
+                bucket,
+                engine,
+                poll=poll,
+                pin=pin,
+                trusted=trust or (),
+                pause=pause,
+                clear_cache=not keep_cache,
+                audit_every=audit_every,
+                on_update=report,
+                on_problem=problem,
+            )
         )
+        if health is not None:
+            standing = follower.standing
+            served = stack.enter_context(HealthServer(health, lambda: standing.why_unready(max_staleness), standing))
+            _emit({"event": "health", "url": served.url}, f"health at {served.url}", json)
         if once:
             follower.step()
         else:

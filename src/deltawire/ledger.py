@@ -15,7 +15,8 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 class Heartbeat(msgspec.Struct, frozen=True):
     """What one replica says of itself. It is a hint: anyone who may write the bucket may write it.
 
-    `version` is what it serves; `need` the lowest version it still reads from, written before a joiner downloads.
+    `version` is what it serves, `staged` what is ready to be written, `lag` versions behind, `audit` what the last look
+    at all of its memory found; `need` the lowest version it still reads from, written before a joiner downloads.
     """
 
     replica: str
@@ -25,6 +26,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
     need: int | None = None
     staged: int | None = None
     lag: int | None = None
+    audit: str | None = None
     error: str | None = None
     format: int = 1
 

@@ -106,11 +106,20 @@ class Server:
     """One vLLM server under a keeper, which ends it and its workers even when the tests are killed; `url`, `stop()`."""
 
     def __init__(
-        self, model: Path, log: Path, *, backend: str | None = "deltawire", options=(), **environ: str
+        self,
+        model: Path,
+        log: Path,
+        *,
+        backend: str | None = "deltawire",
+        options: tuple[str, ...] = (),
+        port: int = 0,
+        **environ: str,
     ) -> None:
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
             port = probe.getsockname()[1]
+        self.model, self.port = model, port
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         command = [
@@ -137,9 +146,16 @@ class Server:
             time.sleep(0.25)
         raise AssertionError(f"vLLM did not start:\n{self.log.read_text(errors='replace')[-3000:]}")
 
+    @property
+    def pid(self) -> int:
+        """The keeper's, whose children the server and its workers are."""
+        return self._process.pid
+
     def stop(self) -> None:
         """End it and its workers."""
-        os.close(self._lifeline)
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
         self._process.wait(GRACE + 30)
 
     def checksums(self) -> dict[str, str]:

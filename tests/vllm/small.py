@@ -33,6 +33,34 @@ class Fused(nn.Module):
         return {"a": self.ab[:ROWS].clone(), "b": self.ab[ROWS:].clone(), "v": self.v.clone()}
 
 
+class Shard(nn.Module):
+    """One of two workers' part of `Fused`: half of the rows of `a` and `b`, and all of `v`."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], rank: int, *, without: str = "") -> None:
+        super().__init__()
+        self._rows, self._without = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2), without
+        parts = [weights["a"][self._rows], weights["b"][self._rows]]
+        self.ab = nn.Parameter(torch.cat(parts).bfloat16(), requires_grad=False)
+        self.v = nn.Parameter(weights["v"].bfloat16(), requires_grad=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            if name == self._without:
+                continue
+            if name == "v":
+                self.v.data.copy_(tensor)
+            else:
+                self.ab.data.narrow(0, 0 if name == "a" else ROWS // 2, ROWS // 2).copy_(tensor[self._rows])
+
+    @staticmethod
+    def served(shards: list["Shard"]) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors as the workers hold them together."""
+        half = ROWS // 2
+        parts = {"a": slice(0, half), "b": slice(half, ROWS)}
+        whole = {name: torch.cat([shard.ab[rows] for shard in shards]) for name, rows in parts.items()}
+        return {**whole, "v": shards[0].v.clone()}
+
+
 def make_weights(seed: int = 0) -> dict[str, torch.Tensor]:
     """What a trainer starts from, in fp32."""
     random = torch.Generator().manual_seed(seed)

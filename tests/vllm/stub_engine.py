@@ -23,14 +23,17 @@ Answer = tuple[int, Any]
 class StubEngine:
     """`faults[path]` answers instead of the endpoint while it is there; `calls` are the paths asked, in order."""
 
-    def __init__(self, model: Fused) -> None:
-        self.replica = Replica(model, loading=AfterLoading())
+    def __init__(self, *models: Fused) -> None:
+        self.replicas = [Replica(model, loading=AfterLoading(), workers=len(models)) for model in models]
+        self._workers = [
+            SimpleNamespace(weight_transfer_engine=_Held(self, rank), _weight_update_active=False, rank=rank)
+            for rank in range(len(models))
+        ]
         self.paused = self._stopped = False
         self.weight_version = "default"
         self.faults: dict[str, Callable[[dict[str, Any]], Answer]] = {}
         self.calls: list[str] = []
         self.headers: list[dict[str, str]] = []
-        self._worker = SimpleNamespace(weight_transfer_engine=self, _weight_update_active=False, rank=0)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
@@ -50,9 +53,18 @@ class StubEngine:
         self._thread.join()
 
     @property
+    def replica(self) -> Replica:
+        """The first worker's."""
+        return self.replicas[0]
+
+    @replica.setter
+    def replica(self, replica: Replica) -> None:
+        self.replicas[0] = replica
+
+    @property
     def session_open(self) -> bool:
         """Whether a weight update was started and not finished."""
-        return bool(self._worker._weight_update_active)
+        return bool(self._workers[0]._weight_update_active)
 
     def fail(self, path: str, status: int, body: Any = None, *, after: bool = False) -> None:
         """Answer this from now on; with `after`, do what was asked first."""
@@ -66,22 +78,25 @@ class StubEngine:
 
     def do(self, path: str, request: dict[str, Any]) -> Answer:
         """What vLLM does at this path."""
-        worker = self._worker
         if path == "/collective_rpc":
             method = _worker_method(request["method"].removeprefix("deltawire_"))
-            return 200, {"results": [method(worker, *request["args"])]}
+            return 200, {"results": [method(worker, *request["args"]) for worker in self._workers]}
         if path == "/init_weight_transfer_engine":
-            self.replica.attach(request["init_info"]["bucket"])
+            for replica in self.replicas:
+                replica.attach(request["init_info"]["bucket"])
         elif path == "/start_weight_update":
-            if worker._weight_update_active:
+            if self.session_open:
                 return 500, {"error": {"message": "a weight update is already active"}}
-            worker._weight_update_active = True
+            self._set_session(True)
         elif path == "/update_weights":
-            self.replica.commit(request["update_info"])
+            for replica in self.replicas:
+                replica.commit(request["update_info"])
         elif path == "/finish_weight_update":
-            if not worker._weight_update_active:
+            if not self.session_open:
                 return 500, {"error": {"message": "no matching start_weight_update"}}
-            worker._weight_update_active = False
+            self._set_session(False)
+            for replica in self.replicas:
+                replica.confirm()
             self.weight_version = request.get("weight_version") or self.weight_version
         elif path == "/update_weight_version":
             self.weight_version = request["new_version"]
@@ -94,6 +109,10 @@ class StubEngine:
         else:
             return 404, {"detail": "Not Found"}
         return 200, {}
+
+    def _set_session(self, is_open: bool) -> None:
+        for worker in self._workers:
+            worker._weight_update_active = is_open
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         stub = self
@@ -123,3 +142,14 @@ class StubEngine:
             def log_message(self, *arguments: object) -> None: ...
 
         return Handler
+
+
+class _Held:
+    """A worker's weight transfer engine: its replica, whichever that is now."""
+
+    def __init__(self, stub: StubEngine, rank: int) -> None:
+        self._stub, self._rank = stub, rank
+
+    @property
+    def replica(self) -> Replica:
+        return self._stub.replicas[self._rank]

@@ -20,9 +20,10 @@ from deltawire.errors import (
     Unavailable,
 )
 from deltawire.vllm import staging
-from deltawire.vllm.client import EngineClient, audited, named_error
+from deltawire.vllm.client import EngineClient
 from deltawire.vllm.follower import Follower
 from deltawire.vllm.loading import AfterLoading
+from deltawire.vllm.protocol import audited, named_error
 from deltawire.vllm.replica import Replica
 from runs import PATIENCE
 

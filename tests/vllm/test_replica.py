@@ -11,9 +11,9 @@ from small import Fused, SmallRun, make_weights
 import deltawire as dw
 from deltawire.digest import root
 from deltawire.vllm import staging
-from deltawire.vllm.client import audited
 from deltawire.vllm.hooks import _worker_method
 from deltawire.vllm.loading import AfterLoading
+from deltawire.vllm.protocol import audited
 from deltawire.vllm.replica import Replica
 from runs import PATIENCE, replace_commit
 

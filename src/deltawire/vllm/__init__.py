@@ -1,8 +1,24 @@
 """The vLLM side: an engine that patches live weights in place, and a follower that drives it. Stock vLLM, no fork."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deltawire.vllm.follower import Follower
+
 
 def register() -> None:
     """What vLLM calls in each of its processes (entry point `vllm.general_plugins`); doing it twice changes nothing."""
     from deltawire.vllm.hooks import install
 
     install()
+
+
+def follow(llm: object, bucket: str, **options: object) -> "Follower":
+    """A follower of `bucket` for a `vllm.LLM` in this process; call its `step()` between calls of `generate`.
+
+    The LLM is made with `weight_transfer_config=WeightTransferConfig(backend="deltawire")`. `options` are `Follower`'s,
+    which says what is raised.
+    """
+    from deltawire.vllm import in_process
+
+    return in_process.follow(llm, bucket, **options)

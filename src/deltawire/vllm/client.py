@@ -1,27 +1,18 @@
-"""A vLLM server's control endpoints, spoken as typed calls with typed errors."""
+"""A vLLM server's control endpoints."""
 
-import json
 import os
-import secrets
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
-
-from deltawire import errors
-from deltawire.digest import root as root_of
-from deltawire.errors import EngineError, EngineUnavailable, EngineUnsupported, Quarantined
+from deltawire.errors import EngineError, EngineUnavailable, EngineUnsupported
 from deltawire.manifests import Position
-from deltawire.subscriber import Subscriber
-from deltawire.vllm.boxes import Part
-from deltawire.vllm.union import Union, disagreement
+from deltawire.vllm.protocol import Engine, PauseMode, WorkerStatus
 
 try:
     import httpx
 except ImportError:
     raise ImportError("speaking to vLLM needs httpx: pip install 'deltawire[follow]'") from None
 
-T = TypeVar("T")
 TIMEOUT = httpx.Timeout(120.0, connect=5.0)
 """seconds; a call waits for the scheduler's current step, and for a first compile"""
 LIMITS = httpx.Limits(keepalive_expiry=2.0)
@@ -30,93 +21,8 @@ DIRECT = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
 """hosts that are never reached through a proxy, whatever the environment says"""
 
 
-class WorkerStatus(msgspec.Struct, frozen=True):
-    """What the workers of a server say of themselves, as one.
-
-    `attached` is the bucket they stand on, `run` that bucket's run; `position` what they serve, None while that is no
-    committed version, `joined` whether that is known; `torn` when they stand at different ones. `error` is the newest
-    failure, None after a success; `session_open` whether a weight update was started and not finished.
-    """
-
-    attached: str | None
-    run: str | None
-    position: Position | None
-    joined: bool
-    staging: bool
-    staged: dict[str, Any] | None
-    applied: dict[str, Any] | None
-    quarantined: bool
-    session_open: bool
-    error: dict[str, str] | None
-    rank: int = 0
-    workers: int = 1
-    torn: bool = False
-
-
-def as_one(workers: list[WorkerStatus]) -> WorkerStatus:
-    """The statuses of all workers of a server as that of one; a fact they disagree on is None."""
-    first = workers[0]
-    if len(workers) == 1:
-        return first
-    applied = [worker.applied for worker in workers if worker.applied]
-    slowest = {name: max(facts[name] for facts in applied) for name in ("fetch_s", "stage_s", "write_ms") if applied}
-    failed = next((worker for worker in workers if worker.error), first)
-    error = failed.error and {**failed.error, "message": f"worker {failed.rank}: {failed.error['message']}"}
-    positions = [worker.position for worker in workers]
-    return WorkerStatus(
-        attached=_agreed(worker.attached for worker in workers),
-        run=_agreed(worker.run for worker in workers),
-        position=_agreed(positions),
-        joined=all(worker.joined for worker in workers),
-        staging=any(worker.staging for worker in workers),
-        staged=_agreed(worker.staged and {"version": worker.staged["version"]} for worker in workers),
-        applied={**applied[0], **slowest} if applied else None,
-        quarantined=any(worker.quarantined for worker in workers),
-        session_open=any(worker.session_open for worker in workers),
-        error=error,
-        workers=len(workers),
-        torn=any(position != positions[0] for position in positions),
-    )
-
-
-class AuditReport(msgspec.Struct, frozen=True):
-    """Digests recomputed from a server's live memory, and the names that differ from the version it says it serves
-    (or, when it serves none, the newest)."""
-
-    position: Position | None
-    digests: dict[str, str]
-    mismatched: list[str]
-    workers: int = 1
-
-    @property
-    def tensors(self) -> int:
-        """Tensors digested."""
-        return len(self.digests)
-
-
-def audited(answers: list[dict[str, Any]]) -> AuditReport:
-    """What the workers of a server found, taken together: every copy compared, one counted, the union complete."""
-    first = answers[0]
-    union = Union(first["sizes"], [_parts(answer) for answer in answers])
-    digests, differing = union.digests([_digests(answer) for answer in answers])
-    promised = {name: int(value, 16) for name, value in first["promised"].items()}
-    wrong = {name for answer in answers for name in answer["drifted"]} | set(differing)
-    wrong |= {name for name, value in promised.items() if digests[name] != value}
-    position = _agreed(json.dumps(answer["position"]) for answer in answers)
-    return AuditReport(
-        msgspec.json.decode(position or "null", type=Position | None),
-        {name: f"{value:016x}" for name, value in digests.items()},
-        [name for name in promised if name in wrong],
-        len(answers),
-    )
-
-
-class EngineClient:
-    """One vLLM server. Its API key, when it has one, is read from VLLM_API_KEY.
-
-    Every call raises EngineUnavailable when nobody answers, EngineUnsupported when the server lacks what it takes, and
-    Quarantined when an answer is not to the question asked.
-    """
+class EngineClient(Engine):
+    """One vLLM server, over HTTP. Its API key, when it has one, is read from VLLM_API_KEY."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -131,105 +37,41 @@ class EngineClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
         self._http.close()
 
-    def status(self) -> WorkerStatus:
-        """Where the workers stand."""
-        return as_one([msgspec.convert(answer, WorkerStatus) for answer in self._ask("status", {})])
+    def call_workers(self, method: str, argument: str) -> list[Any]:
+        return list(self._post("/collective_rpc", {"method": method, "args": [argument]}).get("results") or [])
 
     def init(self, bucket: str, trusted: Iterable[str] = ()) -> WorkerStatus:
-        """Attach the workers to a bucket: placement is probed and live weights digested. Its outcome is the status."""
         info = {"bucket": bucket, **({"trusted": sorted(trusted)} if trusted else {})}
         self._post("/init_weight_transfer_engine", {"init_info": info})
         return self.status()
 
-    def join(self, subscriber: Subscriber) -> None:
-        """Find out which version several workers' weights are, taken together, and tell them. Raises EngineUnsupported
-        when together they do not hold the run's tensors whole."""
-        answers = self._ask("holdings", {})
-        digests, differing = _union(answers).digests([_digests(answer) for answer in answers])
-        position = None if differing else subscriber.position_of(root_of(subscriber.run.table, digests))
-        self._ask("stand", {"position": msgspec.to_builtins(position)})
-
-    def stage(self, bucket: str, version: int) -> bool:
-        """Ask the workers to stage a version on threads of their own; False while one is staging another. The outcome
-        is in `status`."""
-        return all(answer["accepted"] for answer in self._ask("stage", {"bucket": bucket, "version": version}))
-
-    def vouch(self, subscriber: Subscriber, target: Position) -> None:
-        """Compare what several workers have staged, taken together, with the commit; one that holds the whole model did
-        so by itself. Raises WrongBase when live weights
-        drifted (that worker is quarantined), BadDigest when the change does not lead there."""
-        staged = self._ask("staged", {})
-        digests, differing = _union(self._ask("holdings", {})).digests([_digests(answer) for answer in staged])
-        promised = subscriber.digests_at(target.version)
-        wrong = [name for name, value in promised.items() if digests[name] != value or name in differing]
-        if wrong:
-            blamed = self._ask("blame", {"names": wrong})
-            raise disagreement(target, wrong, sorted({name for answer in blamed for name in answer["drifted"]}))
-
-    def revert(self) -> None:
-        """Take back an update that not every worker could write."""
-        self._ask("revert", {})
-
-    def audit(self, bucket: str | None = None) -> AuditReport:
-        """Recompute every digest from live memory, and compare with the version the server says it serves, or (when it
-        serves none) with the newest. `bucket` compares with another bucket than the one followed. Raises what kept a
-        worker from it."""
-        return audited(self._ask("audit", {"bucket": bucket} if bucket else {}))
-
-    def placement(self) -> list[dict[str, Any]]:
-        """Of each worker, where each checkpoint tensor lives in its parameters (`placement`), and the modules whose
-        weights are made anew at an update (`remade`)."""
-        return self._ask("placement", {})
-
     def start(self) -> None:
-        """Open a weight update session."""
         self._post("/start_weight_update", {})
 
     def update(self, bucket: str, target: Position) -> None:
-        """Commit what is staged. HTTP 200 says nothing: read `status` for the outcome."""
         info = {"bucket": bucket, "version": target.version, "root": target.root}
         self._post("/update_weights", {"update_info": info})
 
     def finish(self, weight_version: str | None) -> None:
-        """Close the session; with a version the server reports it from now on."""
         self._post("/finish_weight_update", {"weight_version": weight_version} if weight_version else {})
 
-    def pause(self, *, clear_cache: bool) -> None:
-        """Hold generation; requests in flight are kept."""
-        self._post("/pause", None, params={"mode": "keep", "clear_cache": str(clear_cache).lower()})
+    def pause(self, mode: PauseMode, *, clear_cache: bool) -> None:
+        self._post("/pause", None, params={"mode": mode, "clear_cache": str(clear_cache).lower()})
 
     def resume(self) -> None:
-        """Let generation go on."""
         self._post("/resume", None)
 
     def is_paused(self) -> bool:
-        """Whether generation is held."""
         return bool(self._send("GET", "/is_paused", None, {}).get("is_paused"))
 
     def label(self, weight_version: str) -> None:
-        """Have the server report this version from now on; no weight moves."""
         self._post("/update_weight_version", {"new_version": weight_version})
 
     def weight_version(self) -> str:
-        """What the server says it serves."""
         answer = self._send("GET", "/weight_info", None, {})
         return str(answer.get("weight_version"))
-
-    def _ask(self, method: str, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """One worker method by /collective_rpc, every worker's answer by rank; the nonce must come back from each."""
-        nonce = secrets.token_hex(8)
-        body = {"method": f"deltawire_{method}", "args": [json.dumps({**request, "nonce": nonce})]}
-        answers = self._post("/collective_rpc", body).get("results") or [None]
-        for answer in answers:
-            if not isinstance(answer, dict) or answer.get("nonce") != nonce:
-                raise Quarantined(f"{self.url} answered another question than was asked: restart it")
-        for answer in answers:
-            if refused := answer.get("refused"):
-                raise named_error(refused)
-        return sorted(answers, key=lambda answer: int(answer["rank"]))
 
     def _post(self, path: str, body: Any, params: dict[str, str] | None = None) -> dict[str, Any]:
         return self._send("POST", path, body, params or {})
@@ -259,29 +101,3 @@ class EngineClient:
                 """it with --weight-transfer-config '{"backend":"deltawire"}'"""
             )
         return EngineError(f"{self.url}{path} answered {response.status_code}: {text}")
-
-
-def _union(holdings: list[dict[str, Any]]) -> Union:
-    return Union(holdings[0]["sizes"], [_parts(answer) for answer in holdings])
-
-
-def _parts(answer: dict[str, Any]) -> dict[str, list[Part]]:
-    return msgspec.convert(answer["parts"], dict[str, list[Part]])
-
-
-def _digests(answer: dict[str, Any]) -> dict[str, list[int]]:
-    return {name: [int(value, 16) for value in values] for name, values in answer["digests"].items()}
-
-
-def _agreed(values: Iterable[T | None]) -> T | None:
-    first, *others = values
-    return first if all(other == first for other in others) else None
-
-
-def named_error(record: dict[str, Any]) -> errors.DeltaWireError:
-    """The typed error a worker recorded, made again on this side."""
-    kind = getattr(errors, str(record.get("kind")), None)
-    message = str(record.get("message", "the worker gave no reason"))
-    if isinstance(kind, type) and issubclass(kind, errors.DeltaWireError):
-        return kind(message)
-    return EngineError(f"{record.get('kind')}: {message}")

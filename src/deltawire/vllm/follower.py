@@ -26,12 +26,15 @@ from deltawire.errors import (
     NotFound,
     OtherRun,
     Quarantined,
+    WrongBase,
 )
 from deltawire.ledger import Heartbeat
 from deltawire.manifests import HEAD_KEY, Position
 from deltawire.signing import trust
 from deltawire.subscriber import Subscriber
-from deltawire.vllm.client import EngineClient, WorkerStatus, named_error
+from deltawire.vllm.client import EngineClient
+from deltawire.vllm.health import Standing
+from deltawire.vllm.protocol import AuditReport, Engine, PauseMode, WorkerStatus, named_error
 
 ASK_AGAIN = 0.02
 """seconds between looks at a worker that is staging"""
@@ -74,6 +77,11 @@ class Follower:
 
     `replica` names the entry under `replicas/` that tells others, and retention, what it serves and needs.
 
+    `pause` says what becomes of requests in flight during an update: "keep" (default) holds them where they are, "wait"
+    lets them finish first, "abort" ends them. Every `audit_every` updates all of live memory is digested anew (0:
+    never), as it is after every anchor; the server generates nothing meanwhile. Weights that turn out to be no version
+    are made anew from the bucket.
+
     `poll` is seconds between looks at the bucket, by default what suits the store. `clear_cache` chooses what happens
     to KV computed with older weights: True (default) drops the prefix cache and recomputes running requests, so that no
     token is sampled from mixed versions; False keeps both and pauses shorter.
@@ -82,12 +90,14 @@ class Follower:
     def __init__(
         self,
         bucket_url: str,
-        engine_url: str,
+        engine: str | Engine,
         *,
         poll: float | None = None,
         pin: int | None = None,
         trusted: Iterable[str | Path] = (),
+        pause: PauseMode = "keep",
         clear_cache: bool = True,
+        audit_every: int = 100,
         replica: str | None = None,
         on_update: Callable[[UpdateReport], None] = lambda report: None,
         on_problem: Callable[[Exception], None] = lambda error: None,
@@ -99,13 +109,14 @@ class Follower:
         self._on_update, self._on_problem = on_update, on_problem
         self._pin, self._trust = pin, trust(trusted)
         self._subscriber = Subscriber(self.bucket, trusted=self._trust)
-        self._engine = EngineClient(engine_url)
+        self._engine = EngineClient(engine) if isinstance(engine, str) else engine
+        self._pause: PauseMode = pause
+        self._audit_every, self._unaudited = audit_every, 0
+        self.standing = Standing()
         self._stopping = threading.Event()
         self._stepping = threading.RLock()
         self._labelled: Position | None = None
-        self._replica = replica or re.sub(r"[^A-Za-z0-9]+", "-", f"{socket.gethostname()} {engine_url}")[:100].strip(
-            "-"
-        )
+        self._replica = replica or _replica_name(self._engine.url)
         self._may_write, self._beaten, self._last_beat = True, -BEAT_EVERY, ""
 
     def __enter__(self) -> "Follower":
@@ -143,19 +154,22 @@ class Follower:
                 self._subscriber.refresh()
                 if reported != str(error):
                     self._on_problem(error)
-                reported = str(error)
+                reported = self.standing.problem = str(error)
                 self._beat(error=f"{type(error).__name__}: {error}")
                 self._stopping.wait(self._poll)
 
     def _beat(self, *, need: int | None = None, error: str | None = None) -> None:
         """Write our ledger entry when it says something new or is getting old; a host that may only read has none."""
-        served = self._labelled
+        standing, served = self.standing, self._labelled
         entry = Heartbeat(
             self._replica,
             run=served.run if served else None,
             version=served.version if served else None,
             root=served.root if served else None,
             need=need,
+            staged=standing.staged,
+            lag=standing.lag,
+            audit=standing.audit,
             error=error,
         )
         if not self._may_write or (self._last_beat == str(entry) and time.monotonic() < self._beaten + BEAT_EVERY):
@@ -177,15 +191,48 @@ class Follower:
         with self._stepping:
             if self._stopping.is_set():
                 return None
-            try:
-                target = self._target()
-            except NotFound:
-                return None
-            status = self._ready(target.run)
-            if status.position == target:
-                self._label(target)
-                return None
-            return self._commit(target) if self._stage(target) else None
+            report = self._advance()
+            self._unaudited += report is not None
+            if self._audit_every and self._unaudited >= self._audit_every and not self._audit():
+                report = self._advance() or report
+            return report
+
+    def audit(self) -> AuditReport:
+        """Recompute every digest from live memory; see AuditReport. Weights that differ quarantine the server, and the
+        next step makes them anew."""
+        with self._stepping:
+            return self._engine.audit()
+
+    def _advance(self) -> UpdateReport | None:
+        standing = self.standing
+        try:
+            target = self._target()
+        except NotFound:
+            return None
+        standing.newest, standing.staged = target.version, None
+        status = self._ready(target.run)
+        standing.served, standing.looked, standing.problem = status.position, time.monotonic(), None
+        if status.position == target:
+            self._label(target)
+            return None
+        if not self._stage(target):
+            return None
+        standing.staged = target.version
+        report = self._commit(target)
+        standing.served, standing.staged, standing.looked = target, None, time.monotonic()
+        return report
+
+    def _audit(self) -> bool:
+        """Whether live memory is what it should be; if not, the workers have quarantined themselves."""
+        found, self._unaudited = self._engine.audit(), 0
+        self.standing.audit = f"version {found.position.version if found.position else None}: " + (
+            f"{len(found.mismatched)} tensors differ: {', '.join(found.mismatched[:4])}"
+            if found.mismatched
+            else "equal"
+        )
+        if found.mismatched:
+            self._on_problem(WrongBase(f"{self._engine.url}, {self.standing.audit}; they are made anew"))
+        return not found.mismatched
 
     def _target(self) -> Position:
         """The version to serve: the pinned one, else the newest; of the run that continues ours when HEAD names it."""
@@ -273,7 +320,7 @@ class Follower:
         """Pause, commit, name the version, resume. The session is closed and generation resumed whatever happens."""
         try:
             self._engine.start()
-            self._engine.pause(clear_cache=self._clear_cache)
+            self._engine.pause(self._pause, clear_cache=self._clear_cache)
             self._engine.update(self._url, target)
             status = self._engine.status()
             if status.torn:

@@ -18,7 +18,7 @@ LOADING = "_deltawire_loading"
 """the attribute of a loaded model that holds what was changed of it after loading"""
 PREPACK = "DELTAWIRE_PREPACK"
 """the environment variable that, when `keep`, leaves vLLM's packing of linear weights on CPU as it is"""
-NOT_CHOSEN = """start this vLLM server with --weight-transfer-config '{"backend":"deltawire"}'"""
+NOT_CHOSEN = """start vLLM with --weight-transfer-config '{"backend":"deltawire"}'"""
 METHODS = ("status", "holdings", "stand", "stage", "staged", "blame", "revert", "placement", "audit")
 _INSTALLED = "_deltawire_installed"
 

@@ -64,7 +64,7 @@ class LiveWeights:
 
     def digest(self, name: str) -> tuple[int, ...]:
         """The digest of each part of one tensor, from live memory."""
-        return tuple(digest_box(memory.peek(box), box) for memory, box in self.places(name))
+        return tuple(digest_box(memory.read(box), box) for memory, box in self.places(name))
 
     def digests(self) -> dict[str, tuple[int, ...]]:
         """The digest of every part of every tensor, from live memory: the full audit."""

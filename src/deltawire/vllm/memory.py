@@ -7,7 +7,6 @@ import torch
 
 from deltawire.bits import Positions, UInts
 from deltawire.digest import MODULUS, digest_at, digest_bits
-from deltawire.errors import WrongBase
 from deltawire.vllm.boxes import Box
 
 CARRIER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -49,25 +48,27 @@ class Memory:
         """The bits at these offsets, on the host."""
         return self._narrowed(self.flat[offsets].cpu().numpy().view(self._live))
 
-    def peek(self, box: Box) -> UInts:
+    def read(self, box: Box) -> UInts:
         """A box's bits on the host, in row-major order; perhaps live memory itself, to look at now."""
         return self._narrowed(to_host(self.view(box)))
 
-    def read(self, box: Box) -> UInts:
-        """A box's bits on the host, in row-major order; a copy."""
-        return self.peek(box).copy()
+    def differing(self, box: Box, bits: UInts) -> Positions:
+        """Row-major indices of a box's elements that are not these, in every bit of the live dtype."""
+        wanted = bits.astype(self._live) << self.shift if self.shift else bits
+        return np.flatnonzero(to_host(self.view(box)) != wanted)
 
     def view(self, box: Box) -> torch.Tensor:
         """A box of the storage, writable, with its bits as they lie there."""
         return self.flat.as_strided(box.shape, box.target_strides, box.target_offset)
 
     def _narrowed(self, bits: UInts) -> UInts:
-        """Raises WrongBase for bits that the checkpoint's dtype cannot hold."""
+        """Bits as the checkpoint has them. A value that its dtype cannot hold comes out wrong by its highest exponent
+        bit, so that no digest takes it for the one it nearly is."""
         if not self.shift:
             return bits
-        if (bits & bits.dtype.type((1 << self.shift) - 1)).any():
-            raise WrongBase("live weights hold values that the run's dtype cannot: something else wrote to them")
         narrow: UInts = (bits >> self.shift).astype(self._narrow)
+        foreign = (bits & ((1 << self.shift) - 1)) != 0
+        narrow[foreign] ^= narrow.dtype.type(1 << (8 * narrow.itemsize - 2))
         return narrow
 
 

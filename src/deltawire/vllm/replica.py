@@ -139,14 +139,18 @@ class Replica:
         if attached is not None:
             attached.subscriber.close()
 
+    @property
+    def position(self) -> Position | None:
+        """The version these weights are, None while that is no committed one or in doubt."""
+        return self._attached.position if self._attached and not self._quarantined else None
+
     def answer_status(self, request: dict[str, Any]) -> dict[str, Any]:
         """Where this worker stands, what is staged, and the newest outcome."""
         attached, staged = self._attached, self._plan
-        position = attached.position if attached and not self._quarantined else None
         return {
             "attached": attached.subscriber.bucket.url if attached else None,
             "run": attached.subscriber.run.run if attached else None,
-            "position": _as_dict(position),
+            "position": _as_dict(self.position),
             "joined": bool(attached and attached.joined),
             "staging": self._staging,
             "staged": _facts(staged[2]) if staged else None,

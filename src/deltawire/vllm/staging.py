@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -192,7 +191,7 @@ def _place(
             old = memory.read(box)
             new = old + box.pick(tensor.steps)
             before, after = digest_box(old, box), digest_box(new, box)
-            _fill(memory, box, old, new, writes)
+            _fill(memory, box, new, writes)
         else:
             inside, offsets = box.locate(tensor.positions)
             positions, on_device = tensor.positions[inside], memory.on_device(offsets)
@@ -200,7 +199,7 @@ def _place(
             new = old + tensor.steps[inside]
             before, after = digest_at(positions, old), digest_at(positions, new)
             if positions.size:
-                writes.append(Scatter(memory, on_device, memory.bits_on_device(old), memory.bits_on_device(new)))
+                _scatter(memory, on_device, new, writes)
         digests.append(moved(digest, before, after))
     return tuple(digests)
 
@@ -212,21 +211,23 @@ def _place_whole(
     many elements change."""
     digests, changed = [], 0
     for memory, box in live.places(name):
-        old, new = memory.read(box), box.pick(wanted)
-        differ = np.flatnonzero(old != new)
-        if differ.size * DENSE > old.size:
-            _fill(memory, box, old, new, writes)
+        new = box.pick(wanted)
+        differ = memory.differing(box, new)
+        if differ.size * DENSE > new.size:
+            _fill(memory, box, new, writes)
         elif differ.size:
-            offsets = memory.on_device(box.at(differ)[1])
-            sides = (memory.bits_on_device(bits[differ]) for bits in (old, new))
-            writes.append(Scatter(memory, offsets, *sides))
+            _scatter(memory, memory.on_device(box.at(differ)[1]), new[differ], writes)
         changed += differ.size
         digests.append(digest_box(new, box))
     return tuple(digests), changed
 
 
-def _fill(memory: Memory, box: Box, old: UInts, new: UInts, writes: list[Scatter | Fill]) -> None:
-    writes.append(Fill(memory, box, *(memory.bits_on_device(bits).reshape(box.shape) for bits in (old, new))))
+def _scatter(memory: Memory, offsets: torch.Tensor, new: UInts, writes: list[Scatter | Fill]) -> None:
+    writes.append(Scatter(memory, offsets, memory.flat[offsets], memory.bits_on_device(new)))
+
+
+def _fill(memory: Memory, box: Box, new: UInts, writes: list[Scatter | Fill]) -> None:
+    writes.append(Fill(memory, box, memory.view(box).clone(), memory.bits_on_device(new).reshape(box.shape)))
 
 
 def _remake(step: Step, writes: Iterable[Scatter | Fill]) -> Swap:

@@ -1,0 +1,89 @@
+"""Follow a bucket with a plain `torch.nn.Module` in this process: a transformers model used for evaluation, say."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from deltawire.buckets import open_bucket
+from deltawire.manifests import Position
+from deltawire.signing import trust
+from deltawire.subscriber import Subscriber
+from deltawire.vllm.loading import AfterLoading
+from deltawire.vllm.protocol import named_error
+from deltawire.vllm.replica import Replica
+
+
+def follow(model: nn.Module, bucket: str, *, trusted: Iterable[str | Path] = ()) -> "ModelFollower":
+    """A follower of `bucket` for `model`, whose parameters and buffers have the checkpoint's names.
+
+    Weights are patched in place, in the dtype the run ships, or in fp32 where it ships bf16. `trusted` are public keys,
+    or files of them, one of which must have signed every record. Raises BucketError, FormatError, ChainError, and
+    EngineUnsupported naming the tensors of the run that the model does not hold.
+    """
+    return ModelFollower(model, bucket, trusted)
+
+
+class ModelFollower:
+    """Keeps a module at a version of one bucket; between calls of `step` nothing changes."""
+
+    def __init__(self, model: nn.Module, bucket: str, trusted: Iterable[str | Path] = ()) -> None:
+        self._bucket, self._trust = bucket, trust(trusted)
+        self._replica = Replica(_ByName(model), loading=AfterLoading())
+        self._attach()
+
+    def __enter__(self) -> "ModelFollower":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the bucket; the weights stay as they are."""
+        self._replica.close()
+
+    @property
+    def position(self) -> Position | None:
+        """The version the module holds, None while that is no committed one."""
+        return self._replica.position
+
+    def step(self, version: int | None = None) -> Position:
+        """Bring the module to a version, older or newer; by default the newest. Verified before anything is written.
+
+        Raises BucketError, FormatError, ChainError, ApplyError; the module then holds what it held.
+        """
+        self._attach()
+        if version is None:
+            with self._subscriber() as subscriber:
+                version = subscriber.latest().version
+        self._replica.commit({"bucket": self._bucket, "version": version})
+        self._check()
+        self._replica.confirm()
+        position = self._replica.position
+        assert position is not None
+        return position
+
+    def _subscriber(self) -> Subscriber:
+        return Subscriber(open_bucket(self._bucket), trusted=self._trust)
+
+    def _attach(self) -> None:
+        self._replica.attach(self._bucket, self._trust.keys)
+        self._check()
+
+    def _check(self) -> None:
+        if (problem := self._replica.answer_status({})["error"]) is not None:
+            raise named_error(problem)
+
+
+class _ByName(nn.Module):  # type: ignore[misc]
+    """A module with the loader that vLLM's have: here every tensor goes where its name says."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        held = self.model.state_dict(keep_vars=True)
+        for name, tensor in weights:
+            held[name].data.copy_(tensor)

@@ -1,0 +1,239 @@
+"""What a follower says to a vLLM engine's workers, whichever way it reaches them: typed calls with typed errors."""
+
+import json
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from deltawire import errors
+from deltawire.digest import root as root_of
+from deltawire.errors import EngineError, Quarantined
+from deltawire.manifests import Position
+from deltawire.subscriber import Subscriber
+from deltawire.vllm.boxes import Part
+from deltawire.vllm.union import Union, disagreement
+
+T = TypeVar("T")
+PauseMode = Literal["keep", "wait", "abort"]
+"""what becomes of requests in flight: kept where they are, finished first, or ended"""
+
+
+class WorkerStatus(msgspec.Struct, frozen=True):
+    """What the workers of a server say of themselves, as one.
+
+    `attached` is the bucket they stand on, `run` that bucket's run; `position` what they serve, None while that is no
+    committed version, `joined` whether that is known; `torn` when they stand at different ones. `error` is the newest
+    failure, None after a success; `session_open` whether a weight update was started and not finished.
+    """
+
+    attached: str | None
+    run: str | None
+    position: Position | None
+    joined: bool
+    staging: bool
+    staged: dict[str, Any] | None
+    applied: dict[str, Any] | None
+    quarantined: bool
+    session_open: bool
+    error: dict[str, str] | None
+    rank: int = 0
+    workers: int = 1
+    torn: bool = False
+
+
+def as_one(workers: list[WorkerStatus]) -> WorkerStatus:
+    """The statuses of all workers of a server as that of one; a fact they disagree on is None."""
+    first = workers[0]
+    if len(workers) == 1:
+        return first
+    applied = [worker.applied for worker in workers if worker.applied]
+    slowest = {name: max(facts[name] for facts in applied) for name in ("fetch_s", "stage_s", "write_ms") if applied}
+    failed = next((worker for worker in workers if worker.error), first)
+    error = failed.error and {**failed.error, "message": f"worker {failed.rank}: {failed.error['message']}"}
+    positions = [worker.position for worker in workers]
+    return WorkerStatus(
+        attached=_agreed(worker.attached for worker in workers),
+        run=_agreed(worker.run for worker in workers),
+        position=_agreed(positions),
+        joined=all(worker.joined for worker in workers),
+        staging=any(worker.staging for worker in workers),
+        staged=_agreed(worker.staged and {"version": worker.staged["version"]} for worker in workers),
+        applied={**applied[0], **slowest} if applied else None,
+        quarantined=any(worker.quarantined for worker in workers),
+        session_open=any(worker.session_open for worker in workers),
+        error=error,
+        workers=len(workers),
+        torn=any(position != positions[0] for position in positions),
+    )
+
+
+class AuditReport(msgspec.Struct, frozen=True):
+    """Digests recomputed from a server's live memory, and the names that differ from the version it says it serves
+    (or, when it serves none, the newest)."""
+
+    position: Position | None
+    digests: dict[str, str]
+    mismatched: list[str]
+    workers: int = 1
+
+    @property
+    def tensors(self) -> int:
+        """Tensors digested."""
+        return len(self.digests)
+
+
+def audited(answers: list[dict[str, Any]]) -> AuditReport:
+    """What the workers of a server found, taken together: every copy compared, one counted, the union complete."""
+    first = answers[0]
+    union = Union(first["sizes"], [_parts(answer) for answer in answers])
+    digests, differing = union.digests([_digests(answer) for answer in answers])
+    promised = {name: int(value, 16) for name, value in first["promised"].items()}
+    wrong = {name for answer in answers for name in answer["drifted"]} | set(differing)
+    wrong |= {name for name, value in promised.items() if digests[name] != value}
+    position = _agreed(json.dumps(answer["position"]) for answer in answers)
+    return AuditReport(
+        msgspec.json.decode(position or "null", type=Position | None),
+        {name: f"{value:016x}" for name, value in digests.items()},
+        [name for name in promised if name in wrong],
+        len(answers),
+    )
+
+
+class Engine(ABC):
+    """One vLLM engine and all its workers.
+
+    Every call raises EngineUnavailable when nobody answers, EngineUnsupported when the engine lacks what it takes, and
+    Quarantined when an answer is not to the question asked.
+    """
+
+    url: str
+    """where it is, for messages"""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it; it goes on as it is."""
+
+    @abstractmethod
+    def call_workers(self, method: str, argument: str) -> list[Any]:
+        """Call a method of every worker with one string; what each answered."""
+
+    @abstractmethod
+    def init(self, bucket: str, trusted: Iterable[str] = ()) -> WorkerStatus:
+        """Attach the workers to a bucket: placement is probed and live weights digested. Its outcome is the status."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Open a weight update session."""
+
+    @abstractmethod
+    def update(self, bucket: str, target: Position) -> None:
+        """Commit what is staged. No error says nothing: read `status` for the outcome."""
+
+    @abstractmethod
+    def finish(self, weight_version: str | None) -> None:
+        """Close the session; with a version the engine reports it from now on."""
+
+    @abstractmethod
+    def pause(self, mode: PauseMode, *, clear_cache: bool) -> None:
+        """Hold generation."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Let generation go on."""
+
+    @abstractmethod
+    def is_paused(self) -> bool:
+        """Whether generation is held."""
+
+    @abstractmethod
+    def label(self, weight_version: str) -> None:
+        """Have the engine report this version from now on; no weight moves."""
+
+    @abstractmethod
+    def weight_version(self) -> str:
+        """What the engine says it serves."""
+
+    def status(self) -> WorkerStatus:
+        """Where the workers stand."""
+        return as_one([msgspec.convert(answer, WorkerStatus) for answer in self._ask("status", {})])
+
+    def join(self, subscriber: Subscriber) -> None:
+        """Find out which version several workers' weights are, taken together, and tell them. Raises EngineUnsupported
+        when together they do not hold the run's tensors whole."""
+        answers = self._ask("holdings", {})
+        digests, differing = _union(answers).digests([_digests(answer) for answer in answers])
+        position = None if differing else subscriber.position_of(root_of(subscriber.run.table, digests))
+        self._ask("stand", {"position": msgspec.to_builtins(position)})
+
+    def stage(self, bucket: str, version: int) -> bool:
+        """Ask the workers to stage a version on threads of their own; False while one is staging another. The outcome
+        is in `status`."""
+        return all(answer["accepted"] for answer in self._ask("stage", {"bucket": bucket, "version": version}))
+
+    def vouch(self, subscriber: Subscriber, target: Position) -> None:
+        """Compare what several workers have staged, taken together, with the commit; one that holds the whole model did
+        so by itself. Raises WrongBase when live weights
+        drifted (that worker is quarantined), BadDigest when the change does not lead there."""
+        staged = self._ask("staged", {})
+        digests, differing = _union(self._ask("holdings", {})).digests([_digests(answer) for answer in staged])
+        promised = subscriber.digests_at(target.version)
+        wrong = [name for name, value in promised.items() if digests[name] != value or name in differing]
+        if wrong:
+            blamed = self._ask("blame", {"names": wrong})
+            raise disagreement(target, wrong, sorted({name for answer in blamed for name in answer["drifted"]}))
+
+    def revert(self) -> None:
+        """Take back an update that not every worker could write."""
+        self._ask("revert", {})
+
+    def audit(self, bucket: str | None = None) -> AuditReport:
+        """Recompute every digest from live memory, and compare with the version the server says it serves, or (when it
+        serves none) with the newest. `bucket` compares with another bucket than the one followed. Raises what kept a
+        worker from it."""
+        return audited(self._ask("audit", {"bucket": bucket} if bucket else {}))
+
+    def placement(self) -> list[dict[str, Any]]:
+        """Of each worker, where each checkpoint tensor lives in its parameters (`placement`), and the modules whose
+        weights are made anew at an update (`remade`)."""
+        return self._ask("placement", {})
+
+    def _ask(self, method: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """What every worker answers, by rank; the nonce must come back from each."""
+        nonce = secrets.token_hex(8)
+        answers = self.call_workers(f"deltawire_{method}", json.dumps({**request, "nonce": nonce})) or [None]
+        for answer in answers:
+            if not isinstance(answer, dict) or answer.get("nonce") != nonce:
+                raise Quarantined(f"{self.url} answered another question than was asked: restart it")
+        for answer in answers:
+            if refused := answer.get("refused"):
+                raise named_error(refused)
+        return sorted(answers, key=lambda answer: int(answer["rank"]))
+
+
+def _union(holdings: list[dict[str, Any]]) -> Union:
+    return Union(holdings[0]["sizes"], [_parts(answer) for answer in holdings])
+
+
+def _parts(answer: dict[str, Any]) -> dict[str, list[Part]]:
+    return msgspec.convert(answer["parts"], dict[str, list[Part]])
+
+
+def _digests(answer: dict[str, Any]) -> dict[str, list[int]]:
+    return {name: [int(value, 16) for value in values] for name, values in answer["digests"].items()}
+
+
+def _agreed(values: Iterable[T | None]) -> T | None:
+    first, *others = values
+    return first if all(other == first for other in others) else None
+
+
+def named_error(record: dict[str, Any]) -> errors.DeltaWireError:
+    """The typed error a worker recorded, made again on this side."""
+    kind = getattr(errors, str(record.get("kind")), None)
+    message = str(record.get("message", "the worker gave no reason"))
+    if isinstance(kind, type) and issubclass(kind, errors.DeltaWireError):
+        return kind(message)
+    return EngineError(f"{record.get('kind')}: {message}")
