@@ -1,8 +1,8 @@
 # What people do here. `make demo` and `make test` set up what they need on a fresh machine.
-.PHONY: help setup demo test soak lint types check docs
+.PHONY: help setup demo test test-vllm bench-vllm soak lint types check docs
 
 help:            ## this list
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup:           ## build .venv with deltawire, torch, vLLM and the examples' libraries
 	@scripts/setup
@@ -15,6 +15,12 @@ test: setup      ## every test, the ones on a real vLLM server included
 
 soak: setup      ## a thousand versions under faults, kills, compaction and pruning
 	@DELTAWIRE_SOAK_VERSIONS=1000 .venv/bin/python -m pytest tests/test_soak.py --log-cli-level=INFO
+
+test-vllm: setup ## every model and parallel layout on real vLLM servers, about 25 minutes
+	@DELTAWIRE_TEST_VLLM=all .venv/bin/python -m pytest tests/vllm
+
+bench-vllm: setup ## the pause of an update beside vLLM's own ways, on this machine
+	@.venv/bin/python benchmarks/vllm_pause.py
 
 lint: setup      ## style
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

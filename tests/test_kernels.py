@@ -33,6 +33,16 @@ def test_apply_with_digest_writes_and_sums_what_its_twin_does(pair):
     assert one == other == new
 
 
+@given(pairs())
+def test_scatter_writes_what_its_twin_writes(pair):
+    old, new = pair
+    positions = np.flatnonzero(old.data != new.data)
+    one, other = old.copy(), old.copy()
+    kernels.scatter(one.data, positions, new.data[positions])
+    kernels.plain.scatter(other.data, positions, new.data[positions])
+    assert one == other == new
+
+
 @given(pairs(), st.integers(0, 2**40))
 def test_the_digest_kernels_sum_what_their_twins_sum(pair, start):
     old, new = pair

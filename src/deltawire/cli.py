@@ -1,5 +1,6 @@
 """The `deltawire` command: one verb per thing people do. It prints reports; `--json` prints them one object a line."""
 
+import math
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -172,8 +173,18 @@ def log(bucket: BucketUrl, trust: Trusted = None, json: AsJson = False) -> None:
 
 
 @app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="A delta file.")], json: AsJson = False) -> None:
-    """Check a delta file's container and seal, and show what is in it."""
+def inspect(
+    file: Annotated[Path | None, typer.Argument(help="A delta file.")] = None,
+    engine: Annotated[str | None, typer.Option(help="A vLLM server: show where each tensor lives in it.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Check a delta file's container and seal and show what is in it, or show a server's placement."""
+    if (file is None) == (engine is None):
+        raise typer.BadParameter("name a delta file, or a server with --engine")
+    if engine is not None:
+        _show_placement(engine, json)
+        return
+    assert file is not None
     data = file.read_bytes()
     header = wire.read_header(data)
     if json:
@@ -297,6 +308,26 @@ def demo(
 
     summary = run_demo(DemoOptions(out=out, quick=quick, plain=plain))
     raise typer.Exit(0 if summary.audit_equal else 1)
+
+
+def _show_placement(engine: str, as_json: bool) -> None:
+    from deltawire.vllm.client import EngineClient
+
+    with EngineClient(engine) as client:
+        workers = client.placement()
+    if as_json:
+        for worker in workers:
+            _emit(worker, "", as_json)
+        return
+    table = Table("tensor", "worker", "parameter", "elements", "from", title=engine)
+    for worker in workers:
+        for name, boxes in worker["placement"].items():
+            for box in boxes:
+                size = math.prod(box["shape"])
+                table.add_row(name, str(worker["rank"]), box["parameter"], f"{size:,}", f"{box['source_offset']:,}")
+        for module in worker["remade"]:
+            table.add_row(f"({module})", str(worker["rank"]), "made anew at each update", "", "")
+    Console().print(table)
 
 
 def _materialize(bucket: str, out_dir: Path, version: int | None, base: Path | None, trust: list[str] | None) -> Any:

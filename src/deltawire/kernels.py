@@ -95,6 +95,12 @@ def _apply(bits, positions, steps):  # type: ignore[no-untyped-def]
     return before, after
 
 
+@_jit
+def _scatter(bits, positions, values):  # type: ignore[no-untyped-def]
+    for k in range(positions.size):
+        bits[positions[k]] = values[k]
+
+
 def digest_sweep(bits: UInts, start: int = 0) -> int:
     """Sum of mix(start + i, bits[i]) mod 2^64 over a flat array."""
     return int(_digest_sweep(bits, start))
@@ -120,6 +126,11 @@ def apply_with_digest(bits: UInts, positions: Positions, steps: UInts) -> tuple[
     return int(before), int(after)
 
 
+def scatter(bits: UInts, positions: Positions, values: UInts) -> None:
+    """`bits[positions] = values` in place."""
+    _scatter(bits, positions, values)
+
+
 def warm_up() -> None:
     """Compile every kernel for every element width."""
     for dtype in ("U8", "U16", "U32", "U64"):
@@ -129,6 +140,7 @@ def warm_up() -> None:
         apply_with_digest(old, positions, steps)
         digest_sweep(old)
         digest_at(positions, steps)
+        scatter(old, positions, steps)
 
 
 def _plain_mix(i: Positions, b: UInts) -> UInts:
@@ -160,10 +172,15 @@ def _plain_apply_with_digest(bits: UInts, positions: Positions, steps: UInts) ->
     return _plain_digest_at(positions, old), _plain_digest_at(positions, bits[positions])
 
 
+def _plain_scatter(bits: UInts, positions: Positions, values: UInts) -> None:
+    bits[positions] = values
+
+
 plain = SimpleNamespace(
     digest_sweep=_plain_digest_sweep,
     digest_at=_plain_digest_at,
     compare_and_collect=_plain_compare_and_collect,
     apply_with_digest=_plain_apply_with_digest,
+    scatter=_plain_scatter,
 )
 """The numpy twins: slow, obvious, and what the tests hold the kernels to."""

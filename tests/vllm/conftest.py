@@ -33,7 +33,8 @@ def server(checkpoint, tmp_path_factory):
     """A vLLM server with the deltawire engine."""
     from servers import Server
 
-    started = Server(checkpoint, tmp_path_factory.mktemp("vllm") / "vllm.log")
+    log = tmp_path_factory.mktemp("vllm") / "vllm.log"
+    started = Server(checkpoint, log, options=("--enable-scale-out",))
     try:
         yield started.wait()
     finally:

@@ -69,6 +69,13 @@ def test_an_order_that_digits_do_not_explain_is_not_fitted(order):
     assert fit(np.array(order)) is None
 
 
+def test_halves_that_changed_places_are_one_box_each_and_a_long_reversal_is_not_fitted():
+    layout = fit(np.array([4, 5, 6, 7, 0, 1, 2, 3]))
+    first, second = layout.carry(Box((8,), 0, (1,), "w", 0, (1,)))
+    assert (first.target_offset, second.target_offset) == (4, 0)
+    assert fit(np.arange(100)[::-1]) is None
+
+
 def test_one_element_and_none():
     assert fit(np.array([7])).offset(0) == 7
     assert fit(np.array([], np.int64)).digits == ()

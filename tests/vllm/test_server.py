@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,6 +21,9 @@ import deltawire as dw
 from deltawire.errors import BadDigest, EngineUnavailable, EngineUnsupported, NotFound
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.follower import Follower
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "vllm"))
+import weight_versions
 
 pytestmark = pytest.mark.vllm
 
@@ -203,6 +208,23 @@ def test_a_request_in_flight_lives_through_an_update(server, trainer):
         for line in lines:
             tokens += json.loads(line)["choices"][0].get("token_ids") or []
     assert len(tokens) == 100
+
+
+def test_a_request_that_lives_through_an_update_names_both_versions(server, trainer, checkpoint):
+    trainer.step()
+    with Follower(trainer.url, server.url) as follower:
+        follower.step()
+        old = trainer.publisher.position
+        trainer.step()
+        with ThreadPoolExecutor(16) as pool:
+            asked = [pool.submit(weight_versions.generate, server.url, [5, 6, 7], 120) for _ in range(16)]
+            time.sleep(0.1)
+            follower.step()
+            answers = [request.result(timeout=120) for request in asked]
+    spans = [[span["weight_version"] for span in answer["weight_versions"]] for answer in answers]
+    both = [str(old), str(trainer.publisher.position)]
+    assert both in spans
+    assert all(versions in (both, both[:1], both[1:]) for versions in spans)
 
 
 def test_a_copy_of_the_bucket_elsewhere_is_the_same_run(server, trainer, tmp_path):

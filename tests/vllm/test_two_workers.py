@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 from servers import Server, build, save_checkpoint
-from test_models import TP2, TWO, Chain, assert_served
+from test_models import TP2, TWO, Chain, assert_served, every, walk
 
 from deltawire.errors import EngineError
 from deltawire.vllm.client import EngineClient
@@ -31,6 +31,11 @@ def place(tmp_path_factory):
     finally:
         server.stop()
         chain.publisher.close(10)
+
+
+def test_two_workers_and_a_kv_head_that_both_hold_serve_every_version(place):
+    chain, server, _ = place
+    walk(chain, server)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -64,6 +69,7 @@ def copy_of(chain, folder, rank):
     return link.as_uri()
 
 
+@pytest.mark.skipif(not every, reason="starts two servers: `make test-vllm`")
 def test_a_killed_worker_ends_the_server_and_a_new_one_is_brought_to_the_newest_version(place, tmp_path):
     chain, server, _ = place
     mine = psutil.Process(server.pid).children(recursive=True)

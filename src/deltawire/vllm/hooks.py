@@ -1,11 +1,9 @@
 """What the plugin changes in vLLM, once per process: the engine's name, a watch on what happens to the weights of a
-model served with it after loading (CPU packing off meanwhile), and the worker's methods behind `/collective_rpc`."""
+model served with it after loading (with CPU packing off), and the worker's methods behind `/collective_rpc`."""
 
 import functools
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,8 +48,8 @@ def _watch_post_load_steps() -> None:
         chosen = getattr(getattr(config, "weight_transfer_config", None), "backend", None)
         if chosen != ENGINE:
             return original(model, *args, **kwargs)
-        with _linear_weights_unpacked():
-            result, loading = watch_loading(model, lambda: original(model, *args, **kwargs))
+        _keep_linear_weights_unpacked()
+        result, loading = watch_loading(model, lambda: original(model, *args, **kwargs))
         object.__setattr__(model, LOADING, loading)
         return result
 
@@ -59,24 +57,17 @@ def _watch_post_load_steps() -> None:
     base_loader.process_weights_after_loading = watched
 
 
-@contextmanager
-def _linear_weights_unpacked() -> Iterator[None]:
+def _keep_linear_weights_unpacked() -> None:
     """On CPU oneDNN and SGL copy a linear layer's weight into a packed one and read only that. Without them weights are
     patched where they lie, which vLLM has no switch for. With DELTAWIRE_PREPACK=keep they stay, and what they hold is
-    made anew at each update."""
+    made anew at each update. Kept so for vLLM's own reloads, which would pack some layers only."""
     import vllm._custom_ops as ops
     from vllm.model_executor.layers import utils
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or os.environ.get(PREPACK) == "keep":
-        yield
-        return
-    held = ops._supports_onednn, utils.check_cpu_sgl_kernel
-    ops._supports_onednn, utils.check_cpu_sgl_kernel = False, lambda *shape_and_dtype: False
-    try:
-        yield
-    finally:
-        ops._supports_onednn, utils.check_cpu_sgl_kernel = held
+    if current_platform.is_cpu() and os.environ.get(PREPACK) != "keep":
+        ops._supports_onednn = False
+        utils.check_cpu_sgl_kernel = lambda *shape_and_dtype: False
 
 
 def _worker_method(name: str) -> Any:

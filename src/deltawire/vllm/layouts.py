@@ -14,6 +14,9 @@ from deltawire.vllm.boxes import Box, box_of
 Steps = tuple[tuple[int, int, int, int], ...]
 """of a cut: (count, elements of the dimension in one step, the digit that moves, by how much)"""
 
+BACKWARDS = 16
+"""elements or blocks that may stand in reverse order; each becomes a box of its own"""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -44,7 +47,7 @@ class Layout:
             pieces = grown
         if not all(self._stays(at, steps) for _, at, steps, _ in pieces):
             return None
-        return [self._box(box.parameter, *piece) for piece in pieces]
+        return [part for piece in pieces for part in self._boxes(box.parameter, *piece)]
 
     def _cut(self, at: int, size: int, stride: int) -> list[tuple[int, Steps]] | None:
         """A dimension that starts at offset `at`, cut where a digit would carry: per piece, the elements before it."""
@@ -80,12 +83,20 @@ class Layout:
             highest[digit] += (count - 1) * move
         return all(high < size for high, (size, _, _) in zip(highest, self.digits, strict=True))
 
-    def _box(self, parameter: str, source: int, at: int, steps: Steps, sources: tuple[int, ...]) -> Box:
-        dims = [
-            (count, source_stride, by * self.digits[digit][2])
-            for (count, _, digit, by), source_stride in zip(steps, sources, strict=True)
-        ]
-        return box_of(dims, source, parameter, self.offset(at))
+    def _boxes(self, parameter: str, source: int, at: int, steps: Steps, sources: tuple[int, ...]) -> list[Box]:
+        """A piece as a box; one for each step along a digit that runs backwards, which no view of a storage does."""
+        boxes: list[tuple[tuple[tuple[int, int, int], ...], int, int]] = [((), source, self.offset(at))]
+        for (count, _, digit, by), source_stride in zip(steps, sources, strict=True):
+            stride = by * self.digits[digit][2]
+            if stride > 0:
+                boxes = [((*dims, (count, source_stride, stride)), here, there) for dims, here, there in boxes]
+            else:
+                boxes = [
+                    (dims, here + n * source_stride, there + n * stride)
+                    for dims, here, there in boxes
+                    for n in range(count)
+                ]
+        return [box_of(dims, here, parameter, there) for dims, here, there in boxes]
 
 
 def fit(targets: Positions) -> Layout | None:
@@ -99,6 +110,8 @@ def fit(targets: Positions) -> Layout | None:
             return None
         rows = rest.reshape(-1, size)
         if not (rows == rows[:, :1] + step * np.arange(size)).all():
+            return None
+        if step < 0 and size > BACKWARDS:
             return None
         digits.append((size, here, int(step)))
         here, rest = here * size, rows[:, 0]

@@ -11,7 +11,7 @@ from deltawire.bits import count
 from deltawire.errors import EngineUnsupported
 from deltawire.manifests import TensorEntry
 from deltawire.vllm.boxes import Box, Part, Placement
-from deltawire.vllm.loading import AfterLoading, Step, Watch, as_loaded
+from deltawire.vllm.loading import AfterLoading, Step, Watch, as_loaded, held
 from deltawire.vllm.memory import Memory, digest_box, fingerprint
 from deltawire.vllm.placement import probe
 
@@ -131,11 +131,11 @@ def watch_loading(model: torch.nn.Module, process: Callable[[], Any]) -> tuple[A
     with watch.modules():
         result = process()
     changes = changes_between(before, tensors_of(model), known)
-    for step in watch.steps:
-        prefix = step.parameter("")
-        own = [name for name in changes if name.startswith(prefix) and "." not in name[len(prefix) :]]
-        for name in own:
-            del changes[name]
+    explained = {id(step.module) for step in watch.steps}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if id(module) in explained:  # under whichever of its names
+            for leaf in held(module):
+                changes.pop(f"{prefix}.{leaf}" if prefix else leaf, None)
     return result, AfterLoading(changes, watch.steps)
 
 

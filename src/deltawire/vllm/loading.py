@@ -19,7 +19,7 @@ from torch import nn
 
 from deltawire.errors import EngineUnsupported
 from deltawire.vllm.layouts import Layout, fit
-from deltawire.vllm.memory import CARRIER, same_bits
+from deltawire.vllm.memory import CARRIER, same_bits, to_host
 
 PROBE_ROWS = 3
 """rows of the input by which two modules that keep their weights out of sight are compared"""
@@ -118,17 +118,19 @@ class Watch:
     def run(self, module: nn.Module, step: Callable[[nn.Module], Any], method: object) -> Any:
         """Do the step, and learn what it did to `module`. `method` is a copy of what does it, from before."""
         before = _frozen(module, method)
-        parameters, callables = dict(module._parameters), _closures(module)
-        copies = {leaf: old.detach().clone() for leaf, old in parameters.items() if old is not None}
+        tensors, callables = held(module), _closures(module)
+        copies = {leaf: tensor.detach().clone() for leaf, tensor in tensors.items()}
+        parameters = {leaf: old for leaf, old in module._parameters.items() if old is not None}
         result = step(module)
         hidden = tuple(name for name, made in _closures(module).items() if callables.get(name) is not made)
-        moved = {
-            leaf for leaf, copied in copies.items() if not _kept(parameters[leaf], copied, module._parameters.get(leaf))
-        }
-        if moved or hidden:
+        now = held(module)
+        changed = {leaf for leaf in now if leaf not in tensors or not _kept(tensors[leaf], copies[leaf], now[leaf])} | (
+            tensors.keys() - now.keys()
+        )
+        if parameters and (changed or hidden):
             loaded = {
-                leaf: _parameter_like(parameters[leaf], copied if leaf in moved else parameters[leaf].data)
-                for leaf, copied in copies.items()
+                leaf: _parameter_like(old, copies[leaf] if leaf in changed else old.data)
+                for leaf, old in parameters.items()
             }
             found = Step(self._prefixes.get(id(module), ""), module, loaded, before, hidden)
             if not hidden:
@@ -254,12 +256,11 @@ def _explains(layout: Layout, loaded: torch.Tensor, live: torch.Tensor | None) -
     """Whether a live tensor holds these values in this order."""
     if live is None or live.dtype != loaded.dtype or not live.is_contiguous():
         return False
-    carrier = CARRIER[live.element_size()]
-    flat = torch.empty(0, dtype=carrier, device=live.device).set_(
-        live.untyped_storage(), live.storage_offset(), (live.numel(),), (1,)
-    )
-    sizes, _, strides = zip(*layout.digits, strict=True) if layout.digits else ((), (), ())
-    return torch.equal(flat.as_strided(sizes, strides, layout.start).reshape(-1), loaded.reshape(-1).view(carrier))
+    flat = to_host(live)
+    sizes = [size for size, _, _ in layout.digits]
+    strides = [flat.itemsize * after for _, _, after in layout.digits]
+    moved = np.lib.stride_tricks.as_strided(flat[layout.start :], sizes, strides, writeable=False)
+    return np.array_equal(moved.reshape(-1), to_host(loaded))
 
 
 def _closures(module: nn.Module) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Memory:
         self.flat = torch.empty(0, dtype=carrier, device=tensor.device).set_(storage, 0, (size,), (1,))
         self.shift = shift
         self._live = np.dtype(f"<u{tensor.element_size()}")
+        self._host = self.flat.numpy().view(self._live) if self.flat.device.type == "cpu" else None
         self._narrow = np.dtype(f"<u{tensor.element_size() - shift // 8}")
 
     def on_device(self, offsets: Positions) -> torch.Tensor:
@@ -47,6 +48,15 @@ class Memory:
     def gather(self, offsets: torch.Tensor) -> UInts:
         """The bits at these offsets, on the host."""
         return self._narrowed(self.flat[offsets].cpu().numpy().view(self._live))
+
+    def scatter(self, offsets: torch.Tensor, bits: torch.Tensor) -> None:
+        """Write bits, as `bits_on_device` made them, to these offsets."""
+        if self._host is None:
+            self.flat[offsets] = bits
+            return
+        from deltawire import kernels
+
+        kernels.scatter(self._host, offsets.numpy(), bits.numpy().view(self._live))
 
     def read(self, box: Box) -> UInts:
         """A box's bits on the host, in row-major order; perhaps live memory itself, to look at now."""
@@ -88,7 +98,8 @@ def digest_box(bits: UInts, box: Box) -> int:
 def to_host(view: torch.Tensor) -> UInts:
     """A view's bits as a flat array on the host, in row-major order."""
     width = view.element_size()
-    bits: UInts = view.contiguous().reshape(-1).cpu().numpy().view(np.dtype(f"<u{width}"))
+    flat = view.detach().contiguous().reshape(-1).view(CARRIER[width])
+    bits: UInts = flat.cpu().numpy().view(np.dtype(f"<u{width}"))
     return bits
 
 

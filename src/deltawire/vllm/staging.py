@@ -39,7 +39,7 @@ class Scatter:
 
     def put(self, memory: Memory, bits: torch.Tensor) -> None:
         """Write bits to the same elements of a storage."""
-        memory.flat[self.offsets] = bits
+        memory.scatter(self.offsets, bits)
 
     def write(self) -> None:
         """Put the new bits."""

@@ -1,0 +1,167 @@
+"""What a module's step after loading does to its weights: followed, repeated, or refused, and never patched stale."""
+
+import pytest
+import torch
+from torch import nn
+
+from deltawire.digest import digest_bits
+from deltawire.errors import EngineUnsupported
+from deltawire.manifests import TensorEntry
+from deltawire.tensors import as_bits
+from deltawire.vllm.live import LiveWeights, watch_loading
+from deltawire.vllm.union import Union
+
+SHAPE = (4, 32, 6)
+
+
+class Method:
+    """What vLLM calls a quant method: here one that keeps the weight as it is."""
+
+    def process_weights_after_loading(self, layer):
+        pass
+
+    def apply(self, layer, inputs):
+        return inputs @ layer.weight.t()
+
+
+class Blocks(Method):
+    """Rows in blocks of 16, columns first, as a grouped matrix product wants its experts; only the first time."""
+
+    packed = False
+
+    def process_weights_after_loading(self, layer):
+        if self.packed:
+            return
+        experts, rows, columns = layer.weight.shape
+        blocks = layer.weight.data.reshape(experts, rows // 16, 16, columns).transpose(2, 3).contiguous()
+        layer.weight = nn.Parameter(blocks.reshape(layer.weight.shape), requires_grad=False)
+        self.packed = True
+
+
+class Halves(Method):
+    def process_weights_after_loading(self, layer):
+        layer.weight.data = torch.cat(layer.weight.data.chunk(2)[::-1])
+
+
+class Rounded(Method):
+    def process_weights_after_loading(self, layer):
+        layer.weight.data = (layer.weight.data * 8).round() / 8
+
+
+class Padded(Method):
+    def process_weights_after_loading(self, layer):
+        layer.weight = nn.Parameter(nn.functional.pad(layer.weight.data, (0, 2)), requires_grad=False)
+
+
+class Hidden(Method):
+    def process_weights_after_loading(self, layer):
+        kept = layer.weight.data.t().clone()
+        layer.linear = lambda inputs: inputs @ kept
+        layer.weight = nn.Parameter(torch.empty(0, dtype=torch.bfloat16), requires_grad=False)
+
+    def apply(self, layer, inputs):
+        return layer.linear(inputs)
+
+
+class Derived(Method):
+    def process_weights_after_loading(self, layer):
+        layer.transposed = layer.weight.data.transpose(0, 1).contiguous()
+
+
+class Noisy(Method):
+    def process_weights_after_loading(self, layer):
+        layer.weight.data = layer.weight.data + torch.rand(())
+
+
+class Layer(nn.Module):
+    def __init__(self, method, shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16), requires_grad=False)
+        self.quant_method = method
+
+
+class Model(nn.Module):
+    def __init__(self, method, shape=SHAPE):
+        super().__init__()
+        self.layer, self.norm = Layer(method, shape), Layer(Method(), (3,))
+        self.shape = shape
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            self.get_submodule(name).weight.data.copy_(tensor)
+
+    def loaded(self, weights):
+        """As vLLM loads it: the loader, then each module's step."""
+        self.load_weights(weights.items())
+
+        def process():
+            for module in self.modules():
+                if hasattr(module, "quant_method"):
+                    module.quant_method.process_weights_after_loading(module)
+
+        _, loading = watch_loading(self, process)
+        table = [TensorEntry(name, "BF16", tuple(tensor.shape)) for name, tensor in weights.items()]
+        return LiveWeights(self, table, loading=loading), loading
+
+
+def weights_of(shape=SHAPE, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(size, generator=random).bfloat16() for name, size in (("layer", shape), ("norm", (3,)))}
+
+
+def totals(live):
+    return Union(live.sizes, [live.parts]).digests([live.digests()])[0]
+
+
+def digests(weights):
+    return {name: digest_bits(as_bits(tensor).data) for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("method", [Blocks, Halves, Padded])
+def test_a_step_that_only_moves_elements_is_learned_and_its_weights_are_read_where_they_lie(method):
+    weights = weights_of()
+    live, loading = Model(method()).loaded(weights)
+    assert [step.prefix for step in loading.steps] == ["layer"]
+    assert live.rebuilt() == []
+    assert totals(live) == digests(weights)
+
+
+@pytest.mark.parametrize(("method", "shape"), [(Rounded, SHAPE), (Hidden, (8, 6)), (Derived, (8, 6))])
+def test_what_any_other_step_made_of_new_weights_is_what_it_makes_of_them_when_loaded(method, shape):
+    model, before, after = Model(method(), shape), weights_of(shape), weights_of(shape, seed=1)
+    live, _ = model.loaded(before)
+    (step,) = live.rebuilt()
+    assert totals(live) == digests(before)
+    assert step.is_current()
+
+    step.loaded["weight"].data.copy_(after["layer"])
+    assert totals(live)["layer"] == digests(after)["layer"]
+    assert not step.is_current()  # the weights are new, what was made of them is not
+    fresh = Model(method(), shape)
+    fresh.loaded(after)
+    shadow = step.shadow(step.loaded)
+    mine, right = step.results(shadow), step.results(model.layer)
+    assert mine.keys() == right.keys()
+    for name in mine:
+        assert torch.equal(mine[name], getattr(fresh.layer, name)), name
+    if step.hidden:
+        inputs = torch.ones(2, shape[1], dtype=torch.bfloat16)
+        assert torch.equal(shadow.linear(inputs), fresh.layer.linear(inputs))
+
+
+def test_a_step_that_gives_something_else_each_time_is_refused_at_start_up():
+    with pytest.raises(EngineUnsupported, match="what vLLM makes of layer after loading is not the same every time"):
+        Model(Noisy()).loaded(weights_of())
+
+
+def test_a_module_that_no_step_touches_is_left_alone():
+    weights = weights_of()
+    live, loading = Model(Method()).loaded(weights)
+    assert (loading.steps, loading.unexplained) == ([], {})
+    assert totals(live) == digests(weights)
+
+
+def test_the_watch_is_gone_when_the_model_is_loaded():
+    model = Model(Blocks())
+    model.loaded(weights_of())
+    assert "process_weights_after_loading" not in vars(model.layer.quant_method)
