@@ -221,7 +221,7 @@ def test_a_request_that_lives_through_an_update_names_both_versions(server, trai
             time.sleep(0.1)
             follower.step()
             answers = [request.result(timeout=120) for request in asked]
-    spans = [[span["weight_version"] for span in answer["weight_versions"]] for answer in answers]
+    spans = [[span["version"] for span in answer["weight_versions"]] for answer in answers]
     both = [str(old), str(trainer.publisher.position)]
     assert both in spans
     assert all(versions in (both, both[:1], both[1:]) for versions in spans)
