@@ -73,6 +73,16 @@ class Noisy(Method):
         layer.weight.data = layer.weight.data + torch.rand(())
 
 
+class Once(Method):
+    done = False
+
+    def process_weights_after_loading(self, layer):
+        if Once.done:
+            raise RuntimeError("the device was set up already")
+        Once.done = True
+        layer.weight.data = layer.weight.data + 1
+
+
 class Layer(nn.Module):
     def __init__(self, method, shape):
         super().__init__()
@@ -152,6 +162,11 @@ def test_what_any_other_step_made_of_new_weights_is_what_it_makes_of_them_when_l
 def test_a_step_that_gives_something_else_each_time_is_refused_at_start_up():
     with pytest.raises(EngineUnsupported, match="what vLLM makes of layer after loading is not the same every time"):
         Model(Noisy()).loaded(weights_of())
+
+
+def test_a_step_that_cannot_be_done_again_does_not_keep_vllm_from_starting_and_is_refused_with_a_bucket():
+    with pytest.raises(EngineUnsupported, match=r"layer after loading cannot be done again .RuntimeError: the device"):
+        Model(Once()).loaded(weights_of())
 
 
 def test_a_module_that_no_step_touches_is_left_alone():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import Shard, SmallRun
 from stub_engine import StubEngine
+from test_replica import await_staging
 
 import deltawire as dw
 from deltawire.digest import digest_at
@@ -103,6 +104,8 @@ def test_a_follower_killed_between_the_writes_of_two_workers_leaves_nothing_that
         client.start()
         client.pause("keep", clear_cache=True)
     target = run.publisher.position
+    engine.replicas[0].answer_stage({"bucket": run.url, "version": 1})
+    await_staging()
     engine.replicas[0].commit({"bucket": run.url, "version": 1, "root": target.root})
     with EngineClient(engine.url) as client:
         assert client.status().torn
@@ -174,12 +177,16 @@ def test_a_change_that_does_not_lead_to_its_commit_is_refused_for_all(run, engin
 def test_a_plain_post_is_refused_because_nobody_compared_the_workers(run, engine, shards, follower):
     follower.step()
     run.publish(a=1)
-    for replica in engine.replicas:
-        replica.commit({"bucket": run.url, "version": 1})
-    with EngineClient(engine.url) as client:
-        error = client.status().error
-    assert error["kind"] == "EngineUnsupported"
-    assert "only a follower can compare" in error["message"]
+    for staged in (False, True):
+        for replica in engine.replicas:
+            if staged:
+                replica.answer_stage({"bucket": run.url, "version": 1})
+                await_staging()
+            replica.commit({"bucket": run.url, "version": 1, **({} if staged else {"root": "unvouched"})})
+        with EngineClient(engine.url) as client:
+            error = client.status().error
+        assert error["kind"] == "EngineUnsupported"
+        assert "only a follower can compare" in error["message"]
     assert_served(run, engine, shards, 0)
 
 

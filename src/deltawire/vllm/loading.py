@@ -45,11 +45,17 @@ class Step:
         return f"{self.prefix}.{leaf}" if self.prefix else leaf
 
     def shadow(self, values: Mapping[str, torch.Tensor]) -> nn.Module:
-        """A module that is to these loaded values what the live one is to its own."""
+        """A module that is to these loaded values what the live one is to its own. Raises EngineUnsupported when the
+        step cannot be done again."""
         shadow = _revive(self.before, type(self.module))
         shadow._parameters = {leaf: _parameter_like(old, values[leaf]) for leaf, old in self.loaded.items()}
-        with torch.no_grad():
-            shadow.quant_method.process_weights_after_loading(shadow)
+        try:
+            with torch.no_grad():
+                shadow.quant_method.process_weights_after_loading(shadow)
+        except Exception as error:
+            raise EngineUnsupported(
+                f"what vLLM does to {self.prefix} after loading cannot be done again ({type(error).__name__}: {error})"
+            ) from error
         return shadow
 
     def results(self, module: nn.Module) -> dict[str, torch.Tensor]:
@@ -145,7 +151,10 @@ class Watch:
         shapes = tuple((leaf, old.dtype, tuple(old.shape)) for leaf, old in step.loaded.items())
         kind = type(step.module), type(step.before["quant_method"]), shapes
         if kind not in self._known:
-            self._known[kind] = learn(step)
+            try:
+                self._known[kind] = learn(step)
+            except EngineUnsupported:  # told again, and to somebody, when a bucket is attached
+                self._known[kind] = {}
         layouts = self._known[kind]
         live = step.module._parameters
         right = all(_explains(layout, values[leaf], live.get(leaf)) for leaf, layout in layouts.items())

@@ -41,6 +41,8 @@ from deltawire.vllm.loading import AfterLoading
 from deltawire.vllm.staging import PartDigests, Plan
 from deltawire.vllm.union import Union, disagreement
 
+_NOBODY_COMPARED = "only a follower can compare what all workers hold together with the commit: run `deltawire follow`"
+
 
 class Target(msgspec.Struct, frozen=True):
     """What an update asks for; `root` is what a follower found all workers together to lead to."""
@@ -119,13 +121,12 @@ class Replica:
                 return
             if staged and staged[:2] == (attached, attached.position) and staged[2].after.version == target.version:
                 plan = staged[2]
+            elif attached.union is None:
+                raise EngineUnsupported(f"version {target.version} is not staged, and {_NOBODY_COMPARED}")
             else:
                 plan = self._prepare(attached, target.version)
             if attached.union is None and target.root != plan.after.root:
-                raise EngineUnsupported(
-                    f"{self._workers} workers hold this model, each a part: only a follower can compare what they hold "
-                    "together with the commit. Run `deltawire follow`"
-                )
+                raise EngineUnsupported(f"this worker holds a part of the model, and {_NOBODY_COMPARED}")
             self._write(attached, plan)
 
     def confirm(self) -> None:
