@@ -47,7 +47,7 @@ def tiny_qwen3() -> Qwen3ForCausalLM:
             num_attention_heads=2,
             num_key_value_heads=1,
             head_dim=32,
-            max_position_embeddings=256,
+            max_position_embeddings=2048,
             tie_word_embeddings=True,
         )
     )
@@ -61,7 +61,7 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 2048,
 }
 EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
 MODELS = {
@@ -102,6 +102,9 @@ def save_checkpoint(folder: Path, model=None) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
 
 
+RUNNING = "vllm:num_requests_running{"
+
+
 class Server:
     """One vLLM server under a keeper, which ends it and its workers even when the tests are killed; `url`, `stop()`."""
 
@@ -124,7 +127,7 @@ class Server:
         self.log = log
         command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
-            *("--served-model-name", "policy", "--dtype", "bfloat16", "--max-model-len", "128"),
+            *("--served-model-name", "policy", "--dtype", "bfloat16", "--max-model-len", "2048"),
             *("--enforce-eager", "--host", "127.0.0.1", "--port", str(port)),
             *options,
             *(("--weight-transfer-config", f'{{"backend":"{backend}"}}') if backend else ()),
@@ -162,6 +165,11 @@ class Server:
         """vLLM's own checksum of every live parameter."""
         answer = httpx.post(f"{self.url}/weight_checker", json={"action": "checksum"}, timeout=60)
         return answer.json()["checksums"]
+
+    def requests_running(self) -> int:
+        """How many requests vLLM's scheduler holds right now, as its metrics say."""
+        metrics = httpx.get(f"{self.url}/metrics", timeout=60).text
+        return sum(int(float(line.split()[-1])) for line in metrics.splitlines() if line.startswith(RUNNING))
 
     def logprobs(self, prompt: list[int], length: int = 8) -> list[float]:
         """Greedy generation: the log-probability of each token it chose."""
