@@ -230,3 +230,17 @@ def test_a_publisher_that_cannot_open_leaves_nothing_on_the_disk(tmp_path, monke
 def test_a_codec_that_cannot_be_published_is_refused():
     with pytest.raises(UnknownVersion, match="raw"):
         Publisher(fresh(), codec="raw")
+
+
+def test_what_prepares_the_pairs_is_applied_in_order():
+    def renamed(pairs):
+        return ((name.removeprefix("module."), tensor) for name, tensor in pairs)
+
+    def only_w(pairs):
+        return ((name, tensor) for name, tensor in pairs if name == "w")
+
+    bucket, weights = fresh(), {"w": torch.ones(4), "b": torch.zeros(4)}
+    with Publisher(bucket, prepare=[renamed, only_w]) as pub:
+        pub.publish({f"module.{name}": tensor for name, tensor in weights.items()})
+    with Subscriber(bucket) as subscriber:
+        assert [entry.name for entry in subscriber.run.table] == ["w"]

@@ -28,6 +28,9 @@ from deltawire.reports import PublishReport, UploadReport
 FIRST_RETRY = 0.5
 """seconds; doubles up to LAST_RETRY while the store says "later" """
 LAST_RETRY = 30.0
+Pairs = Iterable[tuple[str, Any]]
+"""(name, tensor)"""
+Prepare = Callable[[Pairs], Pairs]
 
 
 class Publisher:
@@ -36,6 +39,8 @@ class Publisher:
     `base`: the checkpoint both sides start from, a folder or a Hub repository; version 0 then is a reference to it.
     Without it version 0 is an anchor, a full checkpoint in the bucket, with the config and tokenizer files of `assets`.
     `dtype` is what fp32 and fp64 tensors are cast to, as the server holds them ("BF16"); with a base, its dtypes rule.
+    `prepare` are functions over the (name, tensor) pairs of a publish, applied in order, that give the checkpoint's
+    names, shapes and dtypes where the trainer's differ.
     `codec`: "gap". `on_upload` hears of every commit, on the uploader's thread.
 
     A bucket that already holds a run continues it: the baseline is rebuilt from the last commit, and the first publish
@@ -56,6 +61,7 @@ class Publisher:
         codec: str = "gap",
         dtype: str = "BF16",
         assets: str | Path | None = None,
+        prepare: Iterable[Prepare] = (),
         run: Literal["continue", "supersede"] = "continue",
         signing_key: str | Path | None = None,
         compactors: Iterable[str | Path] = (),
@@ -65,7 +71,7 @@ class Publisher:
         if codec != "gap":
             raise UnknownVersion(f'codec {codec!r} cannot be published; use "gap" ("raw" is for dw.encode alone)')
         self.bucket = bucket
-        self._on_upload = on_upload
+        self._on_upload, self._prepare = on_upload, tuple(prepare)
         self._key = None if signing_key is None else signing.read_key(signing_key)
         self._writer = f"{socket.gethostname()} pid {os.getpid()}"
         delegates = tuple(sorted(signing.trust(compactors).keys))
@@ -114,7 +120,7 @@ class Publisher:
 
     def publish(
         self,
-        tensors: Iterable[tuple[str, Any]] | Mapping[str, Any],
+        tensors: Pairs | Mapping[str, Any],
         *,
         step: int | None = None,
         metrics: Mapping[str, float] | None = None,
@@ -131,7 +137,9 @@ class Publisher:
         if isinstance(self._problem, ChainError) or self._died or self._closing:
             raise self._problem or DeltaWireError(f"{self.bucket.url}: this publisher is closed; open a new one")
         started = time.perf_counter()
-        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+        pairs: Pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+        for prepare in self._prepare:
+            pairs = prepare(pairs)
         step = None if step is None else int(step)
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         versions, compare_seconds = self._capturer.capture(pairs, step=step, metrics=numbers)
