@@ -28,7 +28,7 @@ OFTEN = [
 ]  # fmt: skip
 LAYOUTS = {"tp1": ((), {}), "tp2": (TP2, TWO), "packed": ((), KEEP)}
 every = os.environ.get("DELTAWIRE_TEST_VLLM") == "all"
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]  # starts two servers, each with two workers
 
 
 class Chain:

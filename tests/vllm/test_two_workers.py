@@ -13,7 +13,7 @@ from deltawire.errors import EngineError
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.follower import Follower
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]  # starts two servers, each with two workers
 PLUGIN = Path(__file__).parent / "faults_plugin"
 
 
