@@ -6,14 +6,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from servers import Server, build, save_checkpoint
+from servers import START_SECONDS, Server, build, save_checkpoint
 from test_models import TP2, TWO, Chain, assert_served, every, walk
 
 from deltawire.errors import EngineError
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.follower import Follower
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
 PLUGIN = Path(__file__).parent / "faults_plugin"
 
 
