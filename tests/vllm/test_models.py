@@ -9,7 +9,7 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from servers import Server, build, save_checkpoint
+from servers import START_SECONDS, Server, build, save_checkpoint
 
 import deltawire as dw
 from deltawire.vllm.client import EngineClient
@@ -28,7 +28,7 @@ OFTEN = [
 ]  # fmt: skip
 LAYOUTS = {"tp1": ((), {}), "tp2": (TP2, TWO), "packed": ((), KEEP)}
 every = os.environ.get("DELTAWIRE_TEST_VLLM") == "all"
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]  # starts two servers, each with two workers
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3 * START_SECONDS)]  # two servers start within one test
 
 
 class Chain:
