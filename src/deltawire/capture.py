@@ -240,4 +240,5 @@ def _seeded(weights: Mapping[str, Bits]) -> Baseline:
 def _cast_all(pairs: Iterable[tuple[str, Any]], dtype: str) -> Iterable[tuple[str, Bits]]:
     for name, tensor in pairs:
         own = dtype_of(tensor)
-        yield name, cast(tensor, dtype if own in WIDE else own)
+        wide = own in WIDE and not isinstance(tensor, Bits)  # Bits are what the checkpoint holds, fp8's scales say
+        yield name, cast(tensor, dtype if wide else own)
