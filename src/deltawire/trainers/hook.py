@@ -11,6 +11,8 @@ from torch import nn
 
 from deltawire.errors import DtypeMismatch, MissingTensor
 from deltawire.publisher import Publisher
+from deltawire.trainers.optimizers import unwrap
+from deltawire.trainers.rounding import RoundingWatch
 
 
 def publish_after_step(publisher: Publisher, model: nn.Module, optimizer: Any, *, step: int = 0) -> Any:
@@ -19,6 +21,7 @@ def publish_after_step(publisher: Publisher, model: nn.Module, optimizer: Any, *
     `model` is the bare module, as it was before `accelerator.prepare`, DDP or `torch.compile`, so that its parameters
     have the checkpoint's names. `optimizer` may be accelerate's: the one inside is hooked, which steps only once the
     gradients of a batch are all there. In a job of several processes the first one publishes; the others do nothing.
+    Warns once where rounding undoes most of an update (`trainers.rounding`).
 
     Raises MissingTensor when other optimizers step some of the weights (publish yourself, after the last of them), and
     DtypeMismatch for a model whose weights are sharded; then what `Publisher.publish` raises, from `optimizer.step()`.
@@ -26,24 +29,17 @@ def publish_after_step(publisher: Publisher, model: nn.Module, optimizer: Any, *
     inner = unwrap(optimizer)
     _require_sole(model, inner)
     require_whole(model)
-    done = step
+    done, watch = step, RoundingWatch()
 
     def publish(*_: object) -> None:
         nonlocal done
         done += 1
         if is_first_process():
-            publisher.publish(model.named_parameters(), step=done)
+            publisher.publish(model.named_parameters(), step=done, metrics=watch.after_step(inner))
 
     if is_first_process():
         publisher.publish(model.named_parameters(), step=step)
     return inner.register_step_post_hook(publish)
-
-
-def unwrap(optimizer: Any) -> Any:
-    """The torch optimizer inside accelerate's, which does not pass hooks on; any other as it is."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer
 
 
 def is_first_process() -> bool:

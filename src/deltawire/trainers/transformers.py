@@ -15,6 +15,7 @@ from deltawire.buckets import open_bucket
 from deltawire.publisher import Publisher
 from deltawire.reports import PublishReport
 from deltawire.trainers.hook import require_whole
+from deltawire.trainers.rounding import RoundingWatch
 
 try:
     from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -33,7 +34,9 @@ class DeltaWeightSyncCallback(TrainerCallback):
     model's config and the tokenizer of the trainer. A Publisher of yours is flushed when training ends; you close it.
 
     A version's `step` is the trainer's `global_step`. Of the trainer's logs, the numbers named by `metrics` go into the
-    next commit; a trainer logs a step only after it ended, so `logged_step` says which step they tell of.
+    next commit; a trainer logs a step only after it ended, so `logged_step` says which step they tell of. Where 16-bit
+    weights lose most of an update to rounding, a warning says so once, and `rounding_lost` is among the numbers of the
+    commits it was measured for (`trainers.rounding`).
 
     With `train(resume_from_checkpoint=…)` the run goes on: the checkpoint's weights become the next version, even where
     versions published later than that checkpoint stand before it. In a job of several processes the first publishes.
@@ -61,6 +64,7 @@ class DeltaWeightSyncCallback(TrainerCallback):
         self._publisher = publisher if isinstance(publisher, Publisher) else None
         self._options, self._patience, self._names = options, patience, tuple(metrics)
         self._logged: dict[str, float] = {}
+        self._rounding = RoundingWatch()
         self._assets: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> "DeltaWeightSyncCallback":
@@ -85,11 +89,12 @@ class DeltaWeightSyncCallback(TrainerCallback):
         if self._publisher is None:
             self._publisher = self._open(kwargs["model"], kwargs.get("processing_class"))
             atexit.register(self.close, AT_EXIT)
-        self._publish(kwargs["model"], state)
+        self._publish(kwargs["model"], state, self._logged)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._publish(kwargs["model"], state)
+            lost = self._rounding.after_step(kwargs["optimizer"])
+            self._publish(kwargs["model"], state, self._logged | lost)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         logs: Mapping[str, Any] = kwargs.get("logs") or {}
@@ -101,7 +106,7 @@ class DeltaWeightSyncCallback(TrainerCallback):
         if not state.is_world_process_zero or self._publisher is None:
             return
         if args.load_best_model_at_end:  # the trainer has put other weights in since the last step
-            self._publish(kwargs["model"], state)
+            self._publish(kwargs["model"], state, self._logged)
         self._publisher.flush(self._patience)
         self.close(self._patience)
 
@@ -114,9 +119,9 @@ class DeltaWeightSyncCallback(TrainerCallback):
             options["assets"] = self._assets.name
         return Publisher(open_bucket(self._url, create=True), **options)
 
-    def _publish(self, model: nn.Module, state: TrainerState) -> None:
+    def _publish(self, model: nn.Module, state: TrainerState, metrics: Mapping[str, float]) -> None:
         assert self._publisher is not None
-        self.report = self._publisher.publish(model.named_parameters(), step=state.global_step, metrics=self._logged)
+        self.report = self._publisher.publish(model.named_parameters(), step=state.global_step, metrics=metrics)
 
     def _let_go(self) -> Publisher | None:
         """The open Publisher if it is ours, which from here on is the caller's to close."""
