@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Qwen3Config, Qwen3ForCausalLM
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import deltawire as dw
 from deltawire.bits import Bits
@@ -17,6 +18,7 @@ from deltawire.checkpoint import Checkpoint
 from deltawire.errors import DtypeMismatch
 from deltawire.fp8 import Fp8, quantise
 from deltawire.tensors import as_bits, as_torch
+from deltawire.torch import follow
 from runs import PATIENCE, commits, fresh, publish_all, publishing, read_weights
 from strategies import seeds
 
@@ -187,6 +189,26 @@ def test_a_published_fp8_checkpoint_loads_in_transformers_as_the_weights_it_was_
         else:
             assert torch.equal(served[name], weights.to(torch.bfloat16).float())
     assert [commit.version for commit in commits(bucket)] == [0, 1, 2]
+
+
+def test_a_module_that_holds_fp8_weights_follows_in_place_through_a_scale_that_changes(tmp_path):
+    bucket = dw.open_bucket(tmp_path.as_uri())
+    weights, held = matrix(0, 200, 130), FP8Linear(130, 200, block_size=(128, 128), has_bias=False)
+    assert {name: tensor.dtype for name, tensor in held.named_parameters()} == {
+        "weight": torch.float8_e4m3fn,
+        "weight_scale_inv": torch.float32,
+    }
+    model = torch.nn.ModuleDict({"layer": held})
+    with publishing(bucket, prepare=[Fp8()]) as publisher:
+        for growth in (1.0, 1.001, 4.0):
+            weights *= growth
+            publisher.publish({"layer.weight": weights})
+            publisher.flush(PATIENCE)
+            with follow(model, tmp_path.as_uri()) as follower:
+                follower.step()
+            weight, scale = quantise(weights)
+            assert as_bits(held.weight) == as_bits(weight)
+            assert as_bits(held.weight_scale_inv) == scale
 
 
 def test_a_restarted_publisher_finds_the_same_bits_and_sends_nothing():
