@@ -1,6 +1,6 @@
 """Weights become fp8 deterministically, in the checkpoint layout loaders know, and keep their scales while they can."""
 
-import json
+import logging
 import subprocess
 import sys
 
@@ -22,6 +22,7 @@ from deltawire.torch import follow
 from runs import PATIENCE, commits, fresh, publish_all, publishing, read_weights
 from strategies import seeds
 
+log = logging.getLogger(__name__)
 KINDS = ["power-of-two", "amax"]
 BLOCKS = [(128, 128), (2, 3), None]
 
@@ -141,13 +142,13 @@ def drift(kind, lr, steps=8):
             shares.append([np.mean(new != old) for new, old in zip(now, last, strict=True)])
         weights.grad, last = torch.randn(256, 256, generator=random), now
         optimizer.step()
-    return dict(zip(("bytes", "scales", "values"), np.mean(shares, 0), strict=True))
+    return dict(zip(("bytes", "scales", "values"), np.mean(shares, 0).round(4).tolist(), strict=True))
 
 
-def test_at_rl_learning_rates_power_of_two_scales_stay_and_amax_scales_move_every_value(record_property):
+def test_at_rl_learning_rates_power_of_two_scales_stay_and_amax_scales_move_every_value():
     """At lr 1e-5 1.3 % of the bytes change a step with either; of scales and values 0 % and 1.3 %, or 100 % of both."""
     kept, moving = drift("power-of-two", 1e-5), drift("amax", 1e-5)
-    record_property("per step", json.dumps({"power-of-two": kept, "amax": moving}))
+    log.info("changed per step at lr 1e-5: power-of-two %s, amax %s", kept, moving)
     assert kept["scales"] == 0 and kept["values"] == kept["bytes"]
     assert 0.005 < kept["bytes"] < 0.03
     assert moving["scales"] > 0.9 and moving["values"] > 0.9

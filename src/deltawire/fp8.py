@@ -50,7 +50,7 @@ class Fp8:
 
     block: tuple[int, int] | None = (128, 128)
     scales: Scales = "power-of-two"
-    skip: frozenset[str] = frozenset({"embed_tokens", "lm_head", "gate", "router"})
+    skip: frozenset[str] = frozenset({"embed_tokens", "lm_head", "gate", "shared_expert_gate", "router"})
 
     def __call__(self, pairs: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
         """Raises DtypeMismatch for a weight that holds an infinity or NaN."""

@@ -74,5 +74,12 @@ def train_until_killed(folder: str, url: str, step: str) -> None:
     small_trainer(small_model(), folder, Die(url), **options).train()
 
 
+def train_together(folder: str, url: str) -> None:
+    """Train as one of several processes, each with the whole model, and save what was trained."""
+    trainer = small_trainer(small_model(), folder, DeltaWeightSyncCallback(url), ddp_backend="gloo")
+    trainer.train()
+    trainer.save_model(folder)
+
+
 if __name__ == "__main__":
-    train_until_killed(*sys.argv[1:])
+    {"killed": train_until_killed, "together": train_together}[sys.argv[1]](*sys.argv[2:])

@@ -1,5 +1,6 @@
 """The real transformers.Trainer publishes once for each optimizer step, and a killed one continues its run."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def test_a_second_training_continues_the_run(tmp_path, url):
 
 def test_a_killed_trainer_resumes_from_its_checkpoint_and_goes_on_in_the_same_run(tmp_path, url):
     out, bucket, remember = tmp_path / "out", dw.open_bucket(url, create=True), Remember()
-    command = [sys.executable, str(PROGRAM), str(out), url, "3"]
+    command = [sys.executable, str(PROGRAM), "killed", str(out), url, "3"]
     first = subprocess.run(command, check=False, capture_output=True, timeout=120)
     assert first.returncode == -signal.SIGKILL, first.stderr
     before = commits(bucket)
@@ -153,6 +154,16 @@ def test_only_the_first_process_publishes(tmp_path, url):
     callback.on_step_end(*arguments, model=trainer.model)
     callback.on_train_end(*arguments, model=trainer.model)
     assert callback.report is None and not (tmp_path / "bucket").exists()
+
+
+def test_two_processes_that_train_one_model_publish_it_once(tmp_path, url):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, str(PROGRAM), "together", str(tmp_path / "out"), url]
+    subprocess.run(command, check=True, capture_output=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    chain = commits(dw.open_bucket(url))
+    assert (chain[0].step, chain[-1].step, len({commit.writer for commit in chain})) == (0, 3, 1)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert dw.equal(read_weights(dw.open_bucket(url)), served(dict(trained.named_parameters())))
 
 
 def test_sharded_weights_are_refused_on_every_process(tmp_path, url):

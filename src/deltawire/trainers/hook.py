@@ -1,6 +1,9 @@
 """Any torch training loop publishes after each optimizer step: a hook on the optimizer, accelerate's included.
 
-handle = publish_after_step(publisher, model, optimizer)
+    publisher = Publisher(bucket, assets=folder)
+    publish_after_step(publisher, model, optimizer)
+
+A loop with several optimizers calls `publisher.publish(model.named_parameters(), step=step)` itself.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,9 @@
 """A `transformers.Trainer` publishes each policy it makes: a version after every optimizer step.
 
-trainer = Trainer(..., callbacks=[DeltaWeightSyncCallback("hf://buckets/me/run")])
+    from deltawire.trainers.transformers import DeltaWeightSyncCallback
+    trainer.add_callback(DeltaWeightSyncCallback("hf://buckets/me/run"))
+
+Gradient accumulation is respected: batches that do not step the optimizer publish nothing.
 """
 
 import atexit
