@@ -62,7 +62,7 @@ def test_a_name_that_a_model_has_itself_is_left_as_it_is():
 
 
 def test_an_unmapped_name_is_refused_with_the_closest_names():
-    with pytest.raises(UnknownTensor, match=r"'experts\.gate_pu'.*closest of those: experts\.gate_up"):
+    with pytest.raises(UnknownTensor, match=r"'experts\.gate_pu'.*closest there: experts\.gate_up"):
         list(NameMap(FUSED)([("experts.gate_pu", torch.ones(1))]))
 
 
@@ -106,13 +106,30 @@ WHOLE = ((0, 4), (0, 2))
         (),
         (View("a", ((0, 2), (0, 2)), (0, 1)), View("b", ((3, 4), (0, 2)), (0, 1))),
         (View("a", WHOLE, (0, 1)), View("b", ((2, 4), (0, 2)), (0, 1))),
+        (View("a", ((0, 2), (0, 2)), (0, 1)), View("b", ((0, 2), (0, 2)), (0, 1)), View("c", ((4, 8), (0, 2)), (0, 1))),
         (View("a", WHOLE, (0, 1)), View("b", ((0, 0),), (0,))),
+        (View("a"), View("b")),
+        (View("a"), View("b", WHOLE, (0, 1))),
     ],
-    ids=["nothing", "a gap", "a part twice", "another number of dimensions"],
+    ids=[
+        "nothing",
+        "a gap",
+        "a part twice",
+        "a gap as large as what comes twice",
+        "of several sizes",
+        "all twice",
+        "all and all",
+    ],
 )
 def test_views_that_are_not_each_element_once_are_refused(views):
     with pytest.raises(ShapeMismatch, match="w: "):
         NameMap({"w": views})
+
+
+@pytest.mark.parametrize("dims", [(0,), (0, 0), (0, 1, 1), (0, 1, 2), (-1, 0)])
+def test_a_view_that_loses_a_dimension_or_has_one_twice_is_refused(dims):
+    with pytest.raises(ShapeMismatch, match="w: dimensions"):
+        View("w", WHOLE, dims)
 
 
 def test_a_publisher_ships_the_checkpoints_names_and_says_which_a_base_lacks(tmp_path):

@@ -8,7 +8,6 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,17 @@ class View:
 
     `box` is [start, stop) along each dimension of the trainer's tensor, and `dims` says which of those dimensions the
     checkpoint's tensor has, in its order; any other is one element thick and dropped. Without a box: all of it, as is.
+    Raises ShapeMismatch for `dims` that leave out a thicker one, repeat one, or name one that the box does not have.
     """
 
     name: str
     box: tuple[tuple[int, int], ...] = ()
     dims: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        thick = {dim for dim, (start, stop) in enumerate(self.box) if stop - start != 1}
+        if not thick <= {*self.dims} <= {*range(len(self.box))} or len({*self.dims}) < len(self.dims):
+            raise ShapeMismatch(f"{self.name}: dimensions {list(self.dims)} do not fit its box {list(self.box)}")
 
     def of(self, tensor: Any) -> Any:
         """The view itself, over the memory of `tensor` (torch or numpy)."""
@@ -69,9 +74,7 @@ class NameMap:
         for name, views in (self.views or {}).items():
             if not views:
                 raise ShapeMismatch(f"{name}: no tensor of the checkpoint is given for it")
-            elements = sum(prod(stop - start for start, stop in view.box) for view in views)
-            shape = _shape(views)
-            if shape and (elements != prod(shape) or len({len(view.box) for view in views}) > 1):
+            if not _is_partition([view.box for view in views]):
                 raise ShapeMismatch(f"{name}: the views given for it are not each of its elements once")
 
     def __call__(self, pairs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -106,8 +109,7 @@ class NameMap:
         if self.views is None:
             return name, (View(name),)
         if name not in self.views:
-            known = closest(name, self.views)
-            raise UnknownTensor(f"{given!r} is not a name that this map is from; closest of those: {known}")
+            raise UnknownTensor(f"{given!r} is not a name this map knows; closest there: {closest(name, self.views)}")
         return name, self.views[name]
 
 
@@ -140,7 +142,19 @@ def closest(name: str, names: Iterable[str]) -> str:
 def _shape(views: tuple[View, ...]) -> tuple[int, ...]:
     """The shape of the tensor that these are views of; () when one of them is all of it, whatever its shape."""
     boxes = [view.box for view in views]
-    return tuple(max(stop for _, stop in ends) for ends in zip(*boxes, strict=False)) if all(boxes) else ()
+    return tuple(max(stop for _, stop in ends) for ends in zip(*boxes, strict=True)) if all(boxes) else ()
+
+
+def _is_partition(boxes: list[tuple[tuple[int, int], ...]]) -> bool:
+    """Whether boxes are each element of the smallest box from zero that has them all, once."""
+    if not all(boxes):
+        return len(boxes) == 1
+    if len({len(box) for box in boxes}) > 1:
+        return False
+    ends = np.array(boxes)  # box, dimension, start or stop
+    starts, stops = ends[..., 0], ends[..., 1]
+    meet = ((starts[:, None] < stops) & (starts < stops[:, None])).all(-1)
+    return int(meet.sum()) == len(boxes) and int((stops - starts).prod(-1).sum()) == int(stops.max(0).prod())
 
 
 def _place(tensor: Any) -> tuple[Any, ...]:

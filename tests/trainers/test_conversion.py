@@ -7,6 +7,14 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers.core_model_loading import (
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+)
 
 import deltawire as dw
 from deltawire.errors import NoView, UnknownTensor
@@ -72,6 +80,41 @@ def test_a_map_gives_what_save_pretrained_writes_and_writing_through_it_loads_th
     assert dw.equal(other.state_dict(), given)
 
 
+TRANSPOSED = WeightConverter("mlp.experts.down_proj", "mlp.experts.down_proj", [Transpose(1, 2)])
+SPLIT_AND_TURNED = WeightConverter(
+    ["mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"],
+    "mlp.experts.gate_up_proj",
+    [MergeModulelist(0), Concatenate(1), Transpose(0, 2)],
+)
+RENAMED = WeightRenaming(r"^transformer\.", "model.")
+WOVEN = WeightConverter("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", [Interleave(dim=1)])
+
+
+def test_a_conversion_that_a_model_was_loaded_with_is_the_one_that_counts(tmp_path):
+    model = build("Qwen3Moe")
+    model._weight_conversions = [RENAMED, TRANSPOSED]
+    written = saved(model, tmp_path)
+    assert written["transformer.layers.0.mlp.experts.down_proj"].shape == (4, 16, 32)
+    assert dw.equal(dict(name_map(model)(model.state_dict().items())), written)
+
+
+def test_views_of_a_turned_tensor_are_what_the_conversion_makes_of_it(tmp_path):
+    model = build("Qwen3Moe")
+    for layer in model.model.layers:
+        turned = layer.mlp.experts.gate_up_proj.detach().permute(2, 1, 0).clone()
+        layer.mlp.experts.gate_up_proj = torch.nn.Parameter(turned)
+    model._weight_conversions = [SPLIT_AND_TURNED]
+    written = saved(model, tmp_path)
+    assert written["model.layers.0.mlp.experts.3.up_proj"].shape == (16, 32)
+    assert dw.equal(dict(name_map(model)(model.state_dict().items())), written)
+
+
+def woven():
+    model = build("Qwen3Moe")
+    model._weight_conversions = [WOVEN]
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [
@@ -83,9 +126,10 @@ def test_a_map_gives_what_save_pretrained_writes_and_writing_through_it_loads_th
             ),
             r"'nomic_bert'.*torch\.cat of layers\.0\.self_attn\.q_proj\.weight and .*revert_weight_conversion",
         ),
+        (woven, r"'qwen3_moe'.*reshape of model\.layers\.0\.mlp\.experts\.gate_up_proj"),
         (lambda: torch.nn.Linear(2, 2), "Linear holds no transformers model"),
     ],
-    ids=["a checkpoint tensor of several", "no transformers model"],
+    ids=["a checkpoint tensor of several", "rows woven", "no transformers model"],
 )
 def test_a_model_whose_checkpoint_is_no_view_of_it_is_refused_by_its_type_and_what_is_done(model, says):
     with pytest.raises(NoView, match=says):

@@ -63,22 +63,18 @@ def _unwrapped(model: Any, kind: type) -> Any:
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of what `save_pretrained` takes of a model, by name."""
-    left_out = {*(model._keys_to_ignore_on_save or ())}
-    names = {
-        name: name.replace(".original_module.", ".") for name in model.state_dict()
-    }  # PEFT keeps it beside its own
-    return {
-        bare(names[name]): tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
-        if name not in left_out and not is_adapters(names[name])
-    }
+    left_out = model._keys_to_ignore_on_save or ()
+    given = [(name, tensor) for name, tensor in model.state_dict().items() if name not in left_out]
+    # of a module that PEFT trains whole, the original keeps the place in the checkpoint
+    named = [(name.replace(".original_module.", "."), tensor) for name, tensor in given]
+    return {bare(name): tuple(tensor.shape) for name, tensor in named if not is_adapters(name)}
 
 
 def _gather(made: Mapping[str, Any], kept: Mapping[str, Sequence[int]], kind: str) -> dict[str, tuple[View, ...]]:
     """Views by the trainer's name, of what the conversion made under the checkpoint's names."""
     views: dict[str, tuple[View, ...]] = dict.fromkeys(kept, ())
     for name, part in made.items():
-        views[part.name] = (*views[part.name], part.view(name))
+        views[part.name] = (*views[part.name], part.as_view(name))
     if lost := [name for name, found in views.items() if not found]:
         raise NoView(f"model type {kind!r}: the conversion leaves out {lost[0]}, one of {len(lost)}")
     return views
@@ -125,7 +121,7 @@ class _StandIn:
         dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
         return _StandIn(self.name, self.whole, self.box, tuple(dims))
 
-    def view(self, name: str) -> View:
+    def as_view(self, name: str) -> View:
         """What the checkpoint's tensor `name` is."""
         untouched = self == _whole(self.name, self.whole)
         return View(name) if untouched else View(name, self.box, self.dims)
