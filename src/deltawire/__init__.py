@@ -7,6 +7,7 @@ from deltawire.digest import digest
 from deltawire.errors import DeltaWireError
 from deltawire.manifests import Position
 from deltawire.materialize import materialize
+from deltawire.names import NameMap
 from deltawire.publisher import Publisher
 from deltawire.reports import MaterializeReport, PublishReport, UploadReport
 from deltawire.subscriber import Subscriber
@@ -18,6 +19,7 @@ __all__ = [
     "Delta",
     "DeltaWireError",
     "MaterializeReport",
+    "NameMap",
     "Position",
     "PublishReport",
     "Publisher",

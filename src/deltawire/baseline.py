@@ -4,7 +4,6 @@ It costs two bytes of host memory per bf16 element. It is scratch: after a crash
 never trusted.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 
 from deltawire.bits import Bits
@@ -12,6 +11,7 @@ from deltawire.delta import TensorDelta, between_bits
 from deltawire.digest import digest_bits, moved
 from deltawire.errors import ShapeMismatch, UnknownTensor
 from deltawire.manifests import TensorEntry
+from deltawire.names import closest
 
 
 class Baseline:
@@ -50,8 +50,9 @@ class Baseline:
         """Raise UnknownTensor or ShapeMismatch unless there is such a tensor of this shape."""
         old = self._weights.get(name)
         if old is None:
-            close = difflib.get_close_matches(name, self._weights, n=3, cutoff=0)
-            raise UnknownTensor(f"{name!r} is not in this run's tensor table; closest there: {', '.join(close)}")
+            raise UnknownTensor(
+                f"{name!r} is not in this run's tensor table; closest there: {closest(name, self._weights)}"
+            )
         if shape != old.shape:
             raise ShapeMismatch(f"{name}: shape {list(shape)}, but this run has {list(old.shape)}")
 

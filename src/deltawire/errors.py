@@ -25,6 +25,7 @@ DeltaWireError
     ShapeMismatch     another shape than the table's
     DtypeMismatch     another dtype than the table's, and no exact cast
     WrongBase         the weights are not the version this delta continues from
+    NoView            a checkpoint tensor is no rectangle of the trainer's
   EngineError       the inference server
     EngineUnavailable   it does not answer
     EngineUnsupported   it lacks the plugin, its weight endpoints, or a layout we can prove right
@@ -130,6 +131,10 @@ class DtypeMismatch(ApplyError):
 
 class WrongBase(ApplyError):
     """The weights are not the version this delta continues from."""
+
+
+class NoView(ApplyError):
+    """A checkpoint tensor that is computed from the trainer's tensors, so none of them can be seen as it."""
 
 
 class EngineError(DeltaWireError):

@@ -8,6 +8,7 @@ from torch import nn
 
 from deltawire.buckets import open_bucket
 from deltawire.manifests import Position
+from deltawire.names import NameMap
 from deltawire.signing import trust
 from deltawire.subscriber import Subscriber
 from deltawire.vllm.loading import AfterLoading
@@ -15,22 +16,25 @@ from deltawire.vllm.protocol import named_error
 from deltawire.vllm.replica import Replica
 
 
-def follow(model: nn.Module, bucket: str, *, trusted: Iterable[str | Path] = ()) -> "ModelFollower":
-    """A follower of `bucket` for `model`, whose parameters and buffers have the checkpoint's names.
+def follow(
+    model: nn.Module, bucket: str, *, names: NameMap | None = None, trusted: Iterable[str | Path] = ()
+) -> "ModelFollower":
+    """A follower of `bucket` for `model`, whose parameters and buffers have the checkpoint's names, or those that
+    `names` leads to them: `name_map(model)` of `deltawire.trainers.conversion` for a transformers model.
 
     Weights are patched in place, in the dtype the run ships, or in fp32 where it ships bf16. `trusted` are public keys,
     or files of them, one of which must have signed every record. Raises BucketError, FormatError, ChainError, and
     EngineUnsupported naming the tensors of the run that the model does not hold.
     """
-    return ModelFollower(model, bucket, trusted)
+    return ModelFollower(model, bucket, names or NameMap(), trusted)
 
 
 class ModelFollower:
     """Keeps a module at a version of one bucket; between calls of `step` nothing changes."""
 
-    def __init__(self, model: nn.Module, bucket: str, trusted: Iterable[str | Path] = ()) -> None:
+    def __init__(self, model: nn.Module, bucket: str, names: NameMap, trusted: Iterable[str | Path] = ()) -> None:
         self._bucket, self._trust = bucket, trust(trusted)
-        self._replica = Replica(_ByName(model), loading=AfterLoading())
+        self._replica = Replica(_ByName(model, names), loading=AfterLoading())
         self._attach()
 
     def __enter__(self) -> "ModelFollower":
@@ -79,11 +83,11 @@ class ModelFollower:
 class _ByName(nn.Module):  # type: ignore[misc]
     """A module with the loader that vLLM's have: here every tensor goes where its name says."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: NameMap) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._names = model, names
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        held = self.model.state_dict(keep_vars=True)
+        held = dict(self._names(self.model.state_dict().items()))
         for name, tensor in weights:
-            held[name].data.copy_(tensor)
+            held[name].copy_(tensor)

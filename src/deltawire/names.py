@@ -1,0 +1,165 @@
+"""A trainer's tensors under the checkpoint's names: which rectangle of which tensor each one is. Views, never copies.
+
+transformers 5 trains all experts of a layer as one tensor where a checkpoint holds one per expert; wrappers (compile,
+DDP, PEFT) put words into names; a tied head is one tensor with two names. A `NameMap` is that difference as data.
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deltawire.errors import ShapeMismatch, UnknownTensor
+from deltawire.tensors import is_torch
+
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
+"""parts of a name that torch.compile, FSDP, activation checkpointing and PEFT put in, wherever they stand"""
+ADAPTERS = ("lora_", "modules_to_save", "original_module")
+"""how the parts of a name begin that only an adapter's tensors have"""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The checkpoint's tensor `name` as a rectangle of a trainer's tensor.
+
+    `box` is [start, stop) along each dimension of the trainer's tensor, and `dims` says which of those dimensions the
+    checkpoint's tensor has, in its order; any other is one element thick and dropped. Without a box: all of it, as is.
+    Raises ShapeMismatch for `dims` that leave out a thicker one, repeat one, or name one that the box does not have.
+    """
+
+    name: str
+    box: tuple[tuple[int, int], ...] = ()
+    dims: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        thick = {dim for dim, (start, stop) in enumerate(self.box) if stop - start != 1}
+        if not thick <= {*self.dims} <= {*range(len(self.box))} or len({*self.dims}) < len(self.dims):
+            raise ShapeMismatch(f"{self.name}: dimensions {list(self.dims)} do not fit its box {list(self.box)}")
+
+    def of(self, tensor: Any) -> Any:
+        """The view itself, over the memory of `tensor` (torch or numpy)."""
+        if not self.box:
+            return tensor
+        part = tensor[tuple(slice(*ends) if dim in self.dims else ends[0] for dim, ends in enumerate(self.box))]
+        if list(self.dims) == (kept := sorted(self.dims)):
+            return part
+        order = [kept.index(dim) for dim in self.dims]
+        return part.permute(order) if is_torch(part) else part.transpose(order)
+
+
+@dataclass(frozen=True, slots=True)
+class NameMap:
+    """From a trainer's (name, tensor) pairs to the checkpoint's; call it, or give it to `Publisher(prepare=[names])`.
+
+    `views`: for each of the trainer's names, the checkpoint's tensors in it; together they are all of its elements.
+    Two of the trainer's names for one tensor of the checkpoint are a tied weight. Names are matched as they are, and
+    else without what torch.compile, DDP, FSDP and PEFT put into them. Without `views` that is all the map does.
+
+    What comes out shares memory with what goes in, so the way back is to write through it, here from a version that
+    was materialised:
+
+        with torch.no_grad():
+            for name, tensor in names(model.state_dict().items()):
+                tensor.copy_(checkpoint[name])
+
+    Raises ShapeMismatch for views that leave out or double a part of a tensor.
+    """
+
+    views: Mapping[str, tuple[View, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        for name, views in (self.views or {}).items():
+            if not views:
+                raise ShapeMismatch(f"{name}: no tensor of the checkpoint is given for it")
+            if not _is_partition([view.box for view in views]):
+                raise ShapeMismatch(f"{name}: the views given for it are not each of its elements once")
+
+    def __call__(self, pairs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """(checkpoint name, view) pairs, one of the trainer's tensors at a time.
+
+        A second name of a tied weight is dropped. Raises UnknownTensor for a name the map does not have, which lists
+        the closest it has, for an adapter's tensor, and for a tied weight that is two different tensors; ShapeMismatch
+        for a tensor of another shape than its views are of.
+        """
+        names = Counter(view.name for views in (self.views or {}).values() for view in views)
+        tied: dict[str, tuple[str, Any]] = {}  # held until the end, or the next tensor might get the same address
+        for given, tensor in pairs:
+            name, views = self._find(given)
+            if (shape := _shape(views)) and tuple(tensor.shape) != shape:
+                raise ShapeMismatch(f"{name}: shape {list(tensor.shape)}, but its views are of {list(shape)}")
+            for view in views:
+                part = view.of(tensor)
+                if names[view.name] > 1:
+                    first, known = tied.setdefault(view.name, (name, part))
+                    if _place(known) != _place(part):
+                        raise UnknownTensor(
+                            f"{name} and {first} are tied, both are {view.name} of the checkpoint, and yet two "
+                            "tensors here: call model.tie_weights(), or untie them in the config before training"
+                        )
+                    if first != name:
+                        continue
+                yield view.name, part
+
+    def _find(self, given: str) -> tuple[str, tuple[View, ...]]:
+        """A name as the map has it, and its views."""
+        name = given if self.views and given in self.views else bare(given)
+        if self.views is None:
+            return name, (View(name),)
+        if name not in self.views:
+            raise UnknownTensor(f"{given!r} is not a name this map knows; closest there: {closest(name, self.views)}")
+        return name, self.views[name]
+
+
+def bare(name: str) -> str:
+    """A tensor's name without what wrappers put into it: `module.` in front, `_orig_mod.` anywhere, and PEFT's
+    `base_model.model.` and `.base_layer`. Raises UnknownTensor for an adapter's own tensor."""
+    if is_adapters(name):
+        raise UnknownTensor(
+            f"{name!r} belongs to a PEFT adapter, and a checkpoint has none: publish model.merge_and_unload(), or ship "
+            "the adapter by itself with deltawire.trainers.lora"
+        )
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while parts[0] == "module" and len(parts) > 1:
+        parts = parts[1:]
+    if parts[:2] == ["base_model", "model"]:
+        parts = parts[2:]
+    return ".".join(parts)
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a tensor's name says that PEFT added it to a model."""
+    return any(part.startswith(ADAPTERS) for part in name.split("."))
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """The three of `names` that are most like `name`, for an error."""
+    return ", ".join(difflib.get_close_matches(name, list(names), n=3, cutoff=0))
+
+
+def _shape(views: tuple[View, ...]) -> tuple[int, ...]:
+    """The shape of the tensor that these are views of; () when one of them is all of it, whatever its shape."""
+    boxes = [view.box for view in views]
+    return tuple(max(stop for _, stop in ends) for ends in zip(*boxes, strict=True)) if all(boxes) else ()
+
+
+def _is_partition(boxes: list[tuple[tuple[int, int], ...]]) -> bool:
+    """Whether boxes are each element of the smallest box from zero that has them all, once."""
+    if not all(boxes):
+        return len(boxes) == 1
+    if len({len(box) for box in boxes}) > 1:
+        return False
+    ends = np.array(boxes)  # box, dimension, start or stop
+    starts, stops = ends[..., 0], ends[..., 1]
+    meet = ((starts[:, None] < stops) & (starts < stops[:, None])).all(-1)
+    return int(meet.sum()) == len(boxes) and int((stops - starts).prod(-1).sum()) == int(stops.max(0).prod())
+
+
+def _place(tensor: Any) -> tuple[Any, ...]:
+    """What two tensors have in common exactly when they are the same memory read the same way."""
+    if is_torch(tensor):
+        return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    array = np.asarray(tensor)
+    return array.__array_interface__["data"], array.shape, array.strides, array.dtype
