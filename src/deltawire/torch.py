@@ -26,13 +26,15 @@ def follow(
     or files of them, one of which must have signed every record. Raises BucketError, FormatError, ChainError, and
     EngineUnsupported naming the tensors of the run that the model does not hold.
     """
-    return ModelFollower(model, bucket, names or NameMap(), trusted)
+    return ModelFollower(model, bucket, names, trusted)
 
 
 class ModelFollower:
     """Keeps a module at a version of one bucket; between calls of `step` nothing changes."""
 
-    def __init__(self, model: nn.Module, bucket: str, names: NameMap, trusted: Iterable[str | Path] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, bucket: str, names: NameMap | None = None, trusted: Iterable[str | Path] = ()
+    ) -> None:
         self._bucket, self._trust = bucket, trust(trusted)
         self._replica = Replica(_ByName(model, names), loading=AfterLoading())
         self._attach()
@@ -83,11 +85,12 @@ class ModelFollower:
 class _ByName(nn.Module):  # type: ignore[misc]
     """A module with the loader that vLLM's have: here every tensor goes where its name says."""
 
-    def __init__(self, model: nn.Module, names: NameMap) -> None:
+    def __init__(self, model: nn.Module, names: NameMap | None) -> None:
         super().__init__()
         self.model, self._names = model, names
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        held = dict(self._names(self.model.state_dict().items()))
+        own = self.model.state_dict().items()
+        held = dict(own if self._names is None else self._names(own))
         for name, tensor in weights:
             held[name].copy_(tensor)

@@ -1,5 +1,6 @@
 """Small seeded models, and real vLLM servers over them that stop with the test."""
 
+import copy
 import os
 import socket
 import subprocess
@@ -96,8 +97,8 @@ def build(kind: str):
 
 
 def save_checkpoint(folder: Path, model=None) -> None:
-    """The model in bf16, with a tokenizer of one word per token."""
-    (model or tiny_qwen3()).to(torch.bfloat16).save_pretrained(folder)
+    """The model in bf16, with a tokenizer of one word per token; the model stays as it is."""
+    copy.deepcopy(model or tiny_qwen3()).to(torch.bfloat16).save_pretrained(folder)
     words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from servers import START_SECONDS, build, save_checkpoint
-from test_models import Chain
+from servers import START_SECONDS
+from test_models import ALL, Chain
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
 EMBEDS = """
@@ -35,14 +35,12 @@ if __name__ == "__main__":
 
 
 def test_an_embedded_engine_is_patched_between_two_calls_of_generate(tmp_path):
-    checkpoint = tmp_path / "model"
-    save_checkpoint(checkpoint, build("qwen3-tied"))
-    chain = Chain(tmp_path / "bucket", checkpoint)
-    chain.publish()
+    chain = Chain(tmp_path, "qwen3-tied")
+    chain.publish(ALL)
     script = tmp_path / "embeds.py"
     script.write_text(EMBEDS)
     done = subprocess.run(
-        [sys.executable, str(script), str(checkpoint), chain.url, str(tmp_path / "told")],
+        [sys.executable, str(script), str(chain.checkpoint), chain.url, str(tmp_path / "told")],
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,4 +1,4 @@
-"""What people serve, each on a real vLLM server: bit for bit through deltas, a fold and a rollback.
+"""What people train, each served by a real vLLM server: bit for bit through deltas, a fold and a rollback.
 
 `make test` runs three kinds and layouts (the third in test_two_workers); `make test-vllm` all of them.
 """
@@ -8,10 +8,11 @@ import os
 import httpx
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from servers import START_SECONDS, Server, build, save_checkpoint
+from safetensors.torch import load_file
+from servers import START_SECONDS, VOCABULARY, Server, build, save_checkpoint
 
 import deltawire as dw
+from deltawire.trainers.conversion import name_map
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.follower import Follower
 
@@ -31,36 +32,51 @@ every = os.environ.get("DELTAWIRE_TEST_VLLM") == "all"
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3 * START_SECONDS)]  # two servers start within one test
 
 
-class Chain:
-    """A checkpoint's tensors, edited and published; `weights` are those of the newest version."""
+RARE, ALL = 3e-6, 1e-2
+"""learning rates at which a step changes a few in a hundred elements in bf16, and nearly all of them"""
 
-    def __init__(self, folder, checkpoint):
-        self.url = folder.as_uri()
-        self.weights = load_file(checkpoint / "model.safetensors")
-        self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True), assets=checkpoint)
+
+class Chain:
+    """A small model in training: a checkpoint of its start for servers, and a bucket with a version after each step.
+
+    `versions` are the digests of what `save_pretrained` writes of each, in bf16: experts one by one, a tied head once.
+    """
+
+    def __init__(self, folder, kind):
+        self.checkpoint, self.url = folder / "model", (folder / "bucket").as_uri()
+        self.model = build(kind)
+        save_checkpoint(self.checkpoint, self.model)
+        self.publisher = dw.Publisher(
+            dw.open_bucket(self.url, create=True), assets=self.checkpoint, prepare=[name_map(self.model)]
+        )
         self.versions = []
-        self.random = torch.Generator().manual_seed(7)
+        self._saved = folder / "saved"
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0)
+        self._words = torch.Generator().manual_seed(7)
         self.publish()
 
-    def publish(self, share=0.02):
-        for tensor in self.weights.values() if self.versions else ():
-            chosen = torch.rand(tensor.shape, generator=self.random) < share
-            noise = 0.05 * torch.randn(tensor.shape, generator=self.random)
-            tensor.add_(torch.where(chosen, noise, torch.zeros(())).to(tensor.dtype))
-        self.publisher.publish(self.weights)
+    def publish(self, rate=RARE):
+        """Train for a step on every word there is, and commit what that made."""
+        if self.versions:
+            words = torch.randperm(VOCABULARY, generator=self._words).reshape(4, -1)
+            self._optimizer.param_groups[0]["lr"] = rate
+            self.model(input_ids=words, labels=words).loss.backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        self.publisher.publish(self.model.named_parameters())
         self.publisher.flush(60)
-        self.versions.append({name: f"{value:016x}" for name, value in dw.digest(self.weights).items()})
+        save_checkpoint(self._saved, self.model)
+        weights = load_file(self._saved / "model.safetensors")
+        self.versions.append({name: f"{value:016x}" for name, value in dw.digest(weights).items()})
         return len(self.versions) - 1
 
 
 @pytest.mark.parametrize("combination", [*ALWAYS, *(OFTEN if every else [])], ids=" ".join)
 def test_every_version_is_served_bit_for_bit(combination, tmp_path):
     kind, layout = combination
-    checkpoint = tmp_path / "model"
-    save_checkpoint(checkpoint, build(kind))
-    chain = Chain(tmp_path / "bucket", checkpoint)
+    chain = Chain(tmp_path, kind)
     options, environ = LAYOUTS[layout]
-    server = Server(checkpoint, tmp_path / "vllm.log", options=options, **environ)
+    server = Server(chain.checkpoint, tmp_path / "vllm.log", options=options, **environ)
     try:
         server.wait()
         walk(chain, server, remade=layout == "packed" or kind == "qwen3-moe-padded")
@@ -68,8 +84,8 @@ def test_every_version_is_served_bit_for_bit(combination, tmp_path):
     finally:
         server.stop()
         chain.publisher.close(10)
-    save_file(chain.weights, checkpoint / "model.safetensors", {"format": "pt"})
-    fresh = Server(checkpoint, tmp_path / "fresh.log", options=options, **environ)
+    save_checkpoint(chain.checkpoint, chain.model)
+    fresh = Server(chain.checkpoint, tmp_path / "fresh.log", options=options, **environ)
     try:
         fresh.wait()
         with Follower(chain.url, fresh.url) as follower:
@@ -96,7 +112,7 @@ def walk(chain, server, *, remade=False):
             chain.publish()
         assert (follower.step().from_version, engine.status().position.version) == (2, 5)
         assert_served(chain, engine, 5)
-        dense = chain.publish(share=1)
+        dense = chain.publish(ALL)
         follower.step()
         assert_served(chain, engine, dense)
         newest = server.logprobs([1, 2, 3])

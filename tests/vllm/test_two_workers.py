@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from servers import START_SECONDS, Server, build, save_checkpoint
+from servers import START_SECONDS, Server
 from test_models import TP2, TWO, Chain, assert_served, every, walk
 
 from deltawire.errors import EngineError
@@ -24,13 +24,12 @@ PLUGIN = Path(__file__).parent / "faults_plugin"
 def place(tmp_path_factory):
     """A chain, a server of two workers over it, and the file that makes one of them fail."""
     folder = tmp_path_factory.mktemp("two")
-    save_checkpoint(folder / "model", build("qwen3-one-kv-head"))
-    chain, fault = Chain(folder / "bucket", folder / "model"), folder / "fault"
+    chain, fault = Chain(folder, "qwen3-one-kv-head"), folder / "fault"
     path = os.pathsep.join(filter(None, [str(PLUGIN), os.environ.get("PYTHONPATH")]))
     (folder / "journal").mkdir()
     told = {"DELTAWIRE_TEST_FAULT": str(fault), "DELTAWIRE_TEST_JOURNAL": str(folder / "journal")}
     environ = {**TWO, "PYTHONPATH": path, **told}
-    server = Server(folder / "model", folder / "vllm.log", options=TP2, **environ)
+    server = Server(chain.checkpoint, folder / "vllm.log", options=TP2, **environ)
     try:
         yield chain, server.wait(), fault
     finally:
