@@ -21,6 +21,7 @@ test-vllm: setup ## every model and parallel layout on real vLLM servers, about 
 
 bench-vllm: setup ## the pause of an update beside vLLM's own ways, on this machine
 	@.venv/bin/python benchmarks/vllm_pause.py
+	@.venv/bin/python benchmarks/vllm_pause.py --small --seconds 0
 
 lint: setup      ## style
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

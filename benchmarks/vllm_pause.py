@@ -35,6 +35,8 @@ MILLION = {
 }  # fmt: skip
 SHARES = (0.001, 0.01, 0.03)
 REPEATS = 3
+STALLED = 300
+"""seconds without a token"""
 
 
 def main() -> None:
@@ -48,7 +50,7 @@ def main() -> None:
         folder = Path(temporary)
         torch.manual_seed(0)
         shape = MILLION if options.small else QWEN3_06B
-        config = Qwen3Config(**shape, max_position_embeddings=256, tie_word_embeddings=True)
+        config = Qwen3Config(**shape, max_position_embeddings=2048, tie_word_embeddings=True)
         model = Qwen3ForCausalLM(config)
         print(f"model: {sum(p.numel() for p in model.parameters()):,} random parameters; {os.cpu_count()} cores")
         save_checkpoint(folder / "model", model)
@@ -56,7 +58,7 @@ def main() -> None:
         path = os.pathsep.join(filter(None, [str(HERE / "plugin"), os.environ.get("PYTHONPATH")]))
         server = Server(folder / "model", folder / "vllm.log", PYTHONPATH=path)
         try:
-            measure(folder, server.wait(), options.seconds)
+            measure(folder, server.wait(), options.seconds, options.small)
         finally:
             server.stop()
 
@@ -79,7 +81,8 @@ class Trainer:
         self.publisher.flush(600)
 
 
-def measure(folder: Path, server, seconds: int) -> None:
+def measure(folder: Path, server, seconds: int, small: bool) -> None:
+    """Print what was measured, and which of the claims made of it hold here."""
     trainer = Trainer(folder)
     trainer.publish(0)
     with Follower(trainer.url, server.url) as follower, EngineClient(server.url) as engine:
@@ -103,17 +106,32 @@ def measure(folder: Path, server, seconds: int) -> None:
             show(share, rows[share], statistics.median(idle))
         save_file(trainer.weights, folder / "model" / "model.safetensors", {"format": "pt"})
         ways = {"full reload from disk": False, "layerwise reload from memory": True}
+        reloads = {}
         for name, in_memory in ways.items():
-            took = 1e3 * statistics.median(
+            took = reloads[in_memory] = 1e3 * statistics.median(
                 call(server, "bench_reload", str(folder / "model"), in_memory) for _ in range(REPEATS)
             )
             ratios = ", ".join(f"{took / rows[share]['write_ms']:.0f}x at {share:.1%}" for share in SHARES)
             print(f"{name}: {took:.0f} ms; deltawire's write is shorter {ratios}")
         assert engine.audit().mismatched == []
         print("audit: every weight is what was published")
-        if seconds:
-            throughput(trainer, follower, server, seconds)
+        kept = throughput(trainer, follower, server, seconds) if seconds else None
     trainer.publisher.close(60)
+    if small:
+        beside = max(row["pause_ms"] for row in rows.values()) - statistics.median(idle)
+        judge("the outer pause is within 15 ms of a pause with nothing in it", beside <= 15, f"{beside:.1f} ms")
+        return
+    for share, least in ((0.001, 40), (0.01, 10)):
+        ratio = rows[share]["patch_ms"] / rows[share]["write_ms"]
+        judge(f"{least} times shorter than vLLM's sparse loader at {share:.1%}", ratio >= least, f"{ratio:.1f}x")
+    ratio = reloads[False] / rows[0.01]["write_ms"]
+    judge("25 times shorter than a full reload at 1 %", ratio >= 25, f"{ratio:.1f}x")
+    if kept is not None:
+        judge("throughput within 10 % of that without updates", kept >= 0.9, f"{kept:.1%}")
+
+
+def judge(claim: str, holds: bool, measured: str) -> None:
+    print(f"{'holds' if holds else 'MISSED'}: {claim} ({measured})")
 
 
 def row(reports: list, patches: list[float]) -> dict[str, float]:
@@ -137,12 +155,12 @@ def show(share: float, row: dict[str, float], idle: float) -> None:
     )
 
 
-def throughput(trainer: Trainer, follower: Follower, server, seconds: int) -> None:
-    """Tokens a second of four streams, without updates and with one of 1 % every ten seconds."""
+def throughput(trainer: Trainer, follower: Follower, server, seconds: int) -> float:
+    """Tokens a second of four streams with an update of 1 % every ten seconds, as a share of those without."""
     rates = {}
     for updates in (False, True):
         stop, count = threading.Event(), [0]
-        streams = [threading.Thread(target=generate, args=(server, stop, count)) for _ in range(4)]
+        streams = [threading.Thread(target=generate, args=(server, stop, count), daemon=True) for _ in range(4)]
         for stream in streams:
             stream.start()
         started = time.perf_counter()
@@ -154,17 +172,18 @@ def throughput(trainer: Trainer, follower: Follower, server, seconds: int) -> No
         rates[updates] = count[0] / (time.perf_counter() - started)
         stop.set()
         for stream in streams:
-            stream.join()
+            stream.join(STALLED)
     print(
         f"{seconds} s of four streams: {rates[False]:.1f} tokens/s without updates, {rates[True]:.1f} with one of 1 % "
         f"every 10 s ({rates[True] / rates[False]:.1%}; the trainer diffs and uploads on the same cores)"
     )
+    return rates[True] / rates[False]
 
 
 def generate(server, stop: threading.Event, count: list[int]) -> None:
     body = {"model": "policy", "prompt": [5, 6, 7], "max_tokens": 100, "ignore_eos": True, "stream": True}
     while not stop.is_set():
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as answer:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=STALLED) as answer:
             for line in answer.iter_lines():
                 count[0] += line.startswith("data: {")
                 if stop.is_set():

@@ -16,6 +16,8 @@ from tokenizers.models import WordLevel
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -74,6 +76,21 @@ MODELS = {
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SMALL)),
     "qwen3-moe": lambda: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(**SMALL, **EXPERTS, num_experts=4, moe_intermediate_size=64)
+    ),
+    "glm4-moe": lambda: (
+        Glm4MoeForCausalLM(  # a dense layer, then experts whose router has a bias that vLLM keeps in fp32
+            Glm4MoeConfig(
+                **SMALL,
+                **EXPERTS,
+                n_routed_experts=4,
+                n_shared_experts=1,
+                n_group=1,
+                topk_group=1,
+                first_k_dense_replace=1,
+                moe_intermediate_size=64,
+                use_qk_norm=True,
+            )
+        )
     ),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, **EXPERTS, num_local_experts=4)),
     "qwen3-moe-padded": lambda: Qwen3MoeForCausalLM(

@@ -35,6 +35,7 @@ class StubEngine:
         self.faults: dict[str, Callable[[dict[str, Any]], Answer]] = {}
         self.calls: list[str] = []
         self.headers: list[dict[str, str]] = []
+        self.queries: dict[str, str] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
@@ -122,7 +123,8 @@ class StubEngine:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                path = urlsplit(self.path).path
+                _, _, path, query, _ = urlsplit(self.path)
+                stub.queries[path] = query
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 stub.calls.append(path)
                 stub.headers.append(dict(self.headers))

@@ -68,6 +68,16 @@ def test_updates_go_stage_start_pause_update_finish_resume(run, engine, follower
     assert_at_rest(engine, run, 1)
 
 
+@pytest.mark.parametrize("pause", ["keep", "wait", "abort"])
+@pytest.mark.parametrize("clear_cache", [True, False])
+def test_what_becomes_of_requests_and_of_the_cache_is_what_was_asked_for(run, engine, pause, clear_cache):
+    run.publish(a=1)
+    with Follower(run.url, engine.url, pause=pause, clear_cache=clear_cache) as follower:
+        follower.step()
+    assert engine.queries["/pause"] == f"mode={pause}&clear_cache={str(clear_cache).lower()}"
+    assert_at_rest(engine, run, 1)
+
+
 def test_nobody_there_is_unavailable(run):
     engine = StubEngine(run.model())
     engine.stop()

@@ -51,6 +51,24 @@ def test_a_joiner_is_ready_when_it_serves_and_unready_when_it_falls_too_far_behi
     assert ask() == (200, None)
 
 
+def test_a_late_replica_is_ready_only_when_it_is_current_however_old_a_policy_may_be(run):
+    for _ in range(2):
+        run.publish(a=1)
+    with StubEngine(run.model(0)) as engine, Follower(run.url, engine.url) as follower:
+        engine.fail("/start_weight_update", 500)
+        with pytest.raises(EngineError):
+            follower.step()
+        assert follower.standing.why_unready(None) == "joining: version 0 is served, 2 behind"
+        engine.faults.clear()
+        follower.step()
+        assert follower.standing.why_unready(None) is None
+        run.publish(a=1)
+        engine.fail("/start_weight_update", 500)
+        with pytest.raises(EngineError):
+            follower.step()
+        assert follower.standing.why_unready(None) is None
+
+
 def test_one_that_cannot_see_how_old_its_policy_is_is_unready(asked, monkeypatch):
     _, _, follower, ask = asked
     follower.step()

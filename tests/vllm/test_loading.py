@@ -1,15 +1,23 @@
 """What a module's step after loading does to its weights: followed, repeated, or refused, and never patched stale."""
 
+import uuid
+
 import pytest
 import torch
 from torch import nn
 
+import deltawire as dw
 from deltawire.digest import digest_bits
 from deltawire.errors import EngineUnsupported
 from deltawire.manifests import TensorEntry
 from deltawire.tensors import as_bits
 from deltawire.vllm.live import LiveWeights, watch_loading
+from deltawire.vllm.loading import held
+from deltawire.vllm.memory import same_bits
+from deltawire.vllm.protocol import audited
+from deltawire.vllm.replica import Replica
 from deltawire.vllm.union import Union
+from runs import PATIENCE
 
 SHAPE = (4, 32, 6)
 
@@ -51,6 +59,19 @@ class Rounded(Method):
 class Padded(Method):
     def process_weights_after_loading(self, layer):
         layer.weight = nn.Parameter(nn.functional.pad(layer.weight.data, (0, 2)), requires_grad=False)
+
+
+class Scaled(Method):
+    """Eight bits and a scale for each row, as quantised linear weights are."""
+
+    def process_weights_after_loading(self, layer):
+        weight = layer.weight.data.float()
+        scale = weight.abs().amax(dim=-1, keepdim=True) / 448
+        layer.weight = nn.Parameter((weight / scale).to(torch.float8_e4m3fn), requires_grad=False)
+        layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def apply(self, layer, inputs):
+        return inputs @ (layer.weight.float() * layer.weight_scale).t().to(inputs.dtype)
 
 
 class Hidden(Method):
@@ -136,7 +157,7 @@ def test_a_step_that_only_moves_elements_is_learned_and_its_weights_are_read_whe
     assert totals(live) == digests(weights)
 
 
-@pytest.mark.parametrize(("method", "shape"), [(Rounded, SHAPE), (Hidden, (8, 6)), (Derived, (8, 6))])
+@pytest.mark.parametrize(("method", "shape"), [(Rounded, SHAPE), (Scaled, (8, 6)), (Hidden, (8, 6)), (Derived, (8, 6))])
 def test_what_any_other_step_made_of_new_weights_is_what_it_makes_of_them_when_loaded(method, shape):
     model, before, after = Model(method(), shape), weights_of(shape), weights_of(shape, seed=1)
     live, _ = model.loaded(before)
@@ -153,10 +174,43 @@ def test_what_any_other_step_made_of_new_weights_is_what_it_makes_of_them_when_l
     mine, right = step.results(shadow), step.results(model.layer)
     assert mine.keys() == right.keys()
     for name in mine:
-        assert torch.equal(mine[name], getattr(fresh.layer, name)), name
+        assert same_bits(mine[name], getattr(fresh.layer, name)), name
     if step.hidden:
         inputs = torch.ones(2, shape[1], dtype=torch.bfloat16)
         assert torch.equal(shadow.linear(inputs), fresh.layer.linear(inputs))
+
+
+@pytest.mark.parametrize("method", [Method, Blocks, Halves, Padded, Rounded, Scaled, Hidden, Derived])
+def test_an_update_leaves_a_module_as_one_that_loaded_the_new_weights_and_so_does_the_way_back(method):
+    shape = (8, 6) if method in (Scaled, Hidden, Derived) else SHAPE
+    model, weights = Model(method(), shape), weights_of(shape)
+    _, loading = model.loaded(weights)
+    url = f"memory://{uuid.uuid4()}"
+    with dw.Publisher(dw.open_bucket(url, create=True)) as publisher:
+        publisher.publish(weights)
+        publisher.flush(PATIENCE)
+        versions = [{name: tensor.clone() for name, tensor in weights.items()}]
+        weights["layer"].view(-1)[::17] *= 1.5
+        weights["norm"] += 1
+        publisher.publish(weights)
+        publisher.flush(PATIENCE)
+        versions.append(weights)
+    replica = Replica(model, loading=loading)
+    replica.attach(url)
+    for version in (1, 0, 1):
+        replica.commit({"bucket": url, "version": version})
+        assert replica.answer_status({})["error"] is None
+        assert replica.position.version == version
+        fresh = Model(method(), shape)
+        fresh.loaded(versions[version])
+        mine, right = held(model.layer), held(fresh.layer)
+        assert mine.keys() == right.keys()
+        assert all(same_bits(mine[name], right[name]) for name in mine)
+        assert same_bits(model.norm.weight, fresh.norm.weight)
+        if hasattr(model.layer, "linear"):
+            inputs = torch.ones(2, shape[-1], dtype=torch.bfloat16)
+            assert torch.equal(model.layer.linear(inputs), fresh.layer.linear(inputs))
+        assert audited([replica.answer_audit({})]).mismatched == []
 
 
 def test_a_step_that_gives_something_else_each_time_is_refused_at_start_up():

@@ -23,8 +23,8 @@ ALWAYS = [("qwen3-moe", "tp1"), ("qwen3-untied", "packed")]
 OFTEN = [
     ("qwen3-one-kv-head", "tp2"),
     ("qwen3-tied", "tp1"), ("qwen3-untied", "tp1"), ("llama", "tp1"), ("gemma", "tp1"), ("qwen2-biases", "tp1"),
-    ("mixtral", "tp1"), ("qwen3-moe-padded", "tp1"), ("qwen3-tied", "tp2"), ("llama", "tp2"), ("gemma", "tp2"),
-    ("qwen2-biases", "tp2"), ("qwen3-moe", "tp2"), ("mixtral", "tp2"), ("qwen3-tied", "packed"),
+    ("mixtral", "tp1"), ("glm4-moe", "tp1"), ("qwen3-moe-padded", "tp1"), ("qwen3-tied", "tp2"), ("llama", "tp2"),
+    ("gemma", "tp2"), ("qwen2-biases", "tp2"), ("qwen3-moe", "tp2"), ("mixtral", "tp2"), ("qwen3-tied", "packed"),
     ("qwen3-moe", "packed"),
 ]  # fmt: skip
 LAYOUTS = {"tp1": ((), {}), "tp2": (TP2, TWO), "packed": ((), KEEP)}

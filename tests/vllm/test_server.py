@@ -212,23 +212,33 @@ class AskingBeforeItPauses(EngineClient):
     """A client that asks for tokens once all is staged, so that only two calls stand between the first token and the
     pause: a tiny model on a quick machine is done with 2,000 tokens in a second or two."""
 
+    tokens = 2000
+
     def start(self) -> None:
         super().start()
-        self.chunks = weight_versions.generate(self.url, [5, 6, 7], 2000)
-        assert next(self.chunks)["token_ids"]
+        self.chunks = weight_versions.generate(self.url, [5, 6, 7], self.tokens)
+        self.made = len(next(self.chunks)["token_ids"])
 
 
-def test_a_request_that_lives_through_an_update_names_both_versions(server, trainer):
+@pytest.mark.parametrize("pause", ["keep", "wait", "abort"])
+def test_a_request_that_meets_an_update_names_the_versions_that_made_its_tokens(server, trainer, pause):
+    """Kept, it shows both; waited for, it is the old version's alone and whole; aborted, it ends there."""
     trainer.step()
     with Follower(trainer.url, server.url) as follower:
         follower.step()
     old = trainer.publisher.position
     trainer.step()
+    new = trainer.publisher.position
     engine = AskingBeforeItPauses(server.url)
-    with Follower(trainer.url, engine) as follower:
-        follower.step()
-        *_, last = engine.chunks
-    assert [span["version"] for span in last["weight_versions"]] == [str(old), str(trainer.publisher.position)]
+    engine.tokens = 300 if pause == "wait" else 2000
+    with Follower(trainer.url, engine, pause=pause) as follower:
+        assert follower.step().version == new.version
+        chunks = list(engine.chunks)
+    made = engine.made + sum(len(chunk["token_ids"]) for chunk in chunks)
+    assert (made == engine.tokens) == (pause != "abort")
+    spans = [span["version"] for span in chunks[-1]["weight_versions"]]
+    assert spans == ([str(old), str(new)] if pause == "keep" else [str(old)])
+    assert server.logprobs([1, 2, 3])
 
 
 def test_a_copy_of_the_bucket_elsewhere_is_the_same_run(server, trainer, tmp_path):

@@ -214,12 +214,14 @@ class Follower:
         standing.served, standing.looked, standing.problem = status.position, time.monotonic(), None
         if status.position == target:
             self._label(target)
+            standing.joined = True
             return None
         if not self._stage(target):
             return None
         standing.staged = target.version
         report = self._commit(target)
         standing.served, standing.staged, standing.looked = target, None, time.monotonic()
+        standing.joined = True
         return report
 
     def _audit(self) -> bool:

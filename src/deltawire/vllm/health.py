@@ -24,6 +24,8 @@ class Standing:
     audit: str | None = None
     problem: str | None = None
     looked: float | None = None
+    joined: bool = False
+    """whether what should be served was served, once since the follower began"""
 
     @property
     def lag(self) -> int | None:
@@ -34,6 +36,8 @@ class Standing:
         """Why no request should be sent to the engine, or None. `max_staleness` counts versions."""
         if self.served is None or self.lag is None:
             return self.problem or "no version is served yet"
+        if not self.joined:
+            return self.problem or f"joining: version {self.served.version} is served, {self.lag} behind"
         if max_staleness is None:
             return None
         if self.lag > max_staleness:
