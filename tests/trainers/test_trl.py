@@ -155,11 +155,11 @@ def test_when_nobody_serves_it_in_time_the_error_says_who_was_seen_and_the_chang
             transfer.send_weights(iter(weights.items()))
         run = transfer.position.run
         beat(url, None, None, error="Unavailable: the disk is away", lag=7)
-        with pytest.raises(NotServed, match=rf"serves {run}:1,.*another serves no version \(lag 7, .*disk is away"):
+        with pytest.raises(NotServed, match=rf"serves {run}:1,.*another: no version \(lag 7, .*disk is away"):
             transfer.send_weights(iter(weights.items()))
         beat(url, 99, "0123456789abcdef")  # newer, but of a run that is not ours
         weights["a"] += 1
-        with pytest.raises(NotServed, match="another serves 0123456789abcdef:99"):
+        with pytest.raises(NotServed, match="another: 0123456789abcdef:99"):
             transfer.send_weights(iter(weights.items()))
     with sending(url) as transfer, following(url, engine):
         transfer.send_weights(iter(weights.items()))
@@ -171,7 +171,7 @@ def test_servers_that_do_not_answer_or_serve_no_version_are_named(url, engine):
     nowhere = "http://127.0.0.1:9"
     with (
         sending(url, [nowhere, engine.url], timeout=BRIEFLY) as transfer,
-        pytest.raises(NotServed, match=rf"{nowhere} serves no version \(.*does not answer.*{engine.url}.*'default'"),
+        pytest.raises(NotServed, match=rf"{nowhere}: no version \(.*does not answer.*{engine.url}.*'default'"),
     ):
         transfer.send_weights(iter(make_weights().items()))
 

@@ -29,7 +29,7 @@ class Seen:
 
     def __str__(self) -> str:
         serves = "no version" if self.version is None else f"{self.run}:{self.version}"
-        return f"{self.who} serves {serves}{self.note}"
+        return f"{self.who}: {serves}{self.note}"
 
 
 Look = Callable[[], list[Seen]]
@@ -49,9 +49,9 @@ def wait_until_served(look: Look, target: Position, *, timeout: float, poll: flo
         if (left := deadline - time.monotonic()) <= 0:
             found = "; ".join(map(str, seen)) or "no replica was seen at all"
             raise NotServed(
-                f"{where}: after {timeout:.3g} s no replica serves {target}, which is committed and stays. Seen: "
-                f"{found}. Is `deltawire follow --bucket {where} --engine URL` running? See its output; one that may "
-                "not write the bucket keeps no ledger entry, so name its server in engine_urls"
+                f"{where}: after {timeout:.3g} s no replica serves {target}, which is committed and stays. Seen "
+                f"serving: {found}. Is `deltawire follow --bucket {where} --engine URL` running? See its output; one "
+                "that may not write the bucket keeps no ledger entry, so name its server in engine_urls"
             )
         time.sleep(min(poll, left))
 
@@ -64,7 +64,7 @@ def ledger_look(bucket: Bucket) -> Look:
         try:
             known[:] = ledger.read_all(bucket, known)
         except Unavailable as error:
-            return [Seen(f"{bucket.url} does not answer ({error}): nobody it knows of")]
+            return [Seen("the ledger", note=f" ({error})")]
         return [Seen(beat.replica, beat.run, beat.version, _note(beat)) for _, beat in known]
 
     return look

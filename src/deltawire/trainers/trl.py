@@ -88,7 +88,7 @@ class DeltaWeightTransfer:
 
         `iterator` yields (checkpoint name, full tensor) of what is trained, and is always consumed to its end, in
         order, since other ranks take part in making its tensors. The first call, TRL's cold sync, fixes the set of
-        names; frozen and tied weights come from the base or the anchor.
+        names; what TRL does not yield, frozen and tied weights, comes from `base`, or is the server's to derive.
 
         Raises what `Publisher.publish` and `flush` raise, and NotServed, saying what was seen, when no replica got
         there in time. What was captured is kept, and goes with the next call.
@@ -128,9 +128,7 @@ class DeltaWeightTransfer:
     def _looker(self, bucket: Bucket, opened: ExitStack) -> Look:
         if not self._engine_urls:
             return ledger_look(bucket)
-        import httpx
-
         from deltawire.vllm.client import EngineClient
 
-        limit = httpx.Timeout(ENGINE_SECONDS)
-        return engine_look([opened.enter_context(EngineClient(url, timeout=limit)) for url in self._engine_urls])
+        engines = [opened.enter_context(EngineClient(url, timeout=ENGINE_SECONDS)) for url in self._engine_urls]
+        return engine_look(engines)

@@ -24,7 +24,7 @@ DIRECT = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
 class EngineClient(Engine):
     """One vLLM server, over HTTP. Its API key, when it has one, is read from VLLM_API_KEY."""
 
-    def __init__(self, url: str, *, timeout: httpx.Timeout = TIMEOUT) -> None:
+    def __init__(self, url: str, *, timeout: httpx.Timeout | float = TIMEOUT) -> None:
         self.url = url.rstrip("/")
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
