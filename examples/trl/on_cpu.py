@@ -31,7 +31,7 @@ def prepare() -> None:
     if not found.startswith(WRITTEN_FOR):
         raise RuntimeError(f"trl {found} is installed; these patches are for {WRITTEN_FOR}*: pip install 'trl==1.16.0'")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    sys.modules["vllm"] = None  # type: ignore[assignment]  # a trainer's host needs none; TRL would import all of it
+    sys.modules["vllm"] = None  # a trainer's host needs none; TRL would import all of it
     import trl.experimental.async_grpo.async_grpo_trainer as trainer
     import trl.experimental.async_grpo.async_rollout_worker as worker
     import trl.experimental.async_grpo.packing as packing

@@ -2,7 +2,7 @@
 
     python -m examples.trl.run [--steps 8] [--out runs/trl-…]
 
-Everything it starts is ended with it, whatever happens. Without a GPU this takes about two minutes, most of it starts.
+Everything it starts is ended with it, whatever happens. It takes a few minutes, most of them to start.
 """
 
 import argparse

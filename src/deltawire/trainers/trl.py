@@ -1,4 +1,7 @@
-"""TRL publishes its weights to a bucket: `AsyncGRPOTrainer(…, weight_transfer=DeltaWeightTransfer("hf://buckets/…"))`.
+"""TRL's AsyncGRPOTrainer publishes its weights to a bucket, and waits until vLLM serves them. Two lines:
+
+    transfer = DeltaWeightTransfer("hf://buckets/me/run", assets="path/to/model")
+    trainer = AsyncGRPOTrainer(…, weight_transfer=transfer)
 
 It speaks the WeightTransferProtocol of TRL 1.16 and needs nothing of TRL itself.
 """
