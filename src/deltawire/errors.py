@@ -30,6 +30,7 @@ DeltaWireError
     EngineUnavailable   it does not answer
     EngineUnsupported   it lacks the plugin, its weight endpoints, or a layout we can prove right
     Quarantined         it can no longer say what it serves; restart it
+    NotServed           nobody serves a published version in time; it is safe in the bucket
 """
 
 
@@ -151,3 +152,7 @@ class EngineUnsupported(EngineError):
 
 class Quarantined(EngineError):
     """The server can no longer say what it serves; restart it."""
+
+
+class NotServed(EngineError):
+    """No replica served a published version in time. The version is committed: look at the followers, or wait on."""

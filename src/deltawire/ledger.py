@@ -1,6 +1,7 @@
 """The fleet's ledger: what each replica serves and still needs, one small record each under `replicas/`."""
 
 import re
+from collections.abc import Iterable
 
 import msgspec
 
@@ -43,10 +44,15 @@ def beat(bucket: Bucket, heartbeat: Heartbeat) -> None:
     bucket.put(replica_key(heartbeat.replica), msgspec.json.encode(heartbeat))
 
 
-def read_all(bucket: Bucket) -> list[tuple[Stat, Heartbeat]]:
-    """Every replica's newest record, by name; what is no record is left out."""
+def read_all(bucket: Bucket, known: Iterable[tuple[Stat, Heartbeat]] = ()) -> list[tuple[Stat, Heartbeat]]:
+    """Every replica's newest record, by name; what is no record is left out. Of `known`, an earlier answer, only what
+    changed since is fetched."""
+    held = {(stat.key, stat.tag): heartbeat for stat, heartbeat in known}
     found = []
     for stat in bucket.list("replicas/"):
+        if heartbeat := held.get((stat.key, stat.tag)):
+            found.append((stat, heartbeat))
+            continue
         try:
             heartbeat = msgspec.json.decode(bucket.get(stat.key, limit=MAX_HEARTBEAT), type=Heartbeat)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, NotFound, TooLarge):

@@ -24,11 +24,11 @@ DIRECT = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
 class EngineClient(Engine):
     """One vLLM server, over HTTP. Its API key, when it has one, is read from VLLM_API_KEY."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, timeout: httpx.Timeout | float = TIMEOUT) -> None:
         self.url = url.rstrip("/")
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT, limits=LIMITS, mounts=DIRECT)
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=LIMITS, mounts=DIRECT)
 
     def __enter__(self) -> "EngineClient":
         return self

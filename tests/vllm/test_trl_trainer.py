@@ -1,0 +1,109 @@
+"""TRL's AsyncGRPOTrainer and rollout worker, a real vLLM server, a follower: what is served is what was trained."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from servers import save_checkpoint
+
+from deltawire.vllm.client import EngineClient
+from deltawire.vllm.follower import Follower
+from runs import PATIENCE
+
+pytestmark = pytest.mark.vllm
+HERE = Path(__file__).parent
+STEPS = 30
+LIMIT = 200.0
+"""seconds; about 45 on two cores that do nothing else"""
+
+
+@contextmanager
+def following(url, server):
+    """A follower at work on another thread; its reports."""
+    reports = []
+    follower = Follower(url, server.url, poll=0.05, on_update=reports.append)
+    thread = threading.Thread(target=follower.run)
+    thread.start()
+    try:
+        yield reports
+    finally:
+        follower.close()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def python(script, *arguments, folder):
+    """A trainer's process, ended with the test; `log` is where it writes."""
+    path = os.pathsep.join([str(HERE.parents[1]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(HERE / script), *map(str, arguments)]
+    with (folder / "trainer.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def run_to_its_end(script, *arguments, folder):
+    """What a trainer tells, as JSON, in the file that is its last argument."""
+    with python(script, *arguments, "result.json", folder=folder) as process:
+        code = process.wait(LIMIT)
+    assert code == 0, (folder / "trainer.log").read_text(errors="replace")[-3000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+def assert_serves(server, position, digests):
+    """Live memory, digested anew, is the trainer's weights, and the server says so."""
+    with EngineClient(server.url) as engine:
+        audit = engine.audit()
+        assert (audit.digests, audit.mismatched) == (digests, [])
+        assert engine.weight_version() == str(audit.position) == position
+
+
+def test_trl_learns_from_what_vllm_serves_and_at_the_end_both_hold_the_same_bits(server, tmp_path):
+    save_checkpoint(tmp_path / "policy")
+    url = (tmp_path / "bucket").as_uri()
+    with following(url, server) as reports:
+        told = run_to_its_end("immediate_eos.py", "policy", server.url, url, STEPS, folder=tmp_path)
+    assert_serves(server, told["position"], told["digests"])
+    rewards = told["rewards"]
+    assert len(rewards) == STEPS
+    assert fmean(rewards[-5:]) > fmean(rewards[:5]) + 0.2, rewards
+    assert [report.version for report in reports][-STEPS:] == [*range(1, STEPS + 1)], "TRL waits for each"
+    assert all(report.verified for report in reports)
+
+
+def test_a_trainer_killed_in_the_middle_starts_again_and_the_server_ends_with_its_weights(server, tmp_path):
+    url = (tmp_path / "bucket").as_uri()
+    with following(url, server) as reports:
+        with python("trl_loop.py", url, "continue", 10**6, "none.json", folder=tmp_path) as killed:
+            until(lambda: len(reports) >= 3 or killed.poll() is not None)
+            assert killed.poll() is None, (tmp_path / "trainer.log").read_text(errors="replace")[-3000:]
+        with EngineClient(server.url) as engine:
+            assert engine.audit().mismatched == []
+        for run in ("continue", "supersede"):
+            told = run_to_its_end("trl_loop.py", url, run, 3, folder=tmp_path)
+            assert_serves(server, told["position"], told["digests"])
+    assert all(report.verified for report in reports)
+    first, *runs = dict.fromkeys(report.run for report in reports)
+    assert len(runs) == 1, "the killed run went on, then another took its place"
+    served = [report.version for report in reports if report.run == first]
+    assert served == sorted(served)
+
+
+def until(look):
+    """Return once `look` says so."""
+    deadline = time.monotonic() + LIMIT
+    while not look():
+        assert time.monotonic() < deadline, "nothing came in time"
+        time.sleep(0.01)
