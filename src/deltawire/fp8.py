@@ -14,10 +14,12 @@ nearest even, each correct to the last bit in fp32.
 A scale follows its block's largest magnitude, amax, which a trainer moves all the time. By default scales are powers of
 two, the smallest with amax / scale <= 448: they stay until amax crosses 1.75 times a power of two, with no memory of
 earlier versions. Exact: the division, so fp8's rounding is the only error; and a block whose scale doubles or halves,
-where every exponent moves by one and every value stays. Not exact: elements below 2**-6 of the scale, subnormal in fp8,
-which lose or win a bit then. Scales of "amax" / 448, as most quantisers make them, move with almost every step of a
-trainer with fp32 masters, and with them the value that every number of the block stands for; about as many fp8 bytes
-change either way (`tests/test_fp8.py` measures both).
+where every exponent moves by one and every value stays (each byte changes, all by one step, which packs to a few per
+cent). Not exact: elements below 2**-6 of the scale, subnormal in fp8, which lose or win a bit then.
+
+Scales of "amax" / 448, as most quantisers make them, move with almost every step of a trainer with fp32 masters, and
+with them the value that every number of the block stands for. Either way about as many fp8 bytes change
+(`tests/test_fp8.py` measures both).
 """
 
 import sys

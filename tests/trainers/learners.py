@@ -65,6 +65,10 @@ def train_until_killed(folder: str, url: str, step: str) -> None:
     """Train, saving each second step, and die as by `kill -9` when the step is captured, its upload under way."""
 
     class Die(DeltaWeightSyncCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            super().on_train_begin(args, state, control, **kwargs)
+            self._publisher.flush(PATIENCE)
+
         def on_step_end(self, args, state, control, **kwargs):
             super().on_step_end(args, state, control, **kwargs)
             if state.global_step == int(step):
