@@ -10,8 +10,8 @@ setup:           ## build .venv with deltawire, torch, vLLM and the examples' li
 demo: setup      ## train a tiny model by RL while vLLM serves it, weights travelling through a bucket
 	@.venv/bin/deltawire demo
 
-test: setup      ## every test, the ones on a real vLLM server included
-	@.venv/bin/python -m pytest
+test: setup      ## every test, the ones on a real vLLM server included, in two processes
+	@.venv/bin/python -m pytest --numprocesses 2 --dist loadgroup
 
 soak: setup      ## a thousand versions under faults, kills, compaction and pruning
 	@DELTAWIRE_SOAK_VERSIONS=1000 .venv/bin/python -m pytest tests/test_soak.py --log-cli-level=INFO

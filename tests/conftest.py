@@ -1,4 +1,5 @@
-"""What every test shares: hypothesis without a deadline, because a kernel compiles when first called; an S3 server."""
+"""What every test shares: hypothesis without a deadline, because a kernel compiles when first called; an S3 server; and
+which tests run one after another when two processes share them."""
 
 import uuid
 
@@ -8,6 +9,16 @@ from hypothesis import settings
 settings.register_profile("deltawire", deadline=None, max_examples=60)
 settings.load_profile("deltawire")
 REGION = "us-east-1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A file stays in one process, and so does what shares the one vLLM server. What starts a vLLM server goes first,
+    so that neither process is left with all of the slow ones at the end."""
+    for item in items:
+        shared = "server" in item.fixturenames and item.get_closest_marker("vllm")
+        item.add_marker(pytest.mark.xdist_group("server" if shared else str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_two_threads_in_one_kernel_both_get_the_right_sum():
         barrier.wait()
         sums[k] = kernels.digest_sweep(data[k * half : (k + 1) * half], k * half)
 
-    threads = [threading.Thread(target=sweep, args=(k,)) for k in range(2)]
+    threads = [threading.Thread(target=sweep, args=(k,), daemon=True) for k in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -128,7 +128,7 @@ def test_only_integrations_import_what_they_integrate(module):
 
 def test_importing_deltawire_loads_no_extra():
     code = f"import sys, deltawire; print(*[name for name in {HEAVY!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == []
 
 

@@ -46,6 +46,23 @@ def leftovers(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.parametrize("server", ["BF16", "F16"])
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
+def test_masters_of_fp32_and_bf16_arrive_as_the_server_casts_them(master, server, tmp_path):
+    bucket, weights = fresh(), {name: torch.from_numpy(tensor).to(master) for name, tensor in model().items()}
+    holds = {"BF16": torch.bfloat16, "F16": torch.float16}[server]
+    with publishing(bucket, dtype=server) as publisher:
+        for version in range(3):
+            publisher.publish(weights)
+            publisher.flush(PATIENCE)
+            materialize(bucket, tmp_path / "out")
+            files = load_file(tmp_path / "out" / SINGLE)
+            assert equal(files, {name: tensor.to(holds) for name, tensor in weights.items()})
+            torch.manual_seed(version)
+            weights = {name: tensor + 1e-3 * torch.randn_like(tensor) for name, tensor in weights.items()}
+    assert equal(dict(Checkpoint(tmp_path / "out")), files)
+
+
 @pytest.mark.parametrize("version", [0, 1, 2, 3, None])
 def test_every_version_is_written_bit_for_bit(chain, tmp_path, version):
     bucket, expected = chain

@@ -100,7 +100,7 @@ def test_a_reader_sees_a_whole_version_and_the_writer_waits(tmp_path):
             f"import fcntl; f = open({str(tmp_path / 'm' / '.deltawire-readers')!r}, 'ab')\n"
             "try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)\nexcept BlockingIOError: print('waits')"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
         assert done.stdout == "waits\n"
 
 
@@ -149,7 +149,7 @@ def test_killed_at_any_step_it_holds_the_old_version_or_the_new_one(tmp_path, wh
     made(tmp_path / "m", chain[0]).close()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", CHILD, tmp_path / "m", when]
-    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     if when in ("journal", "apply", "0", "1", "3"):
         with pytest.raises(NotFound, match="half written"), reading(tmp_path / "m"):

@@ -13,6 +13,8 @@ import time
 from collections import Counter
 from functools import partial
 
+import pytest
+
 from deltawire import Publisher, Subscriber, open_bucket, publisher, retention
 from deltawire.buckets.faulty import Faulty, seeded
 from deltawire.checkpoint import Checkpoint
@@ -24,6 +26,8 @@ from runs import commits, edit, model, served
 
 VERSIONS = int(os.environ.get("DELTAWIRE_SOAK_VERSIONS", "60"))
 SEED = int(os.environ.get("DELTAWIRE_SOAK_SEED", "1"))
+PATIENCE = 120.0
+"""seconds after which what faults interrupt should have been done"""
 FAULTS = 0.05
 """share of calls on which something goes wrong"""
 FOLLOWER = """
@@ -74,10 +78,10 @@ def follower(url, folder, number, life):
         return subprocess.Popen(command, env=environment, stderr=errors)
 
 
-def insist(action, tries=300):
+def insist(action):
     """Repeat what faults interrupt, as a supervisor would."""
-    refused = Counter()
-    for _ in range(tries):
+    refused, deadline = Counter(), time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
         try:
             return action()
         except DeltaWireError as error:
@@ -85,6 +89,7 @@ def insist(action, tries=300):
     raise AssertionError(f"never done: {refused.most_common(5)}")
 
 
+@pytest.mark.timeout(300 if VERSIONS <= 60 else 1200)
 def test_all_followers_end_where_the_trainer_does_whatever_happened(tmp_path, monkeypatch):
     monkeypatch.setattr(publisher, "FIRST_RETRY", 0.001)
     monkeypatch.setattr(publisher, "LAST_RETRY", 0.01)
@@ -126,7 +131,7 @@ def test_all_followers_end_where_the_trainer_does_whatever_happened(tmp_path, mo
                 insist(partial(retention.carry_out, faulty, plan))
                 sizes.append(sum(stat.size for stat in clean.list("runs/")))
         position = insist(partial(trainer.flush, 30))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while any(held(tmp_path / f"m{number}") != position for number in range(3)):
             assert time.monotonic() < deadline, [held(tmp_path / f"m{number}") for number in range(3)]
             assert [process.poll() for process in followers] == [None] * 3

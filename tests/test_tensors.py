@@ -124,5 +124,5 @@ def test_numpy_weights_need_no_torch_and_torch_ones_say_what_to_install():
         "try: as_torch(bits)\n"
         "except ImportError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert "pip install 'deltawire[torch]'" in done.stdout

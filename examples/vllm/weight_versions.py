@@ -5,18 +5,25 @@ Versions read `<run>:<version>`, and a request that lives through an update show
 """
 
 import argparse
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 
+STALLED = 120.0
+"""seconds without a token after which a request is given up"""
 
-def generate(engine: str, prompt: list[int], tokens: int) -> dict[str, Any]:
-    """The one answer to a prompt of token ids: its `token_ids`, and the `weight_versions` that made them."""
-    body = {"token_ids": prompt, "sampling_params": {"max_tokens": tokens, "ignore_eos": True}}
-    answer = httpx.post(f"{engine}/inference/v1/generate", json=body, timeout=600)
-    answer.raise_for_status()
-    (choice,) = answer.json()["choices"]
-    return dict(choice)
+
+def generate(engine: str, prompt: list[int], tokens: int) -> Iterator[dict[str, Any]]:
+    """The answer to a prompt of token ids as it is made: chunks with new `token_ids`, the last of them with the
+    `weight_versions` that made all of them."""
+    body = {"token_ids": prompt, "sampling_params": {"max_tokens": tokens, "ignore_eos": True}, "stream": True}
+    with httpx.stream("POST", f"{engine}/inference/v1/generate", json=body, timeout=STALLED) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                yield from json.loads(line.removeprefix("data: "))["choices"]
 
 
 def main() -> None:
@@ -25,8 +32,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs="+", default=[1, 2, 3], help="token ids")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to generate")
     options = parser.parse_args()
-    choice = generate(options.engine, options.prompt, options.tokens)
-    for span in choice["weight_versions"]:
+    *_, last = generate(options.engine, options.prompt, options.tokens)
+    for span in last["weight_versions"]:
         print(span)
 
 

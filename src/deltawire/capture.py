@@ -239,5 +239,13 @@ def _seeded(weights: Mapping[str, Bits]) -> Baseline:
 
 def _cast_all(pairs: Iterable[tuple[str, Any]], dtype: str) -> Iterable[tuple[str, Bits]]:
     for name, tensor in pairs:
-        own = dtype_of(tensor)
-        yield name, cast(tensor, dtype if own in WIDE else own)
+        yield name, cast(tensor, served_as(tensor, dtype))
+
+
+def served_as(tensor: Any, dtype: str) -> str:
+    """The dtype in which a server holds a tensor: its own, or `dtype` for one that only trainers hold. A server of fp16
+    holds bf16 weights as fp16 too; Bits are what the checkpoint holds, as the scales of fp8."""
+    own = dtype_of(tensor)
+    if isinstance(tensor, Bits):
+        return own
+    return dtype if own in WIDE or (own, dtype) == ("BF16", "F16") else own

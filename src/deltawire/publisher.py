@@ -38,7 +38,8 @@ class Publisher:
 
     `base`: the checkpoint both sides start from, a folder or a Hub repository; version 0 then is a reference to it.
     Without it version 0 is an anchor, a full checkpoint in the bucket, with the config and tokenizer files of `assets`.
-    `dtype` is what fp32 and fp64 tensors are cast to, as the server holds them ("BF16"); with a base, its dtypes rule.
+    `dtype` is what fp32 and fp64 tensors are cast to, as the server holds them ("BF16"), and with "F16" bf16 ones too;
+    `Bits` are shipped as they are. With a base, its dtypes rule.
     `prepare` are functions over the (name, tensor) pairs of a publish, applied in order, that give the checkpoint's
     names, shapes and dtypes where the trainer's differ.
     `codec`: "gap". `on_upload` hears of every commit, on the uploader's thread.

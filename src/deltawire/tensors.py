@@ -86,8 +86,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 def cast(tensor: Any, dtype: str) -> Bits:
     """A tensor's bits after a cast to `dtype` as the server would cast it: round to nearest even, on the tensor's own
     device. Shares memory when there is nothing to cast. Raises DtypeMismatch between dtypes that are not floats."""
-    if hasattr(tensor, "full_tensor"):
-        raise DtypeMismatch("this tensor is a DTensor: publish full tensors, `tensor.full_tensor()`")
+    _require_whole(tensor)
     own = dtype_of(tensor)
     if own == dtype:
         return as_bits(tensor)
@@ -98,6 +97,21 @@ def cast(tensor: Any, dtype: str) -> Bits:
     array = _floats(tensor) if isinstance(tensor, Bits) else np.asarray(tensor)
     data = _round_to_bf16(array) if dtype == "BF16" else array.astype(NAMES[dtype]).reshape(-1).view(unsigned(dtype))
     return Bits(dtype, tuple(array.shape), data)
+
+
+def as_float32(tensor: Any) -> Any:
+    """A float tensor as fp32: torch on its device for a torch tensor, else numpy. Raises DtypeMismatch for others."""
+    _require_whole(tensor)
+    if (own := dtype_of(tensor)) not in FLOATS:
+        raise DtypeMismatch(f"{own} cannot be cast to F32: only {', '.join(FLOATS)} convert")
+    if is_torch(tensor):
+        return tensor.detach().float()
+    return np.asarray(_floats(tensor) if isinstance(tensor, Bits) else tensor, np.float32)
+
+
+def _require_whole(tensor: Any) -> None:
+    if hasattr(tensor, "full_tensor"):
+        raise DtypeMismatch("this tensor is a DTensor: publish full tensors, `tensor.full_tensor()`")
 
 
 def _floats(bits: Bits) -> Any:

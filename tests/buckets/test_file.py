@@ -122,7 +122,7 @@ def test_writers_in_many_threads_leave_every_object_whole(tmp_path: Path) -> Non
         for turn in range(5):
             bucket.put(f"replicas/{number}/{turn}", bytes([number]) * 1000)
 
-    writers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    writers = [threading.Thread(target=write, args=(number,), daemon=True) for number in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -191,7 +191,7 @@ def refusing(environment: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     """A server that answers every request with one status."""
     handler = type("Refusal", (_Refusal,), {"status": request.param})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, pytest.MonkeyPatch.context() as patch:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}"
         patch.setenv("HF_ENDPOINT", url)
@@ -242,7 +242,7 @@ def test_without_the_client_one_sentence_says_what_to_install() -> None:
         "open_bucket('memory://still-works')\n"
         "open_bucket('hf://buckets/me/run')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert done.stderr.splitlines()[-1] == (
         "ImportError: the hub bucket needs huggingface_hub: pip install 'deltawire[hub]'"
     )

@@ -1,6 +1,7 @@
 """What the tests of the example share: a real environment server."""
 
 import json
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ def environment_url() -> Iterator[str]:
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
+            assert select.select([server.stdout], [], [], 120.0)[0], "the environment server says nothing"
             ready = json.loads(server.stdout.readline())
             assert ready["event"] == "ready"
             yield ready["url"]

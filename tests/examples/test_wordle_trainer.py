@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +202,9 @@ def vllm_url() -> Iterator[Callable[[Completions], str]]:
         thread.join()
 
 
-def trainer(checkpoint: Path, out: Path, engine: str, environment: str, *more: str) -> subprocess.Popen[str]:
+@contextmanager
+def trainer(checkpoint: Path, out: Path, engine: str, environment: str, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """The command under way, which does not outlive the test."""
     arguments = {
         "--model": checkpoint, "--bucket": (out / "bucket").as_uri(), "--engine": engine, "--environment": environment,
         "--metrics": out / "steps.jsonl", "--digests": out / "digests.json", "--groups": 2, "--members": 2,
@@ -208,9 +212,13 @@ def trainer(checkpoint: Path, out: Path, engine: str, environment: str, *more: s
     }  # fmt: skip
     command = [sys.executable, "-m", "examples.wordle.trainer", *(str(x) for pair in arguments.items() for x in pair)]
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
+    with subprocess.Popen(
         [*command, *more], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def dog(prompt: Sequence[int]) -> str:
@@ -252,8 +260,10 @@ def test_a_terminated_trainer_leaves_a_bucket_that_holds_every_step_it_told(
     stop = threading.Event()
     with trainer(checkpoint, tmp_path, url, environment_url, "--act", "learn,1e-3,100000") as process:
         steps = tmp_path / "steps.jsonl"
+        deadline = time.monotonic() + 240
         while not (steps.is_file() and steps.read_text().count("\n") > 3):
             assert process.poll() is None
+            assert time.monotonic() < deadline, "no step in four minutes"
             stop.wait(0.05)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import resource
+import select
 import socket
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def upload_until_killed(server: HubProcess, folder: Path, *, start: int, acknowl
     try:
         assert client.stdout is not None
         for _ in range(acknowledged):
+            assert select.select([client.stdout], [], [], 60.0)[0], "nothing was acknowledged in a minute"
             last = int(client.stdout.readline())
         server.kill()
     finally:

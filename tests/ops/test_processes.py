@@ -95,9 +95,11 @@ signal.pause()
     )
     process = subprocess.Popen([sys.executable, owner])
     logs = {name: Tail(tmp_path / "logs" / f"{name}.log") for name in ("plain", "parent", "stubborn")}
-    records = {name: until(lambda tail=tail: next(tail.records(), None)) for name, tail in logs.items()}
-    process.kill()
-    process.wait()
+    try:
+        records = {name: until(lambda tail=tail: next(tail.records(), None)) for name, tail in logs.items()}
+    finally:
+        process.kill()
+        process.wait()
     for pid in (*(record["pid"] for record in records.values()), records["parent"]["grandchild"]):
         wait_for_end(pid)
 

@@ -16,6 +16,7 @@ from small import Fused
 from deltawire.vllm.hooks import _worker_method
 from deltawire.vllm.loading import AfterLoading
 from deltawire.vllm.replica import Replica
+from runs import PATIENCE
 
 Answer = tuple[int, Any]
 
@@ -36,7 +37,7 @@ class StubEngine:
         self.headers: list[dict[str, str]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
 
     def __enter__(self) -> "StubEngine":
@@ -50,7 +51,7 @@ class StubEngine:
         self._stopped = True
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join()
+        self._thread.join(PATIENCE)
 
     @property
     def replica(self) -> Replica:

@@ -25,7 +25,7 @@ from deltawire.vllm.follower import Follower
 from deltawire.vllm.loading import AfterLoading
 from deltawire.vllm.protocol import audited, named_error
 from deltawire.vllm.replica import Replica
-from runs import PATIENCE
+from runs import PATIENCE, until
 
 
 @pytest.fixture
@@ -242,10 +242,9 @@ def test_a_follower_waits_for_what_another_had_staged_and_then_stages_its_own(ru
     assert entered.wait(PATIENCE)
     asked = engine.calls.count("/collective_rpc")
     reports = []
-    thread = threading.Thread(target=lambda: reports.append(follower.step()))
+    thread = threading.Thread(target=lambda: reports.append(follower.step()), daemon=True)
     thread.start()
-    while engine.calls.count("/collective_rpc") < asked + 4:
-        assert thread.is_alive()
+    until(lambda: engine.calls.count("/collective_rpc") >= asked + 4, unless=lambda: not thread.is_alive())
     opened.set()
     thread.join(PATIENCE)
     assert (reports[0].from_version, reports[0].version) == (0, 2)
@@ -330,7 +329,7 @@ class Running:
         self.follower = Follower(
             run.url, engine.url, poll=0.01, on_update=lambda report: self.updates.release(), on_problem=self._problem
         )
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _problem(self, error: Exception) -> None:
@@ -360,8 +359,7 @@ def test_what_passes_is_reported_once_while_it_lasts_and_then_the_follower_goes_
     with Running(run, engine) as running:
         assert running.problems.acquire(timeout=PATIENCE)
         seen = len(engine.calls)
-        while len(engine.calls) < seen + 6:
-            assert running.ended_by is None
+        until(lambda: len(engine.calls) >= seen + 6, unless=lambda: running.ended_by is not None)
         assert len(running.told) == 1
         engine.faults.clear()
         run.publish(a=1)

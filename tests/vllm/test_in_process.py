@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from servers import START_SECONDS
 from test_models import ALL, Chain
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
 EMBEDS = """
 import json, sys
 from vllm import LLM, SamplingParams

@@ -9,7 +9,7 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
-from servers import VOCABULARY, Server, build, save_checkpoint
+from servers import START_SECONDS, VOCABULARY, Server, build, save_checkpoint
 
 import deltawire as dw
 from deltawire.trainers.conversion import name_map
@@ -29,7 +29,7 @@ OFTEN = [
 ]  # fmt: skip
 LAYOUTS = {"tp1": ((), {}), "tp2": (TP2, TWO), "packed": ((), KEEP)}
 every = os.environ.get("DELTAWIRE_TEST_VLLM") == "all"
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3 * START_SECONDS)]  # two servers start within one test
 
 
 RARE, ALL = 3e-6, 1e-2

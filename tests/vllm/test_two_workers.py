@@ -2,18 +2,21 @@
 
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
-from servers import Server
+from servers import START_SECONDS, Server
 from test_models import TP2, TWO, Chain, assert_served, every, walk
 
 from deltawire.errors import EngineError
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.follower import Follower
+from runs import PATIENCE, until
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
 PLUGIN = Path(__file__).parent / "faults_plugin"
 
 
@@ -23,7 +26,9 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     chain, fault = Chain(folder, "qwen3-one-kv-head"), folder / "fault"
     path = os.pathsep.join(filter(None, [str(PLUGIN), os.environ.get("PYTHONPATH")]))
-    environ = {**TWO, "PYTHONPATH": path, "DELTAWIRE_TEST_FAULT": str(fault)}
+    (folder / "journal").mkdir()
+    told = {"DELTAWIRE_TEST_FAULT": str(fault), "DELTAWIRE_TEST_JOURNAL": str(folder / "journal")}
+    environ = {**TWO, "PYTHONPATH": path, **told}
     server = Server(chain.checkpoint, folder / "vllm.log", options=TP2, **environ)
     try:
         yield chain, server.wait(), fault
@@ -59,6 +64,48 @@ def test_a_failure_in_one_worker_leaves_both_in_step_and_the_next_update_works(p
         assert follower.step().version == before + 1
         assert_served(chain, engine, before + 1)
         assert len(server.logprobs([1, 2, 3])) == 8
+
+
+def test_no_forward_pass_sees_two_versions_within_a_worker_or_between_them(place):
+    chain, server, fault = place
+    journal, done = fault.parent / "journal", threading.Event()
+
+    def generate():
+        while not done.is_set():
+            server.logprobs([1, 2, 3], length=100)
+
+    with Follower(chain.url, server.url) as follower, ThreadPoolExecutor(2) as pool:
+        follower.step()
+        (journal / "on").touch()
+        streams = [pool.submit(generate) for _ in range(2)]
+        try:
+            await_passes(journal)
+            for _ in range(4):
+                chain.publish()
+                follower.step()
+                await_passes(journal)
+        finally:
+            done.set()
+        for stream in streams:
+            stream.result(PATIENCE)
+        (journal / "on").unlink()
+    both = list(zip(passes_of(journal, 0), passes_of(journal, 1), strict=True))
+    assert all(before == after for passes in both for before, after in passes)
+    versions = {tuple(before for before, _ in passes) for passes in both}
+    assert [len({version[rank] for version in versions}) for rank in range(2)] == [len(versions)] * 2
+    assert len(versions) == 5
+
+
+def await_passes(journal):
+    enough = len(passes_of(journal, 0)) + 5
+    until(lambda: len(passes_of(journal, 0)) >= enough)
+
+
+def passes_of(journal, rank):
+    """The weights before and after each forward pass that a worker has finished."""
+    path = journal / str(rank)
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [tuple(line.split()) for line in lines if len(line.split()) == 2]
 
 
 def copy_of(chain, folder, rank):

@@ -35,6 +35,11 @@ class Memory:
         self._host = self.flat.numpy().view(self._live) if self.flat.device.type == "cpu" else None
         self._narrow = np.dtype(f"<u{tensor.element_size() - shift // 8}")
 
+    @property
+    def is_on_host(self) -> bool:
+        """Whether it is written without torch, by threads that release the interpreter's lock."""
+        return self._host is not None
+
     def on_device(self, offsets: Positions) -> torch.Tensor:
         """Offsets as this device wants them."""
         return torch.from_numpy(offsets).to(self.flat.device)

@@ -5,7 +5,7 @@ the digests that it leads to, to be compared with its commit's before it is appl
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from deltawire.errors import EngineUnsupported
 from deltawire.manifests import Position
 from deltawire.subscriber import Subscriber
 from deltawire.vllm.boxes import Box
+from deltawire.vllm.lanes import share
 from deltawire.vllm.live import LiveWeights
 from deltawire.vllm.loading import Step
 from deltawire.vllm.memory import Memory, digest_box
@@ -160,24 +161,28 @@ def stage(
     )
 
 
-def apply(writes: Iterable[Write]) -> None:
-    """Write everything, or (when a write fails) put everything back and raise."""
-    done: list[Write] = []
-    with torch.inference_mode():
-        try:
-            for write in writes:
-                done.append(write)
+def apply(writes: Sequence[Write]) -> None:
+    """Write everything, or (when a write fails) put everything back and raise. No two writes touch one element."""
+    shared, rest = [], []
+    for write in writes:
+        if isinstance(write, Scatter) and write.memory.is_on_host:
+            shared.append((write.new.numel(), write.write))
+        else:  # torch's own threads do these
+            rest.append(write)
+    try:
+        share(shared)
+        with torch.inference_mode():
+            for write in rest:
                 write.write()
-        except BaseException:
-            for write in reversed(done):
-                write.undo()
-            raise
+    except BaseException:
+        undo(writes)
+        raise
 
 
-def undo(writes: tuple[Write, ...]) -> None:
-    """Put back what `apply` replaced."""
+def undo(writes: Iterable[Write]) -> None:
+    """Put back what `apply` replaced, all of it or a part."""
     with torch.inference_mode():
-        for write in reversed(writes):
+        for write in writes:
             write.undo()
 
 

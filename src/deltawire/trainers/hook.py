@@ -1,0 +1,78 @@
+"""Any torch training loop publishes after each optimizer step: a hook on the optimizer, accelerate's included.
+
+    publisher = Publisher(bucket, assets=folder)
+    publish_after_step(publisher, model, optimizer)
+
+A loop with several optimizers calls `publisher.publish(model.named_parameters(), step=step)` itself.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltawire.errors import DtypeMismatch, MissingTensor
+from deltawire.publisher import Publisher
+from deltawire.trainers.optimizers import unwrap
+from deltawire.trainers.rounding import RoundingWatch
+
+
+def publish_after_step(publisher: Publisher, model: nn.Module, optimizer: Any, *, step: int = 0) -> Any:
+    """Publish the model's weights now, as of `step`, and after every `optimizer.step()`; call `.remove()` to stop.
+
+    `model` is the bare module, as it was before `accelerator.prepare`, DDP or `torch.compile`, so that its parameters
+    have the checkpoint's names. `optimizer` may be accelerate's: the one inside is hooked, which steps only once the
+    gradients of a batch are all there. In a job of several processes the first one publishes; the others do nothing.
+    Warns once where rounding undoes most of an update (`trainers.rounding`).
+
+    Raises MissingTensor when other optimizers step some of the weights (publish yourself, after the last of them), and
+    DtypeMismatch for a model whose weights are sharded; then what `Publisher.publish` raises, from `optimizer.step()`.
+    """
+    inner = unwrap(optimizer)
+    _require_sole(model, inner)
+    require_whole(model)
+    done, watch = step, RoundingWatch()
+
+    def publish(*_: object) -> None:
+        nonlocal done
+        done += 1
+        if is_first_process():
+            publisher.publish(model.named_parameters(), step=done, metrics=watch.after_step(inner))
+
+    if is_first_process():
+        publisher.publish(model.named_parameters(), step=step)
+    return inner.register_step_post_hook(publish)
+
+
+def is_first_process() -> bool:
+    """Whether this process publishes: the first of its job, or the only one."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
+
+
+def require_whole(model: nn.Module) -> None:
+    """Raise DtypeMismatch unless this process holds every weight whole. Ask on every process: where one alone stopped,
+    the others would wait for it."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):
+            raise DtypeMismatch(
+                f"{name} is sharded over processes (FSDP, tensor parallel or ZeRO-3), and one process cannot publish "
+                "it: train with whole weights on each, or gather them and call Publisher.publish"
+            )
+
+
+def _require_sole(model: nn.Module, optimizer: Any) -> None:
+    groups = getattr(optimizer, "param_groups", ())
+    stepped = {id(parameter) for group in groups for parameter in group["params"]}
+    missing = [name for name, parameter in _trainable(model) if id(parameter) not in stepped]
+    if missing or not isinstance(optimizer, torch.optim.Optimizer):
+        raise MissingTensor(
+            f"{type(optimizer).__name__} does not step {len(missing)} of the trainable weights, among them "
+            f"{missing[:1]}: with several optimizers a version after each would be a mixture; call publisher.publish("
+            "model.named_parameters(), step=step) after the last of them, and freeze what none of them steps"
+        )
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -1,0 +1,144 @@
+"""A `transformers.Trainer` publishes each policy it makes: a version after every optimizer step.
+
+    from deltawire.trainers.transformers import DeltaWeightSyncCallback
+    trainer.add_callback(DeltaWeightSyncCallback("hf://buckets/me/run"))
+
+Gradient accumulation is respected: batches that do not step the optimizer publish nothing.
+"""
+
+import atexit
+import tempfile
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from deltawire.buckets import open_bucket
+from deltawire.publisher import Publisher
+from deltawire.reports import PublishReport
+from deltawire.trainers.hook import require_whole
+from deltawire.trainers.rounding import RoundingWatch
+
+try:
+    from transformers import TrainerCallback, TrainerState, TrainingArguments
+except ImportError:
+    raise ImportError("the Trainer callback needs transformers: pip install 'deltawire[transformers]'") from None
+
+AT_EXIT = 10.0
+"""seconds that a process which ends without closing the callback waits for the upload"""
+
+
+class DeltaWeightSyncCallback(TrainerCallback):
+    """Publishes the starting weights when training begins and the new ones after each optimizer step.
+
+    `publisher` is the URL of a bucket or a Publisher. For a URL the callback opens a Publisher when training begins,
+    with `options` as its keywords, and closes it when training ends; without `base` or `assets`, the anchor gets the
+    model's config and the tokenizer of the trainer. A Publisher of yours is flushed when training ends; you close it.
+
+    A version's `step` is the trainer's `global_step`. Of the trainer's logs, the numbers named by `metrics` go into the
+    next commit; a trainer logs a step only after it ended, so `logged_step` says which step they tell of. Where 16-bit
+    weights lose most of an update to rounding, a warning says so once, and `rounding_lost` is among the numbers of the
+    commits it was measured for (`trainers.rounding`).
+
+    With `train(resume_from_checkpoint=…)` the run goes on: the checkpoint's weights become the next version, even where
+    versions published later than that checkpoint stand before it. In a job of several processes the first publishes.
+
+    A trainer whose `train()` raises tells no callback. Use the callback as a context manager around `train()` to send
+    what was captured; otherwise that is tried when the process exits, for 10 seconds.
+
+    `patience`: seconds to wait at the end of training for the upload. Raises what `Publisher` and `publish` raise,
+    Unavailable when patience runs out, DtypeMismatch for a model whose weights are sharded.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher | str,
+        *,
+        metrics: Iterable[str] = ("loss", "reward"),
+        patience: float = 600.0,
+        **options: Any,
+    ) -> None:
+        if isinstance(publisher, Publisher) and options:
+            raise TypeError(f"give {', '.join(options)} to the Publisher itself")
+        self.report: PublishReport | None = None
+        """what the newest publish captured"""
+        self._url = publisher if isinstance(publisher, str) else None
+        self._publisher = publisher if isinstance(publisher, Publisher) else None
+        self._options, self._patience, self._names = options, patience, tuple(metrics)
+        self._logged: dict[str, float] = {}
+        self._rounding = RoundingWatch()
+        self._assets: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> "DeltaWeightSyncCallback":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if (publisher := self._let_go()) is not None:
+            publisher.__exit__(kind, error, trace)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Send what was captured and close the Publisher, if the callback opened one. Raises what `Publisher.close`
+        raises."""
+        if (publisher := self._let_go()) is not None:
+            publisher.close(timeout)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        require_whole(kwargs["model"])
+        if not state.is_world_process_zero:
+            return
+        if self._publisher is None:
+            self._publisher = self._open(kwargs["model"], kwargs.get("processing_class"))
+            atexit.register(self.close, AT_EXIT)
+        self._publish(kwargs["model"], state, self._logged)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            lost = self._rounding.after_step(kwargs["optimizer"])
+            self._publish(kwargs["model"], state, self._logged | lost)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        logs: Mapping[str, Any] = kwargs.get("logs") or {}
+        numbers = {name: float(logs[name]) for name in self._names if isinstance(logs.get(name), int | float)}
+        if numbers:
+            self._logged = {**numbers, "logged_step": float(state.global_step)}
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self._publisher is None:
+            return
+        if args.load_best_model_at_end:  # the trainer has put other weights in since the last step
+            self._publish(kwargs["model"], state, self._logged)
+        self._publisher.flush(self._patience)
+        self.close(self._patience)
+
+    def _open(self, model: nn.Module, tokenizer: Any) -> Publisher:
+        assert self._url is not None
+        options = dict(self._options)
+        if options.get("base") is None and options.get("assets") is None:
+            self._assets = tempfile.TemporaryDirectory(prefix="deltawire-")
+            _save_assets(self._assets.name, model, tokenizer)
+            options["assets"] = self._assets.name
+        return Publisher(open_bucket(self._url, create=True), **options)
+
+    def _publish(self, model: nn.Module, state: TrainerState, metrics: Mapping[str, float]) -> None:
+        assert self._publisher is not None
+        self.report = self._publisher.publish(model.named_parameters(), step=state.global_step, metrics=metrics)
+
+    def _let_go(self) -> Publisher | None:
+        """The open Publisher if it is ours, which from here on is the caller's to close."""
+        if self._url is None:
+            return None
+        atexit.unregister(self.close)
+        if self._assets is not None:
+            self._assets.cleanup()
+        publisher, self._publisher = self._publisher, None
+        return publisher
+
+
+def _save_assets(folder: str, model: nn.Module, tokenizer: Any) -> None:
+    """Write the small files that a checkpoint has beside its weights, as far as the trainer has them."""
+    for source in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
+        if source is not None:
+            source.save_pretrained(folder)

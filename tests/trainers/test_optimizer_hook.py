@@ -1,0 +1,90 @@
+"""Any torch loop publishes after each optimizer step, accelerate's prepared one included."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from learners import samples, small_model
+
+import deltawire as dw
+from deltawire.errors import DtypeMismatch, MissingTensor
+from deltawire.trainers.hook import publish_after_step
+from runs import PATIENCE, commits, fresh, publishing, read_weights, served
+
+
+def loss_of(model):
+    ids = torch.tensor([sample["input_ids"] for sample in samples(2)])
+    return model(input_ids=ids, labels=ids).loss
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def test_every_step_of_a_plain_optimizer_is_a_version_until_the_hook_is_removed():
+    bucket, model = fresh(), small_model()
+    optimizer = adamw(model)
+    with publishing(bucket) as publisher:
+        handle = publish_after_step(publisher, model, optimizer, step=10)
+        for _ in range(2):
+            loss_of(model).backward()
+            optimizer.step()
+        policy = served(dict(model.named_parameters()))
+        handle.remove()
+        optimizer.step()
+        publisher.flush(PATIENCE)
+    assert [commit.step for commit in commits(bucket)] == [10, 11, 12]
+    assert dw.equal(read_weights(bucket), policy)
+
+
+def test_an_optimizer_that_accelerate_prepared_publishes_only_when_gradients_are_complete():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    bucket, model = fresh(), small_model()
+    wrapped, optimizer = accelerator.prepare(model, adamw(model))
+    with publishing(bucket) as publisher:
+        publish_after_step(publisher, model, optimizer)
+        for _ in range(4):
+            with accelerator.accumulate(wrapped):
+                accelerator.backward(loss_of(wrapped))
+                optimizer.step()
+                optimizer.zero_grad()
+        publisher.flush(PATIENCE)
+    assert [commit.step for commit in commits(bucket)] == [0, 1, 2]
+    assert dw.equal(read_weights(bucket), served(dict(model.named_parameters())))
+
+
+def test_one_of_several_optimizers_is_refused_and_the_plain_call_after_the_last_works():
+    bucket, model = fresh(), small_model()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim != 2]
+    both = [torch.optim.SGD(matrices, lr=0.1), torch.optim.AdamW(vectors, lr=1e-3)]
+    with publishing(bucket) as publisher:
+        with pytest.raises(MissingTensor, match=r"AdamW does not step \d+ of the .*publisher\.publish"):
+            publish_after_step(publisher, model, both[1])
+        with pytest.raises(MissingTensor, match="list does not step"):
+            publish_after_step(publisher, model, both)
+        assert publisher.flush(PATIENCE) is None
+        loss_of(model).backward()
+        for optimizer in both:
+            optimizer.step()
+        publisher.publish(model.named_parameters(), step=1)
+    assert dw.equal(read_weights(bucket), served(dict(model.named_parameters())))
+
+
+def test_frozen_weights_need_no_optimizer():
+    bucket, model = fresh(), small_model()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    with publishing(bucket) as publisher:
+        publish_after_step(publisher, model, optimizer)
+        loss_of(model).backward()
+        optimizer.step()
+    assert dw.equal(read_weights(bucket), served(dict(model.named_parameters())))
+
+
+def test_sharded_weights_are_refused_before_anything_is_published():
+    bucket, model = fresh(), small_model()
+    model.model.norm.weight.ds_id = 1  # what DeepSpeed marks the weights with that it has shared out
+    with publishing(bucket) as publisher:
+        with pytest.raises(DtypeMismatch, match=r"norm\.weight is sharded over processes"):
+            publish_after_step(publisher, model, adamw(model))
+        assert publisher.flush(PATIENCE) is None
