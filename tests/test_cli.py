@@ -64,6 +64,37 @@ def test_materialize_writes_the_version_asked_for(published, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_compact_folds_once_and_prune_deletes_only_when_told(published, tmp_path):
+    with dw.Publisher(dw.open_bucket(published)) as publisher:
+        weights = {"w": np.arange(1000, dtype=np.float16) + 3, "b": np.zeros(3, np.float16)}
+        for step in range(6):
+            weights["w"][step] += 1
+            publisher.publish(weights, step=step)
+            publisher.flush(20)
+    command = ("compact", published, "--mirror", tmp_path / "mirror", "--anchor-every", "5", "--json")
+    written = [json.loads(line) for line in run(*command).stdout.splitlines()]
+    assert [(report["parent"], report["version"]) for report in written] == [(0, 4), (4, 8), (None, 8)]
+    assert run(*command).stdout == ""
+    folder = tmp_path / "bucket"
+    before = sorted(folder.rglob("*"))
+    plan = json.loads(run("prune", published, "--keep-anchors", "1", "--keep-hours", "0", "--json").stdout)
+    assert (plan["deleted"], plan["floor"]) == (False, 8)
+    assert sorted(folder.rglob("*")) == before
+    run("prune", published, "--keep-anchors", "1", "--keep-hours", "0", "--delete")
+    assert not [key for key in plan["keys"] if (folder / key).exists()]
+    assert "anchor and 0 deltas verified" in run("verify", published).stdout
+
+
+def test_a_key_that_keygen_made_signs_a_run_that_is_read_with_its_public_half_alone(tmp_path):
+    made = [json.loads(run("keygen", tmp_path / name, "--json").stdout) for name in ("mine", "other")]
+    assert "exists" in run("keygen", tmp_path / "mine", code=1).stderr
+    url = (tmp_path / "bucket").as_uri()
+    with dw.Publisher(dw.open_bucket(url, create=True), signing_key=tmp_path / "mine") as publisher:
+        publisher.publish({"w": np.ones(3, np.float16)})
+    run("log", url, "--trust", made[0]["public"])
+    assert "BadSignature" in run("log", url, "--trust", made[1]["public"], code=1).stderr
+
+
 def test_inspect_shows_a_delta_file(published, tmp_path):
     (file,) = (tmp_path / "bucket").glob("runs/*/deltas/step_000002-*")
     shown = json.loads(run("inspect", file, "--json").stdout)

@@ -1,7 +1,10 @@
 """A captured change is never forgotten: failing stores, lost answers, killed trainers and second ones."""
 
+import gc
 import threading
+import tracemalloc
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,6 +115,35 @@ def test_versions_that_wait_for_the_store_fold_into_one_and_their_numbers_skip()
     ]
     assert [upload.versions for upload in uploads] == [1, 1, 4]
     assert uploads[1].attempts > 1
+    assert equal(read_weights(bucket), served(weights))
+
+
+def test_what_waits_for_the_store_is_never_more_than_one_step_per_weight_and_what_is_frozen():
+    """By its own account and by the interpreter's; changes of every density, whose union is the whole model."""
+    bucket, draw = Faulty(fresh()), np.random.default_rng(0)
+    weights = {"w": draw.normal(0, 0.02, (1000, 400)).astype(np.float32)}
+    model_bytes = 2 * weights["w"].size
+    with publishing(bucket) as pub:
+        pub.publish(weights)
+        pub.flush(timeout=PATIENCE)
+        bucket.plan, asked = down()
+        edit(weights, 1, share=0.01)
+        frozen = pub.publish(weights).waiting_bytes
+        assert asked.wait(PATIENCE)  # from here on version 1 is frozen
+        pub.publish(weights)
+        tracemalloc.start()
+        try:
+            for step in range(2, 40):
+                edit(weights, step, share=0.001 * 1.2**step)
+                report = pub.publish(weights)
+                assert 0 < report.waiting_bytes <= report.waiting_bound <= model_bytes + frozen
+                gc.collect()
+                assert tracemalloc.get_traced_memory()[0] < model_bytes + frozen + (64 << 10)
+        finally:
+            tracemalloc.stop()
+        assert report.waiting_bytes > model_bytes  # the bound was reached, not only kept
+        bucket.plan = never
+        pub.flush(timeout=PATIENCE)
     assert equal(read_weights(bucket), served(weights))
 
 

@@ -53,11 +53,12 @@ def test_reads_are_damaged_and_the_object_is_not(store, tmp_path):
 def test_stale_answers_are_those_of_before(store):
     bucket = Faulty(store, lambda call: None)
     store.put("a", b"1")
-    first, listed = bucket.stat("a"), [*bucket.list()]
+    first, listed, read = bucket.stat("a"), [*bucket.list()], bucket.get("a", limit=9)
     store.put("a", b"22")
     store.put("b", b"1")
     bucket.schedule = lambda call: Fault("stale")
     assert bucket.stat("a") == first
+    assert bucket.get("a", limit=9) == read == b"1"
     assert [*bucket.list()] == listed
     bucket.schedule = lambda call: None
     assert bucket.stat("a").size == 2

@@ -41,6 +41,8 @@ class Fault:
     seconds: float = 0.0
 
 
+RECORD = 64 << 10
+"""bytes up to which an object is remembered to be read stale: HEAD and the ledger, which alone are overwritten"""
 Schedule = Callable[[Call], Fault | None]
 
 
@@ -61,10 +63,11 @@ def seeded(seed: int, rate: float, *, seconds: float = 0.001) -> Schedule:
     """Faults of every kind that fits the verb, in a random `rate` of calls; the same seed gives the same faults."""
     draw = random.Random(seed)
     damaged: list[Kind] = ["fail before", "throttle", "truncate", "flip", "delay"]
+    fetched: list[Kind] = [*damaged, "stale"]
     old: list[Kind] = ["fail before", "throttle", "delay", "stale"]
     written: list[Kind] = ["fail before", "fail after", "throttle", "delay", "late duplicate"]
     deleted: list[Kind] = ["fail before", "fail after", "throttle", "partial"]
-    fitting = {"get": damaged, "get_file": damaged, "stat": old, "list": old, "put": written, "put_new": written}
+    fitting = {"get": fetched, "get_file": damaged, "stat": old, "list": old, "put": written, "put_new": written}
 
     def schedule(call: Call) -> Fault | None:
         return Fault(draw.choice(fitting.get(call.verb, deleted)), seconds) if draw.random() < rate else None
@@ -78,6 +81,7 @@ class _Memory:
 
     stats: dict[str, Stat] = field(default_factory=dict)
     lists: dict[str, list[Stat]] = field(default_factory=dict)
+    records: dict[str, bytes] = field(default_factory=dict)
     late: builtins.list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -105,7 +109,12 @@ class Faulty:
 
     def get(self, key: str, *, limit: int) -> bytes:
         fault = self._begin("get", key)
-        return _damaged(self._bucket.get(key, limit=limit), fault, self._calls)
+        if fault == "stale" and key in self._memory.records:
+            return self._memory.records[key]
+        found = self._bucket.get(key, limit=limit)
+        if len(found) <= RECORD:
+            self._memory.records.setdefault(key, found)
+        return _damaged(found, fault, self._calls)
 
     def get_file(self, key: str, path: Path, *, limit: int) -> None:
         fault = self._begin("get_file", key)

@@ -35,8 +35,9 @@ def share(jobs: Sequence[Job]) -> None:
     cores = _cores() if count > 1 else set()
 
     def run_beside(lane: list[Callable[[], None]]) -> None:
-        with suppress(OSError):  # a thread inherits the core that OpenMP gave its parent, which is busy
-            os.sched_setaffinity(0, cores)
+        if cores:  # a thread inherits the core that OpenMP gave its parent, which is busy
+            with suppress(OSError):
+                os.sched_setaffinity(0, cores)
         run(lane)
 
     threads = [threading.Thread(target=run_beside, args=(lane,), name="deltawire-write") for lane in lanes[1:]]
@@ -64,8 +65,10 @@ def _balanced(jobs: Sequence[Job], count: int) -> list[list[Callable[[], None]]]
 
 
 def _cores() -> set[int]:
-    """Every core that some thread of this process may use. vLLM's CPU workers bind each OpenMP thread to a core of the
-    worker's own."""
+    """Every core that some thread of this process may use; none where threads are not bound to cores. vLLM's CPU
+    workers bind each OpenMP thread to a core of the worker's own."""
+    if not hasattr(os, "sched_setaffinity"):
+        return set()
     cores = set(os.sched_getaffinity(0))
     for task in Path("/proc/self/task").iterdir():
         with suppress(OSError):  # it has ended
