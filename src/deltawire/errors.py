@@ -24,7 +24,9 @@ DeltaWireError
     MissingTensor     a name of the trainable set that was not given
     ShapeMismatch     another shape than the table's
     DtypeMismatch     another dtype than the table's, and no exact cast
+    CopiesDiffer      ranks that hold the same elements hold different bits
     WrongBase         the weights are not the version this delta continues from
+  RankFailed        another rank of a sharded job failed, or is gone
   EngineError       the inference server
     EngineUnavailable   it does not answer
     EngineUnsupported   it lacks the plugin, its weight endpoints, or a layout we can prove right
@@ -128,8 +130,16 @@ class DtypeMismatch(ApplyError):
     """Another dtype than the tensor table's, and no exact cast between them."""
 
 
+class CopiesDiffer(ApplyError):
+    """Ranks that hold copies of the same elements hold different bits."""
+
+
 class WrongBase(ApplyError):
     """The weights are not the version this delta continues from."""
+
+
+class RankFailed(DeltaWireError):
+    """Another rank of a sharded job failed and says why itself, or is gone."""
 
 
 class EngineError(DeltaWireError):

@@ -1,0 +1,112 @@
+"""Every rank of a sharded job publishes the shards it holds: readers get whole tensors, and nothing was gathered."""
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deltawire as dw
+from deltawire.bits import Bits
+from deltawire.checkpoint import Checkpoint
+from deltawire.delta import Delta
+from deltawire.tensors import equal
+from runs import commits, read_weights
+
+JOB = Path(__file__).parent / "sharded_job.py"
+LIMIT = 240.0
+"""seconds for one job, on a busy machine"""
+
+
+def start(scenarios, size, folder):
+    """The ranks of a job, as processes of ours."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-W", "error::ResourceWarning", str(JOB), scenarios]
+    return [
+        subprocess.Popen([*command, str(rank), str(size), str(port), str(folder)], stderr=subprocess.PIPE, text=True)
+        for rank in range(size)
+    ]
+
+
+def finish(ranks):
+    """Wait for all; what each said, when one failed."""
+    deadline = time.monotonic() + LIMIT
+    said = []
+    try:
+        for rank in ranks:
+            said.append(rank.communicate(timeout=max(1.0, deadline - time.monotonic()))[1])
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n".join(said)[-6000:]
+
+
+def run(scenarios, size, folder):
+    folder.mkdir(exist_ok=True)
+    finish(start(scenarios, size, folder))
+    return folder
+
+
+def expected(place):
+    """The whole tensors of each version, as the ranks saved them."""
+    versions = {}
+    for path in place.glob("version-*.npz"):
+        with np.load(path) as arrays:
+            bits = {name: Bits("BF16", array.shape, array.reshape(-1)) for name, array in arrays.items()}
+        versions[int(path.stem.removeprefix("version-"))] = bits
+    return dict(sorted(versions.items()))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Everything that two ranks are asked to do, done once."""
+    return run("fsdp,hsdp", 2, tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """Everything that four ranks are asked to do, done once."""
+    return run("fsdp,hsdp,tp_fsdp", 4, tmp_path_factory.mktemp("four"))
+
+
+CASES = [("pair", "fsdp"), ("pair", "hsdp"), ("four", "fsdp"), ("four", "hsdp"), ("four", "tp_fsdp")]
+
+
+@pytest.mark.parametrize(("job", "scenario"), CASES)
+def test_readers_get_every_version_bit_for_bit(job, scenario, request, tmp_path):
+    place = request.getfixturevalue(job) / scenario
+    bucket = dw.open_bucket(f"file://{place}/bucket")
+    versions = expected(place)
+    for version, bits in versions.items():
+        assert equal(read_weights(bucket, version), bits), version
+    dw.materialize(bucket, tmp_path / "out")
+    assert equal(dict(Checkpoint(tmp_path / "out")), bits)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(("job", "scenario"), CASES)
+def test_the_files_of_all_ranks_add_up_to_the_change_of_the_whole_tensors(job, scenario, request):
+    place = request.getfixturevalue(job) / scenario
+    bucket = dw.open_bucket(f"file://{place}/bucket")
+    versions = expected(place)
+    changes = [update for update in dw.Subscriber(bucket).updates() if update.delta is not None]
+    for before, after in zip(list(versions), list(versions)[1:], strict=False):
+        (update,) = [update for update in changes if update.position.version == after]
+        assert dict(update.delta) == dict(Delta.between(versions[before], versions[after]))
+        size = {"pair": 2, "four": 4}[job]
+        owners = size if scenario != "hsdp" else size // 2
+        assert len(update.commit.payloads) == owners
+        assert all(
+            f".r{rank:03d}-" in payload.key for rank, payload in enumerate(update.commit.payloads) if owners == size
+        )
+        parts = [
+            dw.decode(bucket.get(f"runs/{update.commit.run}/{p.key}", limit=p.size)) for p in update.commit.payloads
+        ]
+        assert sum(part.changed for part in parts) == update.delta.changed
+    assert all(commit.parent is None or commit.payloads for commit in commits(bucket))
