@@ -221,15 +221,17 @@ class Publisher:
 
     def close(self, timeout: float | None = None) -> None:
         """Flush, then stop the uploader. Raises what `flush` raises, after stopping."""
+        patience = 0.0
         try:
             if not self._closing:
                 self.flush(timeout)
+                patience = GOODBYE
         finally:
             with self._changed:
                 self._closing = True
                 self._changed.notify_all()
             self._thread.join(timeout=5.0)
-            self._sender.close(GOODBYE if timeout is None else min(timeout, GOODBYE))
+            self._sender.close(patience)
             self._capturer.close()
             self._spool.cleanup()
 

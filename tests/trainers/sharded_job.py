@@ -5,6 +5,7 @@ leaves what the whole tensors were in FOLDER, for the test to compare with what 
 """
 
 import os
+import random
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,20 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import deltawire as dw
+import deltawire.buckets.faulty as schedules
 from deltawire import checkpoint, publisher
+from deltawire.errors import (
+    AccessRefused,
+    CopiesDiffer,
+    DeltaWireError,
+    MissingTensor,
+    RankFailed,
+    ShapeMismatch,
+    Unavailable,
+)
 from deltawire.manifests import TensorEntry
 from deltawire.tensors import cast
+from faults import Fault, Faulty, never, on_key
 
 PATIENCE = 120.0
 
@@ -172,7 +184,130 @@ def tp_fsdp(folder):
     follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, range(1, 4), base=base)
 
 
-SCENARIOS = {"fsdp": fsdp, "hsdp": hsdp, "tp_fsdp": tp_fsdp}
+def shard_all(folder):
+    """A tiny model sharded over all ranks, its base, and what to publish of it."""
+    model = tiny()
+    base = as_base(folder, whole([*model.named_parameters(), ("scale", model.scale)]))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return base, [*model.named_parameters(), ("scale", model.scale)]
+
+
+def breaking(pairs, number):
+    yield from pairs[:number]
+    raise RuntimeError("the optimizer state is gone")
+
+
+def captures(folder):
+    """One rank's capture fails, in every way: all raise, nothing is published, and nothing is lost."""
+    base, pairs = shard_all(folder)
+    second = dist.get_rank() == 1
+    bucket = dw.open_bucket(f"file://{folder}/bucket")
+    with dw.Publisher(bucket, base=base, process_group=dist.group.WORLD) as pub:
+        step(pairs, 1)
+        # the first publish, when no run exists yet
+        expect(MissingTensor, "rank 1 gave other tensors", lambda: publish(pub, pairs[:-1] if second else pairs))
+        kind, why = (RuntimeError, "optimizer state") if second else (RankFailed, "rank 1 of this job could not")
+        expect(kind, why, lambda: publish(pub, breaking(pairs, 2) if second else pairs))
+        assert pub.position is None
+        assert publish(pub, pairs).version == 1
+        save(folder, "version-1", pairs)
+        pub.flush(timeout=PATIENCE)
+        # a later one: what each rank captured before the failure goes with the next
+        step(pairs, 2)
+        expect(kind, why, lambda: publish(pub, breaking(pairs, 3) if second else pairs))
+        kind, why = (ValueError, "could not convert") if second else (RankFailed, "rank 1")
+        expect(kind, why, lambda: publish(pub, pairs, metrics={"reward": "high" if second else 0.5}))
+        step(pairs, 3)
+        assert publish(pub, pairs, metrics={"reward": 0.5}).version == 2
+        save(folder, "version-2", pairs)
+        # copies that differ
+        step(pairs, 4)
+        scale = pairs[-1][1]
+        scale.add_(float(second))
+        expect(CopiesDiffer, "scale", lambda: publish(pub, pairs))
+        scale.sub_(float(second))
+        # whole tensors where there were shards
+        gathered = [(name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor) for name, tensor in pairs]
+        expect(ShapeMismatch, "reshard", lambda: publish(pub, gathered))
+        assert publish(pub, pairs).version == 3
+        save(folder, "version-3", pairs)
+    expect(DeltaWireError, "is closed", lambda: publish(pub, pairs))
+
+
+def uploads(folder):
+    """One rank's upload fails: flush raises on every rank, the next one succeeds, what waited is folded alike."""
+    base, pairs = shard_all(folder)
+    rank = dist.get_rank()
+    bucket = Faulty(dw.open_bucket(f"file://{folder}/bucket"))
+    with dw.Publisher(bucket, base=base, process_group=dist.group.WORLD) as pub:
+        step(pairs, 0)
+        publish(pub, pairs)
+        save(folder, "version-1", pairs)
+        pub.flush(timeout=PATIENCE)
+        for failing, part, version in ((1, ".r001-", 2), (0, ".r000-", 3), (0, "commits/", 4)):
+            if rank == failing:
+                bucket.plan = on_key(part, times=1 << 30, error=AccessRefused("the token has expired"))
+            step(pairs, version)
+            publish(pub, pairs)
+            for _ in range(2):
+                error = expect(AccessRefused, "expired", lambda: pub.flush(timeout=PATIENCE))
+                assert (f"rank {failing}" in str(error)) == (failing == 1 and rank == 0)
+            assert pub.position.version == version - 1
+            dist.barrier()
+            bucket.plan = never
+            save(folder, f"version-{version}", pairs)
+            assert pub.flush(timeout=PATIENCE).version == version
+        # many versions, a store that keeps failing on both: ranks fold what waits at the same places
+        draw = random.Random(rank)
+        bucket.plan = lambda n, key: Fault(Unavailable("later"), draw.random() < 0.5) if draw.random() < 0.5 else None
+        for number in range(5, 45):
+            step(pairs, number)
+            report = publish(pub, pairs)
+            assert report.waiting_bytes <= report.waiting_bound + 4096 * len(pairs)
+        bucket.plan = never
+        assert pub.flush(timeout=PATIENCE).version == report.version == 44
+        save(folder, "version-44", pairs)
+
+
+def train(folder):
+    """Six steps from the newest checkpoint of its own, each saved before it is published. It may be killed anywhere."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    base = folder / "base"
+    model = tiny()
+    if not base.is_dir():
+        as_base(folder, whole([*model.named_parameters(), ("scale", model.scale)]))
+    dist.barrier()
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    pairs = [*model.named_parameters(), ("scale", model.scale)]
+
+    def file(number, of):
+        return folder / f"state-{number}-{of}.pt"
+
+    def local(tensor):
+        return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+    done = max((n for n in range(1, 7) if all(file(n, of).is_file() for of in range(size))), default=0)
+    dist.barrier()
+    if done:
+        for (_, tensor), saved in zip(pairs, torch.load(file(done, rank)), strict=True):
+            local(tensor).copy_(saved)
+    bucket = schedules.Faulty(
+        dw.open_bucket(f"file://{folder}/bucket"), lambda call: schedules.Fault("delay", seconds=0.05)
+    )
+    with dw.Publisher(bucket, base=base, process_group=dist.group.WORLD) as pub:
+        for number in range(done + 1, 7):
+            step(pairs, number)
+            torch.save([local(tensor) for _, tensor in pairs], file(number, f"new{rank}"))
+            file(number, f"new{rank}").rename(file(number, rank))
+            dist.barrier()
+            publish(pub, pairs, step=number)
+            pub.flush(timeout=PATIENCE)
+        if done == 6:
+            publish(pub, pairs, step=6)
+    save(folder, "version-6", pairs)
+
+
+SCENARIOS = {scenario.__name__: scenario for scenario in (fsdp, hsdp, tp_fsdp, captures, uploads, train)}
 
 
 def main(scenarios, rank, size, port, folder):

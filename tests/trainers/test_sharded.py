@@ -1,5 +1,7 @@
 """Every rank of a sharded job publishes the shards it holds: readers get whole tensors, and nothing was gathered."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from deltawire.delta import Delta
 from deltawire.tensors import equal
 from runs import commits, read_weights
 
-JOB = Path(__file__).parent / "sharded_job.py"
+TESTS = Path(__file__).parents[1]
+JOB = TESTS / "trainers" / "sharded_job.py"
 LIMIT = 240.0
 """seconds for one job, on a busy machine"""
 
@@ -27,8 +30,11 @@ def start(scenarios, size, folder):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-W", "error::ResourceWarning", str(JOB), scenarios]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
     return [
-        subprocess.Popen([*command, str(rank), str(size), str(port), str(folder)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(size), str(port), str(folder)], stderr=subprocess.PIPE, text=True, env=environment
+        )
         for rank in range(size)
     ]
 
@@ -44,7 +50,13 @@ def finish(ranks):
         for rank in ranks:
             rank.kill()
             rank.wait()
-    assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n".join(said)[-6000:]
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), told(said)
+
+
+def told(said):
+    """What the ranks wrote, without torch's own C++ frames."""
+    lines = [line for text in said for line in text.splitlines() if "frame #" not in line]
+    return "\n".join(lines)[-6000:]
 
 
 def run(scenarios, size, folder):
@@ -66,7 +78,7 @@ def expected(place):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Everything that two ranks are asked to do, done once."""
-    return run("fsdp,hsdp", 2, tmp_path_factory.mktemp("pair"))
+    return run("fsdp,hsdp,captures,uploads", 2, tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +87,10 @@ def four(tmp_path_factory):
     return run("fsdp,hsdp,tp_fsdp", 4, tmp_path_factory.mktemp("four"))
 
 
-CASES = [("pair", "fsdp"), ("pair", "hsdp"), ("four", "fsdp"), ("four", "hsdp"), ("four", "tp_fsdp")]
+CASES = [
+    *(("pair", scenario) for scenario in ("captures", "uploads", "fsdp", "hsdp")),
+    *(("four", scenario) for scenario in ("fsdp", "hsdp", "tp_fsdp")),
+]
 
 
 @pytest.mark.parametrize(("job", "scenario"), CASES)
@@ -90,7 +105,7 @@ def test_readers_get_every_version_bit_for_bit(job, scenario, request, tmp_path)
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-@pytest.mark.parametrize(("job", "scenario"), CASES)
+@pytest.mark.parametrize(("job", "scenario"), [case for case in CASES if case[1] != "uploads"])
 def test_the_files_of_all_ranks_add_up_to_the_change_of_the_whole_tensors(job, scenario, request):
     place = request.getfixturevalue(job) / scenario
     bucket = dw.open_bucket(f"file://{place}/bucket")
@@ -110,3 +125,41 @@ def test_the_files_of_all_ranks_add_up_to_the_change_of_the_whole_tensors(job, s
         ]
         assert sum(part.changed for part in parts) == update.delta.changed
     assert all(commit.parent is None or commit.payloads for commit in commits(bucket))
+
+
+def test_what_waits_on_every_rank_folds_at_the_same_places(pair):
+    found = commits(dw.open_bucket(f"file://{pair / 'uploads'}/bucket"))
+    assert found[-1].version == 44
+    assert len(found) < 40, "nothing was folded: the store was not slow enough for this test to mean anything"
+
+
+def wait_for(condition, ranks):
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline
+        assert all(rank.poll() is None for rank in ranks), "a rank ended before it was killed"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_job_whose_rank_is_killed_continues_its_run_from_its_own_checkpoint(killed, tmp_path):
+    place = tmp_path / "train"
+    bucket = dw.open_bucket(f"file://{place}/bucket")
+    ranks = start("train", 2, tmp_path)
+    try:
+        wait_for(lambda: len([*place.glob("state-*-[01].pt")]) >= 5, ranks)  # the third step, about to be published
+        ranks[killed].send_signal(signal.SIGKILL)
+        said = ranks[1 - killed].communicate(timeout=LIMIT)[1]
+        assert "RankFailed" in said, said[-3000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    before = commits(bucket)
+    assert 2 <= len(before) < 7
+    run("train", 2, tmp_path)
+    after = commits(bucket)
+    assert {commit.run for commit in after} == {before[0].run}
+    assert after[: len(before)] == before
+    assert after[-1].step == 6
+    assert equal(read_weights(bucket, base=place / "base"), expected(place)[6])
