@@ -185,7 +185,8 @@ class Publisher:
 
     def _report(self, capture: Capture, started: float) -> PublishReport:
         newest = capture.versions[-1]
-        held = [*self._waiting, *([self._work] if self._work else [])]
+        closed = [*self._waiting[:-1], *([self._work] if self._work else [])]
+        held = [*closed, *self._waiting[-1:]]
         return PublishReport(
             run=newest.run.run,
             version=newest.version,
@@ -198,7 +199,7 @@ class Publisher:
             compare_seconds=capture.compare_seconds,
             waiting=sum(captured.versions for captured in held),
             waiting_bytes=sum(captured.nbytes for captured in held),
-            waiting_bound=self._capturer.held_bytes + (self._work.nbytes if self._work else 0),
+            waiting_bound=self._capturer.held_bytes + sum(captured.nbytes for captured in closed),
             problem=str(self._problem) if self._problem else None,
         )
 
@@ -241,7 +242,7 @@ class Publisher:
         last = self._waiting[-1] if self._waiting else None
         if last is not None and last.parent is not None and last.version > self._cut:
             self._waiting[-1] = pending.fold(last, captured)
-        elif (last is not None or self._work is not None) and captured.parent is not None:
+        elif self._work is not None and captured.parent is not None:
             self._waiting.append(replace(captured, payloads=None))  # it will wait: its bytes are made when it is sent
         else:
             self._waiting.append(captured)

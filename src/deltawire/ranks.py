@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from math import prod
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ class Ranks:
         self._members: list[int] = dist.get_process_group_ranks(process_group)
         # Of the members alone: a job may have ranks that do not train, and they need not know.
         self._group = dist.new_group(self._members, backend="gloo", use_local_synchronization=True)
+        self._layouts: dict[Any, Shard] = {}
         self.rank, self.size = dist.get_rank(self._group), len(self._members)
         store: Any = None
         if self.rank == 0:
@@ -88,23 +90,31 @@ class Ranks:
         Raises ShapeMismatch for a DTensor whose values are not settled (Partial), or whose layout is not a box.
         """
         from torch.distributed.tensor import DTensor
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         if not isinstance(tensor, DTensor):
             return Shard(Box.all_of(tuple(tensor.shape)), tensor, self.rank == 0, self.size)
-        mesh, placements, local = tensor.device_mesh, tensor.placements, tensor.detach().to_local()
+        local, layout = tensor.detach().to_local(), (tuple(tensor.shape), tensor.device_mesh, tensor.placements)
+        if layout not in self._layouts:  # torch lists a dimension's rows to answer: once is enough
+            self._layouts[layout] = self._lay_out(name, *layout)
+        shard = self._layouts[layout]
+        if shard.box.shape != tuple(local.shape):
+            shapes = f"{list(shard.box.shape)} on this rank, and it has {list(local.shape)}"
+            raise ShapeMismatch(f"{name}: {tensor.placements} puts {shapes}")
+        return replace(shard, tensor=local)
+
+    def _lay_out(self, name: str, whole: tuple[int, ...], mesh: Any, placements: Any) -> Shard:
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
         if any(placement.is_partial() for placement in placements):
             raise ShapeMismatch(f"{name} is a partial sum ({placements}): redistribute it before it is published")
-        shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-        if tuple(shape) != tuple(local.shape):
-            raise ShapeMismatch(f"{name}: {placements} puts {list(shape)} on this rank, and it has {list(local.shape)}")
+        shape, offset = compute_local_shape_and_global_offset(whole, mesh, placements)
         copied = [dim for dim, placement in enumerate(placements) if placement.is_replicate()]
         # The same placements may stand on sister meshes (a layer left whole by TP, sharded by FSDP): of those, the one
         # with our first rank in it counts.
         first = self._members[0] in mesh.mesh.flatten().tolist()
         copies = prod(mesh.size(dim) for dim in copied) * (self.size // mesh.size())
         owned = first and all(mesh.get_coordinate()[dim] == 0 for dim in copied)
-        return Shard(Box(tuple(tensor.shape), tuple(offset), tuple(shape)), local, owned, copies)
+        return Shard(Box(whole, tuple(offset), tuple(shape)), None, owned, copies)
 
     def close(self, timeout: float) -> None:
         """Say goodbye. Rank 0, which serves the notes, stays until all have said it, at most `timeout` seconds."""

@@ -1,6 +1,7 @@
 """Every rank of a sharded job publishes the shards it holds: readers get whole tensors, and nothing was gathered."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,9 @@ import pytest
 import deltawire as dw
 from deltawire.bits import Bits
 from deltawire.checkpoint import Checkpoint
+from deltawire.compactor import Compactor
 from deltawire.delta import Delta
+from deltawire.retention import Policy, carry_out, plan_prune
 from deltawire.tensors import equal
 from runs import commits, read_weights
 
@@ -127,6 +130,20 @@ def test_the_files_of_all_ranks_add_up_to_the_change_of_the_whole_tensors(job, s
     assert all(commit.parent is None or commit.payloads for commit in commits(bucket))
 
 
+def test_a_run_that_began_from_zeros_is_compacted_and_pruned_as_any_other(pair, tmp_path):
+    shutil.copytree(pair / "hsdp" / "bucket", tmp_path / "bucket")
+    bucket = dw.open_bucket(f"file://{tmp_path}/bucket")
+    last = max(expected(pair / "hsdp"))
+    carry_out(bucket, plan_prune(bucket, commits(bucket)[0].run, Policy(anchors=1, hours=0)))
+    assert equal(read_weights(bucket), expected(pair / "hsdp")[last])  # version 0 is all there is to start from
+    with Compactor(bucket, tmp_path / "mirror", anchors=1) as compactor:
+        assert compactor.step()
+    pruned = plan_prune(bucket, commits(bucket)[0].run, Policy(anchors=1, hours=0))
+    assert any("anchors/step_000000" in key for key in pruned.keys)
+    carry_out(bucket, pruned)
+    assert equal(read_weights(bucket), expected(pair / "hsdp")[last])
+
+
 def test_what_waits_on_every_rank_folds_at_the_same_places(pair):
     found = commits(dw.open_bucket(f"file://{pair / 'uploads'}/bucket"))
     assert found[-1].version == 44
@@ -149,8 +166,8 @@ def test_a_job_whose_rank_is_killed_continues_its_run_from_its_own_checkpoint(ki
     try:
         wait_for(lambda: len([*place.glob("state-*-[01].pt")]) >= 5, ranks)  # the third step, about to be published
         ranks[killed].send_signal(signal.SIGKILL)
-        said = ranks[1 - killed].communicate(timeout=LIMIT)[1]
-        assert "RankFailed" in said, said[-3000:]
+        ranks[1 - killed].communicate(timeout=LIMIT)
+        assert ranks[1 - killed].returncode > 0, "the other rank went on as if nothing had happened"
     finally:
         for rank in ranks:
             rank.kill()
