@@ -24,6 +24,19 @@ def test_compare_and_collect_finds_the_positions_and_steps_its_twin_finds(pair):
     assert np.array_equal(steps, expected[1])
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_compare_finds_a_change_at_every_place_of_a_block_wherever_the_memory_begins(width, offset):
+    for size in (0, 1, 31, 32, 33, 71):
+        old = np.arange(offset + size, dtype=width)[offset:]
+        for place in range(size):
+            new = old.copy()
+            new[place] += width(3)
+            positions, steps = kernels.compare_and_collect(old, new)
+            assert (positions.tolist(), steps.tolist()) == ([place], [3])
+        assert kernels.compare_and_collect(old, old + width(1))[0].tolist() == list(range(size))
+
+
 @given(pairs())
 def test_apply_with_digest_writes_and_sums_what_its_twin_does(pair):
     old, new = pair

@@ -20,8 +20,9 @@ SOURCE = REPOSITORY / "src" / "deltawire"
 ROOT = "__init__"
 ROW = re.compile(r"^\|\s*(\d+)\s*\|([^|]+)\|")
 INTEGRATED = ("vllm", "trl", "transformers", "torch.distributed")
-MAY_INTEGRATE = ("torch", "vllm", "trainers", "ops")
-"""the only entries of the table that may import what is integrated; everything else runs without it"""
+MAY_INTEGRATE = ("torch", "vllm", "trainers", "ops", "ranks")
+"""the only entries of the table that may import what is integrated; everything else runs without it. `ranks` lies low
+because a publisher of a sharded job adds up through it, and imports torch.distributed only where there is such a job"""
 MAY_IMPORT_ROOT = ("ops", "cli")
 HEAVY = ("torch", "vllm", "trl", "transformers", "huggingface_hub", "openenv")
 

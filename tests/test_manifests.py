@@ -225,6 +225,8 @@ def test_keys_say_what_they_hold():
     assert manifests.commit_key(RUN, 11) == f"runs/{RUN}/commits/000011.json"
     assert manifests.commit_key(RUN, 12_345_678) == f"runs/{RUN}/commits/12345678.json"
     assert manifests.delta_key(11, "ab" * 32) == "deltas/step_000011-abababababab.safetensors"
+    assert manifests.delta_key(11, "ab" * 32, 3) == "deltas/step_000011.r003-abababababab.safetensors"
+    assert manifests.part_key(0, "ab" * 32, 3) == "anchors/step_000000-abababababab/r003.safetensors"
     assert manifests.anchor_prefix(0, "ab" * 32) == "anchors/step_000000-abababababab"
 
 

@@ -2,15 +2,21 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from deltawire import checkpoint, wire
 from deltawire.bases import base_of
+from deltawire.bits import Bits, zeros
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
 from deltawire.buckets.verified import download_verified
 from deltawire.checkpoint import Checkpoint
 from deltawire.errors import FormatError, ShapeMismatch
-from deltawire.manifests import Commit, Derived, Run
+from deltawire.manifests import Commit, Derived, Run, TensorEntry
+
+_WHOLE = "whole"
+"""the folder in which an anchor that comes in parts is put together"""
 
 
 class Anchors:
@@ -31,14 +37,14 @@ class Anchors:
 
     def open(self, record: Commit | Derived, run: Run) -> Checkpoint:
         """The anchor that a record describes. Raises BucketError; FormatError unless it holds the run's whole table."""
-        checkpoint = Checkpoint(self.folder(record, run))
+        weights = Checkpoint(self.folder(record, run))
         for entry in run.table:
-            if entry.name not in checkpoint:
+            if entry.name not in weights:
                 raise FormatError(f"anchor {record.position} lacks tensor {entry.name!r}")
-            bits = checkpoint[entry.name]
+            bits = weights[entry.name]
             if (bits.dtype, bits.shape) != (entry.dtype, entry.shape):
                 raise ShapeMismatch(f"anchor {record.position}: {entry.name} is {bits.dtype} {list(bits.shape)}")
-        return checkpoint
+        return weights
 
     def folder(self, record: Commit | Derived, run: Run) -> Path:
         """Where the files of an anchor are, downloaded and verified if need be; a run's base where it is one."""
@@ -48,6 +54,8 @@ class Anchors:
             with file_system_errors(f"{tempfile.gettempdir()} (TMPDIR chooses another disk)"):
                 self._cache = Path(tempfile.mkdtemp(prefix="deltawire-"))
         folder = self._cache / f"{record.run}-{record.version}"
+        if (whole := folder / _WHOLE).is_dir():
+            return whole
         with file_system_errors(str(folder)):
             folder.mkdir(exist_ok=True)
         for payload in record.payloads:
@@ -55,4 +63,41 @@ class Anchors:
             if not path.is_file():
                 key = f"runs/{record.run}/{payload.key}"
                 download_verified(self._bucket, key, path, size=payload.size, blake3=payload.blake3)
-        return folder
+        parts = [path for path in sorted(folder.glob("*.safetensors")) if wire.is_delta(checkpoint.metadata_of(path))]
+        return _put_together(folder, parts, record, run) if parts else folder
+
+
+def _put_together(folder: Path, parts: list[Path], record: Commit | Derived, run: Run) -> Path:
+    """The checkpoint that an anchor's files add up to, where they are changes from all-zero bits; one in memory at a
+    time. Raises FormatError for a file that is not of this anchor, ShapeMismatch, UnknownTensor, OutOfSpace."""
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        aside = Path(work) / _WHOLE
+        aside.mkdir()
+        checkpoint.write(aside, run.table, _Zeros(run.table))
+        weights = Checkpoint(aside, writable=True)
+        for path in parts:
+            data = path.read_bytes()
+            header = wire.read_header(data)
+            if (header.run, header.parent, header.version) != (record.run, None, record.version):
+                raise FormatError(f"anchor {record.position}: {path.name} is of {header.run}:{header.version}")
+            wire.decode(data).apply_(weights)
+            path.unlink()
+        weights.flush()
+        checkpoint.copy_assets(folder, aside)
+        return aside.rename(folder / _WHOLE)
+
+
+class _Zeros(Mapping[str, Bits]):
+    """Every tensor of a table, all-zero bits; one in memory at a time."""
+
+    def __init__(self, table: Iterable[TensorEntry]) -> None:
+        self._entries = {entry.name: entry for entry in table}
+
+    def __getitem__(self, name: str) -> Bits:
+        return zeros(self._entries[name].dtype, self._entries[name].shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)

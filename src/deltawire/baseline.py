@@ -12,13 +12,19 @@ from deltawire.digest import digest_bits, moved
 from deltawire.errors import ShapeMismatch, UnknownTensor
 from deltawire.manifests import TensorEntry
 from deltawire.names import closest
+from deltawire.shards import Box
 
 
 class Baseline:
-    """The weights last captured and their digests, which every capture moves together in O(changed)."""
+    """The weights last captured and their digests, which every capture moves together in O(changed).
+
+    A rank of a sharded job seeds the boxes it holds; shapes and positions then are those inside a box, and digests the
+    part that the box has in its tensor's.
+    """
 
     def __init__(self) -> None:
         self._weights: dict[str, Bits] = {}
+        self.boxes: dict[str, Box] = {}
         self.digests: dict[str, int] = {}
 
     def __getitem__(self, name: str) -> Bits:
@@ -27,10 +33,17 @@ class Baseline:
     def __len__(self) -> int:
         return len(self._weights)
 
-    def seed(self, name: str, bits: Bits) -> None:
-        """Take a tensor as captured, in memory of our own."""
+    def seed(self, name: str, bits: Bits, box: Box | None = None) -> None:
+        """Take a tensor, or a box of one, as captured, in memory of our own."""
         self._weights[name] = bits.copy()
-        self.digests[name] = digest_bits(self._weights[name].data)
+        if box is not None:
+            self.boxes[name] = box
+        self.digests[name] = digest_bits(bits.data) if box is None else box.digest(bits.data)
+
+    def forget(self, name: str) -> None:
+        """Let go of a tensor, as if it had never been seeded."""
+        for kept in (self._weights, self.boxes, self.digests):
+            kept.pop(name, None)
 
     def as_mapping(self) -> Mapping[str, Bits]:
         """The weights, name -> Bits; shared memory, not to be written."""
@@ -43,20 +56,23 @@ class Baseline:
 
     def advance(self, name: str, change: TensorDelta) -> None:
         """Move the baseline and its digest by a change. The caller owns the change from here on: it is nowhere else."""
-        before, after = change.apply_(self._weights[name].data)
+        data, box = self._weights[name].data, self.boxes.get(name)
+        before, after = change.apply_(data) if box is None else box.apply_(data, change)
         self.digests[name] = moved(self.digests[name], before, after)
 
     def require(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise UnknownTensor or ShapeMismatch unless there is such a tensor of this shape."""
-        old = self._weights.get(name)
-        if old is None:
-            raise UnknownTensor(
-                f"{name!r} is not in this run's tensor table; closest there: {closest(name, self._weights)}"
-            )
-        if shape != old.shape:
-            raise ShapeMismatch(f"{name}: shape {list(shape)}, but this run has {list(old.shape)}")
+        require(name, shape, self._weights)
 
     def table(self, trainable: Iterable[str]) -> tuple[TensorEntry, ...]:
         """The tensor table in the order of seeding."""
         names = frozenset(trainable)
         return tuple(TensorEntry(name, bits.dtype, bits.shape, name in names) for name, bits in self._weights.items())
+
+
+def require(name: str, shape: tuple[int, ...], table: Mapping[str, Bits] | Mapping[str, TensorEntry]) -> None:
+    """Raise UnknownTensor or ShapeMismatch unless the table has such a tensor of this shape."""
+    if name not in table:
+        raise UnknownTensor(f"{name!r} is not in this run's tensor table; closest there: {closest(name, table)}")
+    if shape != table[name].shape:
+        raise ShapeMismatch(f"{name}: shape {list(shape)}, but this run has {list(table[name].shape)}")

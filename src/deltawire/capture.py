@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from blake3 import blake3
 
@@ -33,8 +33,23 @@ from deltawire.tensors import cast, dtype_of
 
 WIDE = ("F32", "F64")
 """float dtypes that trainers hold and servers do not"""
-_About = tuple[int | None, Mapping[str, float]]
+About = tuple[int | None, Mapping[str, float]]
 """what the trainer says of a version: its step and metrics"""
+
+
+class Capture(NamedTuple):
+    """What one publish captured: the next version (a run's first capture on a base can make two), the seconds spent
+    comparing, how many elements changed, and the bytes of the newest version's files, whoever holds them.
+
+    Of a sharded job's capture, `cut` is the newest version that rank 0 has begun to send, as all ranks know it by now;
+    nothing folds into it any more.
+    """
+
+    versions: list[Captured]
+    compare_seconds: float
+    changed: int
+    wire_bytes: int
+    cut: int = -1
 
 
 class Capturer:
@@ -68,7 +83,7 @@ class Capturer:
         self._base_digests: Mapping[str, int] = {}
         self.resumed: Position | None = None
         if supersede:
-            self._supersedes = _newest(bucket)
+            self._supersedes = newest(bucket)
         else:
             self.resumed = self._resume(bucket, base)
         if self.resumed is None and base is not None:
@@ -86,19 +101,25 @@ class Capturer:
         """Bytes of one whole version."""
         return sum(count(entry.shape) * WIDTHS[entry.dtype] for entry in self._run.table) if self._run else 0
 
+    @property
+    def held_bytes(self) -> int:
+        """The most memory that waiting changes can take, once folded: a step for every element."""
+        return self.model_bytes
+
     def capture(
-        self, pairs: Iterable[tuple[str, Any]], *, step: int | None, metrics: Mapping[str, float]
-    ) -> tuple[list[Captured], float]:
-        """The next version (a run's first capture on a base can make two), and the seconds spent comparing.
+        self, pairs: Iterable[tuple[str, Any]], *, step: int | None, metrics: Mapping[str, float] | None, cut: int = -1
+    ) -> Capture:
+        """Compare, and number what changed. `cut` is for the ranks of a sharded job.
 
         Only the last statement moves the numbers on and lets go of the change, so an error of any kind keeps both.
         Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch, OutOfSpace; a change captured before the
         error stays in the baseline and in what the next version covers.
         """
         started = time.perf_counter()
-        about = (step, dict(metrics))
+        about = about_of(step, metrics)
         if self._run is None and self._base is None:
-            return [self._begin(_cast_all(pairs, self._dtype), about)], time.perf_counter() - started
+            first = self._begin(_cast_all(pairs, self._dtype), about)
+            return Capture([first], time.perf_counter() - started, self.total, first.payload_bytes)
         trainable = {entry.name for entry in self._run.table if entry.trainable} if self._run else None
         seen = self._compare(pairs, trainable)
         if trainable is not None and (missing := trainable - seen):
@@ -114,7 +135,11 @@ class Capturer:
             captured = self._describe(run, self._next + len(versions), about, delta=delta)
             versions.append(replace(captured, payloads=encode(captured)))
         self._run, self._next, self._partial = run, versions[-1].version + 1, {}
-        return versions, seconds
+        changed = delta.changed if versions[-1].parent is not None else self.total
+        return Capture(versions, seconds, changed, versions[-1].payload_bytes)
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
 
     def _compare(self, pairs: Iterable[tuple[str, Any]], trainable: set[str] | None) -> set[str]:
         seen: set[str] = set()
@@ -133,7 +158,7 @@ class Capturer:
             raise MissingTensor("no tensors were given: pass model.named_parameters()")
         return seen
 
-    def _begin(self, tensors: Iterable[tuple[str, Bits]], about: _About) -> Captured:
+    def _begin(self, tensors: Iterable[tuple[str, Bits]], about: About) -> Captured:
         """A run's first version, as an anchor. Nothing counts as captured before its files are written."""
         baseline = Baseline()
         for name, bits in tensors:
@@ -161,7 +186,7 @@ class Capturer:
         self,
         run: Run,
         version: int,
-        about: _About,
+        about: About,
         *,
         delta: Delta | None = None,
         digests: Mapping[str, int] | None = None,
@@ -196,13 +221,11 @@ class Capturer:
 
     def _resume(self, bucket: Bucket, base: str | Path | None) -> Position | None:
         """Rebuild the baseline from the last commit of the run that is already there."""
-        try:
-            log.current_run(bucket)
-        except NotFound:
+        if not holds_run(bucket):
             return None
-        near = base if base is not None and Path(base).is_dir() else None
+        near = near_base(base)
         with Subscriber(bucket, base=near) as subscriber:
-            position = max(subscriber.latest(), subscriber.latest(), key=_version)  # either look may be stale
+            position = newest_of(subscriber)
             change = subscriber.change(None, position.version)
             assert change.anchor is not None
             table = subscriber.run.table
@@ -217,11 +240,26 @@ class Capturer:
             return position
 
 
-def _version(position: Position) -> int:
-    return position.version
+def holds_run(bucket: Bucket) -> bool:
+    """Whether anything is published."""
+    try:
+        log.current_run(bucket)
+    except NotFound:
+        return False
+    return True
 
 
-def _newest(bucket: Bucket) -> Position | None:
+def near_base(base: str | Path | None) -> str | Path | None:
+    """The base checkpoint where it is a folder on this host."""
+    return base if base is not None and Path(base).is_dir() else None
+
+
+def newest_of(subscriber: Subscriber) -> Position:
+    """The newest committed position, looked up twice, as either look may be stale."""
+    return max(subscriber.latest(), subscriber.latest(), key=lambda position: position.version)
+
+
+def newest(bucket: Bucket) -> Position | None:
     """Where the bucket's run stands; None while nothing is published."""
     with Subscriber(bucket) as subscriber:
         try:
@@ -249,3 +287,8 @@ def served_as(tensor: Any, dtype: str) -> str:
     if isinstance(tensor, Bits):
         return own
     return dtype if own in WIDE or (own, dtype) == ("BF16", "F16") else own
+
+
+def about_of(step: int | None, metrics: Mapping[str, float] | None) -> About:
+    """A step and metrics as numbers of our own."""
+    return None if step is None else int(step), {name: float(value) for name, value in (metrics or {}).items()}

@@ -155,6 +155,11 @@ def _open_shard(path: Path, mode: Literal["r", "r+"]) -> tuple[np.memmap, contai
         raise type(error)(f"{path}: {error}") from None
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; nothing else of it is read. Raises FormatError."""
+    return _open_shard(path, "r")[1].metadata
+
+
 def _nbytes(entry: TensorEntry) -> int:
     return count(entry.shape) * WIDTHS[entry.dtype]
 

@@ -24,8 +24,10 @@ DeltaWireError
     MissingTensor     a name of the trainable set that was not given
     ShapeMismatch     another shape than the table's
     DtypeMismatch     another dtype than the table's, and no exact cast
+    CopiesDiffer      ranks that hold the same elements hold different bits
     WrongBase         the weights are not the version this delta continues from
     NoView            a checkpoint tensor is no rectangle of the trainer's
+  RankFailed        another rank of a sharded job failed, or is gone
   EngineError       the inference server
     EngineUnavailable   it does not answer
     EngineUnsupported   it lacks the plugin, its weight endpoints, or a layout we can prove right
@@ -130,12 +132,20 @@ class DtypeMismatch(ApplyError):
     """Another dtype than the tensor table's, and no exact cast between them."""
 
 
+class CopiesDiffer(ApplyError):
+    """Ranks that hold copies of the same elements hold different bits."""
+
+
 class WrongBase(ApplyError):
     """The weights are not the version this delta continues from."""
 
 
 class NoView(ApplyError):
     """A checkpoint tensor that is computed from the trainer's tensors, so none of them can be seen as it."""
+
+
+class RankFailed(DeltaWireError):
+    """Another rank of a sharded job failed and says why itself, or is gone."""
 
 
 class EngineError(DeltaWireError):

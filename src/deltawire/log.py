@@ -36,7 +36,7 @@ class Attempt:
     run: Run
     commit: Commit
     payloads: Mapping[str, bytes | Path]
-    """by key below the run; in the commit's order"""
+    """by key below the run, in the commit's order; those of other ranks are durable by now, and not here"""
 
     @property
     def hash(self) -> str:
@@ -52,14 +52,11 @@ def append(bucket: Bucket, attempt: Attempt, *, on_step: Callable[[str], None] =
     """
     run, commit = attempt.run, attempt.commit
     if commit.parent is None:
-        _put_once(bucket, run_key(run.run), manifests.write(run))
+        put_run(bucket, run)
         on_step("run")
     elif not bucket.conditional_writes:
         _require_our_parent(bucket, commit)
-    for key, data in attempt.payloads.items():
-        with suppress(AlreadyExists):  # a key holds its content's hash: an earlier try of these very bytes arrived
-            bucket.put_new(f"runs/{run.run}/{key}", data)
-        on_step("payload")
+    put_payloads(bucket, run.run, attempt.payloads, on_step=on_step)
     _put_once(bucket, commit_key(run.run, commit.version), manifests.write(commit))
     on_step("commit")
     head = manifests.write(Head(run.run, commit.version, commit_key(run.run, commit.version)))
@@ -68,6 +65,25 @@ def append(bucket: Bucket, attempt: Attempt, *, on_step: Callable[[str], None] =
     else:
         bucket.put(HEAD_KEY, head)
     on_step("head")
+
+
+def put_run(bucket: Bucket, run: Run) -> None:
+    """Write a run's record, before anything else of the run. Raises Forked when another is there; BucketError."""
+    _put_once(bucket, run_key(run.run), manifests.write(run))
+
+
+def put_payloads(
+    bucket: Bucket,
+    run: str,
+    payloads: Mapping[str, bytes | Path],
+    *,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> None:
+    """Make payloads durable, by key below the run; a rank of a sharded job does so before its commit is written."""
+    for key, data in payloads.items():
+        with suppress(AlreadyExists):  # a key holds its content's hash: an earlier try of these very bytes arrived
+            bucket.put_new(f"runs/{run}/{key}", data)
+        on_step("payload")
 
 
 def load(bucket: Bucket, kind: type[Record], key: str, *, trust: Trust = NOBODY) -> Filed[Record]:

@@ -78,8 +78,8 @@ class Payload(msgspec.Struct, frozen=True):
 
 
 class Commit(msgspec.Struct, frozen=True):
-    """The record that makes a version exist. It covers (parent, version]; parent None means its payloads are an anchor
-    (or, without payloads, the run's base).
+    """The record that makes a version exist. It covers (parent, version]; parent None means its payloads are an anchor,
+    whole or as changes from all-zero bits (or, without payloads, the run's base).
 
     `digests` are those of the tensors that changed since the parent, as 16 hex digits; `root` hashes all of them.
     `created` is seconds since the epoch by the publisher's clock, `step` the trainer's own counter. A metric that was
@@ -167,14 +167,21 @@ def commit_key(run: str, version: int) -> str:
     return f"runs/{run}/commits/{version:06d}.json"
 
 
-def delta_key(version: int, blake3: str) -> str:
-    """Key, below the run, of a version's delta file. The hash in it is why no key ever has two contents."""
-    return f"deltas/step_{version:06d}-{blake3[:12]}.safetensors"
+def delta_key(version: int, blake3: str, rank: int | None = None) -> str:
+    """Key, below the run, of a version's delta file, or of one rank's part of it. The hash in it is why no key ever
+    has two contents."""
+    part = "" if rank is None else f".r{rank:03d}"
+    return f"deltas/step_{version:06d}{part}-{blake3[:12]}.safetensors"
 
 
 def anchor_prefix(version: int, blake3: str) -> str:
     """Prefix, below the run, of a version's anchor files."""
     return f"anchors/step_{version:06d}-{blake3[:12]}"
+
+
+def part_key(version: int, blake3: str, rank: int) -> str:
+    """Key, below the run, of one rank's part of an anchor: its change from all-zero bits."""
+    return f"{anchor_prefix(version, blake3)}/r{rank:03d}.safetensors"
 
 
 def fold_key(parent: int, version: int, blake3: str) -> str:

@@ -16,18 +16,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from deltawire import log, pending, signing
+from deltawire import pending, signing
 from deltawire.buckets.base import Bucket
-from deltawire.capture import Capturer
-from deltawire.errors import BucketError, ChainError, DeltaWireError, Unavailable, UnknownVersion
-from deltawire.log import Attempt
+from deltawire.capture import Capture, Capturer
+from deltawire.errors import BucketError, ChainError, DeltaWireError, RankFailed, Unavailable, UnknownVersion
 from deltawire.manifests import Position
-from deltawire.pending import Captured
+from deltawire.pending import Captured, Part
+from deltawire.ranks import Ranks
 from deltawire.reports import PublishReport, UploadReport
+from deltawire.sending import Alone, First, Other
+from deltawire.shard_capture import ShardCapturer
+from deltawire.signing import SigningKey
 
 FIRST_RETRY = 0.5
 """seconds; doubles up to LAST_RETRY while the store says "later" """
 LAST_RETRY = 30.0
+GOODBYE = 30.0
+"""seconds that rank 0, when it closes, waits for the other ranks to hear of the last commit"""
 Pairs = Iterable[tuple[str, Any]]
 """(name, tensor)"""
 Prepare = Callable[[Pairs], Pairs]
@@ -48,6 +53,11 @@ class Publisher:
     is the difference. With run="supersede" a new run begins instead, which names where that one stood: followers
     move on to it.
 
+    A job whose weights are sharded (FSDP2, HSDP, tensor parallel) passes its `process_group`; then every rank makes a
+    publisher, and every rank makes each of its calls: opening, `publish`, `flush`, `close`. A rank publishes the shards
+    it holds, as DTensors or plain tensors, and nothing is gathered. Rank 0 alone reads `signing_key` and `assets`, and
+    commits once every rank's file is durable. A run that begins without a base starts as a delta from all-zero bits.
+
     `signing_key`, a file written by `deltawire keygen`, signs every record; `compactors` are public keys that may sign
     folds and anchors of a run that begins here.
 
@@ -66,6 +76,7 @@ class Publisher:
         run: Literal["continue", "supersede"] = "continue",
         signing_key: str | Path | None = None,
         compactors: Iterable[str | Path] = (),
+        process_group: Any = None,
         on_upload: Callable[[UploadReport], None] = lambda report: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -73,22 +84,10 @@ class Publisher:
             raise UnknownVersion(f'codec {codec!r} cannot be published; use "gap" ("raw" is for dw.encode alone)')
         self.bucket = bucket
         self._on_upload, self._prepare = on_upload, tuple(prepare)
-        self._key = None if signing_key is None else signing.read_key(signing_key)
-        self._writer = f"{socket.gethostname()} pid {os.getpid()}"
-        delegates = tuple(sorted(signing.trust(compactors).keys))
         self._spool = tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True)
-        spool = Path(self._spool.name)
+        begin = {"base": base, "dtype": dtype, "assets": assets, "clock": clock, "supersede": run == "supersede"}
         try:
-            self._capturer = Capturer(
-                bucket,
-                spool,
-                base=base,
-                dtype=dtype,
-                assets=assets,
-                clock=clock,
-                supersede=run == "supersede",
-                compactors=delegates,
-            )
+            self._open(begin, signing_key, compactors, process_group)
         except BaseException:
             self._spool.cleanup()
             raise
@@ -99,9 +98,34 @@ class Publisher:
         self._committed_hash: str | None = self._capturer.resumed_hash
         self._problem: DeltaWireError | None = None
         self._failures = 0
-        self._hurry = self._closing = self._died = False
+        self._cut = -1
+        self._summing = self._hurry = self._closing = self._died = False
         self._thread = threading.Thread(target=self._upload_forever, name="deltawire-upload", daemon=True)
         self._thread.start()
+
+    def _open(
+        self, begin: dict[str, Any], key_file: str | Path | None, compactors: Iterable[str | Path], process_group: Any
+    ) -> None:
+        """Find where the bucket stands, and settle who makes versions durable."""
+        key: list[SigningKey] = []
+
+        def read_keys() -> tuple[str, ...]:
+            if key_file is not None:
+                key.append(signing.read_key(key_file))
+            return tuple(sorted(signing.trust(compactors).keys))
+
+        ranks = None if process_group is None else Ranks(process_group)
+        delegates = read_keys() if ranks is None else ranks.from_first(read_keys)  # the private key stays on rank 0
+        self._capturer: Capturer | ShardCapturer
+        self._sender: Alone | First | Other
+        writer = f"{socket.gethostname()} pid {os.getpid()}"
+        if ranks is None:
+            self._capturer = Capturer(self.bucket, Path(self._spool.name), compactors=delegates, **begin)
+            self._sender = Alone(self.bucket, writer=writer, key=next(iter(key), None))
+        else:
+            self._capturer = ShardCapturer(self.bucket, ranks, compactors=delegates, **begin)
+            first = First(self.bucket, ranks, writer=writer, key=next(iter(key), None))
+            self._sender = first if ranks.rank == 0 else Other(self.bucket, ranks)
 
     def __enter__(self) -> "Publisher":
         return self
@@ -133,40 +157,51 @@ class Publisher:
         calls must give exactly that set. `metrics` go into the commit as numbers.
 
         Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch; what was captured before the error is kept
-        and goes with the next good call. Raises ChainError, too, once another writer has taken the run.
+        and goes with the next good call. Raises ChainError, too, once another writer has taken the run. In a sharded
+        job all ranks raise together: those without trouble of their own RankFailed, CopiesDiffer where ranks disagree.
         """
-        if isinstance(self._problem, ChainError) or self._died or self._closing:
-            raise self._problem or DeltaWireError(f"{self.bucket.url}: this publisher is closed; open a new one")
         started = time.perf_counter()
+        with self._changed:
+            self._summing, cut = True, self._cut
+        try:
+            capture = self._capturer.capture(self._pairs(tensors), step=step, metrics=metrics, cut=cut)
+            with self._changed:
+                self._cut = max(self._cut, capture.cut)
+                for captured in capture.versions:
+                    self._enqueue(captured)
+                return self._report(capture, started)
+        finally:
+            with self._changed:
+                self._summing = False
+                self._changed.notify_all()
+
+    def _pairs(self, tensors: Pairs | Mapping[str, Any]) -> Pairs:
+        """What to capture. A refusal is raised when this is iterated: a rank that refuses must tell the others so."""
+        if isinstance(self._problem, ChainError | RankFailed) or self._died or self._closing:
+            raise self._problem or DeltaWireError(f"{self.bucket.url}: this publisher is closed; open a new one")
         pairs: Pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
         for prepare in self._prepare:
             pairs = prepare(pairs)
-        step = None if step is None else int(step)
-        numbers = {name: float(value) for name, value in (metrics or {}).items()}
-        versions, compare_seconds = self._capturer.capture(pairs, step=step, metrics=numbers)
-        newest = versions[-1]
-        wire_bytes = newest.payload_bytes
-        with self._changed:
-            for captured in versions:
-                self._enqueue(captured)
-            held = [*self._waiting, *([self._work] if self._work else [])]
-            problem = str(self._problem) if self._problem else None
-            self._changed.notify_all()
-        first = newest.parent is None
+        yield from pairs
+
+    def _report(self, capture: Capture, started: float) -> PublishReport:
+        newest = capture.versions[-1]
+        closed = [*self._waiting[:-1], *([self._work] if self._work else [])]
+        held = [*closed, *self._waiting[-1:]]
         return PublishReport(
             run=newest.run.run,
             version=newest.version,
-            step=step,
-            changed=self._capturer.total if first else newest.delta.changed,
+            step=newest.step,
+            changed=capture.changed,
             total=self._capturer.total,
-            wire_bytes=wire_bytes,
+            wire_bytes=capture.wire_bytes,
             model_bytes=self._capturer.model_bytes,
             seconds=time.perf_counter() - started,
-            compare_seconds=compare_seconds,
+            compare_seconds=capture.compare_seconds,
             waiting=sum(captured.versions for captured in held),
             waiting_bytes=sum(captured.nbytes for captured in held),
-            waiting_bound=self._capturer.model_bytes + (self._work.nbytes if self._work else 0),
-            problem=problem,
+            waiting_bound=self._capturer.held_bytes + sum(captured.nbytes for captured in closed),
+            problem=str(self._problem) if self._problem else None,
         )
 
     def flush(self, timeout: float | None = None) -> Position | None:
@@ -188,20 +223,26 @@ class Publisher:
 
     def close(self, timeout: float | None = None) -> None:
         """Flush, then stop the uploader. Raises what `flush` raises, after stopping."""
+        patience = 0.0
         try:
             if not self._closing:
                 self.flush(timeout)
+                patience = GOODBYE
         finally:
             with self._changed:
                 self._closing = True
                 self._changed.notify_all()
             self._thread.join(timeout=5.0)
+            self._sender.close(patience)
+            self._capturer.close()
             self._spool.cleanup()
 
     def _enqueue(self, captured: Captured) -> None:
-        """Fold into what waits; a run's first version is no delta, so nothing folds into it."""
-        if self._waiting and self._waiting[-1].parent is not None:
-            self._waiting[-1] = pending.fold(self._waiting[-1], captured)
+        """Fold into what waits; a run's first version is no delta, so nothing folds into it, nor into a version that
+        rank 0 of a sharded job has begun to send."""
+        last = self._waiting[-1] if self._waiting else None
+        if last is not None and last.parent is not None and last.version > self._cut:
+            self._waiting[-1] = pending.fold(last, captured)
         elif self._work is not None and captured.parent is not None:
             self._waiting.append(replace(captured, payloads=None))  # it will wait: its bytes are made when it is sent
         else:
@@ -218,32 +259,42 @@ class Publisher:
     def _upload_forever(self) -> None:
         try:
             while captured := self._take_work():
-                attempt = pending.freeze(captured, parent_hash=self._committed_hash, writer=self._writer, key=self._key)
-                self._upload(captured, attempt)
+                self._upload(captured, pending.part_of(captured))
         except Exception as error:  # a thread that died silently would leave flush() waiting for ever
+            problem = error if isinstance(error, DeltaWireError) else DeltaWireError(f"the uploader stopped: {error!r}")
+            problem.__cause__ = error.__cause__ if problem is error else error
             with self._changed:
-                self._died, self._problem = True, DeltaWireError(f"the uploader stopped: {error!r}")
-                self._problem.__cause__ = error
+                self._died, self._problem = True, problem
                 self._changed.notify_all()
 
     def _take_work(self) -> Captured | None:
         """The oldest of what waits, which nothing folds into any more; None when closing."""
+        end = self._sender.next_range(lambda: self._closing)
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._waiting)
+            self._changed.wait_for(lambda: self._closing or self._may_begin(end))
             if self._closing:
                 return None
             self._work = self._waiting.pop(0)
+            self._cut = self._work.version
             return self._work
 
-    def _upload(self, captured: Captured, attempt: Attempt) -> None:
-        """Append the frozen attempt, however often it takes; only a commit made durable drops the change."""
+    def _may_begin(self, end: int | None) -> bool:
+        """Rank 0 must not begin while a publish adds up: the sum tells all ranks what is begun, before they fold. The
+        others may be late with the version that they are told to end at."""
+        if end is None:
+            return bool(self._waiting) and not self._summing
+        return bool(self._waiting) and self._waiting[0].version == end
+
+    def _upload(self, captured: Captured, part: Part) -> None:
+        """Send the frozen attempt, however often it takes; only a commit made durable drops the change."""
         started, delay, tries = time.monotonic(), FIRST_RETRY, 0
         while True:
             tries += 1
             try:
-                log.append(self.bucket, attempt)
+                landed = self._sender.send(captured, part, self._committed_hash, lambda: self._closing)
                 break
             except (BucketError, ChainError) as error:
+                self._sender.tell(error)
                 with self._changed:
                     self._problem, self._failures = error, self._failures + 1
                     self._changed.notify_all()
@@ -252,16 +303,17 @@ class Publisher:
                     if self._closing:
                         return
                 delay = min(2 * delay, LAST_RETRY)
+        if landed is None:
+            return
         seconds = time.monotonic() - started
-        for data in attempt.payloads.values():
+        for data in part.payloads.values():
             if isinstance(data, Path):
                 data.unlink(missing_ok=True)  # an anchor's files are as large as the model, and may lie in memory
         with self._changed:
-            self._committed, self._committed_hash = attempt.commit.position, attempt.hash
+            self._committed, self._committed_hash = landed.position, landed.hash
             self._work, self._problem = None, None
             self._hurry = False
             self._changed.notify_all()
-        commit = attempt.commit
         self._on_upload(
-            UploadReport(commit.position, commit.parent, captured.versions, commit.wire_bytes, seconds, tries)
+            UploadReport(landed.position, captured.parent, captured.versions, landed.wire_bytes, seconds, tries)
         )

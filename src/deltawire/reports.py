@@ -15,6 +15,9 @@ class PublishReport:
     neither, it goes on behind. `waiting` versions were captured and are not committed yet; they take `waiting_bytes` of
     memory, and never more than `waiting_bound`: a step for every element, beside the upload under way. `problem` is the
     last upload error, None while all is well.
+
+    In a sharded job every rank gets one. `changed`, `total`, `wire_bytes` and `model_bytes` are of all ranks together,
+    and the same on each; seconds, what waits, and `problem` are the rank's own.
     """
 
     run: str

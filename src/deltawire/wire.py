@@ -105,6 +105,11 @@ def read_header(data: bytes) -> DeltaHeader:
     return _parse(data)[0]
 
 
+def is_delta(metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file with this metadata is a delta file of ours."""
+    return metadata.get("format") == FORMAT
+
+
 def decode(data: bytes, *, base: Mapping[str, Any] | None = None) -> Delta:
     """The delta in a file's bytes; whole and checked, or an error.
 
@@ -183,7 +188,7 @@ def _check_seal(data: bytes, stated: str) -> None:
 
 def _parse(data: bytes) -> tuple[DeltaHeader, container.Header]:
     box = container.read_header(data, limit=MAX_DELTA_HEADER)
-    if box.metadata.get("format") != FORMAT:
+    if not is_delta(box.metadata):
         if damaged := box.metadata.keys() & set(FIELDS) - {"format", "version"}:
             raise FormatError(f"a delta file's field {min(damaged)!r}, but its format is not {FORMAT!r}")
         return _parse_import(box), box

@@ -1,0 +1,367 @@
+"""From a rank's shards to its part of the next version: every rank compares what it holds, one sum makes it a version.
+
+What `capture` does for one process, for one rank of many: nothing is gathered; a rank keeps the bits of its own boxes.
+Either every rank has captured the next version, or none has, and each keeps what it found for the next try.
+"""
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from deltawire import checkpoint
+from deltawire.baseline import Baseline, require
+from deltawire.bases import open_base, resolve_base
+from deltawire.bits import WIDTHS, Bits, count, zeros
+from deltawire.buckets.base import Bucket
+from deltawire.capture import About, Capture, about_of, holds_run, near_base, newest, newest_of, served_as
+from deltawire.checkpoint import Checkpoint
+from deltawire.delta import Delta, TensorDelta
+from deltawire.errors import BadDigest, CopiesDiffer, MissingTensor, ShapeMismatch, UnknownTensor
+from deltawire.manifests import BaseCheckpoint, Position, Run, TensorEntry
+from deltawire.pending import Captured, encode
+from deltawire.ranks import Ranks, Sums
+from deltawire.shards import Box, Shard, share
+from deltawire.subscriber import Subscriber
+from deltawire.tensors import cast
+
+MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """What rank 0 found and decided: the run, and where it stands; or what a new one begins with."""
+
+    run: str
+    resumed: Position | None
+    hash: str | None
+    base: BaseCheckpoint | None
+    supersedes: Position | None
+
+
+class ShardCapturer:
+    """One rank's baseline, and its change that no version covers yet. Opening and capturing are done by every rank.
+
+    A tensor's box is known when it is first given; its bits at the opening position are read then: from the base or
+    from the last commit, or they are all zero in a run that begins without a base.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        ranks: Ranks,
+        *,
+        base: str | Path | None,
+        dtype: str,
+        assets: str | Path | None,
+        clock: Callable[[], float],
+        supersede: bool = False,
+        compactors: tuple[str, ...] = (),
+    ) -> None:
+        self._bucket, self._ranks, self._dtype, self._clock = bucket, ranks, dtype, clock
+        self._assets = Path(assets) if assets is not None and ranks.rank == 0 else None
+        self._compactors, self._near = compactors, near_base(base)
+        opening = ranks.from_first(lambda: _decide(bucket, base, supersede))
+        self._opening = opening
+        self.resumed, self.resumed_hash = opening.resumed, opening.hash
+        self._run: Run | None = None
+        self._next = 0
+        self._table: dict[str, TensorEntry] = {}
+        self._baseline = Baseline()
+        self._shards: dict[str, Shard] = {}
+        self._seeded: dict[str, int] = {}
+        self._partial: dict[str, TensorDelta] = {}
+        self._reader: Subscriber | None = None
+        self._weights: Mapping[str, Bits] = {}
+        self._since = Delta()
+        self._digests: dict[str, int] = {}
+        problem: Exception | None = None
+        try:
+            self._open()
+        except Exception as error:
+            problem = error
+        self._digests = self._opening_digests(problem)
+        self._known = dict(self._digests)
+
+    @property
+    def total(self) -> int:
+        """Elements in the tensor table."""
+        return sum(count(entry.shape) for entry in self._table.values())
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of one whole version."""
+        return sum(count(entry.shape) * WIDTHS[entry.dtype] for entry in self._table.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """The most memory that this rank's waiting changes can take, once folded: a step for every element it owns."""
+        owned = {name: shard.box for name, shard in self._shards.items() if shard.owned}
+        return sum(count(box.shape) * WIDTHS[self._table[name].dtype] for name, box in owned.items())
+
+    def capture(
+        self, pairs: Iterable[tuple[str, Any]], *, step: int | None, metrics: Mapping[str, float] | None, cut: int = -1
+    ) -> Capture:
+        """This rank's part of the next version. Every rank joins, whatever went wrong on it, so none waits in vain.
+
+        Raises what a one-process capture raises on the rank that has the trouble, and RankFailed on the others;
+        CopiesDiffer, BadDigest and MissingTensor on all. Whatever is raised, no rank has moved on, and what each
+        captured goes with the next good call.
+        """
+        started = time.perf_counter()
+        about: About = (None, {})
+        named: set[str] = set()
+        captured, problem = None, None
+        try:
+            about = about_of(step, metrics)
+            named = self._compare(pairs)
+            seconds = time.perf_counter() - started
+            captured = self._describe(about, named)
+        except BaseException as error:  # an interrupt, too: the other ranks wait for this one's sum
+            problem = error
+        try:
+            if not self._known:
+                self._agree(problem, named)
+                self._known = self._opening_digests(problem)
+            sums = self._add_up(problem, named, captured, cut)
+        except BaseException:
+            self._forget_beginning()
+            raise
+        assert captured is not None
+        return self._move_on(captured, about, sums, seconds)
+
+    def close(self) -> None:
+        """Remove what was downloaded."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader, self._weights, self._since = None, {}, Delta()
+
+    # Opening
+
+    def _open(self) -> None:
+        """Find the bits at the opening position, on this rank."""
+        if self._opening.resumed is not None:
+            self._reader = Subscriber(self._bucket, base=self._near)
+            change = self._reader.change(None, self._opening.resumed.version)
+            assert change.anchor is not None
+            self._weights, self._since = change.anchor, change.delta
+            self._run, self._next = self._reader.run, change.position.version + 1
+            self._table = {entry.name: entry for entry in self._run.table}
+            self._digests = self._reader.digests_at(change.position.version)
+        elif self._opening.base is not None:
+            weights = Checkpoint(open_base(self._opening.base))
+            self._weights = weights
+            self._table = {name: TensorEntry(name, weights[name].dtype, weights[name].shape) for name in weights}
+
+    def _opening_digests(self, problem: BaseException | None) -> dict[str, int]:
+        """The digest of every tensor at the opening position. Each rank reads as much as the others."""
+        if self._opening.resumed is not None:
+            self._ranks.add_up(np.zeros(0, np.uint64), problem)
+            return self._digests
+        rank, size = self._ranks.rank, self._ranks.size
+        width = self._ranks.from_first(lambda: len(self._table))
+        sums = np.zeros(width, np.uint64)
+        if problem is None and len(self._table) != width:
+            problem = MissingTensor(f"the base of rank {rank} has {len(self._table)} tensors, that of rank 0 {width}")
+        if problem is None:
+            for number, entry in enumerate(self._table.values()):
+                weights = self._weights.get(entry.name)
+                data = zeros(entry.dtype, entry.shape).data if weights is None else weights.data
+                sums[number] = share(data, rank, size)
+        sums = self._ranks.add_up(sums, problem)
+        return {name: int(value) for name, value in zip(self._table, sums, strict=True)}
+
+    def _bits_at_opening(self, entry: TensorEntry, box: Box) -> Bits:
+        if entry.name not in self._weights:
+            return zeros(entry.dtype, box.shape)
+        bits = box.cut(self._weights[entry.name])
+        if entry.name in self._since:
+            box.restrict(self._since[entry.name]).apply_(bits.data)
+        return bits
+
+    # Capturing, on this rank
+
+    def _compare(self, pairs: Iterable[tuple[str, Any]]) -> set[str]:
+        trainable = {entry.name for entry in self._table.values() if entry.trainable} if self._run else None
+        seen: set[str] = set()
+        for name, tensor in pairs:
+            shard = self._ranks.hold(name, tensor)
+            if self._opening_is_empty and self._run is None and name not in self._table:
+                self._table[name] = TensorEntry(name, served_as(shard.tensor, self._dtype), shard.box.whole)
+            require(name, shard.box.whole, self._table)
+            if name in seen:
+                raise UnknownTensor(f"{name!r} was given twice")
+            if trainable is not None and name not in trainable:
+                raise UnknownTensor(f"{name!r} is frozen in this run: its first publish did not name it")
+            self._take(name, shard)
+            seen.add(name)
+        if not seen:
+            raise MissingTensor("no tensors were given: pass model.named_parameters()")
+        if trainable is not None and (missing := trainable - seen):
+            raise MissingTensor(
+                f"{len(missing)} tensors of this run were not given, among them {min(missing)!r}; every publish names "
+                "exactly the tensors the first one did"
+            )
+        return seen
+
+    def _take(self, name: str, shard: Shard) -> None:
+        """Move the baseline to what this rank holds of a tensor, and keep the change if it is ours to publish."""
+        entry = self._table[name]
+        if name not in self._shards:
+            self._baseline.seed(name, self._bits_at_opening(entry, shard.box), shard.box)
+            self._seeded[name] = self._baseline.digests[name]
+            self._shards[name] = replace(shard, tensor=None)
+        elif (known := self._shards[name]).box != shard.box or known.owned != shard.owned:
+            raise ShapeMismatch(
+                f"{name}: this rank gave {list(known.box.shape)} at {list(known.box.offset)} before, and now "
+                f"{list(shard.box.shape)} at {list(shard.box.offset)}; publish after `model.reshard()`"
+            )
+        change = self._baseline.compare(name, cast(shard.tensor, entry.dtype))
+        if shard.owned:
+            self._partial[name] = self._partial[name] + change if name in self._partial else change
+        self._baseline.advance(name, change)
+
+    def _describe(self, about: About, named: set[str]) -> Captured:
+        """The next version with this rank's file made; its digests are not known yet."""
+        for name in self._shards.keys() - named:  # by a publish that failed, and not by this one
+            self._forget(name)
+        table = tuple(replace_trainable(entry, entry.name in named) for entry in self._table.values())
+        run = self._run or Run(
+            self._opening.run, table, self._clock(), self._opening.base, self._opening.supersedes, self._compactors
+        )
+        on_base = self._run is None and self._opening.base is not None
+        version = 1 if on_base else self._next
+        captured = Captured(
+            run=run,
+            version=version,
+            parent=version - 1 if version else None,
+            versions=1,
+            delta=Delta(self._partial),
+            digests={},
+            created=self._clock(),
+            step=about[0],
+            metrics=about[1],
+            payloads=None,
+            rank=self._ranks.rank,
+            boxes=self._baseline.boxes,
+        )
+        return replace(captured, payloads=self._asset_files(version) | encode(captured))
+
+    def _asset_files(self, version: int) -> dict[str, bytes | Path]:
+        """Config and tokenizer files, as payloads of version 0."""
+        if version or self._assets is None:
+            return {}
+        files = {path.name: path.read_bytes() for path in checkpoint.assets(self._assets)}
+        listing = "".join(f"{name} {blake3(data).hexdigest()}\n" for name, data in files.items())
+        prefix = f"anchors/step_000000-{blake3(listing.encode()).hexdigest()[:12]}"
+        return {f"{prefix}/{name}": data for name, data in files.items()}
+
+    def _forget(self, name: str) -> None:
+        self._baseline.forget(name)
+        for kept in (self._shards, self._seeded, self._partial):
+            kept.pop(name, None)
+
+    @property
+    def _opening_is_empty(self) -> bool:
+        return self._opening.resumed is None and self._opening.base is None
+
+    def _forget_beginning(self) -> None:
+        """A run that could not begin without a base begins anew: nothing of it is anywhere."""
+        if self._run is None and self._opening_is_empty:
+            for name in list(self._shards):
+                self._forget(name)
+            self._table, self._known = {}, {}
+
+    # Capturing, all ranks together
+
+    def _agree(self, problem: BaseException | None, named: set[str]) -> None:
+        """Whether all ranks have the same tensor table, which the length of every later sum depends on."""
+        marks = self._ranks.add_up(self._mark(named), problem)
+        self._require_alike(marks)
+
+    def _mark(self, named: set[str]) -> Sums:
+        """What this rank says of the tensors it was given: one number in its place, zero in the others'."""
+        facts = "".join(f"{entry.name}\0{entry.dtype}\0{entry.shape}\n" for entry in self._table.values())
+        said = f"{facts}\0{sorted(named)}".encode()
+        marks = np.zeros(self._ranks.size, np.uint64)
+        marks[self._ranks.rank] = int.from_bytes(blake3(said).digest()[:8], "little")
+        return marks
+
+    def _require_alike(self, marks: Sums) -> None:
+        if other := [rank for rank in range(self._ranks.size) if marks[rank] != marks[0]]:
+            raise MissingTensor(
+                f"rank {', '.join(map(str, other))} gave other tensors (names, order, dtypes or shapes) than rank 0: "
+                "every rank publishes its shards of the same model"
+            )
+
+    def _add_up(self, problem: BaseException | None, named: set[str], captured: Captured | None, cut: int) -> Sums:
+        """The one sum of a publish, checked. Its first numbers: who named what, elements changed, bytes, the cut."""
+        size, width = self._ranks.size, len(self._known)
+        numbers, columns = np.zeros(size + 3, np.uint64), np.zeros((3, width), np.uint64)
+        if problem is None and captured is not None:
+            numbers[:size] = self._mark(named)
+            numbers[size:] = captured.delta.changed, captured.payload_bytes, cut + 1 if self._ranks.rank == 0 else 0
+            for number, name in enumerate(self._table):
+                if name in named:
+                    digest, owned = self._baseline.digests[name], self._shards[name].owned
+                    columns[:, number] = self._seeded[name] if owned else 0, digest if owned else 0, digest
+        sums = self._ranks.add_up(np.concatenate([numbers, columns.reshape(-1)]), problem)
+        self._require_alike(sums[:size])
+        self._require_whole(sums[size + 3 :].reshape(3, width), named)
+        return sums[size:]
+
+    def _require_whole(self, columns: Sums, named: set[str]) -> None:
+        """Whether the owned boxes tile every tensor, and all copies of a box agree. The same on every rank."""
+        for number, name in enumerate(self._table):
+            if name not in named:
+                continue
+            seeded, owned, all_copies = (int(value) for value in columns[:, number])
+            if seeded != self._known[name]:
+                raise BadDigest(
+                    f"{name}: the shards of all ranks do not make the tensor that {self._where()} has; was it altered "
+                    "since, or is the tensor on only some of the ranks?"
+                )
+            if all_copies != owned * self._shards[name].copies & MASK:
+                raise CopiesDiffer(f"{name}: ranks that hold copies of the same elements hold different bits")
+
+    def _where(self) -> str:
+        return str(self._opening.resumed or (self._opening.base and self._opening.base.source) or "the model")
+
+    def _move_on(self, captured: Captured, about: About, sums: Sums, seconds: float) -> Capture:
+        """Every rank has captured the version: number it, and let go of the change. Nothing here can fail."""
+        changed, wire_bytes, cut = (int(value) for value in sums[:3])
+        columns = sums[3:].reshape(3, -1)
+        before, run = dict(self._known), captured.run
+        digests = dict(self._digests or before)
+        for number, entry in enumerate(run.table):
+            if entry.trainable:
+                digests[entry.name] = int(columns[1, number])
+        versions = [replace(captured, digests=digests)]
+        if self._run is None and self._opening.base is not None:
+            zero = replace(versions[0], version=0, parent=None, delta=Delta(), digests=before, payloads={}, boxes={})
+            versions = [zero, *(versions if changed else [])]
+        self._run, self._digests, self._next, self._partial = run, digests, versions[-1].version + 1, {}
+        self._table = {entry.name: entry for entry in run.table}
+        self.close()
+        shown = changed if versions[-1].parent is not None else self.total
+        return Capture(versions, seconds, shown, wire_bytes, cut - 1)
+
+
+def replace_trainable(entry: TensorEntry, trainable: bool) -> TensorEntry:
+    return TensorEntry(entry.name, entry.dtype, entry.shape, trainable)
+
+
+def _decide(bucket: Bucket, base: str | Path | None, supersede: bool) -> _Opening:
+    """Rank 0 looks at the bucket for all."""
+    run = secrets.token_hex(8)
+    if not supersede and holds_run(bucket):
+        with Subscriber(bucket, base=near_base(base)) as subscriber:
+            position = newest_of(subscriber)
+            return _Opening(position.run, position, subscriber.chain.settled(position.version).hash, None, None)
+    supersedes = newest(bucket) if supersede else None
+    return _Opening(run, None, None, None if base is None else resolve_base(str(base)), supersedes)

@@ -1,0 +1,91 @@
+"""A box of a tensor: its positions, bits, changes and digest are those that the whole tensor has there."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltawire.bits import Bits
+from deltawire.delta import TensorDelta, between_bits
+from deltawire.digest import digest_bits
+from deltawire.shards import Box, share
+
+MODULUS = 1 << 64
+
+
+@st.composite
+def boxes(draw):
+    """A box, perhaps empty, perhaps everything, of a tensor of up to three dimensions."""
+    whole = tuple(draw(st.lists(st.integers(1, 5), max_size=3)))
+    offset = tuple(draw(st.integers(0, length)) for length in whole)
+    shape = tuple(draw(st.integers(0, length - at)) for length, at in zip(whole, offset, strict=True))
+    return Box(whole, offset, shape)
+
+
+def slices(box):
+    return tuple(slice(at, at + length) for at, length in zip(box.offset, box.shape, strict=True))
+
+
+def tensor(box, seed):
+    data = np.random.default_rng(seed).integers(0, 1 << 16, int(np.prod(box.whole)), np.uint16)
+    return Bits("BF16", box.whole, data)
+
+
+def numbers(box):
+    """The whole tensor's flat positions that lie in the box."""
+    return np.arange(int(np.prod(box.whole))).reshape(box.whole)[slices(box)].reshape(-1)
+
+
+@given(boxes())
+def test_positions_rise_and_are_those_of_the_whole_tensor(box):
+    expected = numbers(box)
+    assert box.positions(np.arange(expected.size)).tolist() == expected.tolist()
+
+
+@given(boxes())
+def test_a_cut_is_a_copy_of_the_box(box):
+    bits = tensor(box, 1)
+    cut = box.cut(bits)
+    assert cut.shape == box.shape
+    assert cut.data.tolist() == bits.data[numbers(box)].tolist()
+    assert not np.shares_memory(cut.data, bits.data)
+
+
+@given(boxes(), st.sampled_from([0.0, 0.1, 1.0]))
+def test_a_change_restricted_to_a_box_and_spread_again_is_what_changed_there(box, share_changed):
+    old, new = tensor(box, 1), tensor(box, 1)
+    moved = np.random.default_rng(2).random(new.data.size) < share_changed
+    new.data[moved] += np.uint16(7)
+    change = between_bits(old, new)
+    for kept in (change, TensorDelta("BF16", box.whole, None, new.data - old.data)):
+        spread = box.spread(box.restrict(kept))
+        positions, steps = spread.sparse()
+        inside = numbers(box)[moved[numbers(box)]]
+        assert spread.shape == box.whole
+        assert (positions.tolist(), set(steps.tolist())) == (inside.tolist(), {7} if inside.size else set())
+
+
+@given(boxes())
+def test_applying_a_change_moves_the_digest_as_digesting_again_would(box):
+    old, new = box.cut(tensor(box, 1)), box.cut(tensor(box, 2))
+    change, before_all = between_bits(old, new), box.digest(old.data)
+    before, after = box.apply_(old.data, change)
+    assert old == new
+    assert (before_all - before + after) % MODULUS == box.digest(new.data)
+
+
+@given(st.integers(0, 7), st.integers(0, 7))
+def test_boxes_that_tile_a_tensor_have_digests_that_add_up_to_its_own(row, column):
+    whole = (7, 7)
+    bits = tensor(Box.all_of(whole), 3)
+    tiles = [
+        Box(whole, (top, left), (bottom - top, right - left))
+        for top, bottom in ((0, row), (row, 7))
+        for left, right in ((0, column), (column, 7))
+    ]
+    assert sum(tile.digest(tile.cut(bits).data) for tile in tiles) % MODULUS == digest_bits(bits.data)
+
+
+@given(st.integers(0, 40), st.integers(1, 6))
+def test_shares_of_all_ranks_add_up_to_the_digest(elements, ranks):
+    data = np.random.default_rng(4).integers(0, 1 << 16, elements, np.uint16)
+    assert sum(share(data, rank, ranks) for rank in range(ranks)) % MODULUS == digest_bits(data)

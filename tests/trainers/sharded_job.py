@@ -1,0 +1,327 @@
+"""One rank of a sharded job, for test_sharded.py: `sharded_job.py SCENARIO RANK SIZE PORT FOLDER`.
+
+Each scenario trains tiny real FSDP2 or TP models by seeded edits of their shards, publishes to `file://FOLDER/…`, and
+leaves what the whole tensors were in FOLDER, for the test to compare with what a reader gets.
+"""
+
+import os
+import random
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import deltawire as dw
+import deltawire.buckets.faulty as schedules
+from deltawire import checkpoint, publisher
+from deltawire.errors import (
+    AccessRefused,
+    CopiesDiffer,
+    DeltaWireError,
+    MissingTensor,
+    RankFailed,
+    ShapeMismatch,
+    Unavailable,
+)
+from deltawire.manifests import TensorEntry
+from deltawire.tensors import cast
+from faults import Fault, Faulty, never, on_key
+
+PATIENCE = 120.0
+
+
+class Tiny(nn.Module):
+    """Rows that do not divide by 2 or 4, a tensor with fewer rows than ranks, a scalar-like norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(31, 8)
+        self.up = nn.Linear(8, 22, bias=False)
+        self.down = nn.Linear(22, 8)
+        self.norm = nn.LayerNorm(3)
+        self.register_buffer("scale", torch.ones(()))
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    return Tiny()
+
+
+def whole(pairs):
+    """The whole tensors' served bits. Gathers: for comparing only, never inside a publish."""
+    found = {}
+    for name, tensor in pairs:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        found[name] = cast(full.detach(), "BF16").copy()
+    return found
+
+
+def save(folder, label, pairs):
+    bits = whole(pairs)
+    if dist.get_rank() == 0:
+        np.savez(folder / f"{label}.npz", **{name: value.data.reshape(value.shape) for name, value in bits.items()})
+    return bits
+
+
+def as_base(folder, bits):
+    """A checkpoint folder of these bits, written by rank 0."""
+    path = folder / "base"
+    if dist.get_rank() == 0:
+        path.mkdir(parents=True)
+        checkpoint.write(path, [TensorEntry(name, value.dtype, value.shape) for name, value in bits.items()], bits)
+        (path / "config.json").write_text("{}")
+    dist.barrier()
+    return path
+
+
+def step(pairs, seed, share=0.1):
+    """An optimizer step: every rank moves its shards in place, and those that hold copies move them alike."""
+    for number, (_, tensor) in enumerate(pairs):
+        place = [seed, number]
+        if isinstance(tensor, DTensor):
+            at = tensor.device_mesh.get_coordinate()
+            place += [at[dim] for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+        rng = np.random.default_rng(place)
+        local = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        moves = rng.normal(0, 0.05, tuple(local.shape)) * (rng.random(tuple(local.shape)) < share)
+        local.add_(torch.as_tensor(moves, dtype=local.dtype))
+
+
+@contextmanager
+def no_gather():
+    """Fails if anything but our own sums runs inside."""
+    with CommDebugMode() as seen:
+        yield
+    counts = {str(op): count for op, count in seen.get_comm_counts().items()}
+    assert not any("gather" in op or "scatter" in op for op in counts), counts
+
+
+def check_that_a_gather_would_be_seen(tensor):
+    with CommDebugMode() as seen:
+        tensor.full_tensor()
+    assert any("gather" in str(op) for op in seen.get_comm_counts()), seen.get_comm_counts()
+
+
+def publish(pub, pairs, **options):
+    with no_gather():
+        return pub.publish(pairs, **options)
+
+
+def expect(kind, match, action):
+    try:
+        action()
+    except kind as error:
+        assert match in str(error), str(error)
+        return error
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def follow(bucket, folder, pairs, steps, **options):
+    """Publish some steps, each a commit of its own; the whole tensors at each are left in the folder."""
+    reports = []
+    with dw.Publisher(bucket, process_group=dist.group.WORLD, **options) as pub:
+        for number in steps:
+            step(pairs, number)
+            reports.append(publish(pub, iter(pairs), step=number))
+            save(folder, f"version-{reports[-1].version}", pairs)
+            pub.flush(timeout=PATIENCE)
+    return reports
+
+
+def fsdp(folder):
+    """`fully_shard` over all ranks, with a buffer that every rank has whole."""
+    model = tiny()
+    base = as_base(folder, whole([*model.named_parameters(), ("scale", model.scale)]))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (model.up, model.down):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    pairs = [*model.named_parameters(), ("scale", model.scale)]
+    check_that_a_gather_would_be_seen(pairs[0][1])
+    bucket = dw.open_bucket(f"file://{folder}/bucket")
+    reports = follow(bucket, folder, pairs, range(1, 4), base=base)
+    assert [report.version for report in reports] == [1, 2, 3]
+    total = sum(tensor.numel() for _, tensor in pairs)
+    assert all(report.total == total and 0 < report.changed < total / 2 for report in reports)
+    # a new job, from the same weights: it continues, and publishes the difference
+    (report,) = follow(bucket, folder, pairs, [4])
+    assert report.version == 4
+
+
+def hsdp(folder):
+    """Copies of shards: a 2-D mesh whose first dimension replicates; without a base."""
+    model = tiny()
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model, mesh=mesh)
+    pairs = [*model.named_parameters(), ("scale", model.scale)]
+    assets = folder / "assets"
+    if dist.get_rank() == 0:  # only there, as on a cluster without shared disks
+        assets.mkdir()
+        (assets / "config.json").write_text("{}")
+    reports = follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, range(1, 4), assets=assets)
+    assert [report.version for report in reports] == [0, 1, 2]
+    follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, [4])
+
+
+def tp_fsdp(folder):
+    """A tensor-parallel model, sharded again by FSDP: strided shards, columns, and layers that TP leaves alone."""
+    model = tiny()
+    base = as_base(folder, whole([*model.named_parameters(), ("scale", model.scale)]))
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    pairs = [*model.named_parameters(), ("scale", model.scale)]
+    assert len({str(tensor.placements) for _, tensor in pairs[:-1]}) >= 3
+    follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, range(1, 4), base=base)
+
+
+def shard_all(folder):
+    """A tiny model sharded over all ranks, its base, and what to publish of it."""
+    model = tiny()
+    base = as_base(folder, whole([*model.named_parameters(), ("scale", model.scale)]))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return base, [*model.named_parameters(), ("scale", model.scale)]
+
+
+def breaking(pairs, number):
+    yield from pairs[:number]
+    raise RuntimeError("the optimizer state is gone")
+
+
+def captures(folder):
+    """One rank's capture fails, in every way: all raise, nothing is published, and nothing is lost."""
+    base, pairs = shard_all(folder)
+    second = dist.get_rank() == 1
+    bucket = dw.open_bucket(f"file://{folder}/bucket")
+    with dw.Publisher(bucket, base=base, process_group=dist.group.WORLD) as pub:
+        step(pairs, 1)
+        # the first publish, when no run exists yet
+        expect(MissingTensor, "rank 1 gave other tensors", lambda: publish(pub, pairs[:-1] if second else pairs))
+        kind, why = (RuntimeError, "optimizer state") if second else (RankFailed, "rank 1 of this job could not")
+        expect(kind, why, lambda: publish(pub, breaking(pairs, 2) if second else pairs))
+        assert pub.position is None
+        assert publish(pub, pairs).version == 1
+        save(folder, "version-1", pairs)
+        pub.flush(timeout=PATIENCE)
+        # a later one: what each rank captured before the failure goes with the next
+        step(pairs, 2)
+        expect(kind, why, lambda: publish(pub, breaking(pairs, 3) if second else pairs))
+        kind, why = (ValueError, "could not convert") if second else (RankFailed, "rank 1")
+        expect(kind, why, lambda: publish(pub, pairs, metrics={"reward": "high" if second else 0.5}))
+        step(pairs, 3)
+        assert publish(pub, pairs, metrics={"reward": 0.5}).version == 2
+        save(folder, "version-2", pairs)
+        # copies that differ
+        step(pairs, 4)
+        scale = pairs[-1][1]
+        scale.add_(float(second))
+        expect(CopiesDiffer, "scale", lambda: publish(pub, pairs))
+        scale.sub_(float(second))
+        # whole tensors where there were shards
+        gathered = [(name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor) for name, tensor in pairs]
+        expect(ShapeMismatch, "reshard", lambda: publish(pub, gathered))
+        assert publish(pub, pairs).version == 3
+        save(folder, "version-3", pairs)
+    expect(DeltaWireError, "is closed", lambda: publish(pub, pairs))
+
+
+def uploads(folder):
+    """One rank's upload fails: flush raises on every rank, the next one succeeds, what waited is folded alike."""
+    base, pairs = shard_all(folder)
+    rank = dist.get_rank()
+    bucket = Faulty(dw.open_bucket(f"file://{folder}/bucket"))
+    with dw.Publisher(bucket, base=base, process_group=dist.group.WORLD) as pub:
+        step(pairs, 0)
+        publish(pub, pairs)
+        save(folder, "version-1", pairs)
+        pub.flush(timeout=PATIENCE)
+        for failing, part, version in ((1, ".r001-", 2), (0, ".r000-", 3), (0, "commits/", 4)):
+            if rank == failing:
+                bucket.plan = on_key(part, times=1 << 30, error=AccessRefused("the token has expired"))
+            step(pairs, version)
+            publish(pub, pairs)
+            for _ in range(2):
+                error = expect(AccessRefused, "expired", lambda: pub.flush(timeout=PATIENCE))
+                assert (f"rank {failing}" in str(error)) == (failing == 1 and rank == 0)
+            assert pub.position.version == version - 1
+            dist.barrier()
+            bucket.plan = never
+            save(folder, f"version-{version}", pairs)
+            assert pub.flush(timeout=PATIENCE).version == version
+        # many versions, a store that keeps failing on both: ranks fold what waits at the same places
+        draw = random.Random(rank)
+        bucket.plan = lambda n, key: Fault(Unavailable("later"), draw.random() < 0.5) if draw.random() < 0.5 else None
+        for number in range(5, 45):
+            step(pairs, number)
+            report = publish(pub, pairs)
+            assert report.waiting_bytes <= report.waiting_bound + 4096 * len(pairs)
+        bucket.plan = never
+        assert pub.flush(timeout=PATIENCE).version == report.version == 44
+        save(folder, "version-44", pairs)
+
+
+def train(folder):
+    """Six steps from the newest checkpoint of its own, each saved before it is published. It may be killed anywhere."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    base = folder / "base"
+    model = tiny()
+    if not base.is_dir():
+        as_base(folder, whole([*model.named_parameters(), ("scale", model.scale)]))
+    dist.barrier()
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    pairs = [*model.named_parameters(), ("scale", model.scale)]
+
+    def file(number, of):
+        return folder / f"state-{number}-{of}.pt"
+
+    def local(tensor):
+        return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+    done = max((n for n in range(1, 7) if all(file(n, of).is_file() for of in range(size))), default=0)
+    dist.barrier()
+    if done:
+        for (_, tensor), saved in zip(pairs, torch.load(file(done, rank)), strict=True):
+            local(tensor).copy_(saved)
+    bucket = schedules.Faulty(
+        dw.open_bucket(f"file://{folder}/bucket"), lambda call: schedules.Fault("delay", seconds=0.05)
+    )
+    with dw.Publisher(bucket, base=base, process_group=dist.group.WORLD) as pub:
+        for number in range(done + 1, 7):
+            step(pairs, number)
+            torch.save([local(tensor) for _, tensor in pairs], file(number, f"new{rank}"))
+            file(number, f"new{rank}").rename(file(number, rank))
+            dist.barrier()
+            publish(pub, pairs, step=number)
+            pub.flush(timeout=PATIENCE)
+        if done == 6:
+            publish(pub, pairs, step=6)
+    save(folder, "version-6", pairs)
+
+
+SCENARIOS = {scenario.__name__: scenario for scenario in (fsdp, hsdp, tp_fsdp, captures, uploads, train)}
+
+
+def main(scenarios, rank, size, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size))
+    torch.set_num_threads(1)
+    publisher.FIRST_RETRY, publisher.LAST_RETRY = 0.01, 0.1
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    for scenario in scenarios.split(","):
+        place = Path(folder) / scenario
+        place.mkdir(exist_ok=True)
+        SCENARIOS[scenario](place)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])

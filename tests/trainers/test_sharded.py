@@ -1,0 +1,182 @@
+"""Every rank of a sharded job publishes the shards it holds: readers get whole tensors, and nothing was gathered."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deltawire as dw
+from deltawire.bits import Bits
+from deltawire.checkpoint import Checkpoint
+from deltawire.compactor import Compactor
+from deltawire.delta import Delta
+from deltawire.retention import Policy, carry_out, plan_prune
+from deltawire.tensors import equal
+from runs import commits, read_weights
+
+TESTS = Path(__file__).parents[1]
+JOB = TESTS / "trainers" / "sharded_job.py"
+LIMIT = 240.0
+"""seconds for one job, on a busy machine"""
+
+
+def start(scenarios, size, folder):
+    """The ranks of a job, as processes of ours."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-W", "error::ResourceWarning", str(JOB), scenarios]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
+    return [
+        subprocess.Popen(
+            [*command, str(rank), str(size), str(port), str(folder)], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for rank in range(size)
+    ]
+
+
+def finish(ranks):
+    """Wait for all; what each said, when one failed."""
+    deadline = time.monotonic() + LIMIT
+    said = []
+    try:
+        for rank in ranks:
+            said.append(rank.communicate(timeout=max(1.0, deadline - time.monotonic()))[1])
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), told(said)
+
+
+def told(said):
+    """What the ranks wrote, without torch's own C++ frames."""
+    lines = [line for text in said for line in text.splitlines() if "frame #" not in line]
+    return "\n".join(lines)[-6000:]
+
+
+def run(scenarios, size, folder):
+    folder.mkdir(exist_ok=True)
+    finish(start(scenarios, size, folder))
+    return folder
+
+
+def expected(place):
+    """The whole tensors of each version, as the ranks saved them."""
+    versions = {}
+    for path in place.glob("version-*.npz"):
+        with np.load(path) as arrays:
+            bits = {name: Bits("BF16", array.shape, array.reshape(-1)) for name, array in arrays.items()}
+        versions[int(path.stem.removeprefix("version-"))] = bits
+    return dict(sorted(versions.items()))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Everything that two ranks are asked to do, done once."""
+    return run("fsdp,hsdp,captures,uploads", 2, tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """Everything that four ranks are asked to do, done once."""
+    return run("fsdp,hsdp,tp_fsdp", 4, tmp_path_factory.mktemp("four"))
+
+
+CASES = [
+    *(("pair", scenario) for scenario in ("captures", "uploads", "fsdp", "hsdp")),
+    *(("four", scenario) for scenario in ("fsdp", "hsdp", "tp_fsdp")),
+]
+
+
+@pytest.mark.parametrize(("job", "scenario"), CASES)
+def test_readers_get_every_version_bit_for_bit(job, scenario, request, tmp_path):
+    place = request.getfixturevalue(job) / scenario
+    bucket = dw.open_bucket(f"file://{place}/bucket")
+    versions = expected(place)
+    for version, bits in versions.items():
+        assert equal(read_weights(bucket, version), bits), version
+    dw.materialize(bucket, tmp_path / "out")
+    assert equal(dict(Checkpoint(tmp_path / "out")), bits)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(("job", "scenario"), [case for case in CASES if case[1] != "uploads"])
+def test_the_files_of_all_ranks_add_up_to_the_change_of_the_whole_tensors(job, scenario, request):
+    place = request.getfixturevalue(job) / scenario
+    bucket = dw.open_bucket(f"file://{place}/bucket")
+    versions = expected(place)
+    changes = [update for update in dw.Subscriber(bucket).updates() if update.delta is not None]
+    for before, after in zip(list(versions), list(versions)[1:], strict=False):
+        (update,) = [update for update in changes if update.position.version == after]
+        assert dict(update.delta) == dict(Delta.between(versions[before], versions[after]))
+        size = {"pair": 2, "four": 4}[job]
+        owners = size if scenario != "hsdp" else size // 2
+        assert len(update.commit.payloads) == owners
+        assert all(
+            f".r{rank:03d}-" in payload.key for rank, payload in enumerate(update.commit.payloads) if owners == size
+        )
+        parts = [
+            dw.decode(bucket.get(f"runs/{update.commit.run}/{p.key}", limit=p.size)) for p in update.commit.payloads
+        ]
+        assert sum(part.changed for part in parts) == update.delta.changed
+    assert all(commit.parent is None or commit.payloads for commit in commits(bucket))
+
+
+def test_a_run_that_began_from_zeros_is_compacted_and_pruned_as_any_other(pair, tmp_path):
+    shutil.copytree(pair / "hsdp" / "bucket", tmp_path / "bucket")
+    bucket = dw.open_bucket(f"file://{tmp_path}/bucket")
+    last = max(expected(pair / "hsdp"))
+    carry_out(bucket, plan_prune(bucket, commits(bucket)[0].run, Policy(anchors=1, hours=0)))
+    assert equal(read_weights(bucket), expected(pair / "hsdp")[last])  # version 0 is all there is to start from
+    with Compactor(bucket, tmp_path / "mirror", anchors=1) as compactor:
+        assert compactor.step()
+    pruned = plan_prune(bucket, commits(bucket)[0].run, Policy(anchors=1, hours=0))
+    assert any("anchors/step_000000" in key for key in pruned.keys)
+    carry_out(bucket, pruned)
+    assert equal(read_weights(bucket), expected(pair / "hsdp")[last])
+
+
+def test_what_waits_on_every_rank_folds_at_the_same_places(pair):
+    found = commits(dw.open_bucket(f"file://{pair / 'uploads'}/bucket"))
+    assert found[-1].version == 44
+    assert len(found) < 40, "nothing was folded: the store was not slow enough for this test to mean anything"
+
+
+def wait_for(condition, ranks):
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline
+        assert all(rank.poll() is None for rank in ranks), "a rank ended before it was killed"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_job_whose_rank_is_killed_continues_its_run_from_its_own_checkpoint(killed, tmp_path):
+    place = tmp_path / "train"
+    bucket = dw.open_bucket(f"file://{place}/bucket")
+    ranks = start("train", 2, tmp_path)
+    try:
+        wait_for(lambda: len([*place.glob("state-*-[01].pt")]) >= 5, ranks)  # the third step, about to be published
+        ranks[killed].send_signal(signal.SIGKILL)
+        ranks[1 - killed].communicate(timeout=LIMIT)
+        assert ranks[1 - killed].returncode > 0, "the other rank went on as if nothing had happened"
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    before = commits(bucket)
+    assert 2 <= len(before) < 7
+    run("train", 2, tmp_path)
+    after = commits(bucket)
+    assert {commit.run for commit in after} == {before[0].run}
+    assert after[: len(before)] == before
+    assert after[-1].step == 6
+    assert equal(read_weights(bucket, base=place / "base"), expected(place)[6])
