@@ -192,8 +192,8 @@ class Capturer:
         if checkpoint.is_adapter(table) and not (folder / checkpoint.ADAPTER_CONFIG).is_file():
             raise NotFound(
                 f"these tensors are named as PEFT names an adapter's, and assets={self._assets} holds no "
-                f"{checkpoint.ADAPTER_CONFIG}: pass the folder that deltawire.trainers.lora.save_config wrote, or publish "
-                "the merged weights under the model's own names"
+                f"{checkpoint.ADAPTER_CONFIG}: pass the folder that deltawire.trainers.lora.save_config wrote, or "
+                "publish merged weights under the model's own names"
             )
         checkpoint.write(folder, table, baseline.as_mapping())
         files = sorted(folder.iterdir())

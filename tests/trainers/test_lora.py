@@ -161,6 +161,7 @@ def test_merged_weights_are_a_run_of_the_whole_model(learner, base, tmp_path):
         for _ in range(3):
             learner.model.merge_adapter()
             publisher.publish(merged(learner.model))
+            publisher.flush(30)
             policies.append(bf16(merged(learner.model)))
             learner.model.unmerge_adapter()
             learner.train()
