@@ -3,7 +3,7 @@ too, which are one file and its config."""
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -76,10 +76,9 @@ def files(folder: Path) -> list[Path]:
     return [*(folder / name for name in shard_names(folder)), *([index] if index.is_file() else []), *assets(folder)]
 
 
-def is_adapter(table: Iterable[TensorEntry]) -> bool:
+def is_adapter(table: Sequence[TensorEntry]) -> bool:
     """Whether a tensor table is that of a PEFT adapter, by its names: a run of such a table is an adapter run."""
-    names = [entry.name for entry in table]
-    return bool(names) and all(name.startswith(ADAPTER_PREFIX) for name in names)
+    return bool(table) and all(entry.name.startswith(ADAPTER_PREFIX) for entry in table)
 
 
 def assets(folder: Path) -> list[Path]:

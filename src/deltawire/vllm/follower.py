@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from deltawire.errors import EngineError, NotFound, Quarantined, WrongBase
+from deltawire.checkpoint import is_adapter
+from deltawire.errors import EngineError, EngineUnsupported, NotFound, Quarantined, WrongBase
 from deltawire.manifests import Position
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.following import Following
@@ -111,6 +112,10 @@ class Follower(Following[Engine, UpdateReport]):
             target = self._target()
         except NotFound:
             return None
+        if is_adapter(self._subscriber.run.table):
+            raise EngineUnsupported(
+                f"{self.bucket.url}: run {target.run} is of an adapter: follow it with --adapter NAME"
+            )
         standing.newest, standing.staged = target.version, None
         status = self._ready(target.run)
         standing.served, standing.looked, standing.problem = status.position, time.monotonic(), None
