@@ -29,14 +29,15 @@ class LocalCopy:
     def at(self, subscriber: Subscriber, version: int) -> tuple[Mirror, Change]:
         """The mirror at a version, and what took it there. Raises what Subscriber.change and Mirror raise; the mirror
         then stands where it stood."""
-        if self._mirror is None and held(self._folder) is not None:
+        here = held(self._folder)
+        if self._mirror is None and here is not None and here.run == subscriber.run.run:
             self._mirror = Mirror(self._folder, subscriber.run.table)
         change = self._way_to(subscriber, version)
         if self._mirror is None or change.anchor is not None:
             assert change.anchor is not None
             assert change.anchor_position is not None
-            if self._mirror is not None:  # of another run, or of a version the chain no longer has
-                self.close()
+            self.close()
+            if here is not None:  # of another run, or of a version the chain no longer has
                 shutil.rmtree(self._folder)
             self._mirror = Mirror.create(
                 self._folder, files(change.anchor.folder), change.anchor_position, subscriber.run.table

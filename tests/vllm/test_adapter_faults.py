@@ -121,7 +121,7 @@ def test_a_copy_that_is_damaged_on_the_disk_is_not_given_to_the_server(run, engi
     with run.follower(engine) as follower:
         follower.step()
         run.publish()
-        damaged = Checkpoint(run.folder / "cache" / "copy", writable=True)
+        damaged = Checkpoint(run.folder / "cache" / "lora" / "copy", writable=True)
         damaged[NAME].data[5] ^= 1
         damaged.flush()
         with pytest.raises(BadDigest, match="nothing was written"):
@@ -129,9 +129,21 @@ def test_a_copy_that_is_damaged_on_the_disk_is_not_given_to_the_server(run, engi
         with pytest.raises(BadDigest, match="remove it"):
             follower.step()
         assert run.served(engine) == {"lora@0": 0.0}
-        shutil.rmtree(run.folder / "cache" / "copy")
+        shutil.rmtree(run.folder / "cache" / "lora" / "copy")
         assert follower.step().from_version is None
         assert run.served(engine) == {"lora@0": 0.0, "lora@1": 1.0}
+
+
+def test_a_copy_of_another_run_is_made_anew_whatever_its_tensors(run, engine):
+    with run.follower(engine) as follower:
+        follower.step()
+    bucket = dw.open_bucket(run.url)
+    with dw.Publisher(bucket, assets=run.folder / "config", run="supersede") as publisher:
+        publisher.publish({NAME: torch.full((8, 64), 7.0), NAME.replace("q_proj", "k_proj"): torch.zeros(8, 64)})
+    with run.follower(engine) as successor:
+        report = successor.step()
+    assert (report.version, report.from_version, report.changed) == (0, None, 1024)
+    assert run.served(engine) == {"lora@0": 7.0}
 
 
 def test_only_names_with_a_version_of_this_adapter_are_unloaded(run, engine):

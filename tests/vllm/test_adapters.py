@@ -137,29 +137,33 @@ def test_every_version_is_answered_under_its_name_as_peft_answers_and_the_two_ne
     assert ask(server, "policy")[1] == before
     ((_, beat),) = ledger.read_all(run.publisher.bucket)
     assert (beat.version, beat.lag) == (3, 0)
-    assert len(list((run.folder / "cache" / "versions").iterdir())) == 3
+    assert len(list((run.folder / "cache" / "lora" / "versions").iterdir())) == 3
 
 
 def test_a_request_in_flight_is_answered_to_its_end_while_later_versions_come_and_its_own_goes(servers, run):
     (server,) = servers
-    run.publish()
-    body = {"model": "lora@0", "prompt": PROMPT, "max_tokens": 300, "temperature": 0, "ignore_eos": True,
+    for _ in range(3):
+        run.publish()
+    hold(server, run, 0)
+    body = {"model": "lora@0", "prompt": PROMPT, "max_tokens": 1500, "temperature": 0, "ignore_eos": True,
             "stream": True, "return_token_ids": True}  # fmt: skip
-    with run.follower(server) as follower:
-        follower.step()
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
-            lines = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
-            tokens = list(next(lines)["choices"][0]["token_ids"])
-            for _ in range(2):
-                run.publish()
-                follower.step()
-            gone = adapters(server) == ["lora@1", "lora@2"]
-            for line in lines:
-                assert line["model"] == "lora@0"
-                tokens += line["choices"][0].get("token_ids") or []
-    assert gone
-    assert len(tokens) == 300
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
+        lines = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
+        tokens = list(next(lines)["choices"][0]["token_ids"])
+        hold(server, run, 1)
+        hold(server, run, 2)
+        assert adapters(server) == ["lora@1", "lora@2"]
+        assert server.requests_running() == 1
+        for line in lines:
+            assert line["model"] == "lora@0"
+            tokens += line["choices"][0].get("token_ids") or []
+    assert len(tokens) == 1500
     assert_answers_as_peft_does(server, run, 1)  # which vLLM, with room for two, may have to read again
+
+
+def hold(server: Server, run: AdapterRun, version: int) -> None:
+    with run.follower(server, pin=version) as follower:
+        follower.step()
 
 
 def test_a_damaged_payload_is_refused_and_the_old_version_is_still_answered(servers, run):

@@ -34,9 +34,9 @@ class AdapterReport(msgspec.Struct, frozen=True):
     """One version that the server answers under `name` now.
 
     `from_version` is what this host's copy held, None when it started from an anchor; `changed` elements differ from
-    it, or are all. Every tensor's digest was equal to the commit's in the folder the server loaded. `load_s` is the
-    server's answer to the load, during which it generates between two steps of its own. `publish_to_served_s` compares
-    this host's clock with the publisher's.
+    it, or are all. Every tensor's digest was equal to the commit's in the folder the server loaded. `load_s` is how
+    long the server took to answer the load; it reads between two of its steps. `publish_to_served_s` compares this
+    host's clock with the publisher's.
     """
 
     name: str
@@ -54,9 +54,9 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
     """Has one vLLM server hold the newest version of an adapter run as `NAME@VERSION`, and the one before it. The
     server runs with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.
 
-    `folder` holds a copy that deltas move, and a folder for each version the server may read again: it reads an adapter
-    when it is loaded, and after it had to make room. By default it is in this user's cache; the server must see it
-    under the same path, and no two followers may share one.
+    `folder` holds, under the adapter's name, a copy that deltas move and a folder for each version the server may read
+    again: it reads an adapter when it is loaded, and after it had to make room. By default it is in this user's cache;
+    the server must see it under the same path, and no two followers may share one adapter's.
 
     `pin` holds a version, older or newer; versions after it are no longer answered. `trusted` are public keys, or files
     of them, one of which must have signed every record. `replica` names the entry under `replicas/`. `poll` is seconds
@@ -92,9 +92,8 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
             on_problem=on_problem,
         )
         self._name, self._on_update, self._clock = name, on_update, clock
-        root = Path(folder) if folder is not None else _cache() / self._replica / name
-        self._versions = root.resolve() / "versions"
-        self._copy = LocalCopy(root.resolve() / "copy")
+        own = (Path(folder) if folder is not None else _cache() / self._replica).resolve() / name
+        self._versions, self._copy = own / "versions", LocalCopy(own / "copy")
 
     def close(self) -> None:
         """Stop `run`, wait for the update in progress, and let go of the folder; the server keeps what it serves."""

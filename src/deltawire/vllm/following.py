@@ -66,7 +66,7 @@ class Following(ABC, Generic[E, R]):
         self._stopping = threading.Event()
         self._stepping = threading.RLock()
         self._labelled: Position | None = None
-        self._replica = replica or replica_name(engine.url)
+        self._replica = replica or _replica_name(engine.url)
         self._may_write, self._beaten, self._last_beat = True, -BEAT_EVERY, ""
 
     def __enter__(self) -> Self:
@@ -167,6 +167,6 @@ class Following(ABC, Generic[E, R]):
             ) from None
 
 
-def replica_name(engine_url: str) -> str:
+def _replica_name(engine_url: str) -> str:
     """This host and the server's address, as a key may hold them."""
     return re.sub(r"[^A-Za-z0-9]+", "-", f"{socket.gethostname()} {engine_url}")[:100].strip("-")
