@@ -206,13 +206,20 @@ class Capturer:
         )
 
     def _write_anchor(self, table: tuple[TensorEntry, ...], baseline: Baseline) -> dict[str, bytes | Path]:
-        """The baseline as checkpoint files in the spool, beside the assets; by key below the run."""
+        """The baseline as checkpoint files in the spool, beside the assets; by key below the run. Raises NotFound for
+        an adapter without its config, which nothing could load."""
         folder = self._spool / "anchor"
         shutil.rmtree(folder, ignore_errors=True)
         with file_system_errors(f"{folder} (TMPDIR chooses another disk)"):
             folder.mkdir()
         if self._assets is not None:
             checkpoint.copy_assets(self._assets, folder)
+        if checkpoint.is_adapter(table) and not (folder / checkpoint.ADAPTER_CONFIG).is_file():
+            raise NotFound(
+                f"these tensors are named as PEFT names an adapter's, and assets={self._assets} holds no "
+                f"{checkpoint.ADAPTER_CONFIG}: pass the folder that deltawire.trainers.lora.save_config wrote, or "
+                "publish merged weights under the model's own names"
+            )
         checkpoint.write(folder, table, baseline.as_mapping())
         files = sorted(folder.iterdir())
         listing = "".join(f"{path.name} {hash_file(path)}\n" for path in files)

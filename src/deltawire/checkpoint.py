@@ -1,8 +1,9 @@
-"""Hugging Face checkpoints in and out: safetensors shards, their index, and the small files beside them."""
+"""Hugging Face checkpoints in and out: safetensors shards, their index, and the small files beside them; PEFT adapters
+too, which are one file and its config."""
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,10 @@ from deltawire.manifests import TensorEntry
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_PREFIX = "base_model.model."
+"""what every tensor of a PEFT adapter's file is named with; no model's own checkpoint has such names"""
 SHARD_BYTES = 5_000_000_000
 """bytes of tensors per shard file: what transformers writes by default is of this order"""
 MAX_INDEX = 64 << 20
@@ -71,6 +76,11 @@ def files(folder: Path) -> list[Path]:
     return [*(folder / name for name in shard_names(folder)), *([index] if index.is_file() else []), *assets(folder)]
 
 
+def is_adapter(table: Sequence[TensorEntry]) -> bool:
+    """Whether a tensor table is that of a PEFT adapter, by its names: a run of such a table is an adapter run."""
+    return bool(table) and all(entry.name.startswith(ADAPTER_PREFIX) for entry in table)
+
+
 def assets(folder: Path) -> list[Path]:
     """The files beside the weights: config, tokenizer, chat template. Raises NotFound when there is no such folder."""
     if not folder.is_dir():
@@ -83,13 +93,17 @@ def write(
     folder: Path, table: Iterable[TensorEntry], tensors: Mapping[str, Bits], *, shard_bytes: int = SHARD_BYTES
 ) -> list[Path]:
     """Write tensors as safetensors shards in table order, with an index when there are several; the files written.
+    An adapter is always one file, the only one that PEFT and vLLM look for.
 
     Tensors are copied one at a time, so a lazy mapping costs one tensor of memory. Raises OutOfSpace, BucketError.
     """
-    plan = _plan_shards(table, shard_bytes)
+    table = tuple(table)
+    adapter = is_adapter(table)
+    plan = [list(table)] if adapter else _plan_shards(table, shard_bytes)
+    single = ADAPTER if adapter else SINGLE
     written = []
     for number, entries in enumerate(plan, 1):
-        name = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+        name = single if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         _write_shard(folder / name, entries, tensors)
         written.append(folder / name)
     if len(plan) > 1:
@@ -121,9 +135,10 @@ def _shards(folder: Path) -> dict[str, set[str]]:
     index = folder / INDEX
     if index.is_file():
         return _read_index(index)
-    if (folder / SINGLE).is_file():
-        return {SINGLE: set()}
-    raise NotFound(f"{folder} holds no {SINGLE} and no {INDEX}: not a safetensors checkpoint")
+    for name in (SINGLE, ADAPTER):
+        if (folder / name).is_file():
+            return {name: set()}
+    raise NotFound(f"{folder} holds no {SINGLE}, {INDEX} or {ADAPTER}: not a safetensors checkpoint")
 
 
 def _read_index(index: Path) -> dict[str, set[str]]:

@@ -70,6 +70,12 @@ def follow(
     engine: Annotated[str, typer.Option(help="The vLLM server on this host.")] = "http://127.0.0.1:8000",
     poll: Annotated[float | None, typer.Option(help="Seconds between looks; default: what suits the store.")] = None,
     pin: Annotated[int | None, typer.Option(help="Hold the server at this version, older or newer.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The run is of an adapter: answer requests for NAME@VERSION.")
+    ] = None,
+    adapter_folder: Annotated[
+        Path | None, typer.Option(help="Where the server reads adapters; default: this user's cache.")
+    ] = None,
     trust: Trusted = None,
     pause: Annotated[PauseChoice, typer.Option(help="Requests in flight: kept, finished first, or ended.")] = "keep",
     keep_cache: Annotated[bool, typer.Option(help="Keep the KV cache of older weights: a shorter pause.")] = False,
@@ -87,18 +93,23 @@ def follow(
 
     vLLM runs on this host with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{"backend":"deltawire"}'. Its API
     key, if it has one, is read from VLLM_API_KEY.
+
+    With --adapter it runs with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora instead. It then holds the two
+    newest versions of the adapter, and nothing is paused, kept or audited.
     """
     from deltawire.compactor import Compactor
     from deltawire.tending import Tending
+    from deltawire.vllm.adapters import AdapterFollower, AdapterReport
     from deltawire.vllm.follower import Follower, UpdateReport
     from deltawire.vllm.health import HealthServer
 
     tending: Tending | None = None
 
-    def report(update: UpdateReport) -> None:
+    def report(update: UpdateReport | AdapterReport) -> None:
+        how = f"load {update.load_s:.2f} s" if isinstance(update, AdapterReport) else f"pause {update.pause_ms:.1f} ms"
         text = (
             f"version {update.version}: {update.changed:,} weights, {_size(update.wire_bytes)}, "
-            f"pause {update.pause_ms:.1f} ms, {update.publish_to_served_s:.2f} s after publish"
+            f"{how}, {update.publish_to_served_s:.2f} s after publish"
         )
         _emit({"event": "update", **msgspec.to_builtins(update)}, text, json)
         if tending is not None:
@@ -111,20 +122,14 @@ def follow(
         if compact is not None:
             compactor = Compactor(open_bucket(bucket), compact, trusted=trust or (), signing_key=key)
             tending = stack.enter_context(Tending(compactor, on_problem=problem))
-        follower = stack.enter_context(
-            Follower(
-                bucket,
-                engine,
-                poll=poll,
-                pin=pin,
-                trusted=trust or (),
-                pause=pause,
-                clear_cache=not keep_cache,
-                audit_every=audit_every,
-                on_update=report,
-                on_problem=problem,
-            )
-        )
+        common: dict[str, Any] = {"poll": poll, "pin": pin, "trusted": trust or (), "on_problem": problem}
+        follower: Follower | AdapterFollower
+        if adapter is None:
+            common |= {"pause": pause, "clear_cache": not keep_cache, "audit_every": audit_every}
+            follower = Follower(bucket, engine, on_update=report, **common)
+        else:
+            follower = AdapterFollower(bucket, engine, adapter, folder=adapter_folder, on_update=report, **common)
+        stack.enter_context(follower)
         if health is not None:
             standing = follower.standing
             served = stack.enter_context(HealthServer(health, lambda: standing.why_unready(max_staleness), standing))

@@ -4,7 +4,6 @@ A fold of level L replaces the deltas between two multiples of L by their sum. B
 lists is checked against committed roots on a mirror of the weights.
 """
 
-import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,21 +15,18 @@ from blake3 import blake3
 
 from deltawire import log, manifests, paths, signing, wire
 from deltawire.buckets.base import Bucket
-from deltawire.changes import Change
-from deltawire.checkpoint import files
+from deltawire.copies import LocalCopy
 from deltawire.digest import root as root_of
 from deltawire.errors import (
     AlreadyExists,
     BadDigest,
     BadSignature,
     ChainError,
-    Forked,
     FormatError,
-    Gap,
     NotFound,
 )
 from deltawire.manifests import Derived, Payload, anchor_prefix, derived_key, fold_key, signed
-from deltawire.mirror import Mirror, held
+from deltawire.mirror import Mirror
 from deltawire.paths import Edge
 from deltawire.signing import Trust
 from deltawire.subscriber import Subscriber
@@ -72,11 +68,10 @@ class Compactor:
         signing_key: Path | str | None = None,
         on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
-        self.bucket, self._folder = bucket, folder
+        self.bucket, self._copy = bucket, LocalCopy(folder)
         self._levels, self._cadence = tuple(sorted(levels)), anchors
         self._key = None if signing_key is None else signing.read_key(signing_key)
         self._subscriber = Subscriber(bucket, base=base, trusted=trusted)
-        self._mirror: Mirror | None = None
         self._sound: set[str] = set()
         self._on_step = on_step
 
@@ -88,9 +83,7 @@ class Compactor:
 
     def close(self) -> None:
         """Let go of the mirror and of downloads."""
-        if self._mirror is not None:
-            self._mirror.close()
-            self._mirror = None
+        self._copy.close()
         self._subscriber.close()
 
     def step(self) -> list[CompactReport]:
@@ -206,32 +199,7 @@ class Compactor:
         self._on_step("manifest")
 
     def _mirror_at(self, version: int) -> Mirror:
-        """The mirror, moved to a version; made from the cheapest anchor when there is none, or its run is another."""
-        table, run = self._subscriber.run.table, self._subscriber.run.run
-        if self._mirror is None and held(self._folder) is not None:
-            self._mirror = Mirror(self._folder, table)
-        change = self._way_to(version, run)
-        if self._mirror is None or change.anchor is not None:
-            assert change.anchor is not None
-            assert change.anchor_position is not None
-            if self._mirror is not None:  # of another run, or of a version the chain no longer has
-                self._mirror.close()
-                self._mirror = None
-                shutil.rmtree(self._folder)
-            self._mirror = Mirror.create(self._folder, files(change.anchor.folder), change.anchor_position, table)
-            self._subscriber.close()  # the downloaded anchor is as large as the model
-        if change.position != self._mirror.position:
-            self._mirror.apply(change.delta, change.position)
-        return self._mirror
-
-    def _way_to(self, version: int, run: str) -> Change:
-        """The change that takes the mirror to a version, or makes it anew."""
-        if self._mirror is None or self._mirror.position.run != run:
-            return self._subscriber.change(None, version)
-        try:
-            return self._subscriber.change(self._mirror.position, version, anchors=False)
-        except (Gap, Forked):
-            return self._subscriber.change(None, version)
+        return self._copy.at(self._subscriber, version)[0]
 
     def _wants_anchor(self, edges: list[Edge], version: int) -> bool:
         newest = max((edge for edge in edges if edge.start is None), key=lambda edge: edge.end)

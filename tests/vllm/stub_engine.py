@@ -32,6 +32,7 @@ class StubEngine:
         ]
         self.paused = self._stopped = False
         self.weight_version = "default"
+        self.adapters: dict[str, str] = {}
         self.faults: dict[str, Callable[[dict[str, Any]], Answer]] = {}
         self.calls: list[str] = []
         self.headers: list[dict[str, str]] = []
@@ -106,6 +107,12 @@ class StubEngine:
             self.paused = path == "/pause"
         elif path == "/is_paused":
             return 200, {"is_paused": self.paused}
+        elif path == "/v1/models":
+            return 200, {"data": [{"id": name, "root": folder} for name, folder in self.adapters.items()]}
+        elif path == "/v1/load_lora_adapter":
+            self.adapters[request["lora_name"]] = request["lora_path"]
+        elif path == "/v1/unload_lora_adapter":
+            del self.adapters[request["lora_name"]]
         elif path == "/weight_info":
             return 200, {"weight_version": self.weight_version}
         else:

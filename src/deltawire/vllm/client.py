@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from deltawire.errors import EngineError, EngineUnavailable, EngineUnsupported
@@ -73,6 +74,19 @@ class EngineClient(Engine):
         answer = self._send("GET", "/weight_info", None, {})
         return str(answer.get("weight_version"))
 
+    def models(self) -> dict[str, str]:
+        """Every model and adapter that a request may name, in order of loading, and the folder it was loaded from."""
+        cards = self._send("GET", "/v1/models", None, {}).get("data") or []
+        return {str(card.get("id")): str(card.get("root")) for card in cards}
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Have the server answer requests that name an adapter with the one in a folder of its host."""
+        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+
+    def unload_adapter(self, name: str) -> None:
+        """Requests that name an adapter are refused from now on; those in flight go on."""
+        self._post("/v1/unload_lora_adapter", {"lora_name": name})
+
     def _post(self, path: str, body: Any, params: dict[str, str] | None = None) -> dict[str, Any]:
         return self._send("POST", path, body, params or {})
 
@@ -83,8 +97,9 @@ class EngineClient(Engine):
             raise EngineUnavailable(f"{self.url} does not answer ({error}): is vLLM running there?") from None
         if response.status_code in (401, 403):
             raise EngineUnsupported(f"{self.url}{path} refused us ({response.status_code}): set VLLM_API_KEY")
-        if response.status_code == 404:
-            raise EngineUnsupported(f"{self.url} has no {path}: start vLLM 0.32 or newer with VLLM_SERVER_DEV_MODE=1")
+        if response.status_code == 404 and "NotFoundError" not in response.text:  # else it is an endpoint that says no
+            setting = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" if "lora" in path else "VLLM_SERVER_DEV_MODE=1"
+            raise EngineUnsupported(f"{self.url} has no {path}: start vLLM 0.32 or newer with {setting}")
         if response.status_code >= 400:
             raise self._refusal(path, response)
         try:
@@ -95,6 +110,8 @@ class EngineClient(Engine):
 
     def _refusal(self, path: str, response: httpx.Response) -> EngineError:
         text = response.text[:300]
+        if "LoRA is not enabled" in text:
+            return EngineUnsupported(f"{self.url} takes no adapters: start vLLM with --enable-lora")
         if path == "/collective_rpc" or "not configured" in text:
             return EngineUnsupported(
                 f"{self.url} has no deltawire engine ({response.status_code}): install deltawire beside vLLM and start "

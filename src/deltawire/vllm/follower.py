@@ -3,9 +3,6 @@
 The engine, not this process's memory, says where the server stands; so a follower may die and start again at any time.
 """
 
-import re
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -13,37 +10,17 @@ from pathlib import Path
 
 import msgspec
 
-from deltawire import ledger, log
-from deltawire.buckets import open_bucket
-from deltawire.errors import (
-    AccessRefused,
-    BucketError,
-    ChainError,
-    EngineError,
-    EngineUnsupported,
-    FormatError,
-    Gap,
-    NotFound,
-    OtherRun,
-    Quarantined,
-    WrongBase,
-)
-from deltawire.ledger import Heartbeat
-from deltawire.manifests import HEAD_KEY, Position
-from deltawire.signing import trust
-from deltawire.subscriber import Subscriber
+from deltawire.checkpoint import is_adapter
+from deltawire.errors import EngineError, EngineUnsupported, NotFound, Quarantined, WrongBase
+from deltawire.manifests import Position
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.health import Standing
+from deltawire.vllm.following import Following
 from deltawire.vllm.protocol import AuditReport, Engine, PauseMode, WorkerStatus, named_error
 
 ASK_AGAIN = 0.02
 """seconds between looks at a worker that is staging"""
-BEAT_EVERY = 30.0
-"""seconds after which a replica's ledger entry is written again"""
 UNVERIFIED = "unverified"
 """what a server reports whose weights were found to be no version"""
-LOOK_ANYWAY = 5.0
-"""seconds after which the server is looked at even if the bucket did not change: it may have been restarted"""
 
 
 class UpdateReport(msgspec.Struct, frozen=True):
@@ -68,7 +45,7 @@ class UpdateReport(msgspec.Struct, frozen=True):
     publish_to_served_s: float
 
 
-class Follower:
+class Follower(Following[Engine, UpdateReport]):
     """Keeps one vLLM server at the newest version of one bucket. It alone drives the server's updates: a pause or a
     session that it finds was left by a follower that was killed, and is ended.
 
@@ -103,99 +80,18 @@ class Follower:
         on_problem: Callable[[Exception], None] = lambda error: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.bucket = open_bucket(bucket_url)
-        self._poll = poll if poll is not None else self.bucket.poll_seconds
-        self._url, self._clear_cache, self._clock = bucket_url, clear_cache, clock
-        self._on_update, self._on_problem = on_update, on_problem
-        self._pin, self._trust = pin, trust(trusted)
-        self._subscriber = Subscriber(self.bucket, trusted=self._trust)
-        self._engine = EngineClient(engine) if isinstance(engine, str) else engine
+        super().__init__(
+            bucket_url,
+            EngineClient(engine) if isinstance(engine, str) else engine,
+            poll=poll,
+            pin=pin,
+            trusted=trusted,
+            replica=replica,
+            on_problem=on_problem,
+        )
+        self._clear_cache, self._clock, self._on_update = clear_cache, clock, on_update
         self._pause: PauseMode = pause
         self._audit_every, self._unaudited = audit_every, 0
-        self.standing = Standing()
-        self._stopping = threading.Event()
-        self._stepping = threading.RLock()
-        self._labelled: Position | None = None
-        self._replica = replica or _replica_name(self._engine.url)
-        self._may_write, self._beaten, self._last_beat = True, -BEAT_EVERY, ""
-
-    def __enter__(self) -> "Follower":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop `run`, wait for the update in progress, and close connections; the server keeps what it serves."""
-        self._stopping.set()
-        with self._stepping:
-            self._engine.close()
-            self._subscriber.close()
-
-    def run(self) -> None:
-        """Follow until closed. What passes (a store or server that fails or is out of reach, a damaged file, a chain
-        that was read while it changed, another trainer's run) is reported, once while it lasts, and looked at again;
-        the server keeps what it serves.
-
-        Raises what a person must mend: EngineUnsupported, Quarantined, ApplyError."""
-        seen: str | None = None
-        looked, reported = -LOOK_ANYWAY, ""
-        while not self._stopping.is_set():
-            try:
-                found = self.bucket.watch(HEAD_KEY, tag=seen, timeout=self._poll)
-                tag = found.tag if found else seen
-                if tag != seen or time.monotonic() >= looked + LOOK_ANYWAY:
-                    self.step()
-                    seen, looked, reported = tag, time.monotonic(), ""
-                    self._beat()
-            except (EngineUnsupported, Quarantined):
-                raise
-            except (BucketError, FormatError, ChainError, EngineError) as error:
-                self._subscriber.refresh()
-                if reported != str(error):
-                    self._on_problem(error)
-                reported = self.standing.problem = str(error)
-                self._beat(error=f"{type(error).__name__}: {error}")
-                self._stopping.wait(self._poll)
-
-    def _beat(self, *, need: int | None = None, error: str | None = None) -> None:
-        """Write our ledger entry when it says something new or is getting old; a host that may only read has none."""
-        standing, served = self.standing, self._labelled
-        entry = Heartbeat(
-            self._replica,
-            run=served.run if served else None,
-            version=served.version if served else None,
-            root=served.root if served else None,
-            need=need,
-            staged=standing.staged,
-            lag=standing.lag,
-            audit=standing.audit,
-            error=error,
-        )
-        if not self._may_write or (self._last_beat == str(entry) and time.monotonic() < self._beaten + BEAT_EVERY):
-            return
-        try:
-            ledger.beat(self.bucket, entry)
-        except AccessRefused:
-            self._may_write = False
-        except BucketError:  # the next one will tell
-            return
-        self._beaten, self._last_beat = time.monotonic(), str(entry)
-
-    def step(self) -> UpdateReport | None:
-        """Bring the server to the newest version, once. None when there was nothing to do, nothing is published, or the
-        follower is being closed.
-
-        Raises BucketError, FormatError, ChainError, ApplyError, EngineError; the server then serves what it served.
-        """
-        with self._stepping:
-            if self._stopping.is_set():
-                return None
-            report = self._advance()
-            self._unaudited += report is not None
-            if self._audit_every and self._unaudited >= self._audit_every and not self._audit():
-                report = self._advance() or report
-            return report
 
     def audit(self) -> AuditReport:
         """Recompute every digest from live memory; see AuditReport. Weights that differ quarantine the server, and the
@@ -204,11 +100,22 @@ class Follower:
             return self._engine.audit()
 
     def _advance(self) -> UpdateReport | None:
+        report = self._update()
+        self._unaudited += report is not None
+        if self._audit_every and self._unaudited >= self._audit_every and not self._audit():
+            report = self._update() or report
+        return report
+
+    def _update(self) -> UpdateReport | None:
         standing = self.standing
         try:
             target = self._target()
         except NotFound:
             return None
+        if is_adapter(self._subscriber.run.table):
+            raise EngineUnsupported(
+                f"{self.bucket.url}: run {target.run} is of an adapter: follow it with --adapter NAME"
+            )
         standing.newest, standing.staged = target.version, None
         status = self._ready(target.run)
         standing.served, standing.looked, standing.problem = status.position, time.monotonic(), None
@@ -235,27 +142,6 @@ class Follower:
         if found.mismatched:
             self._on_problem(WrongBase(f"{self._engine.url}, {self.standing.audit}; they are made anew"))
         return not found.mismatched
-
-    def _target(self) -> Position:
-        """The version to serve: the pinned one, else the newest; of the run that continues ours when HEAD names it."""
-        try:
-            newest = self._subscriber.latest()
-        except OtherRun:
-            if not log.continues(
-                self.bucket, log.read_head(self.bucket).run, self._subscriber.run.run, trust=self._trust
-            ):
-                raise
-            self._subscriber.close()
-            self._subscriber = Subscriber(self.bucket, trusted=self._trust)
-            newest = self._subscriber.latest()
-        if self._pin is None:
-            return newest
-        try:
-            return self._subscriber.chain.commit(self._pin).record.position
-        except NotFound:
-            raise Gap(
-                f"{self.bucket.url}: version {self._pin} was never committed, or is pruned; pin another"
-            ) from None
 
     def _ready(self, run: str) -> WorkerStatus:
         """The worker's status, attached to our bucket's run, generating, and with no session open."""
@@ -356,11 +242,6 @@ class Follower:
         if self._labelled != position and self._engine.weight_version() != str(position):
             self._engine.label(str(position))
         self._labelled = position
-
-
-def _replica_name(engine_url: str) -> str:
-    """This host and the server's address, as a key may hold them."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", f"{socket.gethostname()} {engine_url}")[:100].strip("-")
 
 
 _APPLIED = ("from_version", "changed", "wire_bytes", "fetch_s", "stage_s", "write_ms")

@@ -1,0 +1,64 @@
+"""A copy of a run on this host, taken to any version by the cheapest change; made anew where none leads there."""
+
+import shutil
+from pathlib import Path
+
+from deltawire.changes import Change
+from deltawire.checkpoint import files
+from deltawire.errors import BadDigest, Forked, Gap
+from deltawire.mirror import Mirror, held
+from deltawire.subscriber import Subscriber
+
+
+class LocalCopy:
+    """A mirror in `folder`: made by the first move, found again by the next process, made anew for another run.
+
+    It may be given any subscriber: whose bucket moved to a run that goes on from the last one, say.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._mirror: Mirror | None = None
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        if self._mirror is not None:
+            self._mirror.close()
+            self._mirror = None
+
+    def at(self, subscriber: Subscriber, version: int) -> tuple[Mirror, Change]:
+        """The mirror at a version, and what took it there. Raises what Subscriber.change and Mirror raise; the mirror
+        then stands where it stood."""
+        here = held(self._folder)
+        if self._mirror is None and here is not None and here.run == subscriber.run.run:
+            self._mirror = Mirror(self._folder, subscriber.run.table)
+        change = self._way_to(subscriber, version)
+        if self._mirror is None or change.anchor is not None:
+            assert change.anchor is not None
+            assert change.anchor_position is not None
+            self.close()
+            if here is not None:  # of another run, or of a version the chain no longer has
+                shutil.rmtree(self._folder)
+            self._mirror = Mirror.create(
+                self._folder, files(change.anchor.folder), change.anchor_position, subscriber.run.table
+            )
+            subscriber.close()  # the downloaded anchor is as large as the model
+        if change.position != self._mirror.position:
+            self._apply(self._mirror, change)
+        return self._mirror, change
+
+    def _apply(self, mirror: Mirror, change: Change) -> None:
+        try:
+            mirror.apply(change.delta, change.position)
+        except BadDigest:
+            self.close()  # opened anew, it says whether its own weights are the reason
+            raise
+
+    def _way_to(self, subscriber: Subscriber, version: int) -> Change:
+        """The change that takes the mirror to a version, or makes it anew."""
+        if self._mirror is None or self._mirror.position.run != subscriber.run.run:
+            return subscriber.change(None, version)
+        try:
+            return subscriber.change(self._mirror.position, version, anchors=False)
+        except (Gap, Forked):
+            return subscriber.change(None, version)

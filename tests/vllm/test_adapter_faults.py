@@ -1,0 +1,202 @@
+"""What a follower of adapters does when endpoints fail, folders are lost or damaged, and others are in its way."""
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stub_engine import StubEngine
+
+import deltawire as dw
+from deltawire.checkpoint import Checkpoint
+from deltawire.errors import AccessRefused, BadDigest, EngineError, EngineUnsupported, FormatError
+from deltawire.vllm.adapters import AdapterFollower
+from runs import PATIENCE
+
+NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+class SmallAdapterRun:
+    """One matrix under a PEFT name; each version is the one before and 1."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.url = folder, (folder / "bucket").as_uri()
+        (folder / "config").mkdir()
+        (folder / "config" / "adapter_config.json").write_text("{}")
+        self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True), assets=folder / "config")
+        self.versions = 0
+        self.publish()
+
+    def publish(self) -> None:
+        self.publisher.publish({NAME: torch.full((8, 64), float(self.versions))})
+        self.publisher.flush(10)
+        self.versions += 1
+
+    def follower(self, engine: StubEngine, **options) -> AdapterFollower:
+        return AdapterFollower(self.url, engine.url, "lora", folder=self.folder / "cache", **options)
+
+    def served(self, engine: StubEngine) -> dict[str, float]:
+        """What the server would answer with: the value that each name's folder holds."""
+        held = {name: load_file(Path(folder) / "adapter_model.safetensors") for name, folder in engine.adapters.items()}
+        return {name: float(tensors[NAME][0, 0]) for name, tensors in held.items()}
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = SmallAdapterRun(tmp_path)
+    yield made
+    made.publisher.close(10)
+
+
+@pytest.fixture
+def engine():
+    with StubEngine() as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "says"),
+    [
+        (404, {"detail": "Not Found"}, EngineUnsupported, "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+        (500, {"error": {"message": "LoRA is not enabled. Use --enable-lora"}}, EngineUnsupported, "--enable-lora"),
+        (
+            404,
+            {"error": {"type": "NotFoundError", "message": "No adapter found for x"}},
+            EngineError,
+            "No adapter found",
+        ),
+        (400, {"error": {"message": "rank 64 is too large"}}, EngineError, "rank 64"),
+        (200, {}, EngineError, "does not list it"),
+    ],
+)
+def test_a_server_that_does_not_load_is_a_typed_error_and_the_next_step_loads(run, engine, status, body, kind, says):
+    engine.fail("/v1/load_lora_adapter", status, body)
+    with run.follower(engine) as follower:
+        with pytest.raises(kind, match=says):
+            follower.step()
+        assert follower.standing.served is None
+        assert run.served(engine) == {}
+        engine.faults.clear()
+        assert follower.step().version == 0
+        assert run.served(engine) == {"lora@0": 0.0}
+
+
+def test_an_answer_that_was_lost_after_the_load_is_found_loaded(run, engine):
+    engine.fail("/v1/load_lora_adapter", 500, after=True)
+    with run.follower(engine) as follower:
+        with pytest.raises(EngineError):
+            follower.step()
+        assert follower.step() is None
+        assert follower.standing.served == run.publisher.position
+
+
+def test_an_unload_that_failed_is_made_up_for(run, engine):
+    with run.follower(engine) as follower:
+        follower.step()
+        for _ in range(2):
+            run.publish()
+            engine.fail("/v1/unload_lora_adapter", 500)
+            if run.versions == 3:
+                with pytest.raises(EngineError):
+                    follower.step()
+            else:
+                follower.step()
+        assert set(run.served(engine)) == {"lora@0", "lora@1", "lora@2"}
+        engine.faults.clear()
+        assert follower.step() is None
+    assert run.served(engine) == {"lora@1": 1.0, "lora@2": 2.0}
+
+
+def test_a_folder_that_was_lost_is_made_and_read_again(run, engine):
+    with run.follower(engine) as follower:
+        follower.step()
+        shutil.rmtree(engine.adapters["lora@0"])
+        assert follower.step().wire_bytes == 0
+        assert run.served(engine) == {"lora@0": 0.0}
+
+
+def test_a_copy_that_is_damaged_on_the_disk_is_not_given_to_the_server(run, engine):
+    with run.follower(engine) as follower:
+        follower.step()
+        run.publish()
+        damaged = Checkpoint(run.folder / "cache" / "lora" / "copy", writable=True)
+        damaged[NAME].data[5] ^= 1
+        damaged.flush()
+        with pytest.raises(BadDigest, match="nothing was written"):
+            follower.step()
+        with pytest.raises(BadDigest, match="remove it"):
+            follower.step()
+        assert run.served(engine) == {"lora@0": 0.0}
+        shutil.rmtree(run.folder / "cache" / "lora" / "copy")
+        assert follower.step().from_version is None
+        assert run.served(engine) == {"lora@0": 0.0, "lora@1": 1.0}
+
+
+def test_a_copy_of_another_run_is_made_anew_whatever_its_tensors(run, engine):
+    with run.follower(engine) as follower:
+        follower.step()
+    bucket = dw.open_bucket(run.url)
+    with dw.Publisher(bucket, assets=run.folder / "config", run="supersede") as publisher:
+        publisher.publish({NAME: torch.full((8, 64), 7.0), NAME.replace("q_proj", "k_proj"): torch.zeros(8, 64)})
+    with run.follower(engine) as successor:
+        report = successor.step()
+    assert (report.version, report.from_version, report.changed) == (0, None, 1024)
+    assert run.served(engine) == {"lora@0": 7.0}
+
+
+def test_only_names_with_a_version_of_this_adapter_are_unloaded(run, engine):
+    others = {"policy": "/base", "lora@best": "/a", "lora": "/b", "other@1": "/c"}
+    engine.adapters |= {**others, "lora@7": "/left/by/another"}
+    with run.follower(engine) as follower:
+        follower.step()
+    assert set(engine.adapters) == {*others, "lora@0"}
+
+
+def test_two_followers_do_not_share_a_folder(run, engine):
+    with run.follower(engine) as follower, run.follower(engine) as second:
+        follower.step()
+        engine.adapters.clear()
+        with pytest.raises(AccessRefused, match="another process"):
+            second.step()
+
+
+def test_a_name_that_no_request_could_spell_is_refused(run, engine):
+    with pytest.raises(FormatError, match="adapter name"):
+        AdapterFollower(run.url, engine.url, "lora@1")
+
+
+def test_nothing_is_done_while_nothing_is_published(tmp_path, engine):
+    dw.open_bucket((tmp_path / "bucket").as_uri(), create=True)
+    with AdapterFollower((tmp_path / "bucket").as_uri(), engine.url, "lora", folder=tmp_path / "cache") as follower:
+        assert follower.step() is None
+    assert engine.calls == []
+
+
+def test_what_passes_is_reported_once_and_a_closed_follower_lets_its_folder_go(run, engine):
+    updates, problems = threading.Semaphore(0), threading.Semaphore(0)
+    engine.fail("/v1/models", 500)
+    follower = run.follower(
+        engine,
+        poll=0.01,
+        on_update=lambda report: updates.release(),
+        on_problem=lambda error: problems.release(),
+    )
+    thread = threading.Thread(target=follower.run)
+    thread.start()
+    try:
+        assert problems.acquire(timeout=PATIENCE)
+        engine.faults.clear()
+        for version in range(3):
+            assert updates.acquire(timeout=PATIENCE)
+            if version < 2:
+                run.publish()
+    finally:
+        follower.close()
+        thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert not problems.acquire(blocking=False)
+    assert run.served(engine) == {"lora@1": 1.0, "lora@2": 2.0}
+    with run.follower(engine) as successor:
+        assert successor.step() is None
