@@ -6,8 +6,9 @@ version of the weights answered, so a rollout is bracketed by two looks at `/wei
 """
 
 import asyncio
+import os
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -18,11 +19,19 @@ from openenv.core.generic_client import GenericEnvClient
 from websockets.exceptions import WebSocketException
 
 END_OF_LINE = "\n"
+LOOK_AGAIN = 1.0
+"""seconds between looks at a server that is not there yet"""
+ONLY_A_GATEWAY = {502, 503, 504}
+"""what is answered in place of a server that is starting"""
 T = TypeVar("T")
 
 
 class ServerError(RuntimeError):
     """A server the rollouts need is not there or not what it should be: which URL, and what to start."""
+
+
+class NotThereYet(ServerError):
+    """Nobody answers, or only a gateway does: the one that waiting may help."""
 
 
 class Tokenizer(Protocol):
@@ -75,7 +84,8 @@ class Player:
     """Plays rollouts: `groups` secrets at a time, `members` games about each, all at once.
 
     Use as an async context manager; entering opens the sessions. Raises ServerError when vLLM or the environment cannot
-    be reached, answers with an error, or hides `/weight_info`.
+    be reached, answers with an error, or hides `/weight_info`; entering waits `wait` seconds for both to be there.
+    vLLM's API key, when it has one, is read from VLLM_API_KEY.
     """
 
     def __init__(
@@ -88,27 +98,29 @@ class Player:
         groups: int = 8,
         members: int = 8,
         timeout: float = 60.0,
+        wait: float = 0.0,
     ) -> None:
         self.engine_url = engine_url.rstrip("/")
         self.environment_url = environment_url.rstrip("/")
         self._tokenizer = tokenizer
         self._model = model
         self._groups, self._members = groups, members
-        self._timeout = timeout
+        self._timeout, self._wait = timeout, wait
         self._sessions: list[GenericEnvClient] = []
         self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "Player":
+        key = os.environ.get("VLLM_API_KEY")
         self._http = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=aiohttp.ClientTimeout(total=self._timeout),
             connector=aiohttp.TCPConnector(force_close=True),  # vLLM may close an idle connection under a request
         )
         try:
-            await self.weight_version()
+            deadline = time.monotonic() + self._wait
+            await self._once_there(self.weight_version, deadline)
             for _ in range(self._groups * self._members):
-                session = GenericEnvClient(self.environment_url, message_timeout_s=self._timeout)
-                await self._environment(session.connect())
-                self._sessions.append(session)
+                self._sessions.append(await self._once_there(self._new_session, deadline))
         except BaseException:
             await self._close()
             raise
@@ -123,6 +135,20 @@ class Player:
         await asyncio.gather(*(session.close() for session in self._sessions), return_exceptions=True)
         if self._http is not None:
             await self._http.close()
+
+    async def _once_there(self, ask: Callable[[], Awaitable[T]], deadline: float) -> T:
+        while True:
+            try:
+                return await ask()
+            except NotThereYet:
+                if time.monotonic() >= deadline:
+                    raise
+                await asyncio.sleep(LOOK_AGAIN)
+
+    async def _new_session(self) -> GenericEnvClient:
+        session = GenericEnvClient(self.environment_url, message_timeout_s=self._timeout)
+        await self._environment(session.connect())
+        return session
 
     async def weight_version(self) -> str:
         """vLLM's label of the weights it serves; "default" until its first update."""
@@ -200,11 +226,13 @@ class Player:
             async with self._http.request(method, url, **options) as response:
                 if response.status == 404 and path == "/weight_info":
                     raise ServerError(f"{url}: not found; start vLLM with VLLM_SERVER_DEV_MODE=1")
+                if response.status in ONLY_A_GATEWAY:
+                    raise NotThereYet(f"{url}: HTTP {response.status}: vLLM is not ready behind it")
                 if response.status != 200:
                     raise ServerError(f"{url}: HTTP {response.status}: {(await response.text())[:300]}")
                 return dict(await response.json())
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise ServerError(
+            raise NotThereYet(
                 f"{url}: {error or 'no answer in time'}; is vLLM running there? Start it with "
                 f"`vllm serve MODEL_DIR --served-model-name {self._model}`"
             ) from error
@@ -213,7 +241,7 @@ class Player:
         try:
             return await call
         except (OSError, RuntimeError, TimeoutError, WebSocketException) as error:
-            raise ServerError(
+            raise NotThereYet(
                 f"{self.environment_url}: {error or 'no answer in time'}; is the environment running there? "
                 "Start it with `python -m examples.wordle.environment`"
             ) from error

@@ -9,6 +9,9 @@ The trainer holds fp32 master weights. It reads rollouts from vLLM and never wri
 Each act trains on from the weights of the one before, with Adam's moments anew, as a run at that learning rate would
 begin. What it publishes is the fp32 master rounded to bf16: at 2e-6 a step is smaller than half a bf16 step for most
 weights, so most of their bits stay, although every master weight moves.
+
+Killed and started again, it trains on from the newest version in the bucket and leaves out the steps that led there.
+Nothing else is kept: what the masters held beyond bf16, and Adam's moments, begin anew.
 """
 
 import argparse
@@ -18,9 +21,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 import torch
@@ -31,7 +35,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import deltawire as dw
-from deltawire.errors import DeltaWireError
+from deltawire.buckets.base import Bucket
+from deltawire.errors import DeltaWireError, NotFound
 
 NEVER_UPDATED = "default"
 """vLLM's version label until its first update."""
@@ -92,14 +97,41 @@ def take_fresh(producer: Producer, newest: dw.PublishReport, first: int, bounds:
     )
 
 
-def train(
-    model: torch.nn.Module, publisher: dw.Publisher, producer: Producer, acts: Sequence[Act], bounds: Bounds
-) -> Iterator[dict[str, Any]]:
-    """Play the acts: what happened, first when the starting weights are published, then at each optimizer step."""
-    newest = publisher.publish(model.named_parameters(), step=0)
-    first, step = newest.version, 0
-    yield {"event": "start", "run": newest.run, "version": first, "anchor_bytes": newest.wire_bytes}
+def steps_done(bucket: Bucket, folder: Path) -> int:
+    """How many steps the bucket's newest version is from the start; `folder` then holds it as a checkpoint. 0, and no
+    folder, while nothing is published."""
+    try:
+        version = dw.materialize(bucket, folder).position.version
+    except NotFound:
+        return 0
+    with dw.Subscriber(bucket) as subscriber:
+        return next(commit.step or 0 for commit in subscriber.commits() if commit.version == version)
+
+
+def remaining(acts: Sequence[Act], done: int) -> Iterator[Act]:
+    """What is left of the acts after `done` steps."""
     for act in acts:
+        left = max(act.steps - done, 0)
+        done -= act.steps - left
+        if left:
+            yield replace(act, steps=left)
+
+
+def train(
+    model: torch.nn.Module,
+    publisher: dw.Publisher,
+    producer: Producer,
+    acts: Sequence[Act],
+    bounds: Bounds,
+    *,
+    done: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Play the acts but for the first `done` steps: what happened, first when the starting weights are published, then
+    at each optimizer step."""
+    newest = publisher.publish(model.named_parameters(), step=done)
+    first, step = newest.version, done
+    yield {"event": "start", "run": newest.run, "version": first, "step": done, "anchor_bytes": newest.wire_bytes}
+    for act in remaining(acts, done):
         optimizer = new_optimizer(model, act.learning_rate)
         for _ in range(act.steps):
             step += 1
@@ -191,13 +223,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--members", type=int, default=8, help="games about each secret")
     parser.add_argument("--max-staleness", type=int, default=6, help="drop rollouts begun more steps ago")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds to wait for one that is not")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for both servers to be there at first")
     return parser.parse_args()
 
 
 def run(arguments: argparse.Namespace, metrics: IO[str]) -> None:
-    """Train from the checkpoint, and write each record to `metrics` as it happens."""
+    """Train from the checkpoint, or on from what the bucket holds; write each record to `metrics` as it happens."""
+    bucket = dw.open_bucket(arguments.bucket, create=True)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    with TemporaryDirectory() as scratch:
+        done = steps_done(bucket, newest := Path(scratch) / "newest")
+        start = newest if newest.exists() else arguments.model
+        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
 
     def make_player() -> Player:
         return Player(
@@ -207,15 +244,15 @@ def run(arguments: argparse.Namespace, metrics: IO[str]) -> None:
             model=arguments.served_model_name,
             groups=arguments.groups,
             members=arguments.members,
+            wait=arguments.wait,
         )
 
-    bucket = dw.open_bucket(arguments.bucket, create=True)
     with (
         dw.Publisher(bucket, codec="gap", assets=arguments.model) as publisher,
         Producer(make_player, groups=arguments.groups) as producer,
     ):
         bounds = Bounds(arguments.max_staleness, arguments.patience)
-        for record in train(model, publisher, producer, arguments.act, bounds):
+        for record in train(model, publisher, producer, arguments.act, bounds, done=done):
             if record["event"] == "done" and arguments.digests is not None:
                 arguments.digests.write_text(json.dumps(served_digests(model), indent=1), encoding="utf-8")
             print(json.dumps(record), file=metrics, flush=True)
@@ -227,7 +264,7 @@ def main() -> int:
     disable_progress_bar()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        with arguments.metrics.open("w", encoding="utf-8") if arguments.metrics else nullcontext(sys.stdout) as metrics:
+        with arguments.metrics.open("a", encoding="utf-8") if arguments.metrics else nullcontext(sys.stdout) as metrics:
             run(arguments, metrics)
     except (ServerError, DeltaWireError, OSError) as error:
         print(f"trainer: {error}", file=sys.stderr)

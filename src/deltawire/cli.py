@@ -27,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+spaces = typer.Typer(help="An RL run as three Spaces of the Hub.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(spaces, name="spaces")
 BucketUrl = Annotated[str, typer.Argument(metavar="BUCKET", help="hf://buckets/ns/name, s3://…, file:///folder, …")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of text.")]
 Trusted = Annotated[
@@ -313,6 +315,23 @@ def demo(
 
     summary = run_demo(DemoOptions(out=out, quick=quick, plain=plain))
     raise typer.Exit(0 if summary.audit_equal else 1)
+
+
+@spaces.command()
+def render(
+    user: Annotated[str, typer.Option(help="Whose Spaces and bucket they will be.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("spaces"),
+    json: AsJson = False,
+) -> None:
+    """Write the folders of three Spaces (environment, vLLM with its follower, trainer) and print what starts them.
+
+    The printed `hf` commands take two secrets from the environment: HF_TOKEN and a VLLM_API_KEY of your own.
+    """
+    from deltawire.ops.cast import find_checkout
+    from deltawire.ops.spaces import render as render_spaces
+
+    rendered = render_spaces(find_checkout(), user, out)
+    _emit({"folders": rendered.folders, "commands": rendered.commands}, "\n".join(rendered.commands), json)
 
 
 def _show_placement(engine: str, as_json: bool) -> None:

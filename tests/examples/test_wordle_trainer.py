@@ -20,7 +20,7 @@ from examples.wordle.learner import as_batch
 from examples.wordle.model import Recipe, build_model, write_checkpoint
 from examples.wordle.producer import Producer
 from examples.wordle.rollouts import Episode, Rollout, ServerError
-from examples.wordle.trainer import Act, Bounds, parse_act, served_digests, staleness, take_fresh, train
+from examples.wordle.trainer import Act, Bounds, parse_act, remaining, served_digests, staleness, take_fresh, train
 
 import deltawire as dw
 
@@ -140,6 +140,15 @@ def test_every_step_publishes_and_the_bucket_ends_with_the_models_weights_in_bf1
         assert subscriber.latest().version == 5  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("done", "left"),
+    [(0, [("learn", 3), ("rl", 2)]), (2, [("learn", 1), ("rl", 2)]), (3, [("rl", 2)]), (4, [("rl", 1)]), (9, [])],
+)
+def test_a_trainer_that_starts_again_leaves_out_the_steps_it_did(done: int, left: list[tuple[str, int]]) -> None:
+    acts = remaining([Act("learn", 1e-2, 3), Act("rl", 2e-6, 2)], done)
+    assert [(act.name, act.steps) for act in acts] == left
+
+
 def test_learning_makes_the_guess_that_won_more_likely() -> None:
     model = build_model(TINY, TOKENIZER)
     bucket = dw.open_bucket("memory://wordle-learns", create=True)
@@ -251,6 +260,32 @@ def test_the_command_ends_with_one_clear_line_when_vllm_is_not_there(
     assert process.returncode == 1
     assert errors.startswith("trainer: http://127.0.0.1:9/weight_info: ")
     assert len(errors.splitlines()) == 1
+
+
+def test_a_killed_trainer_started_again_goes_on_from_the_buckets_newest_version(
+    checkpoint: Path, tmp_path: Path, environment_url: str, vllm_url: Callable[[Completions], str]
+) -> None:
+    url = vllm_url(Completions(dog))
+    steps, stop = tmp_path / "steps.jsonl", threading.Event()
+    with trainer(checkpoint, tmp_path, url, environment_url, "--act", "learn,1e-3,100000") as process:
+        while not (steps.is_file() and steps.read_text().count("\n") > 3):
+            assert process.poll() is None
+            stop.wait(0.05)
+        process.kill()
+    bucket = dw.open_bucket((tmp_path / "bucket").as_uri())
+    with dw.Subscriber(bucket) as subscriber:
+        last = subscriber.commits()[-1]
+    assert last.step
+    lines = len(steps.read_text().splitlines())
+    with trainer(checkpoint, tmp_path, url, environment_url, "--act", f"learn,1e-3,{last.step + 1}") as process:
+        _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    start, step, done = [json.loads(line) for line in steps.read_text().splitlines()[lines:]]
+    assert (start["run"], start["step"], start["version"]) == (last.run, last.step, last.version + 1)
+    assert (step["step"], done["steps"]) == (last.step + 1, last.step + 1)
+    with dw.Subscriber(bucket) as subscriber:
+        resumed = next(commit for commit in subscriber.commits() if commit.version == start["version"])
+    assert resumed.root == last.root  # it began with the very bits that the killed one published last
 
 
 def test_a_terminated_trainer_leaves_a_bucket_that_holds_every_step_it_told(
