@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-BLOCKS = re.findall(
-    r"<!-- tested by [^>]*-->\n```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S
-)
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"<!-- tested by [^>]*-->\n```python\n(.*?)```", README, re.S)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block{i}" for i in range(len(BLOCKS))])
@@ -17,3 +16,8 @@ def test_the_code_in_the_readme_runs(block):
 
 def test_the_readme_has_tested_code():
     assert BLOCKS
+
+
+@pytest.mark.parametrize("line", re.findall(r"^from deltawire\S* import \w+", README, re.M))
+def test_what_the_readme_imports_is_there(line):
+    exec(line, {})
