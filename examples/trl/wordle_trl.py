@@ -16,6 +16,7 @@ it a chat template in which a line is a call of the tool, so that TRL's own way 
 
 import argparse
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
 from deltawire.trainers.trl import DeltaWeightTransfer
 
+TOLD = {
+    "reward": "reward",
+    "turns": "rollout/turns_mean",
+    "staleness": "sample/staleness_mean",
+    "sync_seconds": "perf/weight_sync_s",
+}
+"""what is told of a step, and TRL's name for it"""
+
 
 class Tell(TrainerCallback):
     """Prints a JSON line for each step."""
@@ -51,21 +60,33 @@ class Tell(TrainerCallback):
         print(json.dumps({"event": "step", "step": state.global_step, **told, **published}), flush=True)
 
 
-TOLD = {
-    "reward": "reward",
-    "turns": "rollout/turns_mean",
-    "staleness": "sample/staleness_mean",
-    "sync_seconds": "perf/weight_sync_s",
-}
+def configure(arguments: argparse.Namespace, rules: Rules, *, turn: int) -> AsyncGRPOConfig:
+    """TRL's options; a turn is at most `turn` tokens long. The line after the last guess of a game is not played."""
+    return AsyncGRPOConfig(
+        output_dir=str(arguments.out),
+        max_steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        per_device_train_batch_size=arguments.batch,
+        num_generations=8,
+        max_inflight_tasks=arguments.batch,
+        queue_maxsize=arguments.batch,
+        max_staleness=2,
+        max_tool_calling_iterations=rules.guesses,
+        max_completion_length=turn,
+        vllm_server_base_url=arguments.engine,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **({} if torch.cuda.is_available() else on_cpu.OPTIONS),
+    )
 
 
 def train(arguments: argparse.Namespace) -> AsyncGRPOTrainer:
     """Train to the end; the trainer, which holds the last weights."""
-    rules, toy = Rules(), False
+    rules = Rules()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    if tokenizer.chat_template is None:
+    if toy := tokenizer.chat_template is None:
         teach_to_chat(tokenizer)
-        toy = True
     ask = [{"role": "user", "content": TASK}]
     # The two lines that bring deltawire to TRL: this one, and `weight_transfer=` below.
     transfer = DeltaWeightTransfer(arguments.bucket, [arguments.engine], assets=arguments.assets)
@@ -76,29 +97,10 @@ def train(arguments: argparse.Namespace) -> AsyncGRPOTrainer:
         train_dataset=Dataset.from_list([{"prompt": ask, "seed": seed} for seed in range(rules.secrets)]),
         environment_factory=partial(Wordle, arguments.environment),
         callbacks=[Tell(transfer)],
-        args=AsyncGRPOConfig(
-            output_dir=str(arguments.out),
-            max_steps=arguments.steps,
-            learning_rate=arguments.learning_rate,
-            per_device_train_batch_size=arguments.batch,
-            num_generations=8,
-            max_inflight_tasks=arguments.batch,
-            queue_maxsize=arguments.batch,
-            max_staleness=2,
-            max_tool_calling_iterations=rules.guesses,
-            max_completion_length=rules.length + 2 if toy else 512,
-            vllm_server_base_url=arguments.engine,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            **({} if torch.cuda.is_available() else on_cpu.OPTIONS),
-        ),
+        args=configure(arguments, rules, turn=rules.length + 2 if toy else 512),
     )
-    if torch.cuda.is_available():
+    with nullcontext() if torch.cuda.is_available() else on_cpu.quick_end(trainer):
         trainer.train()
-    else:
-        with on_cpu.quick_end(trainer):
-            trainer.train()
     return trainer
 
 

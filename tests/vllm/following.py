@@ -1,0 +1,23 @@
+"""A follower at work while a test does other things."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from deltawire.vllm.follower import Follower, UpdateReport
+from runs import PATIENCE
+
+
+@contextmanager
+def following(url: str, engine_url: str) -> Iterator[list[UpdateReport]]:
+    """Follow on another thread; the list of reports grows as versions come to be served."""
+    reports: list[UpdateReport] = []
+    follower = Follower(url, engine_url, poll=0.02, on_update=reports.append)
+    thread = threading.Thread(target=follower.run)
+    thread.start()
+    try:
+        yield reports
+    finally:
+        follower.close()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
