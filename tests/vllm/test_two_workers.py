@@ -66,6 +66,23 @@ def test_a_failure_in_one_worker_leaves_both_in_step_and_the_next_update_works(p
         assert len(server.logprobs([1, 2, 3])) == 8
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_that_cannot_finish_an_update_answers_in_step_and_serves_what_the_other_does(place, rank):
+    chain, server, fault = place
+    with Follower(chain.url, server.url) as follower, EngineClient(server.url) as engine:
+        follower.step()
+        fault.write_text(f"{rank} finish")
+        version = chain.publish()
+        assert follower.step().version == version
+        assert "injected into finish" in engine.status().error["message"]
+        assert_served(chain, engine, version)
+        fault.unlink()
+        version = chain.publish()
+        assert follower.step().version == version
+        assert_served(chain, engine, version)
+        assert engine.status().error is None
+
+
 def test_no_forward_pass_sees_two_versions_within_a_worker_or_between_them(place):
     chain, server, fault = place
     journal, done = fault.parent / "journal", threading.Event()

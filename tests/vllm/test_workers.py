@@ -95,6 +95,32 @@ def test_when_one_worker_fails_none_serves_the_new_version_and_the_next_update_w
     assert_served(run, engine, shards, 1)
 
 
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_worker_that_cannot_confirm_serves_what_the_others_do_and_takes_back_no_more_than_the_next_update(
+    run, engine, shards, follower, monkeypatch, broken
+):
+    follower.step()
+
+    def failing(replica, *arguments):
+        if replica is engine.replicas[broken]:
+            raise RuntimeError("this worker is out of order")
+        return original(replica, *arguments)
+
+    for version, method in ((1, "_keep"), (2, "_write")):
+        run.publish(a=1, v=1)
+        original = getattr(Replica, method)
+        with monkeypatch.context() as faulty:
+            faulty.setattr(Replica, method, failing)
+            if method == "_keep":
+                assert follower.step().version == version
+            else:
+                with pytest.raises(EngineError, match=f"worker {broken}: this worker is out of order"):
+                    follower.step()
+        assert_served(run, engine, shards, 1)
+    assert follower.step().version == 2
+    assert_served(run, engine, shards, 2)
+
+
 def test_a_follower_killed_between_the_writes_of_two_workers_leaves_nothing_that_the_next_does_not_mend(
     run, engine, shards, follower
 ):

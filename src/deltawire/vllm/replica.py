@@ -112,6 +112,8 @@ class Replica:
 
     def commit(self, request: object) -> None:
         """Write the plan staged for {"bucket", "version"}; without one (a plain POST, no follower) stage it first."""
+        if self._attached is not None:  # an update that was not confirmed: from here on only this one is taken back
+            self._attached.undo = None
         with self._recording("update"), self._alone():
             target = _convert(request)
             if not self._stands_on(target.bucket):
@@ -130,7 +132,11 @@ class Replica:
             self._write(attached, plan)
 
     def confirm(self) -> None:
-        """Keep the last update: what it replaced is forgotten."""
+        """Keep the last update: what it replaced is forgotten. Leaves the newest outcome to be read."""
+        with self._recording("finish", clear=False):
+            self._keep()
+
+    def _keep(self) -> None:
         if self._attached is not None:
             self._attached.undo = None
 
@@ -378,14 +384,15 @@ class Replica:
             self._reading.release()
 
     @contextmanager
-    def _recording(self, doing: str) -> Iterator[None]:
-        """Keep what a block raises as the newest problem; a block that succeeds clears it."""
+    def _recording(self, doing: str, *, clear: bool = True) -> Iterator[None]:
+        """Keep what a block raises as the newest problem; a block that succeeds clears it, if asked to."""
         try:
             yield
         except Exception as error:
             self._problem = {"kind": type(error).__name__, "message": str(error), "doing": doing}
         else:
-            self._problem = None
+            if clear:
+                self._problem = None
 
 
 def _check_whole(live: LiveWeights, plan: Plan) -> None:

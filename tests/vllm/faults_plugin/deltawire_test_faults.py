@@ -8,7 +8,7 @@ import functools
 import os
 from pathlib import Path
 
-STEPS = {"init": "_opened", "stage": "_prepare", "commit": "_write", "finish": "confirm"}
+STEPS = {"init": "_opened", "stage": "_prepare", "commit": "_write", "finish": "_keep"}
 
 
 def register() -> None:
