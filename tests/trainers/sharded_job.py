@@ -4,6 +4,7 @@ Each scenario trains tiny real FSDP2 or TP models by seeded edits of their shard
 leaves what the whole tensors were in FOLDER, for the test to compare with what a reader gets.
 """
 
+import faulthandler
 import os
 import random
 import sys
@@ -36,7 +37,7 @@ from deltawire.manifests import TensorEntry
 from deltawire.tensors import cast
 from faults import Fault, Faulty, never, on_key
 
-PATIENCE = 120.0
+PATIENCE = 150.0
 
 
 class Tiny(nn.Module):
@@ -75,7 +76,7 @@ def save(folder, label, pairs):
 def as_base(folder, bits):
     """A checkpoint folder of these bits, written by rank 0."""
     path = folder / "base"
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and not path.is_dir():
         path.mkdir(parents=True)
         checkpoint.write(path, [TensorEntry(name, value.dtype, value.shape) for name, value in bits.items()], bits)
         (path / "config.json").write_text("{}")
@@ -272,11 +273,8 @@ def uploads(folder):
 def train(folder):
     """Six steps from the newest checkpoint of its own, each saved before it is published. It may be killed anywhere."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    base = folder / "base"
     model = tiny()
-    if not base.is_dir():
-        as_base(folder, whole([*model.named_parameters(), ("scale", model.scale)]))
-    dist.barrier()
+    base = as_base(folder, whole([*model.named_parameters(), ("scale", model.scale)]))
     fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
     pairs = [*model.named_parameters(), ("scale", model.scale)]
 
@@ -313,6 +311,7 @@ SCENARIOS = {scenario.__name__: scenario for scenario in (fsdp, hsdp, tp_fsdp, c
 def main(scenarios, rank, size, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)  # a hang says where, and ends
     publisher.FIRST_RETRY, publisher.LAST_RETRY = 0.01, 0.1
     dist.init_process_group("gloo", rank=rank, world_size=size)
     for scenario in scenarios.split(","):
