@@ -14,7 +14,7 @@ import numpy as np
 
 from deltawire.bits import Bits, Positions, UInts
 from deltawire.delta import Delta, TensorDelta, settle
-from deltawire.digest import digest_at, digest_bits
+from deltawire.digest import MODULUS, digest_at, digest_bits
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Box:
         starts = self.positions(np.arange(0, data.size, run))
         for number, start in enumerate(starts.tolist()):
             total += digest_bits(data[number * run : (number + 1) * run], start)
-        return total % (1 << 64)
+        return total % MODULUS
 
     def apply_(self, data: UInts, change: TensorDelta) -> tuple[int, int]:
         """Add a change to the box's elements in place; the touched elements' part of the digest, before and after."""

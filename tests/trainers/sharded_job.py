@@ -34,6 +34,7 @@ from deltawire.errors import (
     Unavailable,
 )
 from deltawire.manifests import TensorEntry
+from deltawire.signing import generate_key
 from deltawire.tensors import cast
 from faults import Fault, Faulty, never, on_key
 
@@ -168,9 +169,11 @@ def hsdp(folder):
     if dist.get_rank() == 0:  # only there, as on a cluster without shared disks
         assets.mkdir()
         (assets / "config.json").write_text("{}")
-    reports = follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, range(1, 4), assets=assets)
+        generate_key(folder / "key")
+    options = {"assets": assets, "signing_key": folder / "key" if dist.get_rank() == 0 else folder / "not here"}
+    reports = follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, range(1, 4), **options)
     assert [report.version for report in reports] == [0, 1, 2]
-    follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, [4])
+    follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, [4], **options)
 
 
 def tp_fsdp(folder):
