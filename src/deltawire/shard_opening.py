@@ -77,12 +77,12 @@ class Opening:
     def add_up_digests(self, table: Mapping[str, TensorEntry], problem: BaseException | None) -> dict[str, int]:
         """The digest of every tensor at the opening position: as its commit says, or added up, each rank reading as
         much as the others. Raises on every rank where one has a problem."""
-        width = self._ranks.from_first(lambda: len(table))
-        if len(table) != width and problem is None:
+        width = self._ranks.from_first(lambda: len(table) if problem is None else -1)
+        if problem is None and width not in (len(table), -1):
             here = f"the base of rank {self._ranks.rank} has {len(table)} tensors"
             problem = MissingTensor(f"{here}, that of rank 0 has {width}; give every rank the same base")
-        sums = np.zeros(width, np.uint64)
-        if problem is None and not self._recorded:
+        sums = np.zeros(max(width, 0), np.uint64)
+        if problem is None and width >= 0 and not self._recorded:
             for number, entry in enumerate(table.values()):
                 weights = self._weights.get(entry.name)
                 data = zeros(entry.dtype, entry.shape).data if weights is None else weights.data

@@ -51,6 +51,11 @@ class Box:
         return tuple(joined)
 
     @property
+    def _is_run(self) -> bool:
+        """Whether the box's elements are neighbours in the whole tensor: a shard of rows is."""
+        return len(self._digits) <= 1 and all(stride == 1 for _, stride in self._digits)
+
+    @property
     def _slices(self) -> tuple[slice, ...]:
         return tuple(slice(at, at + length) for at, length in zip(self.offset, self.shape, strict=True))
 
@@ -99,6 +104,10 @@ class Box:
     def apply_(self, data: UInts, change: TensorDelta) -> tuple[int, int]:
         """Add a change to the box's elements in place; the touched elements' part of the digest, before and after."""
         inside, steps = change.sparse()
+        if self._is_run:
+            from deltawire import kernels
+
+            return kernels.apply_with_digest(data, inside, steps, self._start)
         positions, old = self.positions(inside), data[inside]
         data[inside] += steps
         return digest_at(positions, old), digest_at(positions, data[inside])

@@ -35,8 +35,9 @@ from deltawire.errors import (
 )
 from deltawire.manifests import TensorEntry
 from deltawire.signing import generate_key
-from deltawire.tensors import cast
+from deltawire.tensors import cast, equal
 from faults import Fault, Faulty, never, on_key
+from runs import read_weights
 
 PATIENCE = 150.0
 
@@ -236,6 +237,14 @@ def captures(folder):
         assert publish(pub, pairs).version == 3
         save(folder, "version-3", pairs)
     expect(DeltaWireError, "is closed", lambda: publish(pub, pairs))
+    # a run that begins from nothing fails to begin, and then begins
+    bucket = dw.open_bucket(f"file://{folder}/zeros")
+    with dw.Publisher(bucket, process_group=dist.group.WORLD) as pub:
+        expect(Exception, "", lambda: publish(pub, breaking(pairs, 3) if second else pairs))
+        expect(MissingTensor, "rank 1 gave other", lambda: publish(pub, pairs[1:] if second else pairs))
+        assert publish(pub, pairs).version == 0
+        pub.flush(timeout=PATIENCE)
+        assert equal(read_weights(bucket), whole(pairs))
 
 
 def uploads(folder):
