@@ -6,11 +6,27 @@ One process, one run, the same two arrays of bf16 bits; the best of several roun
 
 import argparse
 import time
+from collections.abc import Callable
 
 import numpy as np
 
 from deltawire import kernels
-from deltawire.bits import UInts
+from deltawire.baseline import Baseline
+from deltawire.bits import Bits, UInts
+from deltawire.shards import Box
+
+
+def capturing(old: UInts, new: UInts, box: Box | None) -> Callable[[], None]:
+    """Compare with a baseline and move it and its digest: from `old` to `new`, and the next time back."""
+    baseline = Baseline()
+    sides = [Bits("BF16", (data.size,), data) for data in (old, new)]
+    baseline.seed("weight", sides[0], box)
+
+    def capture() -> None:
+        sides.reverse()
+        baseline.advance("weight", baseline.compare("weight", sides[0]))
+
+    return capture
 
 
 def main(elements: int, shares: list[float], rounds: int) -> None:
@@ -26,6 +42,8 @@ def main(elements: int, shares: list[float], rounds: int) -> None:
             "bare numpy": lambda new=new: np.not_equal(old, new).any(),
             "count kernel": lambda new=new: kernels._count_changed(old, new),
             "compare_and_collect": lambda new=new: kernels.compare_and_collect(old, new),
+            "capture": capturing(old, new, None),
+            "capture of a shard": capturing(old, new, Box((2 * elements,), (elements,), (elements,))),
         }
         best = dict.fromkeys(contenders, float("inf"))
         for _ in range(rounds):

@@ -37,12 +37,13 @@ def test_compare_finds_a_change_at_every_place_of_a_block_wherever_the_memory_be
         assert kernels.compare_and_collect(old, old + width(1))[0].tolist() == list(range(size))
 
 
-@given(pairs())
-def test_apply_with_digest_writes_and_sums_what_its_twin_does(pair):
+@given(pairs(), st.integers(0, 2**40))
+def test_apply_with_digest_writes_and_sums_what_its_twin_does(pair, start):
     old, new = pair
     change = kernels.plain.compare_and_collect(old.data, new.data)
     one, other = old.copy(), old.copy()
-    assert kernels.apply_with_digest(one.data, *change) == kernels.plain.apply_with_digest(other.data, *change)
+    expected = kernels.plain.apply_with_digest(other.data, *change, start)
+    assert kernels.apply_with_digest(one.data, *change, start) == expected
     assert one == other == new
 
 

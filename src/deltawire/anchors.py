@@ -13,7 +13,7 @@ from deltawire.buckets.base import Bucket
 from deltawire.buckets.verified import download_verified
 from deltawire.checkpoint import Checkpoint
 from deltawire.errors import FormatError, ShapeMismatch
-from deltawire.manifests import Commit, Derived, Run, TensorEntry
+from deltawire.manifests import Commit, Derived, Run, TensorEntry, require_in_table
 
 _WHOLE = "whole"
 """the folder in which an anchor that comes in parts is put together"""
@@ -63,7 +63,10 @@ class Anchors:
             if not path.is_file():
                 key = f"runs/{record.run}/{payload.key}"
                 download_verified(self._bucket, key, path, size=payload.size, blake3=payload.blake3)
-        parts = [path for path in sorted(folder.glob("*.safetensors")) if wire.is_delta(checkpoint.metadata_of(path))]
+        files = sorted(folder.glob("*.safetensors"))
+        parts = [path for path in files if wire.is_delta(checkpoint.metadata_of(path))]
+        if parts and parts != files:
+            raise FormatError(f"anchor {record.position} is both a checkpoint and changes from all-zero bits")
         return _put_together(folder, parts, record, run) if parts else folder
 
 
@@ -74,12 +77,13 @@ def _put_together(folder: Path, parts: list[Path], record: Commit | Derived, run
         aside = Path(work) / _WHOLE
         aside.mkdir()
         checkpoint.write(aside, run.table, _Zeros(run.table))
-        weights = Checkpoint(aside, writable=True)
+        weights, entries = Checkpoint(aside, writable=True), {entry.name: entry for entry in run.table}
         for path in parts:
             data = path.read_bytes()
             header = wire.read_header(data)
             if (header.run, header.parent, header.version) != (record.run, None, record.version):
                 raise FormatError(f"anchor {record.position}: {path.name} is of {header.run}:{header.version}")
+            require_in_table(header.tensors, entries, f"anchor {record.position}: {path.name}")
             wire.decode(data).apply_(weights)
             path.unlink()
         weights.flush()

@@ -18,6 +18,8 @@ GOLDEN = 0x9E3779B97F4A7C15
 M1 = 0xFF51AFD7ED558CCD
 M2 = 0xC4CEB9FE1A85EC53
 MASK = (1 << 64) - 1
+CHUNK = 4096
+"""words of eight bytes that are compared at a time: what is noted of them stays in the nearest cache"""
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 _inline = numba.njit(nogil=True, cache=True, inline="always", error_model="numpy")
@@ -64,38 +66,39 @@ def _count_changed(old, new):  # type: ignore[no-untyped-def]
 
 @_jit
 def _collect(arrays, words, positions, steps):  # type: ignore[no-untyped-def]
-    """`words` are the two `arrays` eight bytes at a time. There must be room for one more than there are changes: every
-    element of a block that changed is written down, and counted only if it differs, for a branch per element costs
-    more than the writing."""
+    """`words` are the two `arrays` eight bytes at a time: first the words that differ are listed, then their elements.
+    Everything is written down and counted only if it differs, for where something changed is not to be predicted, and
+    a wrong branch costs more than writing. So there must be room for one more than there are changes."""
     (old, new), (old_words, new_words) = arrays, words
-    k = 0
-    lanes = 8 // old.itemsize
-    for i in range(0, old_words.size - 3, 4):
-        differ = (old_words[i] ^ new_words[i]) | (old_words[i + 1] ^ new_words[i + 1])
-        differ |= (old_words[i + 2] ^ new_words[i + 2]) | (old_words[i + 3] ^ new_words[i + 3])
-        if differ != 0:
-            for j in range(i * lanes, (i + 4) * lanes):
+    k, lanes = 0, 8 // old.itemsize
+    differing = np.empty(CHUNK + 1, np.int64)
+    for start in range(0, old_words.size, CHUNK):
+        found = 0
+        for i in range(start, min(start + CHUNK, old_words.size)):
+            differing[found] = i
+            found += old_words[i] != new_words[i]
+        for i in differing[:found]:
+            for j in range(i * lanes, (i + 1) * lanes):
                 positions[k] = j
                 steps[k] = new[j] - old[j]
                 k += old[j] != new[j]
-    for j in range(old_words.size // 4 * 4 * lanes, old.size):
-        if old[j] != new[j]:
-            positions[k] = j
-            steps[k] = new[j] - old[j]
-            k += 1
+    for j in range(old_words.size * lanes, old.size):
+        positions[k] = j
+        steps[k] = new[j] - old[j]
+        k += old[j] != new[j]
     return k
 
 
 @_jit
-def _apply(bits, positions, steps):  # type: ignore[no-untyped-def]
+def _apply(bits, positions, steps, start):  # type: ignore[no-untyped-def]
     before = np.uint64(0)
     after = np.uint64(0)
     for k in range(positions.size):
         i = positions[k]
         old = bits[i]
-        before += _mix(i, old)
+        before += _mix(start + i, old)
         bits[i] = old + steps[k]
-        after += _mix(i, bits[i])
+        after += _mix(start + i, bits[i])
     return before, after
 
 
@@ -130,9 +133,10 @@ def _words(data: UInts) -> UInts:
     return words if words.flags.aligned else words.copy()
 
 
-def apply_with_digest(bits: UInts, positions: Positions, steps: UInts) -> tuple[int, int]:
-    """`bits[positions] += steps` in place; the touched elements' part of the digest (before, after)."""
-    before, after = _apply(bits, positions, steps)
+def apply_with_digest(bits: UInts, positions: Positions, steps: UInts, start: int = 0) -> tuple[int, int]:
+    """`bits[positions] += steps` in place; the touched elements' part of the digest (before, after), where `bits` are
+    those of a tensor from flat position `start` on."""
+    before, after = _apply(bits, positions, steps, start)
     return int(before), int(after)
 
 
@@ -176,10 +180,10 @@ def _plain_compare_and_collect(old: UInts, new: UInts) -> tuple[Positions, UInts
     return positions, new[positions] - old[positions]
 
 
-def _plain_apply_with_digest(bits: UInts, positions: Positions, steps: UInts) -> tuple[int, int]:
+def _plain_apply_with_digest(bits: UInts, positions: Positions, steps: UInts, start: int = 0) -> tuple[int, int]:
     old = bits[positions]
     bits[positions] = old + steps
-    return _plain_digest_at(positions, old), _plain_digest_at(positions, bits[positions])
+    return _plain_digest_at(start + positions, old), _plain_digest_at(start + positions, bits[positions])
 
 
 def _plain_scatter(bits: UInts, positions: Positions, values: UInts) -> None:

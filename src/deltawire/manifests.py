@@ -2,6 +2,7 @@
 them, §7 their signatures."""
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import msgspec
@@ -9,8 +10,9 @@ from blake3 import blake3
 
 from deltawire.bits import WIDTHS, count
 from deltawire.buckets.base import is_key
+from deltawire.codecs.base import TensorSpec
 from deltawire.container import MAX_RANK
-from deltawire.errors import FormatError, UnknownVersion
+from deltawire.errors import FormatError, ShapeMismatch, UnknownTensor, UnknownVersion
 from deltawire.signing import UNSIGNED, SigningKey, is_public_key
 
 FORMAT = 1
@@ -155,6 +157,16 @@ class Head(msgspec.Struct, frozen=True):
 
 Record = TypeVar("Record", Run, Commit, Derived, Head)
 Signable = TypeVar("Signable", Run, Commit, Derived)
+
+
+def require_in_table(specs: Iterable[TensorSpec], entries: Mapping[str, TensorEntry], where: str) -> None:
+    """Raise UnknownTensor or ShapeMismatch unless a delta file changes only what the run trains, and as it is there."""
+    for spec in specs:
+        entry = entries.get(spec.name)
+        if entry is None or not entry.trainable:
+            raise UnknownTensor(f"{where} changes {spec.name!r}, which the run does not train")
+        if (spec.dtype, spec.shape) != (entry.dtype, entry.shape):
+            raise ShapeMismatch(f"{where}: {spec.name} is {spec.dtype} {list(spec.shape)}, not as in the run's table")
 
 
 def run_key(run: str) -> str:

@@ -83,7 +83,7 @@ class Publisher:
         if codec != "gap":
             raise UnknownVersion(f'codec {codec!r} cannot be published; use "gap" ("raw" is for dw.encode alone)')
         self.bucket = bucket
-        self._on_upload, self._prepare = on_upload, tuple(prepare)
+        self._on_upload, self._prepare, self._sharded = on_upload, tuple(prepare), process_group is not None
         self._spool = tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True)
         begin = {"base": base, "dtype": dtype, "assets": assets, "clock": clock, "supersede": run == "supersede"}
         try:
@@ -162,7 +162,7 @@ class Publisher:
         """
         started = time.perf_counter()
         with self._changed:
-            self._summing, cut = True, self._cut
+            self._summing, cut = self._sharded, self._cut
         try:
             capture = self._capturer.capture(self._pairs(tensors), step=step, metrics=metrics, cut=cut)
             with self._changed:
@@ -269,6 +269,8 @@ class Publisher:
 
     def _take_work(self) -> Captured | None:
         """The oldest of what waits, which nothing folds into any more; None when closing."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._waiting)
         end = self._sender.next_range(lambda: self._closing)
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._may_begin(end))

@@ -3,6 +3,7 @@
 No collective here, for uploads run behind the training: ranks leave each other notes.
 
     range/N        rank 0   the version that the N-th commit of this job ends at: nobody folds into it any more
+    begun/N        rank 0   the run's record is durable, and its first payloads may be written
     part/N/RANK    others   what this rank made durable for it: payload records, names of changed tensors
     done/N         rank 0   the commit is durable: its position, hash and bytes
     trouble/RANK   anyone   what went wrong with the last try; told anew with every try
@@ -89,6 +90,7 @@ class First:
         self._ranks.notes.post(f"range/{number}", str(captured.version).encode())
         if captured.parent is None:
             log.put_run(self._bucket, signed(captured.run, self._key))
+            self._ranks.notes.post(f"begun/{number}", b"")
         log.put_payloads(self._bucket, captured.run.run, part.payloads)
         handed = []
         for rank in range(1, self._ranks.size):
@@ -132,6 +134,8 @@ class Other:
     def send(self, captured: Captured, part: Part, parent_hash: str | None, stop: Stop) -> Landed | None:
         """Make this rank's payloads durable, and wait for the commit. Raises what stops rank 0, too."""
         number = self._line.number
+        if captured.parent is None and self._line.wait(f"begun/{number}", stop) is None:
+            return None
         log.put_payloads(self._bucket, captured.run.run, part.payloads)
         handed = msgspec.json.encode(_Handed(part.records, part.names))
         self._ranks.notes.post(f"part/{number}/{self._ranks.rank}", handed)

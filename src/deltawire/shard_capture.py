@@ -4,44 +4,30 @@ What `capture` does for one process, for one rank of many: nothing is gathered; 
 Either every rank has captured the next version, or none has, and each keeps what it found for the next try.
 """
 
-import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from blake3 import blake3
 
 from deltawire import checkpoint
 from deltawire.baseline import Baseline, require
-from deltawire.bases import open_base, resolve_base
-from deltawire.bits import WIDTHS, Bits, count, zeros
+from deltawire.bits import WIDTHS, count
 from deltawire.buckets.base import Bucket
-from deltawire.capture import About, Capture, about_of, holds_run, near_base, newest, newest_of, served_as
-from deltawire.checkpoint import Checkpoint
+from deltawire.capture import About, Capture, about_of, served_as
 from deltawire.delta import Delta, TensorDelta
+from deltawire.digest import MODULUS
 from deltawire.errors import BadDigest, CopiesDiffer, MissingTensor, ShapeMismatch, UnknownTensor
-from deltawire.manifests import BaseCheckpoint, Position, Run, TensorEntry
+from deltawire.manifests import Run, TensorEntry, anchor_prefix
 from deltawire.pending import Captured, encode
 from deltawire.ranks import Ranks, Sums
-from deltawire.shards import Box, Shard, share
-from deltawire.subscriber import Subscriber
+from deltawire.shard_opening import Opening
+from deltawire.shards import Shard
 from deltawire.tensors import cast
-
-MASK = (1 << 64) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Opening:
-    """What rank 0 found and decided: the run, and where it stands; or what a new one begins with."""
-
-    run: str
-    resumed: Position | None
-    hash: str | None
-    base: BaseCheckpoint | None
-    supersedes: Position | None
 
 
 class ShardCapturer:
@@ -63,30 +49,19 @@ class ShardCapturer:
         supersede: bool = False,
         compactors: tuple[str, ...] = (),
     ) -> None:
-        self._bucket, self._ranks, self._dtype, self._clock = bucket, ranks, dtype, clock
+        self._ranks, self._dtype, self._clock, self._compactors = ranks, dtype, clock, compactors
         self._assets = Path(assets) if assets is not None and ranks.rank == 0 else None
-        self._compactors, self._near = compactors, near_base(base)
-        opening = ranks.from_first(lambda: _decide(bucket, base, supersede))
-        self._opening = opening
-        self.resumed, self.resumed_hash = opening.resumed, opening.hash
-        self._run: Run | None = None
-        self._next = 0
-        self._table: dict[str, TensorEntry] = {}
+        self._opening = Opening(bucket, ranks, base=base, supersede=supersede)
+        self._decision = self._opening.decision
+        self.resumed, self.resumed_hash = self._decision.resumed, self._decision.hash
+        self._run, self._table = self._opening.run, dict(self._opening.table)
+        self._next = self.resumed.version + 1 if self.resumed is not None else 0
         self._baseline = Baseline()
         self._shards: dict[str, Shard] = {}
         self._seeded: dict[str, int] = {}
         self._partial: dict[str, TensorDelta] = {}
-        self._reader: Subscriber | None = None
-        self._weights: Mapping[str, Bits] = {}
-        self._since = Delta()
-        self._digests: dict[str, int] = {}
-        problem: Exception | None = None
-        try:
-            self._open()
-        except Exception as error:
-            problem = error
-        self._digests = self._opening_digests(problem)
-        self._known = dict(self._digests)
+        self._known = self._opening.digests
+        self._digests = dict(self._known)
 
     @property
     def total(self) -> int:
@@ -127,7 +102,7 @@ class ShardCapturer:
         try:
             if not self._known:
                 self._agree(problem, named)
-                self._known = self._opening_digests(problem)
+                self._known = self._opening.add_up_digests(self._table, problem)
             sums = self._add_up(problem, named, captured, cut)
         except BaseException:
             self._forget_beginning()
@@ -137,61 +112,16 @@ class ShardCapturer:
 
     def close(self) -> None:
         """Remove what was downloaded."""
-        if self._reader is not None:
-            self._reader.close()
-        self._reader, self._weights, self._since = None, {}, Delta()
+        self._opening.close()
 
-    # Opening
-
-    def _open(self) -> None:
-        """Find the bits at the opening position, on this rank."""
-        if self._opening.resumed is not None:
-            self._reader = Subscriber(self._bucket, base=self._near)
-            change = self._reader.change(None, self._opening.resumed.version)
-            assert change.anchor is not None
-            self._weights, self._since = change.anchor, change.delta
-            self._run, self._next = self._reader.run, change.position.version + 1
-            self._table = {entry.name: entry for entry in self._run.table}
-            self._digests = self._reader.digests_at(change.position.version)
-        elif self._opening.base is not None:
-            weights = Checkpoint(open_base(self._opening.base))
-            self._weights = weights
-            self._table = {name: TensorEntry(name, weights[name].dtype, weights[name].shape) for name in weights}
-
-    def _opening_digests(self, problem: BaseException | None) -> dict[str, int]:
-        """The digest of every tensor at the opening position. Each rank reads as much as the others."""
-        if self._opening.resumed is not None:
-            self._ranks.add_up(np.zeros(0, np.uint64), problem)
-            return self._digests
-        rank, size = self._ranks.rank, self._ranks.size
-        width = self._ranks.from_first(lambda: len(self._table))
-        sums = np.zeros(width, np.uint64)
-        if problem is None and len(self._table) != width:
-            problem = MissingTensor(f"the base of rank {rank} has {len(self._table)} tensors, that of rank 0 {width}")
-        if problem is None:
-            for number, entry in enumerate(self._table.values()):
-                weights = self._weights.get(entry.name)
-                data = zeros(entry.dtype, entry.shape).data if weights is None else weights.data
-                sums[number] = share(data, rank, size)
-        sums = self._ranks.add_up(sums, problem)
-        return {name: int(value) for name, value in zip(self._table, sums, strict=True)}
-
-    def _bits_at_opening(self, entry: TensorEntry, box: Box) -> Bits:
-        if entry.name not in self._weights:
-            return zeros(entry.dtype, box.shape)
-        bits = box.cut(self._weights[entry.name])
-        if entry.name in self._since:
-            box.restrict(self._since[entry.name]).apply_(bits.data)
-        return bits
-
-    # Capturing, on this rank
+    # On this rank
 
     def _compare(self, pairs: Iterable[tuple[str, Any]]) -> set[str]:
         trainable = {entry.name for entry in self._table.values() if entry.trainable} if self._run else None
         seen: set[str] = set()
         for name, tensor in pairs:
             shard = self._ranks.hold(name, tensor)
-            if self._opening_is_empty and self._run is None and name not in self._table:
+            if self._decision.empty and self._run is None and name not in self._table:
                 self._table[name] = TensorEntry(name, served_as(shard.tensor, self._dtype), shard.box.whole)
             require(name, shard.box.whole, self._table)
             if name in seen:
@@ -213,7 +143,7 @@ class ShardCapturer:
         """Move the baseline to what this rank holds of a tensor, and keep the change if it is ours to publish."""
         entry = self._table[name]
         if name not in self._shards:
-            self._baseline.seed(name, self._bits_at_opening(entry, shard.box), shard.box)
+            self._baseline.seed(name, self._opening.bits(entry, shard.box), shard.box)
             self._seeded[name] = self._baseline.digests[name]
             self._shards[name] = replace(shard, tensor=None)
         elif (known := self._shards[name]).box != shard.box or known.owned != shard.owned:
@@ -230,11 +160,11 @@ class ShardCapturer:
         """The next version with this rank's file made; its digests are not known yet."""
         for name in self._shards.keys() - named:  # by a publish that failed, and not by this one
             self._forget(name)
-        table = tuple(replace_trainable(entry, entry.name in named) for entry in self._table.values())
+        table = tuple(msgspec.structs.replace(entry, trainable=entry.name in named) for entry in self._table.values())
         run = self._run or Run(
-            self._opening.run, table, self._clock(), self._opening.base, self._opening.supersedes, self._compactors
+            self._decision.run, table, self._clock(), self._decision.base, self._decision.supersedes, self._compactors
         )
-        on_base = self._run is None and self._opening.base is not None
+        on_base = self._run is None and self._decision.base is not None
         version = 1 if on_base else self._next
         captured = Captured(
             run=run,
@@ -258,7 +188,7 @@ class ShardCapturer:
             return {}
         files = {path.name: path.read_bytes() for path in checkpoint.assets(self._assets)}
         listing = "".join(f"{name} {blake3(data).hexdigest()}\n" for name, data in files.items())
-        prefix = f"anchors/step_000000-{blake3(listing.encode()).hexdigest()[:12]}"
+        prefix = anchor_prefix(0, blake3(listing.encode()).hexdigest())
         return {f"{prefix}/{name}": data for name, data in files.items()}
 
     def _forget(self, name: str) -> None:
@@ -266,18 +196,14 @@ class ShardCapturer:
         for kept in (self._shards, self._seeded, self._partial):
             kept.pop(name, None)
 
-    @property
-    def _opening_is_empty(self) -> bool:
-        return self._opening.resumed is None and self._opening.base is None
-
     def _forget_beginning(self) -> None:
         """A run that could not begin without a base begins anew: nothing of it is anywhere."""
-        if self._run is None and self._opening_is_empty:
+        if self._run is None and self._decision.empty:
             for name in list(self._shards):
                 self._forget(name)
             self._table, self._known = {}, {}
 
-    # Capturing, all ranks together
+    # All ranks together
 
     def _agree(self, problem: BaseException | None, named: set[str]) -> None:
         """Whether all ranks have the same tensor table, which the length of every later sum depends on."""
@@ -326,11 +252,11 @@ class ShardCapturer:
                     f"{name}: the shards of all ranks do not make the tensor that {self._where()} has; was it altered "
                     "since, or is the tensor on only some of the ranks?"
                 )
-            if all_copies != owned * self._shards[name].copies & MASK:
+            if all_copies != owned * self._shards[name].copies % MODULUS:
                 raise CopiesDiffer(f"{name}: ranks that hold copies of the same elements hold different bits")
 
     def _where(self) -> str:
-        return str(self._opening.resumed or (self._opening.base and self._opening.base.source) or "the model")
+        return str(self._decision.resumed or (self._decision.base and self._decision.base.source) or "the model")
 
     def _move_on(self, captured: Captured, about: About, sums: Sums, seconds: float) -> Capture:
         """Every rank has captured the version: number it, and let go of the change. Nothing here can fail."""
@@ -342,7 +268,7 @@ class ShardCapturer:
             if entry.trainable:
                 digests[entry.name] = int(columns[1, number])
         versions = [replace(captured, digests=digests)]
-        if self._run is None and self._opening.base is not None:
+        if self._run is None and self._decision.base is not None:
             zero = replace(versions[0], version=0, parent=None, delta=Delta(), digests=before, payloads={}, boxes={})
             versions = [zero, *(versions if changed else [])]
         self._run, self._digests, self._next, self._partial = run, digests, versions[-1].version + 1, {}
@@ -350,18 +276,3 @@ class ShardCapturer:
         self.close()
         shown = changed if versions[-1].parent is not None else self.total
         return Capture(versions, seconds, shown, wire_bytes, cut - 1)
-
-
-def replace_trainable(entry: TensorEntry, trainable: bool) -> TensorEntry:
-    return TensorEntry(entry.name, entry.dtype, entry.shape, trainable)
-
-
-def _decide(bucket: Bucket, base: str | Path | None, supersede: bool) -> _Opening:
-    """Rank 0 looks at the bucket for all."""
-    run = secrets.token_hex(8)
-    if not supersede and holds_run(bucket):
-        with Subscriber(bucket, base=near_base(base)) as subscriber:
-            position = newest_of(subscriber)
-            return _Opening(position.run, position, subscriber.chain.settled(position.version).hash, None, None)
-    supersedes = newest(bucket) if supersede else None
-    return _Opening(run, None, None, None if base is None else resolve_base(str(base)), supersedes)

@@ -14,7 +14,7 @@ import numpy as np
 
 from deltawire.bits import Bits, Positions, UInts
 from deltawire.delta import Delta, TensorDelta, settle
-from deltawire.digest import digest_at, digest_bits
+from deltawire.digest import MODULUS, digest_at, digest_bits
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Box:
             elif length != 1:
                 joined.append((length, stride))
         return tuple(joined)
+
+    @property
+    def _is_run(self) -> bool:
+        """Whether the box's elements are neighbours in the whole tensor: a shard of rows is."""
+        return len(self._digits) <= 1 and all(stride == 1 for _, stride in self._digits)
 
     @property
     def _slices(self) -> tuple[slice, ...]:
@@ -94,11 +99,15 @@ class Box:
         starts = self.positions(np.arange(0, data.size, run))
         for number, start in enumerate(starts.tolist()):
             total += digest_bits(data[number * run : (number + 1) * run], start)
-        return total % (1 << 64)
+        return total % MODULUS
 
     def apply_(self, data: UInts, change: TensorDelta) -> tuple[int, int]:
         """Add a change to the box's elements in place; the touched elements' part of the digest, before and after."""
         inside, steps = change.sparse()
+        if self._is_run:
+            from deltawire import kernels
+
+            return kernels.apply_with_digest(data, inside, steps, self._start)
         positions, old = self.positions(inside), data[inside]
         data[inside] += steps
         return digest_at(positions, old), digest_at(positions, data[inside])

@@ -19,10 +19,8 @@ from deltawire.errors import (
     Gap,
     NotFound,
     OtherRun,
-    ShapeMismatch,
-    UnknownTensor,
 )
-from deltawire.manifests import HEAD_KEY, Commit, Derived, Position, Run, commit_key
+from deltawire.manifests import HEAD_KEY, Commit, Derived, Position, Run, commit_key, require_in_table
 from deltawire.paths import Edge
 from deltawire.signing import Trust, trust
 
@@ -265,19 +263,11 @@ class Subscriber:
             header = wire.read_header(data)
             if (header.run, header.parent, header.version) != (record.run, record.parent, record.version):
                 raise FormatError(f"{key} says {header.run}:{header.parent}→{header.version}, not what its commit says")
-            self._check_table(header, key)
+            require_in_table(header.tensors, self.chain.entries, key)
             delta += wire.decode(data)
         if delta.keys() != record.digests.keys():
             raise FormatError(f"{record.position}: the payload changes other tensors than the commit lists")
         return delta
-
-    def _check_table(self, header: wire.DeltaHeader, key: str) -> None:
-        for spec in header.tensors:
-            entry = self.chain.entries.get(spec.name)
-            if entry is None or not entry.trainable:
-                raise UnknownTensor(f"{key} changes {spec.name!r}, which the run does not train")
-            if (spec.dtype, spec.shape) != (entry.dtype, entry.shape):
-                raise ShapeMismatch(f"{key}: {spec.name} is {spec.dtype} {list(spec.shape)}, not as in the run's table")
 
     def _fetch_anchor(self, version: int) -> tuple[Checkpoint, int]:
         record = self._anchor_record(version)

@@ -20,6 +20,7 @@ from deltawire.errors import (
     UnknownVersion,
 )
 from deltawire.manifests import Payload, commit_key, delta_key, write
+from deltawire.tensors import equal
 from runs import (
     chain_of_four,
     commits,
@@ -28,6 +29,7 @@ from runs import (
     payload_key,
     position,
     publish_all,
+    read_weights,
     replace_commit,
     served,
     table,
@@ -196,6 +198,39 @@ def anchored(bucket, weights):
     bucket.put(f"runs/{run}/{key}", data)
     listed = (Payload(key, len(data), blake3(data).hexdigest()),)
     replace_commit(bucket, 0, lambda commit: msgspec.structs.replace(commit, payloads=listed))
+
+
+def in_parts(bucket, parts, **stated):
+    """Put changes from all-zero bits in place of the anchor, as the ranks of a sharded job write them."""
+    run = commits(bucket)[0].run
+    listed = []
+    for rank, part in enumerate(parts):
+        data = part if isinstance(part, bytes) else wire.encode(part, **({"run": run, "version": 0} | stated))
+        bucket.put(f"runs/{run}/anchors/forged/r{rank:03d}.safetensors", data)
+        listed.append(Payload(f"anchors/forged/r{rank:03d}.safetensors", len(data), blake3(data).hexdigest()))
+    replace_commit(bucket, 0, lambda commit: msgspec.structs.replace(commit, payloads=tuple(listed)))
+
+
+def test_an_anchor_in_parts_is_what_they_add_up_to_and_is_held_to_the_runs_table(chain):
+    bucket, expected = chain
+    whole = Delta.between({name: zeros(bits.dtype, bits.shape) for name, bits in expected[0].items()}, expected[0])
+    half = {name: change for number, (name, change) in enumerate(whole.items()) if number % 2}
+    rest = {name: change for name, change in whole.items() if name not in half}
+    in_parts(bucket, [Delta(half), Delta(rest)])
+    assert equal(read_weights(bucket), expected[3])
+    in_parts(bucket, [Delta(half), Delta(rest)], run="f" * 16)
+    with pytest.raises(FormatError, match=r"r000\.safetensors is of f"):
+        updates(bucket)
+    in_parts(bucket, [Delta({"foreign": TensorDelta("BF16", (2,), None, np.ones(2, np.uint16))})])
+    with pytest.raises(UnknownTensor, match="foreign"):
+        updates(bucket)
+    huge = TensorDelta("BF16", (1 << 40,), np.array([5]), np.ones(1, np.uint16))
+    in_parts(bucket, [Delta({"norm": huge})])
+    with pytest.raises(ShapeMismatch, match="norm is BF16"):
+        updates(bucket)
+    in_parts(bucket, [bytes(container.write(expected[0], {})), whole])
+    with pytest.raises(FormatError, match="both a checkpoint and changes"):
+        updates(bucket)
 
 
 def test_an_anchor_that_lacks_a_tensor_or_has_another_shape_is_refused(chain):

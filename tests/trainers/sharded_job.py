@@ -34,8 +34,10 @@ from deltawire.errors import (
     Unavailable,
 )
 from deltawire.manifests import TensorEntry
-from deltawire.tensors import cast
+from deltawire.signing import generate_key
+from deltawire.tensors import cast, equal
 from faults import Fault, Faulty, never, on_key
+from runs import read_weights
 
 PATIENCE = 150.0
 
@@ -168,9 +170,11 @@ def hsdp(folder):
     if dist.get_rank() == 0:  # only there, as on a cluster without shared disks
         assets.mkdir()
         (assets / "config.json").write_text("{}")
-    reports = follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, range(1, 4), assets=assets)
+        generate_key(folder / "key")
+    options = {"assets": assets, "signing_key": folder / "key" if dist.get_rank() == 0 else folder / "not here"}
+    reports = follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, range(1, 4), **options)
     assert [report.version for report in reports] == [0, 1, 2]
-    follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, [4])
+    follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, [4], **options)
 
 
 def tp_fsdp(folder):
@@ -233,6 +237,14 @@ def captures(folder):
         assert publish(pub, pairs).version == 3
         save(folder, "version-3", pairs)
     expect(DeltaWireError, "is closed", lambda: publish(pub, pairs))
+    # a run that begins from nothing fails to begin, and then begins
+    bucket = dw.open_bucket(f"file://{folder}/zeros")
+    with dw.Publisher(bucket, process_group=dist.group.WORLD) as pub:
+        expect(Exception, "", lambda: publish(pub, breaking(pairs, 3) if second else pairs))
+        expect(MissingTensor, "rank 1 gave other", lambda: publish(pub, pairs[1:] if second else pairs))
+        assert publish(pub, pairs).version == 0
+        pub.flush(timeout=PATIENCE)
+        assert equal(read_weights(bucket), whole(pairs))
 
 
 def uploads(folder):

@@ -18,6 +18,7 @@ from deltawire.checkpoint import Checkpoint
 from deltawire.compactor import Compactor
 from deltawire.delta import Delta
 from deltawire.retention import Policy, carry_out, plan_prune
+from deltawire.signing import read_key
 from deltawire.tensors import equal
 from runs import commits, read_weights
 
@@ -103,7 +104,8 @@ def test_readers_get_every_version_bit_for_bit(job, scenario, request, tmp_path)
     versions = expected(place)
     for version, bits in versions.items():
         assert equal(read_weights(bucket, version), bits), version
-    dw.materialize(bucket, tmp_path / "out")
+    trusted = [read_key(place / "key").public] if scenario == "hsdp" else []
+    dw.materialize(bucket, tmp_path / "out", trusted=trusted)
     assert equal(dict(Checkpoint(tmp_path / "out")), bits)
     assert (tmp_path / "out" / "config.json").is_file()
 
@@ -136,7 +138,8 @@ def test_a_run_that_began_from_zeros_is_compacted_and_pruned_as_any_other(pair, 
     last = max(expected(pair / "hsdp"))
     carry_out(bucket, plan_prune(bucket, commits(bucket)[0].run, Policy(anchors=1, hours=0)))
     assert equal(read_weights(bucket), expected(pair / "hsdp")[last])  # version 0 is all there is to start from
-    with Compactor(bucket, tmp_path / "mirror", anchors=1) as compactor:
+    key = pair / "hsdp" / "key"
+    with Compactor(bucket, tmp_path / "mirror", anchors=1, signing_key=key) as compactor:
         assert compactor.step()
     pruned = plan_prune(bucket, commits(bucket)[0].run, Policy(anchors=1, hours=0))
     assert any("anchors/step_000000" in key for key in pruned.keys)
