@@ -124,7 +124,9 @@ class End:
         return dict(json.loads(line))
 
 
-HEADING = f"{'':38}  {'payload':>9}  {'up':>9}  {'down':>9}  {'least':>7}  {'stored':>7}  {'served':>7}  {'allowed':>7}"
+HEADING = " " * 38 + "".join(
+    f"  {word:>9}" for word in ("payload", "up", "down", "least", "stored", "served", "allowed")
+)
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,10 @@ class Timing:
     seconds: float
 
     def __str__(self) -> str:
-        floor = 2 * self.payload / BYTES_PER_SECOND
-        sizes = "  ".join(f"{number / 1e6:9.3f}" for number in (self.payload, self.up, self.down))
-        return f"{self.what:38}  {sizes}  {floor:7.2f}  {self.stored:7.2f}  {self.seconds:7.2f}  {allowed(self.payload):7.2f}"
+        sizes = [f"{number / 1e6:9.3f}" for number in (self.payload, self.up, self.down)]
+        least = 2 * self.payload / BYTES_PER_SECOND
+        spans = [f"{span:9.2f}" for span in (least, self.stored, self.seconds, allowed(self.payload))]
+        return "  ".join([f"{self.what:38}", *sizes, *spans])
 
 
 def measure(place: Place, trainer: End, engine: End, what: str, *lines: str, version: int | None = None) -> Timing:
