@@ -48,13 +48,14 @@ def trainer(bucket_url: str, elements: int, folder: Path) -> Any:
         change(float(density))
         began = time.monotonic()
         report = publisher.publish(weights)
-        return {"version": report.version, "began": began, "bytes": report.wire_bytes, "changed": report.density}
+        publisher.flush()
+        return {"began": began, "stored": time.monotonic(), "bytes": report.wire_bytes}
 
     def upload() -> dict[str, Any]:
         began = time.monotonic()
         save_file(weights, folder / "sent.safetensors")
         bucket.put(PLAIN, folder / "sent.safetensors")
-        return {"began": began, "bytes": (folder / "sent.safetensors").stat().st_size}
+        return {"began": began, "stored": time.monotonic(), "bytes": (folder / "sent.safetensors").stat().st_size}
 
     return {"publish": publish, "upload": upload, "digests": lambda: dw.digest(weights)}
 

@@ -9,6 +9,7 @@ import select
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ TIMES = 3
 """how often each density is timed; the quickest is held to the bound, since what else runs on these cores is no part of
 it, and all are told"""
 LOG = logging.getLogger(__name__)
-LEARN, RL = 40, 4
+LEARN, RL = 30, 3
+"""steps at a rate at which the toy visibly learns, and at one of real RL"""
 
 
 def allowed(payload: int) -> float:
@@ -67,12 +69,15 @@ def test_trainer_and_engine_do_not_reach_each_others_weight_ports_but_the_bucket
         before = place.hosts.packets()
         for host, port in listeners:
             assert place.hosts.connects(host, host, port)
-        reached = {
+        asked = [
             (source, target, port)
             for source in ("trainer", "engine", "environment")
             for target, port in [*listeners, ("bucket", BUCKET_PORT), ("bucket", WEIGHT_PORT)]
-            if source != target and place.hosts.connects(source, target, port, timeout=1.5)
-        }
+            if source != target
+        ]
+        with ThreadPoolExecutor() as pool:
+            answers = pool.map(lambda route: place.hosts.connects(*route), asked)
+        reached = {route for route, answer in zip(asked, answers, strict=True) if answer}
         counted = {rule: packets - before[rule] for rule, packets in place.hosts.packets().items()}
     assert reached == {
         ("trainer", "bucket", BUCKET_PORT),
@@ -119,23 +124,27 @@ class End:
         return dict(json.loads(line))
 
 
-HEADING = f"{'':38}  {'payload':>9}  {'up':>9}  {'down':>9}  {'least':>7}  {'served':>7}  {'allowed':>7}"
+HEADING = " " * 38 + "".join(
+    f"  {word:>9}" for word in ("payload", "up", "down", "least", "stored", "served", "allowed")
+)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one version took. `up` and `down` are bytes the links carried, `seconds` lie between publish and served."""
+    """What one version took: bytes the links carried up and down, seconds from publish to stored and to served."""
 
     what: str
     payload: int
     up: int
     down: int
+    stored: float
     seconds: float
 
     def __str__(self) -> str:
-        floor = 2 * self.payload / BYTES_PER_SECOND
-        sizes = "  ".join(f"{number / 1e6:9.3f}" for number in (self.payload, self.up, self.down))
-        return f"{self.what:38}  {sizes}  {floor:7.2f}  {self.seconds:7.2f}  {allowed(self.payload):7.2f}"
+        sizes = [f"{number / 1e6:9.3f}" for number in (self.payload, self.up, self.down)]
+        least = 2 * self.payload / BYTES_PER_SECOND
+        spans = [f"{span:9.2f}" for span in (least, self.stored, self.seconds, allowed(self.payload))]
+        return "  ".join([f"{self.what:38}", *sizes, *spans])
 
 
 def measure(place: Place, trainer: End, engine: End, what: str, *lines: str, version: int | None = None) -> Timing:
@@ -149,7 +158,8 @@ def measure(place: Place, trainer: End, engine: End, what: str, *lines: str, ver
         engine.tell(lines[1])
     served = engine.hear()["served"]
     (_, down_now), (up_now, _) = place.hosts.sent_and_received("engine"), place.hosts.sent_and_received("trainer")
-    return Timing(what, sent["bytes"], up_now - up, down_now - down, served - sent["began"])
+    stored, seconds = sent["stored"] - sent["began"], served - sent["began"]
+    return Timing(what, sent["bytes"], up_now - up, down_now - down, stored, seconds)
 
 
 def test_a_delta_is_served_within_1_3_times_its_bytes_over_the_bandwidth_and_1_5_seconds(place: Place) -> None:
@@ -278,18 +288,18 @@ def test_the_policy_learns(run: Run) -> None:
     by_step = {record["step"]: record["reward"] for life in run.lives for record in life if record["event"] == "step"}
     rewards = [by_step[step] for step in sorted(by_step)]
     LOG.info("mean reward of steps: %s", " ".join(f"{reward:.2f}" for reward in rewards))
-    assert len(rewards) == LEARN + RL
+    assert len(rewards) >= LEARN + RL - 1  # the step at which it was killed may be in the bucket and not in the file
     assert fmean(rewards[LEARN - 10 : LEARN]) > fmean(rewards[:10]) + 0.05
 
 
-def test_vllm_serves_each_version_in_time_and_never_goes_back(run: Run) -> None:
+def test_vllm_serves_versions_in_time_and_never_goes_back(run: Run) -> None:
     versions = [update["version"] for update in run.updates]
     assert versions == sorted(set(versions))
     assert all(update["verified"] for update in run.updates)
-    taken = [update["publish_to_served_s"] for update in run.updates if update["from_version"] is not None]
+    patched = [update for update in run.updates if update["from_version"] is not None]
+    taken = [update["publish_to_served_s"] for update in patched]
     LOG.info("seconds from publish to served in vLLM: median %.2f, most %.2f", median(taken), max(taken))
-    largest = max(update["wire_bytes"] for update in run.updates)
-    assert min(taken) <= allowed(largest)
+    assert any(update["publish_to_served_s"] <= allowed(update["wire_bytes"]) for update in patched)
 
 
 def test_the_gate_lets_rollouts_through_and_vllms_own_port_stays_unreachable(place: Place, run: Run) -> None:

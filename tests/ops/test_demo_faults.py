@@ -150,5 +150,5 @@ def test_outside_a_checkout_the_demo_says_where_it_needs_to_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(real_cast.deltawire, "__file__", str(tmp_path / "site-packages/deltawire/__init__.py"))
-    with pytest.raises(NoExamples, match="run `make demo` in a checkout"):
+    with pytest.raises(NoExamples, match="run it in a checkout"):
         find_checkout()

@@ -11,8 +11,8 @@ trap 'exit 143' TERM
 
 acts=()
 for act in ${ACTS:-learn,5e-4,80 rl,2e-6,20}; do acts+=(--act "$act"); done
-train() {
-    python -m examples.wordle.trainer --model "$work/model" --bucket "$BUCKET" "${acts[@]}" \
+train() {  # in the background, so that a signal reaches it through end_all
+    exec python -m examples.wordle.trainer --model "$work/model" --bucket "$BUCKET" "${acts[@]}" \
         --engine "$ENGINE_URL" --environment "$ENVIRONMENT_URL" --wait 3600 --patience 600 \
         --metrics "$work/public/steps.jsonl" --digests "$work/public/digests.json"
 }

@@ -17,7 +17,7 @@ NOTHING: Mapping[str, str] = {}
 
 
 class NoExamples(DeltaWireError):
-    """The demo's trainer and environment are not here: they are in the repository, not in the package."""
+    """The examples are not here: they are in the repository, not in the package."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ def find_checkout() -> Path:
     root = Path(deltawire.__file__).parents[2]
     if not (root / "examples" / "wordle" / "trainer.py").is_file():
         raise NoExamples(
-            f"{root / 'examples' / 'wordle'} is not there: the demo needs the repository, not only the package; "
-            "run `make demo` in a checkout"
+            f"{root / 'examples' / 'wordle'} is not there: this needs the repository, not only the package; "
+            "run it in a checkout"
         )
     return root
 

@@ -4,6 +4,7 @@ Nothing is uploaded here: what a person runs is printed, and names secrets witho
 """
 
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def commands(user: str, folders: dict[str, Path]) -> list[str]:
         secrets = "" if role == "environment" else " --secrets HF_TOKEN --secrets VLLM_API_KEY"
         space = f"{user}/deltawire-{role}"
         lines.append(f"hf repos create {space} --type space --sdk docker --exist-ok{told[role]}{secrets}")
-        lines.append(f"hf upload {space} {folder} . --type space")
+        lines.append(f"hf upload {space} {shlex.quote(str(folder))} . --type space")
     return lines
 
 
