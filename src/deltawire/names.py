@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deltawire.errors import ShapeMismatch, UnknownTensor
-from deltawire.tensors import is_torch
+from deltawire.tensors import is_sharded, is_torch
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
 """parts of a name that torch.compile, FSDP, activation checkpointing and PEFT put in, wherever they stand"""
@@ -39,15 +39,43 @@ class View:
         if not thick <= {*self.dims} <= {*range(len(self.box))} or len({*self.dims}) < len(self.dims):
             raise ShapeMismatch(f"{self.name}: dimensions {list(self.dims)} do not fit its box {list(self.box)}")
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The checkpoint tensor's shape, of a view that has a box."""
+        return tuple(stop - start for start, stop in (self.box[dim] for dim in self.dims))
+
     def of(self, tensor: Any) -> Any:
-        """The view itself, over the memory of `tensor` (torch or numpy)."""
+        """The view itself, over the memory of `tensor` (torch or numpy); of a DTensor, whose indices would be looked
+        up by a collective, a ShardedView."""
         if not self.box:
             return tensor
+        if is_sharded(tensor):
+            return ShardedView(self, tensor)
         part = tensor[tuple(slice(*ends) if dim in self.dims else ends[0] for dim, ends in enumerate(self.box))]
         if list(self.dims) == (kept := sorted(self.dims)):
             return part
         order = [kept.index(dim) for dim in self.dims]
         return part.permute(order) if is_torch(part) else part.transpose(order)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardedView:
+    """A view of a DTensor, yet to be taken: a publisher with a `process_group` takes it of the shard a rank holds."""
+
+    view: View
+    tensor: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.view.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.tensor.dtype
+
+    def full_tensor(self) -> Any:
+        """The view of the whole tensor, gathered: a collective, as DTensor's own."""
+        return self.view.of(self.tensor.full_tensor())
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +92,8 @@ class NameMap:
         with torch.no_grad():
             for name, tensor in names(model.state_dict().items()):
                 tensor.copy_(checkpoint[name])
+
+    Of a DTensor a rectangle comes as a ShardedView, for a publisher of a sharded job and for nothing that computes.
 
     Raises ShapeMismatch for views that leave out or double a part of a tensor.
     """
@@ -158,7 +188,12 @@ def _is_partition(boxes: list[tuple[tuple[int, int], ...]]) -> bool:
 
 
 def _place(tensor: Any) -> tuple[Any, ...]:
-    """What two tensors have in common exactly when they are the same memory read the same way."""
+    """What two tensors have in common exactly when they are the same memory read the same way; of sharded ones, the
+    memory that this rank holds, for a DTensor itself has none."""
+    if isinstance(tensor, ShardedView):
+        return tensor.view.box, tensor.view.dims, _place(tensor.tensor)
+    if is_sharded(tensor):
+        return tuple(tensor.shape), tensor.placements, _place(tensor.detach().to_local())
     if is_torch(tensor):
         return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
     array = np.asarray(tensor)

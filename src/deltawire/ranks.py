@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deltawire.errors import DeltaWireError, RankFailed, ShapeMismatch
+from deltawire.names import ShardedView
 from deltawire.shards import Box, Shard
 
 Sums = npt.NDArray[np.uint64]
@@ -85,12 +86,21 @@ class Ranks:
         return sums[self.size :]
 
     def hold(self, name: str, tensor: Any) -> Shard:
-        """What this rank holds of a tensor, plain or DTensor. No rank is asked, nothing is gathered.
+        """What this rank holds of a tensor: plain, a DTensor, or a view of one. No rank is asked, nothing is gathered.
 
-        Raises ShapeMismatch for a DTensor whose values are not settled (Partial), or whose layout is not a box.
+        Raises ShapeMismatch for a DTensor whose values are not settled (Partial), whose layout is not a box, or of
+        which a view without dimensions, a single element, is not on every rank. The same on every rank.
         """
         from torch.distributed.tensor import DTensor
 
+        if isinstance(tensor, ShardedView):
+            shard = self.hold(name, tensor.tensor)
+            if not tensor.view.dims and shard.copies < self.size:  # no box of such a tensor is empty
+                raise ShapeMismatch(
+                    f"{name} has no dimensions and is an element of a tensor that is sharded over ranks: keep that "
+                    "tensor whole on all of them, `fully_shard(…, ignored_params=…)`"
+                )
+            return shard.through(tensor.view)
         if not isinstance(tensor, DTensor):
             return Shard(Box.all_of(tuple(tensor.shape)), tensor, self.rank == 0, self.size)
         local, layout = tensor.detach().to_local(), (tuple(tensor.shape), tensor.device_mesh, tensor.placements)

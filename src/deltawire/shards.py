@@ -5,7 +5,7 @@ becomes a change of the whole tensor by moving its positions, and stays sorted.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from deltawire.bits import Bits, Positions, UInts
 from deltawire.delta import Delta, TensorDelta, settle
 from deltawire.digest import MODULUS, digest_at, digest_bits
+from deltawire.names import View
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,22 @@ class Shard:
     tensor: Any
     owned: bool
     copies: int
+
+    def through(self, view: View) -> "Shard":
+        """What it holds of a view of the tensor, in the view's own coordinates and over the same memory; an empty box
+        where the two do not meet, which needs a view that has a dimension."""
+        offset, shape = self.box.offset, self.box.shape
+        met = tuple(
+            (max(start, at) - at, min(stop, at + length) - at)
+            for (start, stop), at, length in zip(view.box, offset, shape, strict=True)
+        )
+        if any(start >= stop for start, stop in met):
+            none = (0,) * len(view.dims)
+            empty = self.tensor[(slice(0),) * len(met)].reshape(none)
+            return replace(self, box=Box(view.shape, none, none), tensor=empty)
+        here = View(view.name, met, view.dims)
+        begin = tuple(offset[dim] + met[dim][0] - view.box[dim][0] for dim in view.dims)
+        return replace(self, box=Box(view.shape, begin, here.shape), tensor=here.of(self.tensor))
 
 
 def spread(delta: Delta, boxes: Mapping[str, Box]) -> Delta:

@@ -24,6 +24,11 @@ def is_torch(tensor: object) -> bool:
     return torch is not None and isinstance(tensor, torch.Tensor)
 
 
+def is_sharded(tensor: object) -> bool:
+    """Whether this is a DTensor, or a view of one, of which this process may hold only a part; never imports torch."""
+    return hasattr(tensor, "full_tensor")
+
+
 def dtype_of(tensor: Any) -> str:
     """The safetensors name of a tensor's dtype. Raises DtypeMismatch for one that has none."""
     if isinstance(tensor, Bits):
@@ -110,8 +115,11 @@ def as_float32(tensor: Any) -> Any:
 
 
 def _require_whole(tensor: Any) -> None:
-    if hasattr(tensor, "full_tensor"):
-        raise DtypeMismatch("this tensor is a DTensor: publish full tensors, `tensor.full_tensor()`")
+    if is_sharded(tensor):
+        raise DtypeMismatch(
+            "this tensor is a DTensor: publish full tensors, `tensor.full_tensor()`, or let every rank publish its "
+            "shards, `Publisher(process_group=…)`, without computing on them"
+        )
 
 
 def _floats(bits: Bits) -> Any:

@@ -320,19 +320,19 @@ def train(folder):
 SCENARIOS = {scenario.__name__: scenario for scenario in (fsdp, hsdp, tp_fsdp, captures, uploads, train)}
 
 
-def main(scenarios, rank, size, port, folder):
+def main(scenarios, names, rank, size, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)  # a hang says where, and ends
     publisher.FIRST_RETRY, publisher.LAST_RETRY = 0.01, 0.1
     dist.init_process_group("gloo", rank=rank, world_size=size)
-    for scenario in scenarios.split(","):
-        place = Path(folder) / scenario
+    for name in names.split(","):
+        place = Path(folder) / name
         place.mkdir(exist_ok=True)
-        SCENARIOS[scenario](place)
+        scenarios[name](place)
         dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])
+    main(SCENARIOS, sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])

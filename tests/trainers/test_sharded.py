@@ -28,12 +28,12 @@ LIMIT = 240.0
 """seconds for one job, on a busy machine"""
 
 
-def start(scenarios, size, folder):
+def start(scenarios, size, folder, job=JOB):
     """The ranks of a job, as processes of ours."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-W", "error::ResourceWarning", str(JOB), scenarios]
+    command = [sys.executable, "-W", "error::ResourceWarning", str(job), scenarios]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
     return [
         subprocess.Popen(
@@ -63,9 +63,9 @@ def told(said):
     return "\n".join(lines)[-6000:]
 
 
-def run(scenarios, size, folder):
+def run(scenarios, size, folder, job=JOB):
     folder.mkdir(exist_ok=True)
-    finish(start(scenarios, size, folder))
+    finish(start(scenarios, size, folder, job))
     return folder
 
 
