@@ -83,6 +83,13 @@ def test_a_server_that_does_not_load_is_a_typed_error_and_the_next_step_loads(ru
         assert run.served(engine) == {"lora@0": 0.0}
 
 
+def test_a_replica_of_adapters_may_be_sent_requests_once_it_answers_the_newest_version(run, engine):
+    with run.follower(engine) as follower:
+        assert follower.standing.why_unready(0) == "no version is served yet"
+        follower.step()
+        assert follower.standing.why_unready(0) is None
+
+
 def test_an_answer_that_was_lost_after_the_load_is_found_loaded(run, engine):
     engine.fail("/v1/load_lora_adapter", 500, after=True)
     with run.follower(engine) as follower:

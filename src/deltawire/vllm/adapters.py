@@ -114,6 +114,7 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
         standing.served = self._labelled = max(ours, key=lambda position: position.version, default=None)
         report = self._load(target, loaded) if loaded.get(self._named(target)) != target else None
         standing.served = self._labelled = target
+        standing.joined = True
         self._tidy(target)
         return report
 

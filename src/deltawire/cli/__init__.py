@@ -1,0 +1,35 @@
+"""The `deltawire` command: one verb per thing people do. It prints reports; `--json` prints them one object a line."""
+
+import sys
+
+import typer
+
+from deltawire.cli.engines import audit, follow
+from deltawire.cli.printing import named
+from deltawire.cli.reading import inspect, log, materialize, verify
+from deltawire.cli.starting import demo, render, serve
+from deltawire.cli.upkeep import compact, keygen, prune
+from deltawire.errors import DeltaWireError
+
+app = typer.Typer(
+    help="Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+for verb in (serve, follow, audit, log, inspect, verify, materialize, compact, prune, keygen, demo):
+    app.command()(verb)
+spaces = typer.Typer(help="An RL run as three Spaces of the Hub.", no_args_is_help=True, rich_markup_mode=None)
+spaces.command()(render)
+app.add_typer(spaces, name="spaces")
+
+
+def main() -> None:
+    """Run the command; a typed error becomes one line on stderr and exit code 1."""
+    try:
+        app()
+    except (DeltaWireError, ImportError, OSError) as error:
+        print(f"deltawire: {named(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,5 @@
+"""`python -m deltawire.cli` is `deltawire`."""
+
+from deltawire.cli import main
+
+main()

@@ -1,0 +1,21 @@
+"""How reports are printed: a line of text, or with `--json` one object a line."""
+
+import msgspec
+
+MIB = 1 << 20
+
+
+def emit(record: object, text: str, as_json: bool) -> None:
+    """Print a record as JSON, or the text that says the same, at once."""
+    line = msgspec.json.encode(record, enc_hook=str).decode() if as_json else text
+    print(line, flush=True)
+
+
+def size(count: int) -> str:
+    """Bytes, as people read them."""
+    return f"{count / MIB:.2f} MiB" if count >= MIB else f"{count / 1024:.1f} KiB"
+
+
+def named(error: BaseException) -> str:
+    """An error's type and what it says."""
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,122 @@
+"""Verbs that show and check what was published: a run, a version as a checkpoint, a delta file, a live placement."""
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from deltawire import wire
+from deltawire.buckets import open_bucket
+from deltawire.changes import Update
+from deltawire.cli.options import AsJson, BaseFolder, BucketUrl, Trusted
+from deltawire.cli.printing import emit, size
+from deltawire.materialize import materialize as materialize_version
+from deltawire.subscriber import Subscriber
+
+
+def log(bucket: BucketUrl, trust: Trusted = None, json: AsJson = False) -> None:
+    """List the versions of the bucket's run: bytes, step and root of each commit."""
+    with Subscriber(open_bucket(bucket), trusted=trust or ()) as subscriber:
+        commits = subscriber.commits()
+    if json:
+        for commit in commits:
+            emit(msgspec.to_builtins(commit), "", json)
+        return
+    table = Table("version", "parent", "step", "bytes", "tensors changed", "root", title=f"run {commits[0].run}")
+    for commit in commits:
+        parent = "anchor" if commit.parent is None else str(commit.parent)
+        step = "" if commit.step is None else str(commit.step)
+        row = (str(commit.version), parent, step, size(commit.wire_bytes), str(len(commit.digests)), commit.root[:12])
+        table.add_row(*row)
+    Console().print(table)
+
+
+def inspect(
+    file: Annotated[Path | None, typer.Argument(help="A delta file.")] = None,
+    engine: Annotated[str | None, typer.Option(help="A vLLM server: show where each tensor lives in it.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Check a delta file's container and seal and show what is in it, or show a server's placement."""
+    if (file is None) == (engine is None):
+        raise typer.BadParameter("name a delta file, or a server with --engine")
+    if engine is not None:
+        _show_placement(engine, json)
+        return
+    assert file is not None
+    data = file.read_bytes()
+    header = wire.read_header(data)
+    if json:
+        emit({"file": str(file), "bytes": len(data), **msgspec.to_builtins(header)}, "", json)
+        return
+    span = f"{header.run}: {header.parent} to {header.version}" if header.run else "imported, no run named"
+    seal = "seal right" if header.sealed else "no seal in the file"
+    table = Table("tensor", "dtype", "shape", "changed", "share", "as", title=f"{span}, codec {header.codec}, {seal}")
+    for spec, encoding in zip(header.tensors, header.encodings, strict=True):
+        share = f"{spec.changed / spec.total:.3%}" if header.sealed else ""
+        table.add_row(spec.name, spec.dtype, str(list(spec.shape)), f"{spec.changed:,}", share, encoding)
+    Console().print(table)
+
+
+def verify(
+    bucket: BucketUrl,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base checkpoint.")] = None,
+    trust: Trusted = None,
+) -> None:
+    """Fetch the whole run, apply every delta and recompute every digest."""
+    with tempfile.TemporaryDirectory(prefix="deltawire-") as folder:
+        report = _materialize(bucket, Path(folder) / "checkpoint", None, base, trust)
+    Console().print(f"{report.position}: anchor and {report.deltas} deltas verified, {size(report.fetched_bytes)} read")
+
+
+def materialize(
+    bucket: BucketUrl,
+    out_dir: Annotated[Path, typer.Argument(help="Folder to write, or that holds another version of this run.")],
+    version: Annotated[int | None, typer.Option(help="Which version; default: the newest.")] = None,
+    base: BaseFolder = None,
+    trust: Trusted = None,
+    json: AsJson = False,
+) -> None:
+    """Write a version as a Hugging Face checkpoint folder that vLLM and transformers load."""
+    report = _materialize(bucket, out_dir, version, base, trust)
+    text = f"{report.position} in {out_dir}: anchor and {report.deltas} deltas, {report.seconds:.1f} s"
+    emit(msgspec.to_builtins(report, enc_hook=str), text, json)
+
+
+def _show_placement(engine: str, as_json: bool) -> None:
+    from deltawire.vllm.client import EngineClient
+
+    with EngineClient(engine) as client:
+        workers = client.placement()
+    if as_json:
+        for worker in workers:
+            emit(worker, "", as_json)
+        return
+    table = Table("tensor", "worker", "parameter", "elements", "from", title=engine)
+    for worker in workers:
+        for name, boxes in worker["placement"].items():
+            for box in boxes:
+                size = math.prod(box["shape"])
+                table.add_row(name, str(worker["rank"]), box["parameter"], f"{size:,}", f"{box['source_offset']:,}")
+        for module in worker["remade"]:
+            table.add_row(f"({module})", str(worker["rank"]), "made anew at each update", "", "")
+    Console().print(table)
+
+
+def _materialize(bucket: str, out_dir: Path, version: int | None, base: Path | None, trust: list[str] | None) -> Any:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    store = open_bucket(bucket)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        with Subscriber(store, base=base, trusted=trust or ()) as subscriber:
+            total = sum(1 for commit in subscriber.commits() if version is None or commit.version <= version)
+        task = progress.add_task("versions", total=total)
+
+        def advance(update: Update) -> None:
+            progress.advance(task)
+
+        return materialize_version(store, out_dir, version, base=base, trusted=trust or (), on_update=advance)

@@ -1,0 +1,78 @@
+"""Verbs that keep a run cheap to read and to store, and the key that signs it."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from deltawire.buckets import open_bucket
+from deltawire.cli.options import AsJson, BaseFolder, BucketUrl, Trusted
+from deltawire.cli.printing import emit, size
+from deltawire.manifests import HEAD_KEY
+from deltawire.subscriber import Subscriber
+
+
+def compact(
+    bucket: BucketUrl,
+    mirror: Annotated[Path | None, typer.Option(help="Folder that keeps the weights for the next time.")] = None,
+    anchor_every: Annotated[
+        int | None, typer.Option(min=1, help="Versions between anchors; default: when it pays.")
+    ] = None,
+    watch: Annotated[bool, typer.Option(help="Go on for ever, as versions come.")] = False,
+    base: BaseFolder = None,
+    trust: Trusted = None,
+    key: Annotated[Path | None, typer.Option(help="Private key that signs what is written.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Write folded deltas (over 4, 16, 64 versions) and anchors, so that late readers fetch little."""
+    from deltawire.compactor import Cadence, Compactor
+
+    store = open_bucket(bucket)
+    with tempfile.TemporaryDirectory(prefix="deltawire-") as folder:
+        place = mirror or Path(folder) / "mirror"
+        cadence: Cadence = anchor_every or "adaptive"
+        with Compactor(store, place, anchors=cadence, base=base, trusted=trust or (), signing_key=key) as compactor:
+            tag = None
+            while True:
+                for report in compactor.step():
+                    span = "anchor" if report.parent is None else f"fold from {report.parent}"
+                    text = f"{span} to {report.version}: {size(report.wire_bytes)}"
+                    emit({"event": "compact", **msgspec.to_builtins(report)}, text, json)
+                if not watch:
+                    return
+                found = store.watch(HEAD_KEY, tag=tag, timeout=60.0)
+                tag = found.tag if found else tag
+
+
+def prune(
+    bucket: BucketUrl,
+    keep_anchors: Annotated[int, typer.Option(min=1, help="Newest anchors whose chains stay.")] = 2,
+    keep_hours: Annotated[float, typer.Option(min=0, help="What was committed within these hours stays.")] = 24.0,
+    delete: Annotated[bool, typer.Option(help="Delete; without it only say what would go.")] = False,
+    trust: Trusted = None,
+    json: AsJson = False,
+) -> None:
+    """Remove old versions that no active replica needs. Says what would go, and deletes with --delete."""
+    from deltawire import retention
+
+    store = open_bucket(bucket)
+    with Subscriber(store, trusted=trust or ()) as subscriber:
+        plan = retention.plan_prune(store, subscriber.run.run, retention.Policy(keep_anchors, keep_hours))
+    if delete:
+        retention.carry_out(store, plan)
+    done = "deleted" if delete else "would delete (--delete does)"
+    text = f"{done} {plan.objects} objects, {size(plan.bytes)}, all below version {plan.floor}; kept: {plan.reason}"
+    emit({"deleted": delete, **msgspec.to_builtins(plan)}, text, json)
+
+
+def keygen(
+    file: Annotated[Path, typer.Argument(help="File to write the private key to; it is never overwritten.")],
+    json: AsJson = False,
+) -> None:
+    """Make a key that signs a run's records, and print its public half, which followers are told to --trust."""
+    from deltawire import signing
+
+    public = signing.generate_key(file).public
+    emit({"file": str(file), "public": public}, public, json)
