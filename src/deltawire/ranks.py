@@ -89,7 +89,7 @@ class Ranks:
         """What this rank holds of a tensor: plain, a DTensor, or a view of one. No rank is asked, nothing is gathered.
 
         Raises ShapeMismatch for a DTensor whose values are not settled (Partial), whose layout is not a box, or of
-        which a view without dimensions, a single element, is not on every rank. The same on every rank.
+        which a single element is viewed, without dimensions, that not every rank has; that one on all ranks alike.
         """
         import torch
         from torch.distributed.tensor import DTensor
