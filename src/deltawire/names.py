@@ -93,7 +93,7 @@ class NameMap:
             for name, tensor in names(model.state_dict().items()):
                 tensor.copy_(checkpoint[name])
 
-    Of a DTensor a rectangle comes as a ShardedView, for a publisher of a sharded job and for nothing that computes.
+    Of a DTensor a rectangle comes as a ShardedView, for a publisher of a sharded job: nothing is written through one.
 
     Raises ShapeMismatch for views that leave out or double a part of a tensor.
     """

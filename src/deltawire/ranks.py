@@ -89,8 +89,9 @@ class Ranks:
         """What this rank holds of a tensor: plain, a DTensor, or a view of one. No rank is asked, nothing is gathered.
 
         Raises ShapeMismatch for a DTensor whose values are not settled (Partial), whose layout is not a box, or of
-        which a view without dimensions, a single element, is not on every rank. The same on every rank.
+        which a single element is viewed, without dimensions, that not every rank has; that one on all ranks alike.
         """
+        import torch
         from torch.distributed.tensor import DTensor
 
         if isinstance(tensor, ShardedView):
@@ -103,7 +104,9 @@ class Ranks:
             return shard.through(tensor.view)
         if not isinstance(tensor, DTensor):
             return Shard(Box.all_of(tuple(tensor.shape)), tensor, self.rank == 0, self.size)
-        local, layout = tensor.detach().to_local(), (tuple(tensor.shape), tensor.device_mesh, tensor.placements)
+        with torch.no_grad():  # detach() would do, but takes a DTensor twice as long, and experts come by the thousand
+            local = tensor.to_local()
+        layout = (tuple(tensor.shape), tensor.device_mesh, tensor.placements)
         if layout not in self._layouts:  # torch lists a dimension's rows to answer: once is enough
             self._layouts[layout] = self._lay_out(name, *layout)
         shard = self._layouts[layout]
