@@ -111,7 +111,9 @@ def as_float32(tensor: Any) -> Any:
 
 def _require_whole(tensor: Any) -> None:
     if hasattr(tensor, "full_tensor"):
-        raise DtypeMismatch("this tensor is a DTensor: publish full tensors, `tensor.full_tensor()`")
+        raise DtypeMismatch(
+            "this tensor is a DTensor: open Publisher(process_group=…) on every rank, or give `tensor.full_tensor()`"
+        )
 
 
 def _floats(bits: Bits) -> Any:
