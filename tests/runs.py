@@ -1,7 +1,6 @@
 """A small model, its edits, and a plain reader: what the tests of a run share."""
 
 import re
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,20 +16,10 @@ from deltawire.buckets import Bucket
 from deltawire.log import list_versions, read_commit
 from deltawire.manifests import Commit, Position, TensorEntry, commit_key, hash_of, read, write
 from deltawire.tensors import cast
+from waiting import PATIENCE
 
-PATIENCE = 30.0
-"""seconds after which a wait that should be instant is a failure"""
 SHAPES = {"embed.weight": (60, 8), "layer.0.weight": (16, 8), "layer.0.bias": (16,), "norm": (8,), "scale": ()}
 Weights = dict[str, np.ndarray]
-
-
-def until(look: Callable[[], object], *, unless: Callable[[], object] = lambda: False) -> None:
-    """Return once `look` finds something. Fails after PATIENCE seconds, or when `unless` comes first."""
-    deadline = time.monotonic() + PATIENCE
-    while not look():
-        assert time.monotonic() < deadline, f"waited {PATIENCE} s in vain"
-        assert not unless(), "what was waited for cannot come any more"
-        time.sleep(0.002)
 
 
 def fresh() -> Bucket:

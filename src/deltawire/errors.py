@@ -166,3 +166,9 @@ class Quarantined(EngineError):
 
 class NotServed(EngineError):
     """No replica served a published version in time. The version is committed: look at the followers, or wait on."""
+
+
+def made_again(kind: str, message: str) -> DeltaWireError | None:
+    """The error that another process tells of by its type's name; None for a name that is not in this tree."""
+    found = globals().get(kind)
+    return found(message) if isinstance(found, type) and issubclass(found, DeltaWireError) else None

@@ -15,9 +15,9 @@ from contextlib import suppress
 
 import msgspec
 
-from deltawire import errors, log, pending
+from deltawire import log, pending
 from deltawire.buckets.base import Bucket
-from deltawire.errors import DeltaWireError, RankFailed
+from deltawire.errors import DeltaWireError, RankFailed, made_again
 from deltawire.log import Attempt
 from deltawire.manifests import Payload, Position, signed
 from deltawire.pending import Captured, Part
@@ -195,10 +195,8 @@ class _Line:
 
 
 def _as_error(trouble: _Trouble) -> DeltaWireError:
-    kind = getattr(errors, trouble.kind, DeltaWireError)
-    if trouble.origin == 0:
-        return kind(trouble.message)
-    return kind(f"rank {trouble.origin}: {trouble.message}")
+    message = trouble.message if trouble.origin == 0 else f"rank {trouble.origin}: {trouble.message}"
+    return made_again(trouble.kind, message) or DeltaWireError(message)
 
 
 def _landed(attempt: Attempt) -> Landed:

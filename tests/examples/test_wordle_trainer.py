@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from examples.wordle.rollouts import Episode, Rollout, ServerError
 from examples.wordle.trainer import Act, Bounds, parse_act, remaining, served_digests, staleness, take_fresh, train
 
 import deltawire as dw
+from waiting import until
 
 ROOT = Path(__file__).parents[2]
 TINY = Recipe(steps=2, batch=4, hidden=64, layers=1)
@@ -230,6 +230,15 @@ def trainer(checkpoint: Path, out: Path, engine: str, environment: str, *more: s
             process.kill()
 
 
+def wait_for_steps(told: Path, process: subprocess.Popen[str]) -> None:
+    """Return once the command, still under way, has told of three steps."""
+
+    def enough() -> bool:
+        return told.is_file() and told.read_text().count("\n") > 3
+
+    until(enough, seconds=240, unless=lambda: process.poll() is not None)
+
+
 def dog(prompt: Sequence[int]) -> str:
     return "dog\n"
 
@@ -266,11 +275,9 @@ def test_a_killed_trainer_started_again_goes_on_from_the_buckets_newest_version(
     checkpoint: Path, tmp_path: Path, environment_url: str, vllm_url: Callable[[Completions], str]
 ) -> None:
     url = vllm_url(Completions(dog))
-    steps, stop = tmp_path / "steps.jsonl", threading.Event()
+    steps = tmp_path / "steps.jsonl"
     with trainer(checkpoint, tmp_path, url, environment_url, "--act", "learn,1e-3,100000") as process:
-        while not (steps.is_file() and steps.read_text().count("\n") > 3):
-            assert process.poll() is None
-            stop.wait(0.05)
+        wait_for_steps(steps, process)
         process.kill()
     bucket = dw.open_bucket((tmp_path / "bucket").as_uri())
     with dw.Subscriber(bucket) as subscriber:
@@ -292,14 +299,9 @@ def test_a_terminated_trainer_leaves_a_bucket_that_holds_every_step_it_told(
     checkpoint: Path, tmp_path: Path, environment_url: str, vllm_url: Callable[[Completions], str]
 ) -> None:
     url = vllm_url(Completions(dog))
-    stop = threading.Event()
     with trainer(checkpoint, tmp_path, url, environment_url, "--act", "learn,1e-3,100000") as process:
         steps = tmp_path / "steps.jsonl"
-        deadline = time.monotonic() + 240
-        while not (steps.is_file() and steps.read_text().count("\n") > 3):
-            assert process.poll() is None
-            assert time.monotonic() < deadline, "no step in four minutes"
-            stop.wait(0.05)
+        wait_for_steps(steps, process)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM

@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from hub_client import client_environment
 
 from deltawire.hub_server import HubProcess
+from waiting import until
 
 TRAINER = """
 import os, signal, sys, time
@@ -79,13 +79,10 @@ def test_a_server_killed_at_any_step_and_started_again_has_all_of_it(tmp_path: P
         text=True,
     )
     try:
-        deadline = time.monotonic() + 60
         process = server._process
         assert process is not None
-        while process.poll() is None:
-            assert time.monotonic() < deadline
-            assert trainer.poll() is None, trainer.communicate()[0]
-            time.sleep(0.01)
+        until(lambda: process.poll() is not None or trainer.poll() is not None, seconds=60)
+        assert process.poll() is not None, trainer.communicate()[0]
         assert process.returncode == -signal.SIGKILL
         port = int(server.url.rsplit(":", 1)[1])
         with HubProcess(tmp_path / "root", port=port):

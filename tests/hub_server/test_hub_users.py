@@ -17,6 +17,7 @@ from deltawire.errors import AccessRefused, FormatError
 from deltawire.hub_server import HubServer
 from deltawire.hub_server.access import Access, Pass
 from deltawire.hub_server.users import read_users
+from waiting import until
 
 TOKENS = {"ada": "token-of-ada", "bob": "token-of-bob", "eve": "token-of-eve"}
 LAB = {"name": "lab", "private_by_default": True}
@@ -266,11 +267,11 @@ def test_the_feed_tells_what_changed_and_goes_on_from_a_cursor(place):
         is_alive=lambda: not stop.is_set(),
     )
     follower.start()
-    wait_until(lambda: follower.subscribed)
+    until(lambda: follower.subscribed)
     ada.batch_bucket_files("ada/fed", add=[(b"1", "a"), (b"22", "b")])
-    wait_until(lambda: len(told) == 2)
+    until(lambda: len(told) == 2)
     ada.batch_bucket_files("ada/fed", add=[(b"333", "a")], delete=["b"])
-    wait_until(lambda: len(told) == 4)
+    until(lambda: len(told) == 4)
     assert sorted(told[:2]) == [("add", "a", 1), ("add", "b", 2)]
     assert sorted(told[2:]) == [("delete", "b", None), ("update", "a", 3)]
     stop.set()
@@ -314,10 +315,3 @@ def test_a_test_may_have_the_server_fail_as_it_likes(tmp_path: Path):
     with HubServer(tmp_path, faults=faults) as server:
         statuses = [ask(server.url, "GET", "/api/whoami-v2").status for _ in range(3)]
     assert statuses == [429, 429, 200]
-
-
-def wait_until(look, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not look():
-        assert time.monotonic() < deadline, "nothing came in time"
-        time.sleep(0.02)

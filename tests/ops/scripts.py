@@ -1,13 +1,10 @@
-"""Stand-ins for the demo's processes, and ways to wait for them that do not sleep through an event."""
+"""Stand-ins for the demo's processes, and a way to wait for their end."""
 
 import os
 import select
 import sys
-import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
-T = TypeVar("T")
 PATIENCE = 30.0
 
 TELL = """
@@ -36,15 +33,6 @@ PARENT = (
 def python(source: str) -> Sequence[str]:
     """The arguments that run `source`; quick to start, without site packages."""
     return [sys.executable, "-I", "-S", "-u", "-c", source]
-
-
-def until(look: Callable[[], T | None]) -> T:
-    """What `look` finds once it finds something."""
-    deadline = time.monotonic() + PATIENCE
-    while (found := look()) is None:
-        assert time.monotonic() < deadline, "nothing came in time"
-        time.sleep(0.01)
-    return found
 
 
 def wait_for_end(pid: int) -> None:

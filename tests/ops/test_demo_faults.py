@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from fakes import PROCESS_NAMES, FakeCast, fake_cast
 from rich.console import Console
-from scripts import is_running, until, wait_for_end
+from scripts import is_running, wait_for_end
 
 from deltawire.errors import AlreadyExists
 from deltawire.ops import cast as real_cast
@@ -19,6 +19,7 @@ from deltawire.ops.demo import DemoOptions, run_demo
 from deltawire.ops.processes import ProcessFailed
 from deltawire.ops.stage import Patience
 from deltawire.ops.summary import DemoSummary
+from waiting import until
 
 FAIL = "print('the reason'); sys.exit(3)\n"
 PATIENT = Patience(start=20.0, news=20.0)
@@ -125,7 +126,7 @@ run_demo(DemoOptions(plain=True), cast=fake_cast(Path({str(cast.folder)!r})).bre
     with (tmp_path / "output").open("w") as output:
         demo = subprocess.Popen([sys.executable, script], env=environment, stdout=output, stderr=output)
         try:
-            until(lambda: cast.pids().get("trainer") or demo.poll())
+            until(lambda: cast.pids().get("trainer"), unless=lambda: demo.poll() is not None)
             demo.send_signal(number)
             demo.wait(30)
         finally:

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scripts import PARENT, POLITE, STUBBORN, TELL, WAIT, is_running, python, until, wait_for_end
+from scripts import PARENT, POLITE, STUBBORN, TELL, WAIT, is_running, python, wait_for_end
 
 from deltawire.ops import processes
 from deltawire.ops.processes import Child, Children, Command, ProcessFailed, Tail
+from waiting import until
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from deltawire.retention import Policy, carry_out, plan_prune
 from deltawire.signing import read_key
 from deltawire.tensors import equal
 from runs import commits, read_weights
+from waiting import until
 
 TESTS = Path(__file__).parents[1]
 JOB = TESTS / "trainers" / "sharded_job.py"
@@ -153,21 +154,17 @@ def test_what_waits_on_every_rank_folds_at_the_same_places(pair):
     assert len(found) < 40, "nothing was folded: the store was not slow enough for this test to mean anything"
 
 
-def wait_for(condition, ranks):
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline
-        assert all(rank.poll() is None for rank in ranks), "a rank ended before it was killed"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_job_whose_rank_is_killed_continues_its_run_from_its_own_checkpoint(killed, tmp_path):
     place = tmp_path / "train"
     bucket = dw.open_bucket(f"file://{place}/bucket")
     ranks = start("train", 2, tmp_path)
     try:
-        wait_for(lambda: len([*place.glob("state-*-[01].pt")]) >= 5, ranks)  # the third step, about to be published
+        until(
+            lambda: len([*place.glob("state-*-[01].pt")]) >= 5,  # the third step, about to be published
+            seconds=LIMIT,
+            unless=lambda: any(rank.poll() is not None for rank in ranks),
+        )
         ranks[killed].send_signal(signal.SIGKILL)
         ranks[1 - killed].communicate(timeout=LIMIT)
         assert ranks[1 - killed].returncode > 0, "the other rank went on as if nothing had happened"

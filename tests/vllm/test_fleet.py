@@ -11,7 +11,7 @@ from deltawire import ledger
 from deltawire.compactor import Compactor
 from deltawire.vllm.loading import AfterLoading
 from deltawire.vllm.replica import Replica
-from runs import until
+from waiting import until
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from deltawire.vllm.follower import Follower
 from deltawire.vllm.loading import AfterLoading
 from deltawire.vllm.protocol import audited, named_error
 from deltawire.vllm.replica import Replica
-from runs import PATIENCE, until
+from waiting import PATIENCE, until
 
 
 @pytest.fixture

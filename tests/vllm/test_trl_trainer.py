@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +14,7 @@ from following import following
 from servers import save_checkpoint
 
 from deltawire.vllm.client import EngineClient
+from waiting import until
 
 pytestmark = pytest.mark.vllm
 HERE = Path(__file__).parent
@@ -72,7 +72,7 @@ def test_a_trainer_killed_in_the_middle_starts_again_and_the_server_ends_with_it
     url = (tmp_path / "bucket").as_uri()
     with following(url, server.url) as reports:
         with python("trl_loop.py", url, "continue", 10**6, "none.json", folder=tmp_path) as killed:
-            until(lambda: len(reports) >= 3 or killed.poll() is not None)
+            until(lambda: len(reports) >= 3 or killed.poll() is not None, seconds=LIMIT)
             assert killed.poll() is None, (tmp_path / "trainer.log").read_text(errors="replace")[-3000:]
         with EngineClient(server.url) as engine:
             assert engine.audit().mismatched == []
@@ -84,11 +84,3 @@ def test_a_trainer_killed_in_the_middle_starts_again_and_the_server_ends_with_it
     assert len(runs) == 1, "the killed run went on, then another took its place"
     served = [report.version for report in reports if report.run == first]
     assert served == sorted(served)
-
-
-def until(look):
-    """Return once `look` says so."""
-    deadline = time.monotonic() + LIMIT
-    while not look():
-        assert time.monotonic() < deadline, "nothing came in time"
-        time.sleep(0.01)

@@ -14,7 +14,7 @@ from test_models import TP2, TWO, Chain, assert_served, every, walk
 from deltawire.errors import EngineError
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.follower import Follower
-from runs import PATIENCE, until
+from waiting import PATIENCE, until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
 PLUGIN = Path(__file__).parent / "faults_plugin"

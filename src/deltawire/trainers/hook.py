@@ -57,8 +57,9 @@ def require_whole(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):
             raise DtypeMismatch(
-                f"{name} is sharded over processes (FSDP, tensor parallel or ZeRO-3), and one process cannot publish "
-                "it: train with whole weights on each, or gather them and call Publisher.publish"
+                f"{name} is sharded over processes, and one of them alone cannot publish it: for FSDP2 and tensor "
+                "parallel open Publisher(process_group=…) on every rank and call its publish there; for ZeRO-3 gather "
+                "the weights first"
             )
 
 

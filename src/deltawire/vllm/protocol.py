@@ -8,9 +8,8 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from deltawire import errors
 from deltawire.digest import root as root_of
-from deltawire.errors import EngineError, Quarantined
+from deltawire.errors import DeltaWireError, EngineError, Quarantined, made_again
 from deltawire.manifests import Position
 from deltawire.subscriber import Subscriber
 from deltawire.vllm.boxes import Part
@@ -230,10 +229,7 @@ def _agreed(values: Iterable[T | None]) -> T | None:
     return first if all(other == first for other in others) else None
 
 
-def named_error(record: dict[str, Any]) -> errors.DeltaWireError:
+def named_error(record: dict[str, Any]) -> DeltaWireError:
     """The typed error a worker recorded, made again on this side."""
-    kind = getattr(errors, str(record.get("kind")), None)
-    message = str(record.get("message", "the worker gave no reason"))
-    if isinstance(kind, type) and issubclass(kind, errors.DeltaWireError):
-        return kind(message)
-    return EngineError(f"{record.get('kind')}: {message}")
+    kind, message = str(record.get("kind")), str(record.get("message", "the worker gave no reason"))
+    return made_again(kind, message) or EngineError(f"{kind}: {message}")
