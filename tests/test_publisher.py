@@ -11,9 +11,12 @@ from deltawire import Publisher, Subscriber, open_bucket, publisher
 from deltawire.errors import (
     AccessRefused,
     DeltaWireError,
+    DtypeMismatch,
     NotFound,
     OutOfSpace,
+    ShapeMismatch,
     Unavailable,
+    UnknownTensor,
     UnknownVersion,
 )
 from deltawire.log import read_head
@@ -244,3 +247,85 @@ def test_what_prepares_the_pairs_is_applied_in_order():
         pub.publish({f"module.{name}": tensor for name, tensor in weights.items()})
     with Subscriber(bucket) as subscriber:
         assert [entry.name for entry in subscriber.run.table] == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "says"),
+    [
+        (torch.nn.Linear(2, 2), UnknownTensor, r"Linear is not .* pass model.named_parameters\(\)"),
+        (list(torch.nn.Linear(2, 2).parameters()), UnknownTensor, r"got Parameter: pass model.named_parameters\(\)"),
+        ({7: torch.zeros(2)}, UnknownTensor, "pairs"),
+        ({"a\0b": torch.zeros(2)}, UnknownTensor, "cannot be the name"),
+        ({"__metadata__": torch.zeros(2)}, UnknownTensor, "cannot be the name"),
+        ({"a\ud800": torch.zeros(2)}, UnknownTensor, "cannot be the name"),
+        ({"weight": None}, DtypeMismatch, "weight: NoneType is no tensor"),
+        ({"weight": torch.zeros(2, device="meta")}, DtypeMismatch, "weight is on device meta"),
+        ({"weight": torch.eye(2).to_sparse()}, DtypeMismatch, "weight .* torch.sparse_coo"),
+        ({"weight": torch.zeros(2, dtype=torch.complex64)}, DtypeMismatch, "weight: dtype torch.complex64"),
+    ],
+)
+def test_what_no_checkpoint_could_hold_is_refused_by_name_and_the_next_publish_works(given, kind, says):
+    bucket, weights = fresh(), model()
+    with publishing(bucket) as pub:
+        with pytest.raises(kind, match=says):
+            pub.publish(given)
+        pub.publish(weights)
+    assert equal(read_weights(bucket), served(weights))
+
+
+def test_a_tensor_that_changed_its_kind_or_its_shape_is_named_with_the_way_out():
+    weights = model()
+    with publishing(fresh()) as pub:
+        pub.publish(weights)
+        with pytest.raises(DtypeMismatch, match="norm: I64 cannot be cast to BF16"):
+            pub.publish(weights | {"norm": np.zeros(8, np.int64)})
+        with pytest.raises(ShapeMismatch, match=r"norm: shape \[9\].*another bucket, or .*supersede"):
+            pub.publish(weights | {"norm": np.zeros(9, np.float32)})
+
+
+def test_a_misspelt_option_or_the_address_of_a_bucket_is_refused_before_anything_opens(tmp_path):
+    with pytest.raises(ValueError, match='"continue" or "supersede"'):
+        Publisher(fresh(), run="new")
+    with pytest.raises(TypeError, match="open_bucket"):
+        Publisher(f"file://{tmp_path}/bucket")
+    with pytest.raises(NotFound, match="deltawire keygen"):
+        Publisher(fresh(), signing_key=tmp_path / "no key")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_for_temporary_files_that_cannot_be_used_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(NotFound, match="TMPDIR"):
+        Publisher(fresh())
+
+
+@pytest.mark.parametrize("where", ["a comparison", "a fold"])
+def test_after_an_interrupt_in_a_publish_only_a_new_publisher_goes_on_and_nothing_wrong_is_committed(
+    where, monkeypatch
+):
+    bucket, weights = Faulty(fresh()), model()
+    with publishing(bucket) as pub:
+        pub.publish(weights)
+        pub.flush(timeout=PATIENCE)
+        bucket.plan = down(Unavailable("later"))[0]
+        for seed in (1, 2):
+            edit(weights, seed)
+            pub.publish(weights)
+        edit(weights, 3)
+        with monkeypatch.context() as patch:
+            torn = {"a comparison": (pub._capturer._baseline, "advance"), "a fold": (pub, "_enqueue")}[where]
+            patch.setattr(*torn, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                pub.publish(weights)
+        with pytest.raises(DeltaWireError, match="open a new one"):
+            pub.publish(weights)
+        bucket.plan = never
+        pub.flush(timeout=PATIENCE)
+    assert read_weights(bucket)
+    with publishing(bucket) as pub:
+        pub.publish(weights)
+    assert equal(read_weights(bucket), served(weights))
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt

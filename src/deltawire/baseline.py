@@ -75,4 +75,7 @@ def require(name: str, shape: tuple[int, ...], table: Mapping[str, Bits] | Mappi
     if name not in table:
         raise UnknownTensor(f"{name!r} is not in this run's tensor table; closest there: {closest(name, table)}")
     if shape != table[name].shape:
-        raise ShapeMismatch(f"{name}: shape {list(shape)}, but this run has {list(table[name].shape)}")
+        raise ShapeMismatch(
+            f"{name}: shape {list(shape)}, but this run has {list(table[name].shape)}; another model begins a run of "
+            'its own: another bucket, or Publisher(run="supersede")'
+        )

@@ -19,7 +19,7 @@ from deltawire.buckets.base import Bucket
 from deltawire.checkpoint import Checkpoint
 from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import root as root_of
-from deltawire.errors import BadDigest, MissingTensor, NotFound, UnknownTensor
+from deltawire.errors import BadDigest, DtypeMismatch, MissingTensor, NotFound, UnknownTensor
 from deltawire.manifests import (
     BaseCheckpoint,
     Position,
@@ -149,7 +149,7 @@ class Capturer:
                 raise UnknownTensor(f"{name!r} was given twice")
             if trainable is not None and name not in trainable:
                 raise UnknownTensor(f"{name!r} is frozen in this run: its first publish did not name it")
-            change = self._baseline.compare(name, cast(tensor, self._baseline[name].dtype))
+            change = self._baseline.compare(name, cast_of(name, tensor, self._baseline[name].dtype))
             total = self._partial[name] + change if name in self._partial else change
             self._partial[name] = total
             self._baseline.advance(name, change)
@@ -284,7 +284,15 @@ def _seeded(weights: Mapping[str, Bits]) -> Baseline:
 
 def _cast_all(pairs: Iterable[tuple[str, Any]], dtype: str) -> Iterable[tuple[str, Bits]]:
     for name, tensor in pairs:
-        yield name, cast(tensor, served_as(tensor, dtype))
+        yield name, cast_of(name, tensor, served_as(tensor, dtype))
+
+
+def cast_of(name: str, tensor: Any, dtype: str) -> Bits:
+    """A tensor as `cast` gives it. Raises DtypeMismatch, which names it."""
+    try:
+        return cast(tensor, dtype)
+    except DtypeMismatch as error:
+        raise DtypeMismatch(f"{name}: {error}") from None
 
 
 def served_as(tensor: Any, dtype: str) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deltawire import pending, signing
+from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
 from deltawire.capture import Capture, Capturer
 from deltawire.errors import BucketError, ChainError, DeltaWireError, RankFailed, Unavailable, UnknownVersion
@@ -27,6 +28,7 @@ from deltawire.reports import PublishReport, UploadReport
 from deltawire.sending import Alone, First, Other
 from deltawire.shard_capture import ShardCapturer
 from deltawire.signing import SigningKey
+from deltawire.tensors import named
 
 FIRST_RETRY = 0.5
 """seconds; doubles up to LAST_RETRY while the store says "later" """
@@ -82,9 +84,14 @@ class Publisher:
     ) -> None:
         if codec != "gap":
             raise UnknownVersion(f'codec {codec!r} cannot be published; use "gap" ("raw" is for dw.encode alone)')
+        if isinstance(bucket, str):
+            raise TypeError("a Publisher takes an opened bucket, not its address: pass deltawire.open_bucket(address)")
+        if run not in ("continue", "supersede"):
+            raise ValueError(f'run={run!r}: "continue" or "supersede"')
         self.bucket = bucket
         self._on_upload, self._prepare, self._sharded = on_upload, tuple(prepare), process_group is not None
-        self._spool = tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True)
+        with file_system_errors("the folder of temporary files (TMPDIR chooses another)"):
+            self._spool = tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True)
         begin = {"base": base, "dtype": dtype, "assets": assets, "clock": clock, "supersede": run == "supersede"}
         try:
             self._open(begin, signing_key, compactors, process_group)
@@ -99,7 +106,7 @@ class Publisher:
         self._problem: DeltaWireError | None = None
         self._failures = 0
         self._cut = -1
-        self._summing = self._hurry = self._closing = self._died = False
+        self._summing = self._hurry = self._closing = self._died = self._torn = False
         self._thread = threading.Thread(target=self._upload_forever, name="deltawire-upload", daemon=True)
         self._thread.start()
 
@@ -170,6 +177,9 @@ class Publisher:
                 for captured in capture.versions:
                     self._enqueue(captured)
                 return self._report(capture, started)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            self._torn = True  # anywhere, maybe between the baseline and what waits
+            raise
         finally:
             with self._changed:
                 self._summing = False
@@ -179,10 +189,15 @@ class Publisher:
         """What to capture. A refusal is raised when this is iterated: a rank that refuses must tell the others so."""
         if isinstance(self._problem, ChainError | RankFailed) or self._died or self._closing:
             raise self._problem or DeltaWireError(f"{self.bucket.url}: this publisher is closed; open a new one")
+        if self._torn:
+            raise DeltaWireError(
+                f"{self.bucket.url}: a publish was interrupted, so what it captured is not known; close this publisher "
+                "and open a new one, which publishes the difference from the last commit"
+            )
         pairs: Pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
         for prepare in self._prepare:
             pairs = prepare(pairs)
-        yield from pairs
+        yield from named(pairs)
 
     def _report(self, capture: Capture, started: float) -> PublishReport:
         newest = capture.versions[-1]

@@ -17,7 +17,7 @@ import msgspec
 
 from deltawire import log, pending
 from deltawire.buckets.base import Bucket
-from deltawire.errors import DeltaWireError, RankFailed, made_again
+from deltawire.errors import DeltaWireError, NotFound, RankFailed, made_again
 from deltawire.log import Attempt
 from deltawire.manifests import Payload, Position, signed
 from deltawire.pending import Captured, Part
@@ -79,6 +79,7 @@ class First:
     def __init__(self, bucket: Bucket, ranks: Ranks, *, writer: str, key: SigningKey | None) -> None:
         self._bucket, self._ranks, self._writer, self._key = bucket, ranks, writer, key
         self._line = _Line(ranks.notes, ranks.rank, [*range(1, ranks.size)])
+        self._met: set[int] = set()
 
     def next_range(self, stop: Stop) -> int | None:
         """Rank 0 decides: whatever waits."""
@@ -98,6 +99,7 @@ class First:
             if note is None:
                 return None
             found = msgspec.json.decode(note, type=_Handed)
+            self._require_here(rank, captured.run.run, found.records)
             handed.append(Part({}, found.records, found.names))
         own = Part({}, part.records, part.names)
         attempt = pending.freeze(captured, [own, *handed], parent_hash=parent_hash, writer=self._writer, key=self._key)
@@ -106,6 +108,20 @@ class First:
         self._ranks.notes.post(f"done/{number}", msgspec.json.encode(landed))
         self._line.number += 1
         return landed
+
+    def _require_here(self, rank: int, run: str, records: tuple[Payload, ...]) -> None:
+        """Look, once for each rank, whether it writes to the bucket we commit to: a folder of the same path may be
+        another one on its host."""
+        if rank in self._met or not records:
+            return
+        try:
+            self._bucket.stat(f"runs/{run}/{records[0].key}")
+        except NotFound:
+            raise NotFound(
+                f"{self._bucket.url}: what rank {rank} wrote is not there: all ranks must open one bucket, which each "
+                "of their hosts reaches (memory:// and a folder on one host's own disk are no such)"
+            ) from None
+        self._met.add(rank)
 
     def tell(self, error: DeltaWireError) -> None:
         """Let the others know what stops the commit."""

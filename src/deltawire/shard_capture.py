@@ -18,7 +18,7 @@ from deltawire import checkpoint
 from deltawire.baseline import Baseline, require
 from deltawire.bits import WIDTHS, count
 from deltawire.buckets.base import Bucket
-from deltawire.capture import About, Capture, about_of, served_as
+from deltawire.capture import About, Capture, about_of, cast_of, served_as
 from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import MODULUS
 from deltawire.errors import BadDigest, CopiesDiffer, MissingTensor, ShapeMismatch, UnknownTensor
@@ -27,7 +27,6 @@ from deltawire.pending import Captured, encode
 from deltawire.ranks import Ranks, Sums
 from deltawire.shard_opening import Opening
 from deltawire.shards import Shard
-from deltawire.tensors import cast
 
 
 class ShardCapturer:
@@ -151,7 +150,7 @@ class ShardCapturer:
                 f"{name}: this rank gave {list(known.box.shape)} at {list(known.box.offset)} before, and now "
                 f"{list(shard.box.shape)} at {list(shard.box.offset)}; publish after `model.reshard()`"
             )
-        change = self._baseline.compare(name, cast(shard.tensor, entry.dtype))
+        change = self._baseline.compare(name, cast_of(name, shard.tensor, entry.dtype))
         if shard.owned:
             self._partial[name] = self._partial[name] + change if name in self._partial else change
         self._baseline.advance(name, change)
@@ -207,13 +206,14 @@ class ShardCapturer:
 
     def _agree(self, problem: BaseException | None, named: set[str]) -> None:
         """Whether all ranks have the same tensor table, which the length of every later sum depends on."""
-        marks = self._ranks.add_up(self._mark(named), problem)
+        marks = self._ranks.add_up(self._mark(named, None), problem)
         self._require_alike(marks)
 
-    def _mark(self, named: set[str]) -> Sums:
-        """What this rank says of the tensors it was given: one number in its place, zero in the others'."""
+    def _mark(self, named: set[str], step: int | None) -> Sums:
+        """What this rank says of the tensors it was given: one number in its place, zero in the others'. A step that is
+        not that of the others tells of a publish too many, after which ranks would send different policies as one."""
         facts = "".join(f"{entry.name}\0{entry.dtype}\0{entry.shape}\n" for entry in self._table.values())
-        said = f"{facts}\0{sorted(named)}".encode()
+        said = f"{facts}\0{sorted(named)}\0{step}".encode()
         marks = np.zeros(self._ranks.size, np.uint64)
         marks[self._ranks.rank] = int.from_bytes(blake3(said).digest()[:8], "little")
         return marks
@@ -221,8 +221,8 @@ class ShardCapturer:
     def _require_alike(self, marks: Sums) -> None:
         if other := [rank for rank in range(self._ranks.size) if marks[rank] != marks[0]]:
             raise MissingTensor(
-                f"rank {', '.join(map(str, other))} gave other tensors (names, order, dtypes or shapes) than rank 0: "
-                "every rank publishes its shards of the same model"
+                f"rank {', '.join(map(str, other))} gave other tensors (names, order, dtypes or shapes) or "
+                "another step than rank 0: every rank makes the same calls, for its shards of one model"
             )
 
     def _add_up(self, problem: BaseException | None, named: set[str], captured: Captured | None, cut: int) -> Sums:
@@ -230,7 +230,7 @@ class ShardCapturer:
         size, width = self._ranks.size, len(self._known)
         numbers, columns = np.zeros(size + 3, np.uint64), np.zeros((3, width), np.uint64)
         if problem is None and captured is not None:
-            numbers[:size] = self._mark(named)
+            numbers[:size] = self._mark(named, captured.step)
             numbers[size:] = captured.delta.changed, captured.payload_bytes, cut + 1 if self._ranks.rank == 0 else 0
             for number, name in enumerate(self._table):
                 if name in named:

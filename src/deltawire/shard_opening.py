@@ -57,7 +57,11 @@ class Opening:
             self._open()
         except Exception as error:
             problem = error
-        self.digests = self.add_up_digests(self.table, problem)
+        try:
+            self.digests = self.add_up_digests(self.table, problem)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Remove what was downloaded; every box has been read."""

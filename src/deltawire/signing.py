@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from deltawire.errors import AlreadyExists, BadSignature, FormatError
+from deltawire.errors import AlreadyExists, BadSignature, FormatError, NotFound
 
 UNSIGNED = "0" * 128
 """what stands in the signature's place while a record is signed or checked"""
@@ -94,9 +94,11 @@ def generate_key(path: Path) -> SigningKey:
 
 
 def read_key(path: Path | str) -> SigningKey:
-    """The private key in a file that `generate_key` wrote. Raises FormatError, OSError."""
+    """The private key in a file that `generate_key` wrote. Raises NotFound, FormatError."""
     try:
         key = load_pem_private_key(Path(path).read_bytes(), password=None)
+    except OSError as error:
+        raise NotFound(f"signing key {path}: {error.strerror}; write one with `deltawire keygen {path}`") from None
     except (ValueError, TypeError):
         raise FormatError(f"{path} is no private key: write one with `deltawire keygen {path}`") from None
     if not isinstance(key, Ed25519PrivateKey):

@@ -1,13 +1,14 @@
 """Numpy arrays, torch tensors and `Bits` made alike: any of them as flat unsigned integers, and back."""
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from deltawire.bits import Bits, UInts, unsigned
-from deltawire.errors import DtypeMismatch
+from deltawire.errors import DtypeMismatch, UnknownTensor
 
 _NUMPY = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "float16": "F16",
@@ -37,6 +38,29 @@ def dtype_of(tensor: Any) -> str:
     if spelled not in _NUMPY:
         raise DtypeMismatch(f"dtype {tensor.dtype} cannot be shipped; known: {', '.join(sorted(_NUMPY))}")
     return _NUMPY[spelled]
+
+
+def named(pairs: Any) -> Iterator[tuple[str, Any]]:
+    """(name, tensor) pairs as they come. Raises UnknownTensor for what is no pair, or a name that no checkpoint can
+    have; DtypeMismatch for what is no tensor, or has its elements not all here."""
+    if not isinstance(pairs, Iterable):
+        raise UnknownTensor(f"{type(pairs).__name__} is not (name, tensor) pairs: pass model.named_parameters()")
+    for pair in pairs:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
+            kind = type(pair).__name__
+            raise UnknownTensor(f"expected (name, tensor) pairs, and got {kind}: pass model.named_parameters()")
+        name, tensor = pair
+        if name == "__metadata__" or not re.fullmatch("[^\0\ud800-\udfff]*", name):
+            raise UnknownTensor(f"{name!r} cannot be the name of a tensor in a safetensors file")
+        if not (hasattr(tensor, "dtype") and hasattr(tensor, "shape")):
+            raise DtypeMismatch(f"{name}: {type(tensor).__name__} is no tensor")
+        if is_torch(tensor) and (tensor.is_meta or str(tensor.layout) != "torch.strided"):
+            raise DtypeMismatch(f"{name} is on device {tensor.device} and {tensor.layout}: publish it dense, with data")
+        try:
+            dtype_of(tensor)
+        except DtypeMismatch as error:
+            raise DtypeMismatch(f"{name}: {error}") from None
+        yield name, tensor
 
 
 def as_bits(tensor: Any) -> Bits:

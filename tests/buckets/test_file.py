@@ -160,3 +160,18 @@ def test_a_full_disk_under_a_download_is_out_of_space_and_the_old_file_stays(tin
     with pytest.raises(OutOfSpace, match=str(tiny_disk / "out")):
         bucket.get_file("key", tiny_disk / "out", limit=2 << 20)
     assert [(path.name, path.read_bytes()) for path in tiny_disk.iterdir()] == [("out", b"old")]
+
+
+def test_a_file_system_that_became_read_only_refuses_access_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    bucket = LocalBucket(tmp_path)
+    bucket.put("key", b"old")
+    monkeypatch.setattr(Path, "unlink", refuse)  # Linux refuses it even where there is no such file
+    monkeypatch.setattr("builtins.open", refuse)
+    for write in (bucket.put, bucket.put_new):
+        with pytest.raises(AccessRefused, match="key: Read-only"):
+            write("key", b"new")

@@ -7,7 +7,9 @@ leaves what the whole tensors were in FOLDER, for the test to compare with what 
 import faulthandler
 import os
 import random
+import shutil
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,8 +31,10 @@ from deltawire.errors import (
     CopiesDiffer,
     DeltaWireError,
     MissingTensor,
+    NotFound,
     RankFailed,
     ShapeMismatch,
+    Truncated,
     Unavailable,
 )
 from deltawire.manifests import TensorEntry
@@ -231,6 +235,8 @@ def captures(folder):
         scale.add_(float(second))
         expect(CopiesDiffer, "scale", lambda: publish(pub, pairs))
         scale.sub_(float(second))
+        # a publish too many on one rank
+        expect(MissingTensor, "another step", lambda: publish(pub, pairs, step=7 if second else 8))
         # whole tensors where there were shards
         gathered = [(name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor) for name, tensor in pairs]
         expect(ShapeMismatch, "reshard", lambda: publish(pub, gathered))
@@ -317,7 +323,46 @@ def train(folder):
     save(folder, "version-6", pairs)
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (fsdp, hsdp, tp_fsdp, captures, uploads, train)}
+def apart(folder):
+    """Ranks whose buckets are not one, as a folder on each host's own disk: no commit refers to what is not there."""
+    base, pairs = shard_all(folder)
+    rank = dist.get_rank()
+    with dw.Publisher(
+        dw.open_bucket(f"file://{folder}/host-{rank}/bucket", create=True), base=base, process_group=dist.group.WORLD
+    ) as pub:
+        step(pairs, 1)
+        publish(pub, pairs)
+        error = expect(NotFound, "must open one bucket", lambda: pub.flush(timeout=PATIENCE))
+        assert "what rank 1 wrote is not there" in str(error)
+        dist.barrier()
+        for part in (folder / "host-1" / "bucket").rglob("*.safetensors"):
+            there = folder / "host-0" / "bucket" / part.relative_to(folder / "host-1" / "bucket")
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(part, there)
+        assert pub.flush(timeout=PATIENCE).version == 1
+
+
+def damaged(folder):
+    """A run that cannot be continued because a file of it is damaged leaves no rank's download behind."""
+    _, pairs = shard_all(folder)
+    bucket = dw.open_bucket(f"file://{folder}/bucket")
+    with dw.Publisher(bucket, process_group=dist.group.WORLD) as pub:
+        publish(pub, pairs)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (part,) = (folder / "bucket").rglob("*r001*")
+        part.write_bytes(part.read_bytes()[:-3])
+    dist.barrier()
+    tempfile.tempdir = str(folder / f"temporary-{dist.get_rank()}")
+    os.mkdir(tempfile.tempdir)
+    expect(Truncated, "bytes", lambda: dw.Publisher(bucket, process_group=dist.group.WORLD))
+    assert os.listdir(tempfile.tempdir) == []
+    tempfile.tempdir = None
+
+
+SCENARIOS = {
+    scenario.__name__: scenario for scenario in (fsdp, hsdp, tp_fsdp, captures, uploads, train, apart, damaged)
+}
 
 
 def main(scenarios, names, rank, size, port, folder):

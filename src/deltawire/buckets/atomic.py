@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deltawire.errors import AccessRefused, BucketError, OutOfSpace, Unavailable
+from deltawire.errors import AccessRefused, BucketError, NotFound, OutOfSpace, Unavailable
 
 _KINDS: dict[int | None, tuple[type[BucketError], str]] = {
     errno.ENOSPC: (OutOfSpace, "; free some space and try again"),
@@ -15,6 +15,7 @@ _KINDS: dict[int | None, tuple[type[BucketError], str]] = {
     errno.EACCES: (AccessRefused, "; check the owner and the mode"),
     errno.EPERM: (AccessRefused, "; check the owner, the mode and the kind of file system"),
     errno.EROFS: (AccessRefused, ""),
+    errno.ENOENT: (NotFound, ""),
     errno.EEXIST: (BucketError, "; no key may be a folder of another"),
     errno.EISDIR: (BucketError, "; no key may be a folder of another"),
     errno.ENOTDIR: (BucketError, "; no key may be a folder of another"),
@@ -32,12 +33,12 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises OutOfSpace, AccessRefused, Unavailable or BucketError, naming `path`, when the file system refuses.
     """
     temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}.part")
-    try:
-        with file_system_errors(str(path)):
+    with file_system_errors(str(path)):
+        try:
             yield temporary
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)  # on a read-only file system even this is refused
 
 
 @contextmanager

@@ -109,17 +109,17 @@ class LocalBucket:
         self._check(key)
         target = self.root / key
         aside = self.root / _UNFINISHED / f"{time.time_ns():x}-{secrets.token_hex(6)}"
-        with open(data, "rb") if isinstance(data, Path) else BytesIO(data) as source:
+        source = open(data, "rb") if isinstance(data, Path) else BytesIO(data)  # noqa: SIM115
+        with source, file_system_errors(self._name(key)):
             try:
-                with file_system_errors(self._name(key)):
-                    self._make_folder(aside.parent)
-                    self._sweep(aside.parent)
-                    _copy_durably(source, aside)
-                    self._make_folder(target.parent)
-                    publish(aside, target)
-                    _sync_folder(target.parent)
+                self._make_folder(aside.parent)
+                self._sweep(aside.parent)
+                _copy_durably(source, aside)
+                self._make_folder(target.parent)
+                publish(aside, target)
+                _sync_folder(target.parent)
             finally:
-                aside.unlink(missing_ok=True)
+                aside.unlink(missing_ok=True)  # on a read-only file system even this is refused
 
     def _make_folder(self, folder: Path) -> None:
         """Make `folder` and what is missing above it, up to the root, each durable in its parent."""
