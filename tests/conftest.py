@@ -13,12 +13,12 @@ REGION = "us-east-1"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A file stays in one process, and so does what shares the one vLLM server. What starts a vLLM server goes first,
+    """A file stays in one process, and so does what shares the one vLLM server. What starts vLLM servers goes first,
     so that neither process is left with all of the slow ones at the end."""
     for item in items:
         shared = "server" in item.fixturenames and item.get_closest_marker("vllm")
         item.add_marker(pytest.mark.xdist_group("server" if shared else str(item.path)))
-    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
+    items.sort(key=lambda item: not (item.get_closest_marker("vllm") or item.get_closest_marker("network")))
 
 
 @pytest.fixture(scope="module")
