@@ -1,5 +1,5 @@
-"""What every test shares: hypothesis without a deadline, because a kernel compiles when first called; an S3 server; and
-which tests run one after another when two processes share them."""
+"""What every test shares: hypothesis without a deadline, because a kernel compiles when first called; quick retries; an
+S3 server; and which tests run one after another when two processes share them."""
 
 import uuid
 
@@ -19,6 +19,15 @@ def pytest_collection_modifyitems(items):
         shared = "server" in item.fixturenames and item.get_closest_marker("vllm")
         item.add_marker(pytest.mark.xdist_group("server" if shared else str(item.path)))
     items.sort(key=lambda item: not (item.get_closest_marker("vllm") or item.get_closest_marker("network")))
+
+
+@pytest.fixture(scope="module")
+def quick_retries():
+    """A publisher that tries again at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deltawire.publisher.FIRST_RETRY", 0.001)
+        patch.setattr("deltawire.publisher.LAST_RETRY", 0.01)
+        yield
 
 
 @pytest.fixture(scope="module")

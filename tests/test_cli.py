@@ -1,23 +1,15 @@
 """The command line: every verb has help, the reference is current, and an error is one typed line and exit code 1."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import deltawire as dw
+from verbs import run_verb
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(*arguments, code=0):
-    command = [sys.executable, "-m", "deltawire.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 @pytest.fixture
@@ -41,13 +33,13 @@ def test_the_cli_reference_is_what_the_commands_say(monkeypatch):
 
 
 def test_log_lists_every_version(published):
-    commits = [json.loads(line) for line in run("log", published, "--json").stdout.splitlines()]
+    commits = [json.loads(line) for line in run_verb("log", published, "--json").stdout.splitlines()]
     assert [(commit["version"], commit.get("parent")) for commit in commits] == [(0, None), (1, 0), (2, 1)]
-    assert "anchor" in run("log", published).stdout
+    assert "anchor" in run_verb("log", published).stdout
 
 
 def test_verify_reads_the_whole_run(published):
-    assert "anchor and 2 deltas verified" in run("verify", published).stdout
+    assert "anchor and 2 deltas verified" in run_verb("verify", published).stdout
 
 
 def test_verify_refuses_a_damaged_run(published, tmp_path):
@@ -55,11 +47,11 @@ def test_verify_refuses_a_damaged_run(published, tmp_path):
     data = bytearray(victim.read_bytes())
     data[-1] ^= 1
     victim.write_bytes(data)
-    assert "BadDigest" in run("verify", published, code=1).stderr
+    assert "BadDigest" in run_verb("verify", published, code=1).stderr
 
 
 def test_materialize_writes_the_version_asked_for(published, tmp_path):
-    report = json.loads(run("materialize", published, tmp_path / "out", "--version", 1, "--json").stdout)
+    report = json.loads(run_verb("materialize", published, tmp_path / "out", "--version", 1, "--json").stdout)
     assert report["position"]["version"] == 1
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
@@ -72,46 +64,46 @@ def test_compact_folds_once_and_prune_deletes_only_when_told(published, tmp_path
             publisher.publish(weights, step=step)
             publisher.flush(20)
     command = ("compact", published, "--mirror", tmp_path / "mirror", "--anchor-every", "5", "--json")
-    written = [json.loads(line) for line in run(*command).stdout.splitlines()]
+    written = [json.loads(line) for line in run_verb(*command).stdout.splitlines()]
     assert [(report["parent"], report["version"]) for report in written] == [(0, 4), (4, 8), (None, 8)]
-    assert run(*command).stdout == ""
+    assert run_verb(*command).stdout == ""
     folder = tmp_path / "bucket"
     before = sorted(folder.rglob("*"))
-    plan = json.loads(run("prune", published, "--keep-anchors", "1", "--keep-hours", "0", "--json").stdout)
+    plan = json.loads(run_verb("prune", published, "--keep-anchors", "1", "--keep-hours", "0", "--json").stdout)
     assert (plan["deleted"], plan["floor"]) == (False, 8)
     assert sorted(folder.rglob("*")) == before
-    run("prune", published, "--keep-anchors", "1", "--keep-hours", "0", "--delete")
+    run_verb("prune", published, "--keep-anchors", "1", "--keep-hours", "0", "--delete")
     assert not [key for key in plan["keys"] if (folder / key).exists()]
-    assert "anchor and 0 deltas verified" in run("verify", published).stdout
+    assert "anchor and 0 deltas verified" in run_verb("verify", published).stdout
 
 
 def test_a_key_that_keygen_made_signs_a_run_that_is_read_with_its_public_half_alone(tmp_path):
-    made = [json.loads(run("keygen", tmp_path / name, "--json").stdout) for name in ("mine", "other")]
-    assert "exists" in run("keygen", tmp_path / "mine", code=1).stderr
+    made = [json.loads(run_verb("keygen", tmp_path / name, "--json").stdout) for name in ("mine", "other")]
+    assert "exists" in run_verb("keygen", tmp_path / "mine", code=1).stderr
     url = (tmp_path / "bucket").as_uri()
     with dw.Publisher(dw.open_bucket(url, create=True), signing_key=tmp_path / "mine") as publisher:
         publisher.publish({"w": np.ones(3, np.float16)})
-    run("log", url, "--trust", made[0]["public"])
-    assert "BadSignature" in run("log", url, "--trust", made[1]["public"], code=1).stderr
+    run_verb("log", url, "--trust", made[0]["public"])
+    assert "BadSignature" in run_verb("log", url, "--trust", made[1]["public"], code=1).stderr
 
 
 def test_inspect_shows_a_delta_file(published, tmp_path):
     (file,) = (tmp_path / "bucket").glob("runs/*/deltas/step_000002-*")
-    shown = json.loads(run("inspect", file, "--json").stdout)
+    shown = json.loads(run_verb("inspect", file, "--json").stdout)
     assert [tensor["name"] for tensor in shown["tensors"]] == ["w"]
-    assert "seal right" in run("inspect", file).stdout
+    assert "seal right" in run_verb("inspect", file).stdout
 
 
 def test_an_empty_bucket_is_one_typed_line(tmp_path):
-    done = run("log", (tmp_path / "nothing").as_uri(), code=1)
+    done = run_verb("log", (tmp_path / "nothing").as_uri(), code=1)
     assert done.stderr.startswith("deltawire: NotFound:")
     assert "Traceback" not in done.stderr
 
 
 def test_a_url_that_is_none_names_the_known_kinds():
-    assert "hf://buckets/" in run("log", "ftp://x", code=1).stderr
+    assert "hf://buckets/" in run_verb("log", "ftp://x", code=1).stderr
 
 
 def test_following_without_a_server_says_so(published):
-    done = run("follow", "--bucket", published, "--engine", "http://127.0.0.1:9", "--once", code=1)
+    done = run_verb("follow", "--bucket", published, "--engine", "http://127.0.0.1:9", "--once", code=1)
     assert "EngineUnavailable" in done.stderr

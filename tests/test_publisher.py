@@ -24,13 +24,7 @@ from deltawire.tensors import equal
 from faults import Faulty, down, never
 from runs import PATIENCE, commits, edit, fresh, model, publish_all, publishing, read_weights, served
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_retries():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publisher, "FIRST_RETRY", 0.001)
-        patch.setattr(publisher, "LAST_RETRY", 0.01)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 def test_publish_returns_while_the_store_does_not_answer():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire import Publisher, materialize, publisher
+from deltawire import Publisher, materialize
 from deltawire.checkpoint import Checkpoint
 from deltawire.errors import (
     BadDigest,
@@ -24,13 +24,7 @@ from faults import Fault, Faulty, down, from_write, never, on_key
 from runs import PATIENCE, commits, edit, fresh, model, publish_all, publishing, read_weights, served
 from strategies import seeds
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_retries():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publisher, "FIRST_RETRY", 0.001)
-        patch.setattr(publisher, "LAST_RETRY", 0.01)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 def test_a_failed_upload_then_a_retry_publishes_the_same_change():

@@ -15,7 +15,7 @@ from functools import partial
 
 import pytest
 
-from deltawire import Publisher, Subscriber, open_bucket, publisher, retention
+from deltawire import Publisher, Subscriber, open_bucket, retention
 from deltawire.buckets.faulty import Faulty, seeded
 from deltawire.checkpoint import Checkpoint
 from deltawire.compactor import Compactor
@@ -90,9 +90,8 @@ def insist(action):
 
 
 @pytest.mark.timeout(300 if VERSIONS <= 60 else 1200)
-def test_all_followers_end_where_the_trainer_does_whatever_happened(tmp_path, monkeypatch):
-    monkeypatch.setattr(publisher, "FIRST_RETRY", 0.001)
-    monkeypatch.setattr(publisher, "LAST_RETRY", 0.01)
+@pytest.mark.usefixtures("quick_retries")
+def test_all_followers_end_where_the_trainer_does_whatever_happened(tmp_path):
     draw, weights, injected = random.Random(SEED), model(), Counter()
     (tmp_path / "bucket").mkdir()
     url = (tmp_path / "bucket").as_uri()

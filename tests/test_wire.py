@@ -23,6 +23,7 @@ from deltawire.errors import (
     UnknownVersion,
 )
 from deltawire.tensors import as_torch, equal
+from small_delta import DELTA, NEW, OLD
 from strategies import every_dtype_far_apart, versions
 
 codecs = st.sampled_from(wire.CODECS)
@@ -70,17 +71,6 @@ def test_equal_input_gives_equal_bytes_whatever_order_it_comes_in(chain, codec):
     delta = Delta.between(old, new)
     backwards = Delta({name: delta[name] for name in reversed(list(delta))})
     assert wire.encode(delta, codec=codec, base=old) == wire.encode(backwards, codec=codec, base=dict(old))
-
-
-OLD = {
-    "a": Bits("BF16", (100, 3), np.arange(300, dtype=np.uint16)),
-    "b": Bits("F32", (8,), np.arange(8, dtype=np.uint32)),
-    "same": Bits("F32", (), np.zeros(1, np.uint32)),
-}
-NEW = {name: bits.copy() for name, bits in OLD.items()}
-NEW["a"].data[[0, 9, 299]] += 1
-NEW["b"].data[:] -= 1
-DELTA = Delta.between(OLD, NEW)
 
 
 def test_the_header_says_what_is_in_the_file_without_decoding_it():

@@ -7,7 +7,6 @@ Everything it starts is ended with it, whatever happens. It takes a few minutes,
 
 import argparse
 import json
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import TypeVar
 from deltawire.errors import DeltaWireError
 from deltawire.ops import audit
 from deltawire.ops.cast import BUCKET, SERVED_NAME, Cast, find_checkout
-from deltawire.ops.processes import Child, Children, Command
+from deltawire.ops.processes import Child, Children, Command, free_port
 from deltawire.vllm.client import EngineClient
 
 T = TypeVar("T")
@@ -68,9 +67,7 @@ def play(children: Children, cast: Cast, steps: int) -> list[str]:
     model = children.start(cast.model())
     wait(children, model, lambda: model.code == 0 or None, "make the model")
     hub = wait(children, server, lambda: url_of(server), "get ready")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        engine = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    engine = f"http://127.0.0.1:{free_port()}"
     vllm = children.start(cast.vllm(engine, hub))
     environment = wait(children, games, lambda: url_of(games), "get ready")
     print(f"bucket server at {hub}, environment at {environment}, vLLM is starting at {engine}", flush=True)

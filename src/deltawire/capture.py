@@ -3,7 +3,7 @@
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,11 +122,7 @@ class Capturer:
             return Capture([first], time.perf_counter() - started, self.total, first.payload_bytes)
         trainable = {entry.name for entry in self._run.table if entry.trainable} if self._run else None
         seen = self._compare(pairs, trainable)
-        if trainable is not None and (missing := trainable - seen):
-            raise MissingTensor(
-                f"{len(missing)} tensors of this run were not given, among them {min(missing)!r}; every publish names "
-                "exactly the tensors the first one did"
-            )
+        require_all(seen, trainable)
         seconds = time.perf_counter() - started
         run = self._run or self._begin_on_base(seen)
         versions = [] if self._run else [self._describe(run, 0, about, digests=self._base_digests, payloads={})]
@@ -145,28 +141,21 @@ class Capturer:
         seen: set[str] = set()
         for name, tensor in pairs:
             self._baseline.require(name, tuple(tensor.shape))
-            if name in seen:
-                raise UnknownTensor(f"{name!r} was given twice")
-            if trainable is not None and name not in trainable:
-                raise UnknownTensor(f"{name!r} is frozen in this run: its first publish did not name it")
+            require_due(name, seen, trainable)
             change = self._baseline.compare(name, cast_of(name, tensor, self._baseline[name].dtype))
             total = self._partial[name] + change if name in self._partial else change
             self._partial[name] = total
             self._baseline.advance(name, change)
             seen.add(name)
-        if not seen:
-            raise MissingTensor("no tensors were given: pass model.named_parameters()")
         return seen
 
     def _begin(self, tensors: Iterable[tuple[str, Bits]], about: About) -> Captured:
         """A run's first version, as an anchor. Nothing counts as captured before its files are written."""
         baseline = Baseline()
         for name, bits in tensors:
-            if name in baseline.digests:
-                raise UnknownTensor(f"{name!r} was given twice")
+            require_due(name, baseline.digests, None)
             baseline.seed(name, bits)
-        if not baseline.digests:
-            raise MissingTensor("no tensors were given: pass model.named_parameters()")
+        require_all(baseline.digests, None)
         run = self._new_run(baseline.table(baseline.digests), None)
         payloads = self._write_anchor(run.table, baseline)
         captured = self._describe(run, 0, about, digests=baseline.digests, payloads=payloads)
@@ -245,6 +234,25 @@ class Capturer:
             self._run, self._next = subscriber.run, position.version + 1
             self.resumed_hash = subscriber.chain.settled(position.version).hash
             return position
+
+
+def require_due(name: str, seen: Container[str], trainable: Container[str] | None) -> None:
+    """Raise UnknownTensor for a tensor that this publish gave already, or that is not among the run's trainable."""
+    if name in seen:
+        raise UnknownTensor(f"{name!r} was given twice")
+    if trainable is not None and name not in trainable:
+        raise UnknownTensor(f"{name!r} is frozen in this run: its first publish did not name it")
+
+
+def require_all(seen: Iterable[str], trainable: set[str] | None) -> None:
+    """Raise MissingTensor unless a publish gave something, and every one of the run's trainable tensors."""
+    if not (given := set(seen)):
+        raise MissingTensor("no tensors were given: pass model.named_parameters()")
+    if trainable is not None and (missing := trainable - given):
+        raise MissingTensor(
+            f"{len(missing)} tensors of this run were not given, among them {min(missing)!r}; every publish names "
+            "exactly the tensors the first one did"
+        )
 
 
 def holds_run(bucket: Bucket) -> bool:

@@ -79,15 +79,9 @@ class Payload(msgspec.Struct, frozen=True):
     blake3: str
 
 
-class Commit(msgspec.Struct, frozen=True):
-    """The record that makes a version exist. It covers (parent, version]; parent None means its payloads are an anchor,
-    whole or as changes from all-zero bits (or, without payloads, the run's base).
-
-    `digests` are those of the tensors that changed since the parent, as 16 hex digits; `root` hashes all of them.
-    `created` is seconds since the epoch by the publisher's clock, `step` the trainer's own counter. A metric that was
-    not finite is read as None: JSON has no NaN. `parent_hash` is the BLAKE3 of the parent's record (of run.json, for
-    the first commit), None only in buckets older than the links. `writer` names the process that holds the run.
-    """
+class Covering(msgspec.Struct, frozen=True):
+    """What the records of a commit, a fold and an anchor say alike: the changes in (parent, version], or with parent
+    None a whole version."""
 
     run: str
     version: int
@@ -95,45 +89,6 @@ class Commit(msgspec.Struct, frozen=True):
     root: str
     digests: dict[str, str]
     payloads: tuple[Payload, ...]
-    created: float
-    step: int | None = None
-    metrics: dict[str, float | None] = {}
-    parent_hash: str | None = None
-    writer: str | None = None
-    signer: str | None = None
-    signature: str | None = None
-    format: int = FORMAT
-
-    @property
-    def position(self) -> Position:
-        """Where a copy stands that has applied this commit."""
-        return Position(self.run, self.version, self.root)
-
-    @property
-    def wire_bytes(self) -> int:
-        """Bytes of all payloads."""
-        return sum(payload.size for payload in self.payloads)
-
-
-class Derived(msgspec.Struct, frozen=True):
-    """The manifest of a fold (all changes in (parent, version] as one delta) or of an anchor (parent None: a whole
-    checkpoint of `version`). Made from commits by whoever compacts; the same commits make the same bytes.
-
-    `digests` are those at `version` of the tensors a fold changes, or for an anchor of all. `commit_hash` is the BLAKE3
-    of the record of commit `version`, `parent_hash` that of commit `parent`: a fold is a link of the same chain.
-    """
-
-    run: str
-    version: int
-    parent: int | None
-    root: str
-    digests: dict[str, str]
-    payloads: tuple[Payload, ...]
-    commit_hash: str
-    parent_hash: str | None = None
-    signer: str | None = None
-    signature: str | None = None
-    format: int = FORMAT
 
     @property
     def position(self) -> Position:
@@ -144,6 +99,41 @@ class Derived(msgspec.Struct, frozen=True):
     def wire_bytes(self) -> int:
         """Bytes of all payloads."""
         return sum(payload.size for payload in self.payloads)
+
+
+class Commit(Covering, frozen=True):
+    """The record that makes a version exist. It covers (parent, version]; parent None means its payloads are an anchor,
+    whole or as changes from all-zero bits (or, without payloads, the run's base).
+
+    `digests` are those of the tensors that changed since the parent, as 16 hex digits; `root` hashes all of them.
+    `created` is seconds since the epoch by the publisher's clock, `step` the trainer's own counter. A metric that was
+    not finite is read as None: JSON has no NaN. `parent_hash` is the BLAKE3 of the parent's record (of run.json, for
+    the first commit), None only in buckets older than the links. `writer` names the process that holds the run.
+    """
+
+    created: float
+    step: int | None = None
+    metrics: dict[str, float | None] = {}
+    parent_hash: str | None = None
+    writer: str | None = None
+    signer: str | None = None
+    signature: str | None = None
+    format: int = FORMAT
+
+
+class Derived(Covering, frozen=True):
+    """The manifest of a fold (all changes in (parent, version] as one delta) or of an anchor (parent None: a whole
+    checkpoint of `version`). Made from commits by whoever compacts; the same commits make the same bytes.
+
+    `digests` are those at `version` of the tensors a fold changes, or for an anchor of all. `commit_hash` is the BLAKE3
+    of the record of commit `version`, `parent_hash` that of commit `parent`: a fold is a link of the same chain.
+    """
+
+    commit_hash: str
+    parent_hash: str | None = None
+    signer: str | None = None
+    signature: str | None = None
+    format: int = FORMAT
 
 
 class Head(msgspec.Struct, frozen=True):

@@ -6,8 +6,6 @@
 waits as one folded attempt, freezes its bytes, and appends it to the run log, again and again until it is durable.
 """
 
-import os
-import socket
 import tempfile
 import threading
 import time
@@ -25,7 +23,7 @@ from deltawire.manifests import Position
 from deltawire.pending import Captured, Part
 from deltawire.ranks import Ranks
 from deltawire.reports import PublishReport, UploadReport
-from deltawire.sending import Alone, First, Other
+from deltawire.sending import sender_of
 from deltawire.shard_capture import ShardCapturer
 from deltawire.signing import SigningKey
 from deltawire.tensors import named
@@ -124,15 +122,11 @@ class Publisher:
         ranks = None if process_group is None else Ranks(process_group)
         delegates = read_keys() if ranks is None else ranks.from_first(read_keys)  # the private key stays on rank 0
         self._capturer: Capturer | ShardCapturer
-        self._sender: Alone | First | Other
-        writer = f"{socket.gethostname()} pid {os.getpid()}"
         if ranks is None:
             self._capturer = Capturer(self.bucket, Path(self._spool.name), compactors=delegates, **begin)
-            self._sender = Alone(self.bucket, writer=writer, key=next(iter(key), None))
         else:
             self._capturer = ShardCapturer(self.bucket, ranks, compactors=delegates, **begin)
-            first = First(self.bucket, ranks, writer=writer, key=next(iter(key), None))
-            self._sender = first if ranks.rank == 0 else Other(self.bucket, ranks)
+        self._sender = sender_of(self.bucket, ranks, next(iter(key), None))
 
     def __enter__(self) -> "Publisher":
         return self

@@ -9,6 +9,8 @@ No collective here, for uploads run behind the training: ranks leave each other 
     trouble/RANK   anyone   what went wrong with the last try; told anew with every try
 """
 
+import os
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -168,6 +170,15 @@ class Other:
     def close(self, timeout: float) -> None:
         """Let rank 0 know that this rank needs it no more."""
         self._ranks.close(timeout)
+
+
+def sender_of(bucket: Bucket, ranks: Ranks | None, key: SigningKey | None) -> Alone | First | Other:
+    """What makes versions durable in this process: it alone does, or its rank's part. Commits name it by host and pid;
+    `key` signs them."""
+    writer = f"{socket.gethostname()} pid {os.getpid()}"
+    if ranks is None:
+        return Alone(bucket, writer=writer, key=key)
+    return First(bucket, ranks, writer=writer, key=key) if ranks.rank == 0 else Other(bucket, ranks)
 
 
 class _Line:

@@ -13,16 +13,7 @@ from deltawire.bits import Bits
 from deltawire.codecs.base import compress
 from deltawire.delta import Delta
 from deltawire.errors import BadDigest, FormatError, TooLarge, UnknownVersion
-
-OLD = {
-    "a": Bits("BF16", (100, 3), np.arange(300, dtype=np.uint16)),
-    "b": Bits("F32", (8,), np.arange(8, dtype=np.uint32)),
-    "same": Bits("F32", (), np.zeros(1, np.uint32)),
-}
-NEW = {name: bits.copy() for name, bits in OLD.items()}
-NEW["a"].data[[0, 9, 299]] += 1
-NEW["b"].data[:] -= 1
-DELTA = Delta.between(OLD, NEW)
+from small_delta import DELTA, OLD
 
 
 def test_a_damaged_delta_never_passes_for_an_import_without_a_seal():

@@ -33,10 +33,10 @@ def test_a_bucket_that_does_not_exist_is_not_found(s3):
         open_bucket("s3://no-such-bucket-at-all").stat("a")
 
 
+@pytest.mark.usefixtures("quick_retries")
 @pytest.mark.parametrize("part", ["run.json", "anchors/", "commits/000000", "HEAD", "deltas/", "commits/000001"])
 @pytest.mark.parametrize("kind", ["fail before", "fail after"])
-def test_a_run_on_s3_survives_a_failed_write_and_a_lost_acknowledgement(s3, part, kind, monkeypatch):
-    monkeypatch.setattr("deltawire.publisher.FIRST_RETRY", 0.001)
+def test_a_run_on_s3_survives_a_failed_write_and_a_lost_acknowledgement(s3, part, kind):
     weights, bucket = model(), Faulty(s3, at("put_new", part, kind))
     publish_all(bucket, weights, model(1))
     assert bucket.injected.total() == 1

@@ -49,12 +49,16 @@ def small_trainer(model, folder, *callbacks, **options) -> Trainer:
     return Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data, callbacks=list(callbacks))
 
 
-class Settling(DeltaWeightSyncCallback):
-    """Waits until each version is in the bucket, so that none is folded into the next."""
+class Beginning(DeltaWeightSyncCallback):
+    """Waits until the first version is in the bucket."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self._publisher.flush(PATIENCE)
+
+
+class Settling(Beginning):
+    """Waits until each version is in the bucket, so that none is folded into the next."""
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
@@ -64,11 +68,7 @@ class Settling(DeltaWeightSyncCallback):
 def train_until_killed(folder: str, url: str, step: str) -> None:
     """Train, saving each second step, and die as by `kill -9` when the step is captured, its upload under way."""
 
-    class Die(DeltaWeightSyncCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            super().on_train_begin(args, state, control, **kwargs)
-            self._publisher.flush(PATIENCE)
-
+    class Die(Beginning):
         def on_step_end(self, args, state, control, **kwargs):
             super().on_step_end(args, state, control, **kwargs)
             if state.global_step == int(step):

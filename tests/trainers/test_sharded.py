@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from deltawire.bits import Bits
 from deltawire.checkpoint import Checkpoint
 from deltawire.compactor import Compactor
 from deltawire.delta import Delta
+from deltawire.ops.processes import free_port
 from deltawire.retention import Policy, carry_out, plan_prune
 from deltawire.signing import read_key
 from deltawire.tensors import equal
@@ -31,14 +31,12 @@ LIMIT = 240.0
 
 def start(scenarios, size, folder, job=JOB):
     """The ranks of a job, as processes of ours."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [sys.executable, "-W", "error::ResourceWarning", str(job), scenarios]
+    port = str(free_port())
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
     return [
         subprocess.Popen(
-            [*command, str(rank), str(size), str(port), str(folder)], stderr=subprocess.PIPE, text=True, env=environment
+            [*command, str(rank), str(size), port, str(folder)], stderr=subprocess.PIPE, text=True, env=environment
         )
         for rank in range(size)
     ]

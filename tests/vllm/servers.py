@@ -38,24 +38,6 @@ GRACE = 20
 VOCABULARY = 300
 
 
-def tiny_qwen3() -> Qwen3ForCausalLM:
-    """A tied Qwen3 of about 93,000 fp32 parameters, the same on every call."""
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-        )
-    )
-
-
 SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -66,6 +48,15 @@ SMALL = {
     "head_dim": 32,
     "max_position_embeddings": 2048,
 }
+
+
+def tiny_qwen3() -> Qwen3ForCausalLM:
+    """A tied Qwen3 of about 93,000 fp32 parameters, the same on every call."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return Qwen3ForCausalLM(Qwen3Config(**{**SMALL, **heads}, tie_word_embeddings=True))
+
+
 EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
 MODELS = {
     "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=True)),

@@ -14,6 +14,7 @@ from deltawire.checkpoint import Checkpoint
 from deltawire.errors import AccessRefused, BadDigest, EngineError, EngineUnsupported, FormatError
 from deltawire.vllm.adapters import AdapterFollower
 from runs import PATIENCE
+from verbs import run_verb
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
@@ -88,6 +89,14 @@ def test_a_replica_of_adapters_may_be_sent_requests_once_it_answers_the_newest_v
         assert follower.standing.why_unready(0) == "no version is served yet"
         follower.step()
         assert follower.standing.why_unready(0) is None
+
+
+def test_the_command_tells_of_each_load(run, engine):
+    place = ("--engine", engine.url, "--adapter", "lora", "--adapter-folder", run.folder / "cache")
+    said = run_verb("follow", "--bucket", run.url, *place, "--once").stdout
+    assert said.startswith("version 0: 512 weights, ")
+    assert ", load " in said
+    assert run.served(engine) == {"lora@0": 0.0}
 
 
 def test_an_answer_that_was_lost_after_the_load_is_found_loaded(run, engine):

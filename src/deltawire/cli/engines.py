@@ -66,8 +66,7 @@ def follow(
     def problem(error: Exception) -> None:
         emit({"event": "problem", "error": named(error)}, f"problem: {named(error)}", json)
 
-    watching: dict[str, Any] = {"poll": poll, "pin": pin, "trusted": trust or ()}
-    common = {**watching, "on_update": report, "on_problem": problem}
+    common: dict[str, Any] = {"poll": poll, "pin": pin, "trusted": trust or (), "on_problem": problem}
     with ExitStack() as stack:
         if compact is not None:
             compactor = Compactor(open_bucket(bucket), compact, trusted=trust or (), signing_key=key)
@@ -75,9 +74,10 @@ def follow(
         follower: Follower | AdapterFollower
         if adapter is None:
             updating: dict[str, Any] = {"pause": pause, "clear_cache": not keep_cache, "audit_every": audit_every}
-            follower = stack.enter_context(Follower(bucket, engine, **updating, **common))
+            follower = stack.enter_context(Follower(bucket, engine, on_update=report, **updating, **common))
         else:
-            follower = stack.enter_context(AdapterFollower(bucket, engine, adapter, folder=adapter_folder, **common))
+            loading = AdapterFollower(bucket, engine, adapter, folder=adapter_folder, on_update=report, **common)
+            follower = stack.enter_context(loading)
         if health is not None:
             standing = follower.standing
             served = stack.enter_context(HealthServer(health, lambda: standing.why_unready(max_staleness), standing))

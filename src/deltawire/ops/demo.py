@@ -1,6 +1,5 @@
 """The demo: five processes that share nothing but a bucket and HTTP, from the first start to the final audit."""
 
-import socket
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.console import Console
 from deltawire.errors import AlreadyExists
 from deltawire.ops import audit
 from deltawire.ops.cast import FULL, QUICK, Cast, find_checkout
-from deltawire.ops.processes import Child, Children
+from deltawire.ops.processes import Child, Children, free_port
 from deltawire.ops.screen import final_table, open_screen
 from deltawire.ops.stage import Patience, Stage
 from deltawire.ops.story import Story
@@ -60,7 +59,7 @@ def play(stage: Stage, cast: Cast) -> DemoSummary:
     """Start everything, train to the end, wait until vLLM serves the last version, and compare all weights."""
     server, environment = stage.start(cast.server()), stage.start(cast.environment())
     stage.finished(stage.start(cast.model()))
-    engine = f"http://127.0.0.1:{_free_port()}"
+    engine = f"http://127.0.0.1:{free_port()}"
     hub = stage.url(server)
     vllm = stage.start(cast.vllm(engine, hub))
     games = stage.url(environment)
@@ -70,7 +69,7 @@ def play(stage: Stage, cast: Cast) -> DemoSummary:
     last = _train(stage, trainer, follower)
     stage.tell(f"vLLM serves version {last}, the trainer's last; materializing it, for a fresh server to compare with")
     stage.finished(stage.start(cast.materialize(hub)))
-    fresh = f"http://127.0.0.1:{_free_port()}"
+    fresh = f"http://127.0.0.1:{free_port()}"
     stage.ready(stage.start(cast.fresh_vllm(fresh, hub)), lambda: audit.is_healthy(fresh) or None)
     found = audit.audit(last, cast.digests, engine, cast.materialized, fresh)
     figures = audit.traffic(hub)
@@ -85,9 +84,3 @@ def _train(stage: Stage, trainer: Child, follower: Child) -> int:
     stage.news(follower, lambda: True if stage.story.served_version == last else None)
     stage.finished(trainer)
     return last
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,6 +1,7 @@
 """The processes a command starts: each in a session of its own, output in a log file, none outliving the command."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -163,3 +164,10 @@ class Children:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(None if kind is None else HURRY)
+
+
+def free_port() -> int:
+    """A port of loopback that nothing listens on now, for a process that has to be told one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

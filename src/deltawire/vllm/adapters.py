@@ -89,9 +89,11 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
             pin=pin,
             trusted=trusted,
             replica=replica,
+            on_update=on_update,
             on_problem=on_problem,
+            clock=clock,
         )
-        self._name, self._on_update, self._clock = name, on_update, clock
+        self._name = name
         own = (Path(folder) if folder is not None else _cache() / self._replica).resolve() / name
         self._versions, self._copy = own / "versions", LocalCopy(own / "copy")
 
@@ -129,8 +131,7 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
 
     def _load(self, target: Position, loaded: Iterable[str]) -> AdapterReport:
         """Have the server read a folder that holds the version, checked against its commit."""
-        if self._labelled is None:  # a joiner: what it is about to read must not be pruned
-            self._beat(need=0)
+        self._keep_what_is_needed()
         name, started = self._named(target), time.perf_counter()
         mirror, change = self._copy.at(self._subscriber, target.version)
         folder = self._lay_out(mirror)

@@ -87,10 +87,12 @@ class Follower(Following[Engine, UpdateReport]):
             pin=pin,
             trusted=trusted,
             replica=replica,
+            on_update=on_update,
             on_problem=on_problem,
+            clock=clock,
         )
-        self._clear_cache, self._clock, self._on_update = clear_cache, clock, on_update
         self._pause: PauseMode = pause
+        self._clear_cache = clear_cache
         self._audit_every, self._unaudited = audit_every, 0
 
     def audit(self) -> AuditReport:
@@ -166,8 +168,7 @@ class Follower(Following[Engine, UpdateReport]):
 
     def _stage(self, target: Position) -> bool:
         """Have the worker prepare the update while the server generates; False when we were closed meanwhile."""
-        if self._labelled is None:  # a joiner: what it is about to read must not be pruned
-            self._beat(need=0)
+        self._keep_what_is_needed()
         accepted = self._engine.stage(self._url, target.version)
         while not self._stopping.is_set():
             status = self._engine.status()

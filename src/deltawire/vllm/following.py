@@ -55,12 +55,15 @@ class Following(ABC, Generic[E, R]):
         pin: int | None,
         trusted: Iterable[str | Path],
         replica: str | None,
+        on_update: Callable[[R], None],
         on_problem: Callable[[Exception], None],
+        clock: Callable[[], float],
     ) -> None:
         self.bucket = open_bucket(bucket_url)
         self.standing = Standing()
         self._poll = poll if poll is not None else self.bucket.poll_seconds
-        self._url, self._pin, self._trust, self._on_problem = bucket_url, pin, trust(trusted), on_problem
+        self._url, self._pin, self._trust, self._clock = bucket_url, pin, trust(trusted), clock
+        self._on_update, self._on_problem = on_update, on_problem
         self._subscriber = Subscriber(self.bucket, trusted=self._trust)
         self._engine = engine
         self._stopping = threading.Event()
@@ -140,6 +143,11 @@ class Following(ABC, Generic[E, R]):
         """
         with self._stepping:
             return None if self._stopping.is_set() else self._advance()
+
+    def _keep_what_is_needed(self) -> None:
+        """Before reading: what a joiner is about to read must not be pruned."""
+        if self._labelled is None:
+            self._beat(need=0)
 
     @abstractmethod
     def _advance(self) -> R | None:
