@@ -1,5 +1,5 @@
 """What every test shares: hypothesis without a deadline, because a kernel compiles when first called; quick retries; an
-S3 server; and which tests run one after another when two processes share them."""
+S3 server; and which tests go first."""
 
 import uuid
 
@@ -11,13 +11,9 @@ settings.load_profile("deltawire")
 REGION = "us-east-1"
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A file stays in one process, and so does what shares the one vLLM server. What starts vLLM servers goes first,
-    so that neither process is left with all of the slow ones at the end."""
-    for item in items:
-        shared = "server" in item.fixturenames and item.get_closest_marker("vllm")
-        item.add_marker(pytest.mark.xdist_group("server" if shared else str(item.path)))
+    """What starts servers or networks goes first, so that of two processes, which get a file each at a time, neither is
+    left with all of the slow ones at the end."""
     items.sort(key=lambda item: not (item.get_closest_marker("vllm") or item.get_closest_marker("network")))
 
 

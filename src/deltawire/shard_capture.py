@@ -18,10 +18,10 @@ from deltawire import checkpoint
 from deltawire.baseline import Baseline, require
 from deltawire.bits import WIDTHS, count
 from deltawire.buckets.base import Bucket
-from deltawire.capture import About, Capture, about_of, cast_of, served_as
+from deltawire.capture import About, Capture, about_of, cast_of, require_all, require_due, served_as
 from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import MODULUS
-from deltawire.errors import BadDigest, CopiesDiffer, MissingTensor, ShapeMismatch, UnknownTensor
+from deltawire.errors import BadDigest, CopiesDiffer, MissingTensor, ShapeMismatch
 from deltawire.manifests import Run, TensorEntry, anchor_prefix
 from deltawire.pending import Captured, encode
 from deltawire.ranks import Ranks, Sums
@@ -123,19 +123,10 @@ class ShardCapturer:
             if self._decision.empty and self._run is None and name not in self._table:
                 self._table[name] = TensorEntry(name, served_as(shard.tensor, self._dtype), shard.box.whole)
             require(name, shard.box.whole, self._table)
-            if name in seen:
-                raise UnknownTensor(f"{name!r} was given twice")
-            if trainable is not None and name not in trainable:
-                raise UnknownTensor(f"{name!r} is frozen in this run: its first publish did not name it")
+            require_due(name, seen, trainable)
             self._take(name, shard)
             seen.add(name)
-        if not seen:
-            raise MissingTensor("no tensors were given: pass model.named_parameters()")
-        if trainable is not None and (missing := trainable - seen):
-            raise MissingTensor(
-                f"{len(missing)} tensors of this run were not given, among them {min(missing)!r}; every publish names "
-                "exactly the tensors the first one did"
-            )
+        require_all(seen, trainable)
         return seen
 
     def _take(self, name: str, shard: Shard) -> None:
