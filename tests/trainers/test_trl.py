@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import deltawire as dw
 from deltawire import ledger
-from deltawire.errors import AccessRefused, EngineUnsupported, NotServed, ShapeMismatch
+from deltawire.errors import AccessRefused, BadUrl, EngineUnsupported, NotServed, ShapeMismatch
 from deltawire.ledger import Heartbeat
 from deltawire.trainers.trl import DeltaWeightTransfer
 from faults import Faulty, down
@@ -75,7 +75,9 @@ def test_making_one_opens_nothing_because_every_rank_does(url, tmp_path):
     assert not (tmp_path / "bucket").exists()
 
 
-def test_a_misspelt_option_is_refused_before_anything_trains(url):
+def test_a_misspelt_option_or_address_is_refused_before_anything_trains(url):
+    with pytest.raises(BadUrl, match="not the address of a bucket"):
+        DeltaWeightTransfer("fil:///bucket")
     with pytest.raises(TypeError, match="asets"):
         DeltaWeightTransfer(url, asets="model")
     with pytest.raises(ValueError, match="comit"):

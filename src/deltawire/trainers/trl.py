@@ -57,6 +57,8 @@ class DeltaWeightTransfer:
         if wait_for not in ("served", "commit"):
             raise ValueError(f'wait_for={wait_for!r}: "served" or "commit"')
         inspect.signature(Publisher).bind("bucket", **publisher)  # a misspelt option now, not when training begins
+        if isinstance(bucket, str):
+            open_bucket(bucket)  # and a misspelt address
         self._bucket, self._options = bucket, publisher
         self._engine_urls = tuple(engine_urls or ())
         self._wait_for, self._timeout, self._poll = wait_for, timeout, poll
