@@ -278,6 +278,7 @@ class Publisher:
         except Exception as error:  # a thread that died silently would leave flush() waiting for ever
             problem = error if isinstance(error, DeltaWireError) else DeltaWireError(f"the uploader stopped: {error!r}")
             problem.__cause__ = error.__cause__ if problem is error else error
+            self._sender.tell(problem)
             with self._changed:
                 self._died, self._problem = True, problem
                 self._changed.notify_all()

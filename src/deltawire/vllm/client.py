@@ -30,7 +30,8 @@ class EngineClient(Engine):
     def __init__(self, url: str, *, timeout: httpx.Timeout | float = TIMEOUT) -> None:
         self.url = url.rstrip("/")
         if not _is_address(self.url):
-            raise EngineUnsupported(f"{url!r} is not the address of a server, as http://127.0.0.1:8000")
+            given = "what was given" if "@" in url else repr(url)  # a password may stand before an "@"
+            raise EngineUnsupported(f"{given} is not the address of a server, as http://127.0.0.1:8000")
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=LIMITS, mounts=DIRECT)
