@@ -11,12 +11,12 @@ RANK = 8
 
 
 class Learner:
-    """An adapter of rank 8 on every linear layer of a base; `train` takes AdamW steps."""
+    """An adapter on every linear layer of a base; `train` takes AdamW steps."""
 
-    def __init__(self, base: torch.nn.Module, *, rate: float = 1e-3) -> None:
+    def __init__(self, base: torch.nn.Module, *, rate: float = 1e-3, rank: int = RANK) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(1)
-        config = peft.LoraConfig(r=RANK, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = peft.LoraConfig(r=rank, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
         self._tokens = torch.arange(16)[None]
         self.model = peft.get_peft_model(base, config)
         self.optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), lr=rate)

@@ -259,3 +259,11 @@ def test_numpy_weights_become_fp8_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("(") == ["[120, 0] ", "1, 1)\n"]
+
+
+def test_blocks_or_scales_that_are_none_are_refused_and_an_empty_matrix_is_left_alone():
+    for wrong in ({"block": (0, 128)}, {"block": (-1, 4)}, {"block": (128,)}, {"scales": "pow2"}):
+        with pytest.raises(ValueError, match=min(wrong)):
+            Fp8(**wrong)
+    empty = ("x.weight", torch.zeros(0, 7))
+    assert list(Fp8()([empty])) == [empty]

@@ -25,7 +25,7 @@ with them the value that every number of the block stands for. Either way about 
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -46,13 +46,19 @@ class Fp8:
 
     `block`: (rows, columns) that share a scale; None for one scale per tensor, which vLLM rounds again where it fuses
     layers of different scales, so there prefer blocks. A weight is left alone when one of the parts of its name, split
-    at the dots, is in `skip`, or it is no float matrix, or its name does not end in `.weight`; experts kept in one
-    3-D tensor must be split before.
+    at the dots, is in `skip`, or it is no float matrix with elements, or its name does not end in `.weight`; experts
+    kept in one 3-D tensor must be split before.
     """
 
     block: tuple[int, int] | None = (128, 128)
     scales: Scales = "power-of-two"
     skip: frozenset[str] = frozenset({"embed_tokens", "lm_head", "gate", "shared_expert_gate", "router"})
+
+    def __post_init__(self) -> None:
+        if self.block is not None and not (len(self.block) == 2 and min(self.block) > 0):
+            raise ValueError(f"block={self.block!r}: (rows, columns), each at least 1, or None")
+        if self.scales not in get_args(Scales):
+            raise ValueError(f"scales={self.scales!r}: one of {', '.join(get_args(Scales))}")
 
     def __call__(self, pairs: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
         """Raises DtypeMismatch for a weight that holds an infinity or NaN."""
@@ -81,6 +87,7 @@ class Fp8:
         return (
             name.endswith(".weight")
             and len(tensor.shape) == 2
+            and 0 not in tensor.shape
             and dtype_of(tensor) in FLOATS
             and self.skip.isdisjoint(name.split("."))
         )

@@ -61,7 +61,8 @@ class Publisher:
     `signing_key`, a file written by `deltawire keygen`, signs every record; `compactors` are public keys that may sign
     folds and anchors of a run that begins here.
 
-    Not for several threads at once: one trainer, one publisher. Raises BucketError, FormatError, ChainError on opening.
+    Not for several threads at once: one trainer, one publisher. Raises BucketError, FormatError, ChainError on opening;
+    TypeError and ValueError for options that are none.
     """
 
     def __init__(
@@ -159,7 +160,9 @@ class Publisher:
 
         Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch; what was captured before the error is kept
         and goes with the next good call. Raises ChainError, too, once another writer has taken the run. In a sharded
-        job all ranks raise together: those without trouble of their own RankFailed, CopiesDiffer where ranks disagree.
+        job all ranks raise together: those without trouble of their own RankFailed, CopiesDiffer where ranks disagree,
+        MissingTensor where they give other names or another `step`. After an interrupt (Ctrl-C, no memory) in here only
+        a new publisher goes on.
         """
         started = time.perf_counter()
         with self._changed:
@@ -272,9 +275,12 @@ class Publisher:
         except Exception as error:  # a thread that died silently would leave flush() waiting for ever
             problem = error if isinstance(error, DeltaWireError) else DeltaWireError(f"the uploader stopped: {error!r}")
             problem.__cause__ = error.__cause__ if problem is error else error
-            with self._changed:
-                self._died, self._problem = True, problem
-                self._changed.notify_all()
+            try:
+                self._sender.tell(problem)
+            finally:
+                with self._changed:
+                    self._died, self._problem = True, problem
+                    self._changed.notify_all()
 
     def _take_work(self) -> Captured | None:
         """The oldest of what waits, which nothing folds into any more; None when closing."""

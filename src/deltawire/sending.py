@@ -7,13 +7,17 @@ No collective here, for uploads run behind the training: ranks leave each other 
     part/N/RANK    others   what this rank made durable for it: payload records, names of changed tensors
     done/N         rank 0   the commit is durable: its position, hash and bytes
     trouble/RANK   anyone   what went wrong with the last try; told anew with every try
+    pulse/RANK     others   a number that moves as long as the process lives
+    closed/RANK    anyone   this rank hands in nothing more
 """
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 
 import msgspec
 
@@ -27,6 +31,10 @@ from deltawire.ranks import LOOK, Notes, Ranks
 from deltawire.signing import SigningKey
 
 Stop = Callable[[], bool]
+BEAT = 5.0
+"""seconds between two signs of life of a rank"""
+GONE = 120.0
+"""seconds without one after which a rank counts as gone: more than anything keeps Python's threads from running"""
 
 
 class Landed(msgspec.Struct, frozen=True):
@@ -88,7 +96,8 @@ class First:
         return None
 
     def send(self, captured: Captured, part: Part, parent_hash: str | None, stop: Stop) -> Landed | None:
-        """As one process alone, but the others' payloads come first. Raises what stops any rank, too."""
+        """As one process alone, but the others' payloads come first. Raises what stops any rank, too; RankFailed for
+        one that is gone."""
         number = self._line.number
         self._ranks.notes.post(f"range/{number}", str(captured.version).encode())
         if captured.parent is None:
@@ -97,7 +106,7 @@ class First:
         log.put_payloads(self._bucket, captured.run.run, part.payloads)
         handed = []
         for rank in range(1, self._ranks.size):
-            note = self._line.wait(f"part/{number}/{rank}", stop)
+            note = self._line.wait(f"part/{number}/{rank}", stop, of=rank)
             if note is None:
                 return None
             found = msgspec.json.decode(note, type=_Handed)
@@ -140,6 +149,8 @@ class Other:
     def __init__(self, bucket: Bucket, ranks: Ranks) -> None:
         self._bucket, self._ranks = bucket, ranks
         self._line = _Line(ranks.notes, ranks.rank, [0])
+        self._closed = threading.Event()
+        threading.Thread(target=self._live, name="deltawire-pulse", daemon=True).start()
 
     def next_range(self, stop: Stop) -> int | None:
         """The version that rank 0 lets the next commit end at; None when told to stop. Raises RankFailed."""
@@ -169,7 +180,15 @@ class Other:
 
     def close(self, timeout: float) -> None:
         """Let rank 0 know that this rank needs it no more."""
+        self._closed.set()
         self._ranks.close(timeout)
+
+    def _live(self) -> None:
+        with suppress(RankFailed):
+            for number in count():
+                self._ranks.notes.post(f"pulse/{self._ranks.rank}", str(number).encode())
+                if self._closed.wait(BEAT):
+                    return
 
 
 def sender_of(bucket: Bucket, ranks: Ranks | None, key: SigningKey | None) -> Alone | First | Other:
@@ -189,14 +208,19 @@ class _Line:
         self.number, self._tries = 0, 0
         self._heard: dict[int, bytes] = {}
         self._from: tuple[DeltaWireError, int] | None = None
+        self._pulses: dict[int, tuple[bytes | None, float]] = {}
 
-    def wait(self, key: str, stop: Stop) -> bytes | None:
-        """A note, once it is there; None when told to stop. Raises the trouble of another rank, each once."""
+    def wait(self, key: str, stop: Stop, *, of: int | None = None) -> bytes | None:
+        """A note, once it is there; None when told to stop. Raises the trouble of another rank, each once; RankFailed
+        when `of`, the rank whose note it is, is gone."""
         while not stop():
+            lost = None if of is None else self._lost(of)  # before the note is looked for, which may be its last
             if (note := self._notes.read(key)) is not None:
                 return note
             for rank in self._listens_to:
                 self._listen(rank)
+            if lost is not None:
+                raise RankFailed(f"rank {of} {lost} before its changes were durable; restart the job")
             time.sleep(LOOK)
         return None
 
@@ -209,6 +233,15 @@ class _Line:
             trouble = _Trouble(self.number, self._tries, origin, type(error).__name__, str(error))
             with suppress(RankFailed):
                 self._notes.post(f"trouble/{self._rank}", msgspec.json.encode(trouble))
+
+    def _lost(self, rank: int) -> str | None:
+        """Why nothing more is to be expected of a rank, if so."""
+        if self._notes.read(f"closed/{rank}") is not None:
+            return "was closed"
+        pulse, now = self._notes.read(f"pulse/{rank}"), time.monotonic()
+        if rank not in self._pulses or self._pulses[rank][0] != pulse:
+            self._pulses[rank] = pulse, now
+        return f"gave no sign of life for {GONE:.0f} s" if now - self._pulses[rank][1] > GONE else None
 
     def _listen(self, rank: int) -> None:
         note = self._notes.read(f"trouble/{rank}")

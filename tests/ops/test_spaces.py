@@ -1,6 +1,8 @@
 """Rendered Spaces: complete folders whose Dockerfiles find what they copy, and commands the Hub's own client knows."""
 
+import errno
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deltawire.errors import AlreadyExists, BadUrl
+from deltawire.errors import AlreadyExists, BadUrl, BucketError
 from deltawire.ops.spaces import ROLES, Rendered, render, space_url
 
 CHECKOUT = Path(__file__).parents[2]
@@ -115,3 +117,33 @@ def test_the_command_prints_what_to_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "hf buckets create ada/wordle --private --exist-ok"
     assert f"hf upload ada/deltawire-vllm {tmp_path / 's' / 'vllm'} . --type space" in done.stdout
+
+
+def test_a_disk_that_fills_up_leaves_nothing_and_the_same_folder_can_be_named_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, really = [40], shutil.copyfile
+
+    def fill(source: Path, target: Path, **options: bool) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return really(source, target, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", fill)
+        with pytest.raises(BucketError, match="No space left") as caught:
+            render(CHECKOUT, "ada", tmp_path / "out")
+    assert len(str(caught.value)) < 500
+    assert list((tmp_path / "out").iterdir()) == []
+    assert render(CHECKOUT, "ada", tmp_path / "out").folders["trainer"].is_dir()
+
+
+def test_a_folder_that_cannot_be_made_is_named_and_one_with_a_space_is_quoted(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(BucketError, match=str(out)):
+            render(CHECKOUT, "ada", out)
+    rendered = render(CHECKOUT, "ada", tmp_path / "my spaces; rm")
+    for role, line in zip(ROLES, [line for line in rendered.commands if line.startswith("hf upload")], strict=True):
+        assert shlex.split(line)[3] == str(rendered.folders[role])

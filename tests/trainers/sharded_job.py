@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import deltawire as dw
 import deltawire.buckets.faulty as schedules
-from deltawire import checkpoint, publisher
+from deltawire import checkpoint, publisher, sending
 from deltawire.errors import (
     AccessRefused,
     CopiesDiffer,
@@ -360,8 +361,63 @@ def damaged(folder):
     tempfile.tempdir = None
 
 
+def stuck(folder, error=None):
+    """Two ranks that have published once; what rank 1 captured next is not durable, and cannot be."""
+    base, pairs = shard_all(folder)
+    never_set = threading.Event()
+    bucket = Faulty(dw.open_bucket(f"file://{folder}/bucket"))
+    pub = dw.Publisher(bucket, base=base, process_group=dist.group.WORLD)
+    step(pairs, 1)
+    publish(pub, pairs)
+    pub.flush(timeout=PATIENCE)
+    if dist.get_rank() == 1:
+        bucket.plan = on_key(".r001-", times=1 << 30, error=error) if error else lambda n, key: never_set.wait()
+    step(pairs, 2)
+    publish(pub, pairs)
+    return pub
+
+
+def closes(folder):
+    """A rank that closes before its changes are durable: rank 0 does not wait for them."""
+    pub = stuck(folder, Unavailable("later"))
+    if dist.get_rank() == 1:
+        expect(Unavailable, "not all committed", lambda: pub.close(timeout=0.5))
+    else:
+        expect(RankFailed, "rank 1 was closed before", lambda: pub.flush(timeout=PATIENCE))
+        expect(RankFailed, "rank 1 was closed before", lambda: pub.close(timeout=PATIENCE))
+    assert pub.position.version == 1
+
+
+def stops(folder):
+    """A rank whose uploader stops for good tells the others why."""
+    base, pairs = shard_all(folder)
+    bucket = dw.open_bucket(f"file://{folder}/bucket")
+
+    def refuse(report):
+        if dist.get_rank() == 1:
+            raise ValueError("the caller's own")
+
+    pub = dw.Publisher(bucket, base=base, process_group=dist.group.WORLD, on_upload=refuse)
+    step(pairs, 1)
+    publish(pub, pairs)
+    for act in (pub.flush, pub.close):
+        error = expect(DeltaWireError, "the caller's own", lambda act=act: act(timeout=PATIENCE))
+        assert ("rank 1" in str(error)) == (dist.get_rank() == 0)
+
+
+def gone(folder):
+    """A rank that is killed before its changes are durable: rank 0 finds out. The last scenario of a job."""
+    sending.GONE = 1.0
+    pub = stuck(folder)
+    if dist.get_rank() == 0:
+        expect(RankFailed, "rank 1 gave no sign of life", lambda: pub.flush(timeout=PATIENCE))
+        expect(RankFailed, "rank 1 gave no sign of life", lambda: pub.close(timeout=PATIENCE))
+    os._exit(0)
+
+
 SCENARIOS = {
-    scenario.__name__: scenario for scenario in (fsdp, hsdp, tp_fsdp, captures, uploads, train, apart, damaged)
+    scenario.__name__: scenario
+    for scenario in (fsdp, hsdp, tp_fsdp, captures, uploads, train, apart, damaged, closes, stops, gone)
 }
 
 
@@ -369,7 +425,7 @@ def main(scenarios, names, rank, size, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)  # a hang says where, and ends
-    publisher.FIRST_RETRY, publisher.LAST_RETRY = 0.01, 0.1
+    publisher.FIRST_RETRY, publisher.LAST_RETRY, sending.BEAT = 0.01, 0.1, 0.1
     dist.init_process_group("gloo", rank=rank, world_size=size)
     for name in names.split(","):
         place = Path(folder) / name

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 import deltawire as dw
 from adapters import Learner, load, logprobs
 from deltawire.compactor import Compactor
-from deltawire.errors import NotFound, UnknownTensor
+from deltawire.errors import BucketError, NotFound, ShapeMismatch, UnknownTensor
 from deltawire.trainers import lora
 
 PROMPT = [1, 2, 3]
@@ -131,6 +131,30 @@ def test_an_adapter_the_model_does_not_have_is_named(learner, tmp_path):
         next(lora.adapter_tensors(learner.model, adapter="other"))
     with pytest.raises(UnknownTensor, match="'other'"):
         lora.save_config(learner.model, tmp_path, adapter="other")
+    with pytest.raises(UnknownTensor, match="Qwen3ForCausalLM has no adapter"):
+        next(lora.adapter_tensors(tiny_base()))
+
+
+def test_a_folder_for_the_config_that_is_a_file_is_named(learner, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BucketError, match="file"):
+        lora.save_config(learner.model, tmp_path / "file")
+
+
+def test_an_adapter_of_another_rank_is_refused_with_the_way_out_which_works(learner, base, tmp_path):
+    url, _ = publish(learner, tmp_path, 1)
+    wider = Learner(tiny_base(), rate=1e-2, rank=2 * learner.model.peft_config["default"].r)
+    assets = lora.save_config(wider.model, tmp_path / "wider")
+    with (
+        dw.Publisher(dw.open_bucket(url), assets=assets) as publisher,
+        pytest.raises(ShapeMismatch, match="supersede"),
+    ):
+        publisher.publish(lora.adapter_tensors(wider.model))
+    with dw.Publisher(dw.open_bucket(url), assets=assets, run="supersede") as publisher:
+        publisher.publish(lora.adapter_tensors(wider.model))
+    dw.materialize(dw.open_bucket(url), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == wider.model.peft_config["default"].r
 
 
 def test_one_of_several_adapters_is_published_alone(learner, base, tmp_path):

@@ -117,3 +117,11 @@ def test_the_hook_warns_too_inside_accelerate():
         with pytest.warns(UserWarning, match="rounding undoes"):
             optimizer.step()
     assert commits(bucket)[-1].metrics["rounding_lost"] > 0.5
+
+
+def test_updates_that_are_no_numbers_measure_nothing():
+    weight = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([weight], lr=1e-3)
+    weight.grad = torch.full_like(weight, float("nan"))
+    optimizer.step()
+    assert lost_share(optimizer) is None

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from learners import Settling, small_model, small_trainer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import deltawire as dw
-from deltawire.errors import DtypeMismatch
+from deltawire.errors import BadUrl, BucketError, DeltaWireError, DtypeMismatch
 from deltawire.trainers.transformers import DeltaWeightSyncCallback
 from runs import PATIENCE, commits, publishing, read_weights, served
 
@@ -173,3 +174,36 @@ def test_sharded_weights_are_refused_on_every_process(tmp_path, url):
     trainer.state.is_world_process_zero = False
     with pytest.raises(DtypeMismatch, match=r"norm\.weight is sharded over processes"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+
+
+def test_what_is_misspelt_is_refused_before_training(url):
+    with pytest.raises(BadUrl, match="not the address of a bucket"):
+        DeltaWeightSyncCallback("fil:///bucket")
+    with pytest.raises(TypeError, match="neither the address"):
+        DeltaWeightSyncCallback(Path("/bucket"))
+    with pytest.raises(TypeError, match="codecs"):
+        DeltaWeightSyncCallback(url, codecs="gap")
+    with pytest.raises(TypeError, match=r"\['loss'\]"):
+        DeltaWeightSyncCallback(url, metrics="loss")
+
+
+def test_a_callback_that_cannot_open_its_bucket_leaves_no_temporary_files(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    trainer = small_trainer(small_model(), tmp_path / "out", DeltaWeightSyncCallback(f"file://{tmp_path}/file/bucket"))
+    with pytest.raises(BucketError, match="file/bucket"):
+        trainer.train()
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_training_inside_another_with_the_same_callback_says_that_each_needs_its_own(tmp_path, url):
+    callback = DeltaWeightSyncCallback(url)
+    inner = small_trainer(small_model(1), tmp_path / "inner", callback)
+
+    class Nest(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            inner.train()
+
+    with pytest.raises(DeltaWireError, match="a callback of its own"):
+        small_trainer(small_model(), tmp_path / "outer", Nest(), callback).train()

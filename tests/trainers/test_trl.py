@@ -5,12 +5,13 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from safetensors.torch import save_file
 
 import deltawire as dw
 from deltawire import ledger
-from deltawire.errors import AccessRefused, EngineUnsupported, NotServed, ShapeMismatch
+from deltawire.errors import AccessRefused, BadUrl, EngineUnsupported, NotServed, ShapeMismatch
 from deltawire.ledger import Heartbeat
 from deltawire.trainers.trl import DeltaWeightTransfer
 from faults import Faulty, down
@@ -75,7 +76,9 @@ def test_making_one_opens_nothing_because_every_rank_does(url, tmp_path):
     assert not (tmp_path / "bucket").exists()
 
 
-def test_a_misspelt_option_is_refused_before_anything_trains(url):
+def test_a_misspelt_option_or_address_is_refused_before_anything_trains(url):
+    with pytest.raises(BadUrl, match="not the address of a bucket"):
+        DeltaWeightTransfer("fil:///bucket")
     with pytest.raises(TypeError, match="asets"):
         DeltaWeightTransfer(url, asets="model")
     with pytest.raises(ValueError, match="comit"):
@@ -150,6 +153,25 @@ def test_when_nobody_serves_it_in_time_the_error_says_who_was_seen_and_the_chang
         transfer.send_weights(iter(weights.items()))
         assert dw.equal(held.served(), rounded(weights))
     assert [commit.version for commit in commits(dw.open_bucket(url))] == [0, 1, 2, 3]
+
+
+def test_what_a_stranger_wrote_to_the_ledger_is_told_short_and_without_control_characters(url):
+    with sending(url, timeout=BRIEFLY) as transfer:
+        said = Heartbeat("\x1b[2Janother", run="\n" * 4_000, version=3, error="\x07" * 4_000)
+        dw.open_bucket(url).put("replicas/another.json", msgspec.json.encode(said))
+        with pytest.raises(NotServed, match="another") as caught:
+            transfer.send_weights(iter(make_weights().items()))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 2_000
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8000", "ftp://host", "http://[::1", "http://"])
+def test_what_is_no_address_of_a_server_is_refused_when_training_begins(url, address):
+    transfer = DeltaWeightTransfer(url, [address])
+    with pytest.raises(EngineUnsupported, match="not the address of a server"):
+        transfer.init_weight_transfer()
+    with pytest.raises(TypeError, match="a list of addresses"):
+        DeltaWeightTransfer(url, address)
 
 
 def test_servers_that_do_not_answer_or_serve_no_version_are_named(url, engine):

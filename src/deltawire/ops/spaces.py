@@ -6,10 +6,12 @@ Nothing is uploaded here: what a person runs is printed, and names secrets witho
 import re
 import shlex
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltawire.errors import AlreadyExists, BadUrl
+from deltawire.buckets.atomic import file_system_errors
+from deltawire.errors import AlreadyExists, BadUrl, BucketError
 
 ROLES = ("environment", "vllm", "trainer")
 """in the order in which they are started"""
@@ -32,15 +34,21 @@ class Rendered:
 def render(checkout: Path, user: str, out: Path) -> Rendered:
     """Write a folder for each role under `out`, from `examples/spaces` of a checkout.
 
-    Raises BadUrl for what cannot be a user of the Hub, AlreadyExists for an `out` that holds anything.
+    Raises BadUrl for what cannot be a user of the Hub, AlreadyExists for an `out` that holds anything, OutOfSpace and
+    other BucketErrors; then `out` holds nothing, and can be named again.
     """
     if not _USER.fullmatch(user):
         raise BadUrl(f"{user!r} cannot be the name of a user of the Hub: letters, digits, '.', '_' and '-'")
-    if out.exists() and any(out.iterdir()):
-        raise AlreadyExists(f"{out} is not empty; name another folder with --out")
+    with file_system_errors(str(out)):
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise AlreadyExists(f"{out} is not empty; name another folder with --out")
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as work:
+            for role in ROLES:
+                _write(checkout, role, Path(work, role))
+            for role in ROLES:
+                Path(work, role).rename(out / role)
     folders = {role: out / role for role in ROLES}
-    for role, folder in folders.items():
-        _write(checkout, role, folder)
     return Rendered(folders, commands(user, folders))
 
 
@@ -50,7 +58,10 @@ def _write(checkout: Path, role: str, folder: Path) -> None:
         source, target = checkout / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            shutil.copytree(source, target, ignore=_LEFT_OUT)
+            try:
+                shutil.copytree(source, target, ignore=_LEFT_OUT)
+            except shutil.Error as error:  # it goes on after the first file that fails, and lists all
+                raise BucketError(f"{target}: {error.args[0][0][2]}") from None
         else:
             shutil.copyfile(source, target)
     for name in CARD:

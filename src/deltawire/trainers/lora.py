@@ -43,10 +43,13 @@ def save_config(model: Any, folder: str | Path, *, adapter: str = "default") -> 
     config = copy.copy(model.peft_config[adapter])
     config.inference_mode = True  # as PEFT saves it: whoever loads it serves it
     with file_system_errors(str(Path(folder) / ADAPTER_CONFIG)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
         config.save_pretrained(str(folder))
     return Path(folder)
 
 
 def _require(model: Any, adapter: str) -> None:
+    if not hasattr(model, "peft_config"):
+        raise UnknownTensor(f"{type(model).__name__} has no adapter: pass what peft.get_peft_model returned")
     if adapter not in model.peft_config:
         raise UnknownTensor(f"the model has no adapter {adapter!r}; it has {', '.join(sorted(model.peft_config))}")

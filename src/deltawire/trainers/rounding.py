@@ -5,6 +5,7 @@ away. With fp32 masters such updates add up until they show; with bf16 weights a
 look small because little is learned.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -28,14 +29,14 @@ def lost_share(optimizer: Any) -> float | None:
     optimizer's state, its moments corrected for their start, at the present learning rate and without weight decay.
     Kept is the sum of how far the rounded weights move along it. Looks at a sample of each 16-bit weight, on its
     device; nothing is written. `optimizer` may be accelerate's. None while there is nothing to measure: no 16-bit
-    weight has Adam's moments, or no update is other than 0.
+    weight has Adam's moments, or no update is other than 0, or one is NaN or infinite.
     """
     kept = intended = 0.0
     for weight, update in _updates(unwrap(optimizer)):
         moved = weight.float() - (weight.float() - update).to(weight.dtype).float()
         kept += float((moved * update.sign()).sum())
         intended += float(update.abs().sum())
-    return max(0.0, 1 - kept / intended) if intended else None
+    return max(0.0, 1 - kept / intended) if 0 < intended < math.inf else None
 
 
 class RoundingWatch:

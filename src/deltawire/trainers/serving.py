@@ -28,7 +28,7 @@ class Seen:
     note: str = ""
 
     def __str__(self) -> str:
-        serves = "no version" if self.version is None else f"{self.run}:{self.version}"
+        serves = "no version" if self.version is None else f"{_plain(str(self.run), 100)}:{self.version}"
         return f"{self.who}: {serves}{self.note}"
 
 
@@ -65,7 +65,7 @@ def ledger_look(bucket: Bucket) -> Look:
             known[:] = ledger.read_all(bucket, known)
         except Unavailable as error:
             return [Seen("the ledger", note=f" ({error})")]
-        return [Seen(beat.replica, beat.run, beat.version, _note(beat)) for _, beat in known]
+        return [Seen(_plain(beat.replica, 100), beat.run, beat.version, _note(beat)) for _, beat in known]
 
     return look
 
@@ -90,6 +90,12 @@ def engine_look(engines: Sequence["EngineClient"]) -> Look:
 
 
 def _note(beat: Heartbeat) -> str:
-    said: Iterable[tuple[str, object]] = (("lag", beat.lag), ("staged", beat.staged), ("last error", beat.error))
+    error = None if beat.error is None else _plain(beat.error, 300)
+    said: Iterable[tuple[str, object]] = (("lag", beat.lag), ("staged", beat.staged), ("last error", error))
     notes = ", ".join(f"{name} {value}" for name, value in said if value is not None)
     return f" ({notes})" if notes else ""
+
+
+def _plain(text: str, limit: int) -> str:
+    """What anyone who may write the bucket may have written, fit for a terminal."""
+    return ascii(text)[1:-1][:limit]

@@ -7,6 +7,7 @@ Gradient accumulation is respected: batches that do not step the optimizer publi
 """
 
 import atexit
+import inspect
 import tempfile
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -15,6 +16,8 @@ from typing import Any
 from torch import nn
 
 from deltawire.buckets import open_bucket
+from deltawire.buckets.atomic import file_system_errors
+from deltawire.errors import DeltaWireError
 from deltawire.publisher import Publisher
 from deltawire.reports import PublishReport
 from deltawire.trainers.hook import require_whole
@@ -48,7 +51,8 @@ class DeltaWeightSyncCallback(TrainerCallback):
     what was captured; otherwise that is tried when the process exits, for 10 seconds.
 
     `patience`: seconds to wait at the end of training for the upload. Raises what `Publisher` and `publish` raise,
-    Unavailable when patience runs out, DtypeMismatch for a model whose weights are sharded.
+    BadUrl and TypeError for what is misspelt, Unavailable when patience runs out, DtypeMismatch for a model whose
+    weights are sharded.
     """
 
     def __init__(
@@ -61,6 +65,14 @@ class DeltaWeightSyncCallback(TrainerCallback):
     ) -> None:
         if isinstance(publisher, Publisher) and options:
             raise TypeError(f"give {', '.join(options)} to the Publisher itself")
+        if not isinstance(publisher, Publisher | str):
+            kind = type(publisher).__name__
+            raise TypeError(f"{kind} is neither the address of a bucket, as file:///folder, nor a Publisher")
+        if isinstance(metrics, str):
+            raise TypeError(f"metrics={metrics!r}: a list of names, [{metrics!r}]")
+        if isinstance(publisher, str):  # what is misspelt is said now, not when training begins
+            open_bucket(publisher)
+            inspect.signature(Publisher).bind("bucket", **options)
         self.report: PublishReport | None = None
         """what the newest publish captured"""
         self._url = publisher if isinstance(publisher, str) else None
@@ -116,14 +128,23 @@ class DeltaWeightSyncCallback(TrainerCallback):
     def _open(self, model: nn.Module, tokenizer: Any) -> Publisher:
         assert self._url is not None
         options = dict(self._options)
-        if options.get("base") is None and options.get("assets") is None:
-            self._assets = tempfile.TemporaryDirectory(prefix="deltawire-")
-            _save_assets(self._assets.name, model, tokenizer)
-            options["assets"] = self._assets.name
-        return Publisher(open_bucket(self._url, create=True), **options)
+        try:
+            if options.get("base") is None and options.get("assets") is None:
+                with file_system_errors("the folder of temporary files (TMPDIR chooses another)"):
+                    self._assets = tempfile.TemporaryDirectory(prefix="deltawire-")
+                    _save_assets(self._assets.name, model, tokenizer)
+                options["assets"] = self._assets.name
+            return Publisher(open_bucket(self._url, create=True), **options)
+        except BaseException:
+            self._let_go()
+            raise
 
     def _publish(self, model: nn.Module, state: TrainerState, metrics: Mapping[str, float]) -> None:
-        assert self._publisher is not None
+        if self._publisher is None:
+            raise DeltaWireError(
+                f"{self._url}: this callback was closed, by you or by another training that ended meanwhile; give each "
+                "trainer a callback of its own"
+            )
         self.report = self._publisher.publish(model.named_parameters(), step=state.global_step, metrics=metrics)
 
     def _let_go(self) -> Publisher | None:
@@ -133,6 +154,7 @@ class DeltaWeightSyncCallback(TrainerCallback):
         atexit.unregister(self.close)
         if self._assets is not None:
             self._assets.cleanup()
+            self._assets = None
         publisher, self._publisher = self._publisher, None
         return publisher
 

@@ -56,7 +56,13 @@ class DeltaWeightTransfer:
     ) -> None:
         if wait_for not in ("served", "commit"):
             raise ValueError(f'wait_for={wait_for!r}: "served" or "commit"')
+        if isinstance(engine_urls, str):
+            raise TypeError(f"engine_urls={engine_urls!r}: a list of addresses, [{engine_urls!r}]")
+        if poll is not None and poll < 0:
+            raise ValueError(f"poll={poll!r}: seconds, at least 0")
         inspect.signature(Publisher).bind("bucket", **publisher)  # a misspelt option now, not when training begins
+        if isinstance(bucket, str):
+            open_bucket(bucket)  # and a misspelt address
         self._bucket, self._options = bucket, publisher
         self._engine_urls = tuple(engine_urls or ())
         self._wait_for, self._timeout, self._poll = wait_for, timeout, poll

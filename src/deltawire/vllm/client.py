@@ -23,10 +23,15 @@ DIRECT = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
 
 
 class EngineClient(Engine):
-    """One vLLM server, over HTTP. Its API key, when it has one, is read from VLLM_API_KEY."""
+    """One vLLM server, over HTTP. Its API key, when it has one, is read from VLLM_API_KEY.
+
+    Raises EngineUnsupported for what is not the address of a server."""
 
     def __init__(self, url: str, *, timeout: httpx.Timeout | float = TIMEOUT) -> None:
         self.url = url.rstrip("/")
+        if not _is_address(self.url):
+            given = "what was given" if "@" in url else repr(url)  # a password may stand before an "@"
+            raise EngineUnsupported(f"{given} is not the address of a server, as http://127.0.0.1:8000")
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=LIMITS, mounts=DIRECT)
@@ -104,7 +109,7 @@ class EngineClient(Engine):
             raise self._refusal(path, response)
         try:
             answer = response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return answer if isinstance(answer, dict) else {}
 
@@ -118,3 +123,11 @@ class EngineClient(Engine):
                 """it with --weight-transfer-config '{"backend":"deltawire"}'"""
             )
         return EngineError(f"{self.url}{path} answered {response.status_code}: {text}")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)
