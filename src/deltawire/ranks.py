@@ -45,7 +45,8 @@ class Ranks:
         self.notes = Notes(store or dist.TCPStore(host, port, is_master=False, wait_for_workers=False))
 
     def from_first(self, make: Callable[[], Answer]) -> Answer:
-        """What `make` gives on rank 0, on every rank. What it raises there is raised on every rank."""
+        """What `make` gives on rank 0, on every rank. What it raises there is raised on every rank; RankFailed when
+        a rank is gone."""
         import torch.distributed as dist
 
         said: list[Any] = [None, None]
@@ -54,7 +55,10 @@ class Ranks:
                 said[0] = make()
             except Exception as error:
                 said[1] = error if isinstance(error, DeltaWireError) else DeltaWireError(f"rank 0: {error!r}")
-        dist.broadcast_object_list(said, src=self._members[0], group=self._group)
+        try:
+            dist.broadcast_object_list(said, src=self._members[0], group=self._group)
+        except RuntimeError as error:
+            raise RankFailed(f"a rank of this job is gone; restart the job ({error})") from error
         answer: Answer = said[0]
         if said[1] is not None:
             raise said[1]

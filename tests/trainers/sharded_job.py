@@ -357,8 +357,16 @@ def damaged(folder):
     tempfile.tempdir = str(folder / f"temporary-{dist.get_rank()}")
     os.mkdir(tempfile.tempdir)
     expect(Truncated, "bytes", lambda: dw.Publisher(bucket, process_group=dist.group.WORLD))
+    really, dist.broadcast_object_list = dist.broadcast_object_list, broken
+    expect(RankFailed, "is gone", lambda: dw.Publisher(bucket, process_group=dist.group.WORLD))
+    dist.broadcast_object_list = really
     assert os.listdir(tempfile.tempdir) == []
     tempfile.tempdir = None
+
+
+def broken(*_, **__):
+    """As gloo says that a rank was killed."""
+    raise RuntimeError("Connection closed by peer")
 
 
 def stuck(folder, error=None):
