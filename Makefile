@@ -14,7 +14,7 @@ example-trl: setup ## TRL's AsyncGRPOTrainer plays Wordle by tool calls for a fe
 	@.venv/bin/python -m examples.trl.run
 
 test: setup      ## every test, the ones on a real vLLM server included, in two processes
-	@.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+	@.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 soak: setup      ## a thousand versions under faults, kills, compaction and pruning
 	@DELTAWIRE_SOAK_VERSIONS=1000 .venv/bin/python -m pytest tests/test_soak.py --log-cli-level=INFO
