@@ -56,7 +56,7 @@ def main() -> None:
         save_checkpoint(folder / "model", model)
         del model
         path = os.pathsep.join(filter(None, [str(HERE / "plugin"), os.environ.get("PYTHONPATH")]))
-        server = Server(folder / "model", folder / "vllm.log", PYTHONPATH=path)
+        server = Server(folder / "model", folder / "vllm.log", options=("--max-model-len", "2048"), PYTHONPATH=path)
         try:
             measure(folder, server.wait(), options.seconds, options.small)
         finally:

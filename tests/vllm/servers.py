@@ -36,6 +36,8 @@ from deltawire.ops.processes import KEEPER
 START_SECONDS = 240
 GRACE = 20
 VOCABULARY = 300
+LONGEST = 16384
+"""tokens of a sequence: enough for a request that outlives an update on a busy machine"""
 
 
 SMALL = {
@@ -46,7 +48,7 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": LONGEST,
 }
 
 
@@ -111,6 +113,9 @@ def save_checkpoint(folder: Path, model=None) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
 
 
+RUNNING = "vllm:num_requests_running{"
+
+
 class Server:
     """One vLLM server under a keeper, which ends it and its workers even when the tests are killed; `url`, `stop()`."""
 
@@ -133,7 +138,7 @@ class Server:
         self.log = log
         command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
-            *("--served-model-name", "policy", "--dtype", "bfloat16", "--max-model-len", "2048"),
+            *("--served-model-name", "policy", "--dtype", "bfloat16", "--max-model-len", str(LONGEST)),
             *("--enforce-eager", "--host", "127.0.0.1", "--port", str(port)),
             *options,
             *(("--weight-transfer-config", f'{{"backend":"{backend}"}}') if backend else ()),
@@ -171,6 +176,11 @@ class Server:
         """vLLM's own checksum of every live parameter."""
         answer = httpx.post(f"{self.url}/weight_checker", json={"action": "checksum"}, timeout=60)
         return answer.json()["checksums"]
+
+    def requests_running(self) -> int:
+        """How many requests vLLM holds right now, as its metrics say; one that streams nothing is not shown."""
+        metrics = httpx.get(f"{self.url}/metrics", timeout=60).text
+        return sum(int(float(line.split()[-1])) for line in metrics.splitlines() if line.startswith(RUNNING))
 
     def logprobs(self, prompt: list[int], length: int = 8) -> list[float]:
         """Greedy generation: the log-probability of each token it chose."""
