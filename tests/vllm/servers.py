@@ -113,9 +113,6 @@ def save_checkpoint(folder: Path, model=None) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
 
 
-RUNNING = "vllm:num_requests_running{"
-
-
 class Server:
     """One vLLM server under a keeper, which ends it and its workers even when the tests are killed; `url`, `stop()`."""
 
@@ -176,11 +173,6 @@ class Server:
         """vLLM's own checksum of every live parameter."""
         answer = httpx.post(f"{self.url}/weight_checker", json={"action": "checksum"}, timeout=60)
         return answer.json()["checksums"]
-
-    def requests_running(self) -> int:
-        """How many requests vLLM holds right now, as its metrics say; one that streams nothing is not shown."""
-        metrics = httpx.get(f"{self.url}/metrics", timeout=60).text
-        return sum(int(float(line.split()[-1])) for line in metrics.splitlines() if line.startswith(RUNNING))
 
     def logprobs(self, prompt: list[int], length: int = 8) -> list[float]:
         """Greedy generation: the log-probability of each token it chose."""
