@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -36,8 +37,9 @@ from deltawire.ops.processes import KEEPER
 START_SECONDS = 240
 GRACE = 20
 VOCABULARY = 300
-LONGEST = 16384
-"""tokens of a sequence: enough for a request that outlives an update on a busy machine"""
+LONGEST = 2048
+"""tokens of a sequence"""
+SLOW_PLUGIN = Path(__file__).parent / "slow_plugin"
 
 
 SMALL = {
@@ -113,6 +115,9 @@ def save_checkpoint(folder: Path, model=None) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
 
 
+RUNNING = "vllm:num_requests_running{"
+
+
 class Server:
     """One vLLM server under a keeper, which ends it and its workers even when the tests are killed; `url`, `stop()`."""
 
@@ -141,6 +146,9 @@ class Server:
             *(("--weight-transfer-config", f'{{"backend":"{backend}"}}') if backend else ()),
         ]
         environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **environ}
+        self._slow = log.with_suffix(".slow")
+        environment["DELTAWIRE_TEST_SLOW"] = str(self._slow)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SLOW_PLUGIN), environment.get("PYTHONPATH")]))
         reading, self._lifeline = os.pipe()
         kept = [sys.executable, str(KEEPER), str(reading), str(GRACE), *command]
         with log.open("wb") as output:
@@ -169,10 +177,24 @@ class Server:
             self._lifeline = None
         self._process.wait(GRACE + 30)
 
+    @contextmanager
+    def slowed(self) -> Iterator[None]:
+        """Make tokens slowly meanwhile, so that other calls are answered before a request is over."""
+        self._slow.touch()
+        try:
+            yield
+        finally:
+            self._slow.unlink()
+
     def checksums(self) -> dict[str, str]:
         """vLLM's own checksum of every live parameter."""
         answer = httpx.post(f"{self.url}/weight_checker", json={"action": "checksum"}, timeout=60)
         return answer.json()["checksums"]
+
+    def requests_running(self) -> int:
+        """How many requests vLLM's scheduler holds right now, as its metrics say."""
+        metrics = httpx.get(f"{self.url}/metrics", timeout=60).text
+        return sum(int(float(line.split()[-1])) for line in metrics.splitlines() if line.startswith(RUNNING))
 
     def logprobs(self, prompt: list[int], length: int = 8) -> list[float]:
         """Greedy generation: the log-probability of each token it chose."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from servers import LONGEST, START_SECONDS, VOCABULARY, Server, tiny_qwen3
+from servers import START_SECONDS, VOCABULARY, Server, tiny_qwen3
 
 import deltawire as dw
 from deltawire.errors import BadDigest, EngineUnavailable, EngineUnsupported, NotFound
@@ -22,8 +22,6 @@ from deltawire.vllm.follower import Follower
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "vllm"))
 import weight_versions
-
-from waiting import until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
 
@@ -212,50 +210,34 @@ def test_a_request_in_flight_lives_through_an_update(server, trainer):
 
 class AskingBeforeItPauses(EngineClient):
     """A client that asks for tokens once all is staged, so that only two calls stand between the first token and the
-    pause. It asks for so many that a busy server has time to answer those calls, and reads them as they come."""
+    pause."""
 
-    tokens = 0
+    tokens = 300
 
     def start(self) -> None:
         super().start()
-        self.chunks: list[dict] = []
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-        until(lambda: self.chunks)
-
-    def _read(self) -> None:
-        for chunk in weight_versions.generate(self.url, [5, 6, 7], self.tokens):
-            self.chunks.append(chunk)
+        self.chunks = weight_versions.generate(self.url, [5, 6, 7], self.tokens)
+        self.made = len(next(self.chunks)["token_ids"])
 
 
 @pytest.mark.parametrize("pause", ["keep", "wait", "abort"])
 def test_a_request_that_meets_an_update_names_the_versions_that_made_its_tokens(server, trainer, pause):
-    """Kept, it shows both; waited for, it is the old version's alone and whole; aborted, it ends there. A busy server
-    may be done with the request before it answers the pause; then another is asked."""
-    for _ in range(3):
-        whole, spans = ask_across_an_update(server, trainer, pause)
-        if (whole, len(spans)) == (pause != "abort", 2 if pause == "keep" else 1):
-            break
-    old, new = spans[0], str(trainer.publisher.position)
-    assert whole == (pause != "abort")
-    assert spans == ([old, new] if pause == "keep" else [old])
-    assert old != new
-    assert server.logprobs([1, 2, 3])
-
-
-def ask_across_an_update(server, trainer, pause):
-    """Whether a request that an update met was answered whole, and the versions that made its tokens."""
+    """Kept, it shows both; waited for, it is the old version's alone and whole; aborted, it ends there."""
     trainer.step()
     with Follower(trainer.url, server.url) as follower:
         follower.step()
+    old = trainer.publisher.position
     trainer.step()
+    new = trainer.publisher.position
     engine = AskingBeforeItPauses(server.url)
-    engine.tokens = {"keep": 8000, "wait": 300, "abort": LONGEST - 10}[pause]
-    with Follower(trainer.url, engine, pause=pause) as follower:
-        assert follower.step().version == trainer.publisher.position.version
-        engine.reader.join(80)
-    made = sum(len(chunk["token_ids"]) for chunk in engine.chunks)
-    return made == engine.tokens, [span["version"] for span in engine.chunks[-1]["weight_versions"]]
+    with server.slowed(), Follower(trainer.url, engine, pause=pause) as follower:
+        assert follower.step().version == new.version
+        chunks = list(engine.chunks)
+    made = engine.made + sum(len(chunk["token_ids"]) for chunk in chunks)
+    assert (made == engine.tokens) == (pause != "abort")
+    spans = [span["version"] for span in chunks[-1]["weight_versions"]]
+    assert spans == ([str(old), str(new)] if pause == "keep" else [str(old)])
+    assert server.logprobs([1, 2, 3])
 
 
 def test_a_copy_of_the_bucket_elsewhere_is_the_same_run(server, trainer, tmp_path):
