@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blake3 import blake3
-
 from deltawire import checkpoint, log
 from deltawire.baseline import Baseline
 from deltawire.bases import open_base, resolve_base
-from deltawire.bits import WIDTHS, Bits, count
+from deltawire.bits import Bits, count
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
 from deltawire.checkpoint import Checkpoint
@@ -25,6 +23,7 @@ from deltawire.manifests import (
     Position,
     Run,
     TensorEntry,
+    anchor_hash,
     anchor_prefix,
 )
 from deltawire.pending import Captured, encode, hash_file
@@ -99,7 +98,7 @@ class Capturer:
     @property
     def model_bytes(self) -> int:
         """Bytes of one whole version."""
-        return sum(count(entry.shape) * WIDTHS[entry.dtype] for entry in self._run.table) if self._run else 0
+        return sum(entry.nbytes for entry in self._run.table) if self._run else 0
 
     @property
     def held_bytes(self) -> int:
@@ -211,8 +210,7 @@ class Capturer:
             )
         checkpoint.write(folder, table, baseline.as_mapping())
         files = sorted(folder.iterdir())
-        listing = "".join(f"{path.name} {hash_file(path)}\n" for path in files)
-        prefix = anchor_prefix(0, blake3(listing.encode()).hexdigest())
+        prefix = anchor_prefix(0, anchor_hash({path.name: hash_file(path) for path in files}))
         return {f"{prefix}/{path.name}": path for path in files}
 
     def _resume(self, bucket: Bucket, base: str | Path | None) -> Position | None:

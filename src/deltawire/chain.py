@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from deltawire import log, paths
-from deltawire.bits import WIDTHS, count
 from deltawire.buckets.base import Bucket
 from deltawire.digest import root as root_of
 from deltawire.errors import BadDigest, Forked, FormatError, Gap, NotFound, UnknownTensor
@@ -83,7 +82,7 @@ class Chain:
 
     def edges(self) -> list[Edge]:
         """Everything that leads somewhere, by one listing."""
-        whole = sum(count(entry.shape) * WIDTHS[entry.dtype] for entry in self.run.table)
+        whole = sum(entry.nbytes for entry in self.run.table)
         return paths.survey(self.bucket.list(f"runs/{self.run.run}/"), self.run.run, whole=whole)
 
     def anchors(self) -> list[Edge]:

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from deltawire import container
-from deltawire.bits import WIDTHS, Bits, count
+from deltawire.bits import Bits
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import is_key
 from deltawire.errors import FormatError, NotFound, TooLarge, Truncated
@@ -108,7 +108,7 @@ def write(
         written.append(folder / name)
     if len(plan) > 1:
         weight_map = {entry.name: file.name for file, entries in zip(written, plan, strict=True) for entry in entries}
-        size = sum(_nbytes(entry) for entries in plan for entry in entries)
+        size = sum(entry.nbytes for entries in plan for entry in entries)
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2)
         with file_system_errors(str(folder / INDEX)):
             (folder / INDEX).write_text(text)
@@ -175,19 +175,15 @@ def metadata_of(path: Path) -> dict[str, str]:
     return _open_shard(path, "r")[1].metadata
 
 
-def _nbytes(entry: TensorEntry) -> int:
-    return count(entry.shape) * WIDTHS[entry.dtype]
-
-
 def _plan_shards(table: Iterable[TensorEntry], shard_bytes: int) -> list[list[TensorEntry]]:
     plan: list[list[TensorEntry]] = [[]]
     room = shard_bytes
     for entry in table:
-        if plan[-1] and _nbytes(entry) > room:
+        if plan[-1] and entry.nbytes > room:
             plan.append([])
             room = shard_bytes
         plan[-1].append(entry)
-        room -= _nbytes(entry)
+        room -= entry.nbytes
     return plan
 
 

@@ -25,9 +25,10 @@ from deltawire.errors import (
     FormatError,
     NotFound,
 )
-from deltawire.manifests import Derived, Payload, anchor_prefix, derived_key, fold_key, signed
+from deltawire.manifests import Derived, Payload, anchor_hash, anchor_prefix, derived_key, fold_key, signed
 from deltawire.mirror import Mirror
 from deltawire.paths import Edge
+from deltawire.pending import hash_file
 from deltawire.signing import Trust
 from deltawire.subscriber import Subscriber
 
@@ -166,9 +167,8 @@ class Compactor:
 
     def _anchor(self, version: int) -> CompactReport:
         chain, mirror = self._subscriber.chain, self._mirror_at(version)
-        hashes = {path: blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest() for path in sorted(mirror.files)}
-        listing = "".join(f"{path.name} {value}\n" for path, value in hashes.items())
-        prefix = anchor_prefix(version, blake3(listing.encode()).hexdigest())
+        hashes = {path: hash_file(path) for path in sorted(mirror.files)}
+        prefix = anchor_prefix(version, anchor_hash({path.name: value for path, value in hashes.items()}))
         record = Derived(
             run=chain.run.run,
             version=version,

@@ -46,6 +46,11 @@ class TensorEntry(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     trainable: bool = True
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return count(self.shape) * WIDTHS[self.dtype]
+
 
 class BaseCheckpoint(msgspec.Struct, frozen=True):
     """The checkpoint version 0 refers to: a Hub repository at a revision, or (revision None) a folder."""
@@ -179,6 +184,11 @@ def delta_key(version: int, blake3: str, rank: int | None = None) -> str:
 def anchor_prefix(version: int, blake3: str) -> str:
     """Prefix, below the run, of a version's anchor files."""
     return f"anchors/step_{version:06d}-{blake3[:12]}"
+
+
+def anchor_hash(files: Mapping[str, str]) -> str:
+    """What an anchor's prefix is named by: the hash of its files' names and BLAKE3s, in the order of the names."""
+    return blake3("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
 
 
 def part_key(version: int, blake3: str, rank: int) -> str:

@@ -22,7 +22,7 @@ from deltawire.capture import About, Capture, about_of, cast_of, require_all, re
 from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import MODULUS
 from deltawire.errors import BadDigest, CopiesDiffer, MissingTensor, ShapeMismatch
-from deltawire.manifests import Run, TensorEntry, anchor_prefix
+from deltawire.manifests import Run, TensorEntry, anchor_hash, anchor_prefix
 from deltawire.pending import Captured, encode
 from deltawire.ranks import Ranks, Sums
 from deltawire.shard_opening import Opening
@@ -70,7 +70,7 @@ class ShardCapturer:
     @property
     def model_bytes(self) -> int:
         """Bytes of one whole version."""
-        return sum(count(entry.shape) * WIDTHS[entry.dtype] for entry in self._table.values())
+        return sum(entry.nbytes for entry in self._table.values())
 
     @property
     def held_bytes(self) -> int:
@@ -177,8 +177,7 @@ class ShardCapturer:
         if version or self._assets is None:
             return {}
         files = {path.name: path.read_bytes() for path in checkpoint.assets(self._assets)}
-        listing = "".join(f"{name} {blake3(data).hexdigest()}\n" for name, data in files.items())
-        prefix = anchor_prefix(0, blake3(listing.encode()).hexdigest())
+        prefix = anchor_prefix(0, anchor_hash({name: blake3(data).hexdigest() for name, data in files.items()}))
         return {f"{prefix}/{name}": data for name, data in files.items()}
 
     def _forget(self, name: str) -> None:
