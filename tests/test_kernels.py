@@ -57,6 +57,20 @@ def test_scatter_writes_what_its_twin_writes(pair):
     assert one == other == new
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("changed", [0, 1, kernels.AHEAD, kernels.AHEAD + 1, 3 * kernels.AHEAD])
+def test_gather_and_scatter_reach_every_position_however_many_there_are(width, changed):
+    random = np.random.default_rng(changed)
+    bits = random.integers(0, np.iinfo(width).max, 5 * kernels.AHEAD, width, endpoint=True)
+    positions = np.sort(random.choice(bits.size, changed, replace=False))
+    assert np.array_equal(kernels.gather(bits, positions), kernels.plain.gather(bits, positions))
+    one, other = bits.copy(), bits.copy()
+    kernels.scatter(one, positions, ~bits[positions])
+    kernels.plain.scatter(other, positions, ~bits[positions])
+    assert np.array_equal(one, other)
+    assert np.count_nonzero(one != bits) == changed
+
+
 @given(pairs(), st.integers(0, 2**40))
 def test_the_digest_kernels_sum_what_their_twins_sum(pair, start):
     old, new = pair

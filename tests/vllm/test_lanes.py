@@ -1,7 +1,8 @@
-"""Work shared among threads: all of it is done, on whichever cores the process has, and an error is not lost."""
+"""Work shared among threads: all of it is done, and an error is not lost."""
 
-import os
+import functools
 import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -17,24 +18,35 @@ from runs import PATIENCE
 @pytest.fixture
 def two_threads(monkeypatch):
     monkeypatch.setattr(lanes, "WORTH", 0)
-    monkeypatch.setattr(lanes.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(lanes.cores, "allowed", lambda: {0, 1})
 
 
-@given(sizes=st.lists(st.integers(0, 1000), max_size=12), count=st.integers(1, 4))
-def test_every_job_is_in_one_lane_and_no_lane_has_more_than_its_share_and_one_job(sizes, count):
-    jobs = [(size, f"job {number}") for number, size in enumerate(sizes)]
-    parts = lanes._balanced(jobs, count)
-    assert sorted(job for lane in parts for job in lane) == sorted(job for _, job in jobs)
-    loads = [sum(size for size, job in jobs if job in lane) for lane in parts]
-    assert max(loads) <= sum(sizes) / count + max(sizes, default=0)
+@given(seconds=st.lists(st.sampled_from([0, 0, 0.001]), max_size=12))
+def test_every_job_is_done_once_whatever_the_threads_make_of_it(seconds):
+    done = []
+
+    def job(number, pause):
+        time.sleep(pause)
+        done.append(number)
+
+    jobs = [functools.partial(job, number, pause) for number, pause in enumerate(seconds)]
+    lanes.share(jobs, lanes.WORTH)
+    assert sorted(done) == list(range(len(seconds)))
+
+
+def test_a_thread_that_is_done_takes_what_another_has_not_begun(two_threads):
+    held, done = threading.Event(), []
+    jobs = [lambda: held.wait(PATIENCE), *[functools.partial(done.append, number) for number in range(8)], held.set]
+    lanes.share(jobs, 10)  # the first to begin is held until the other has done all the rest
+    assert done == list(range(8))
 
 
 def test_two_threads_work_at_once_and_one_does_little_work_alone(two_threads, monkeypatch):
     meet = threading.Barrier(2)
-    lanes.share([(1, lambda: meet.wait(PATIENCE)), (1, lambda: meet.wait(PATIENCE))])  # one thread would wait in vain
+    lanes.share([lambda: meet.wait(PATIENCE)] * 2, 2)  # one thread would wait in vain
     monkeypatch.setattr(lanes, "WORTH", 3)
     ran = []
-    lanes.share([(1, lambda: ran.append(threading.current_thread()))] * 2)
+    lanes.share([lambda: ran.append(threading.current_thread())] * 2, 2)
     assert ran == [threading.current_thread()] * 2
 
 
@@ -45,32 +57,12 @@ def test_an_error_in_either_thread_is_raised_when_nothing_is_under_way_any_more(
     def fail():
         raise MemoryError("no room")
 
-    jobs = [(10, lambda: None), (10, lambda: None)]
-    jobs[broken] = (10, fail)
-    with pytest.raises(MemoryError, match="no room"):
-        lanes.share(jobs)
-    assert threading.active_count() == before
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
-def test_the_other_thread_leaves_the_core_that_its_parent_is_bound_to(two_threads):
-    mine, seen, stay = os.sched_getaffinity(0), {}, threading.Event()
-    other = threading.Thread(target=stay.wait, args=(PATIENCE,), daemon=True)  # as an OpenMP thread on another core
-    other.start()
     meet = threading.Barrier(2)
-
-    def look():
-        seen[threading.current_thread()] = os.sched_getaffinity(0)
-        meet.wait(PATIENCE)
-
-    os.sched_setaffinity(0, {min(mine)})
-    try:
-        lanes.share([(1, look), (1, look)])
-        assert seen.pop(threading.current_thread()) == {min(mine)}
-        assert list(seen.values()) == [mine]
-    finally:
-        os.sched_setaffinity(0, mine)
-        stay.set()
+    jobs = [lambda: meet.wait(PATIENCE), lambda: meet.wait(PATIENCE)]
+    jobs[broken] = lambda: (meet.wait(PATIENCE), fail())
+    with pytest.raises(MemoryError, match="no room"):
+        lanes.share(jobs, 2)
+    assert threading.active_count() == before
 
 
 def test_an_update_written_by_two_threads_is_the_published_one_and_one_that_fails_is_put_back(two_threads, monkeypatch):

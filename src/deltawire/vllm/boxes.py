@@ -64,8 +64,19 @@ class Box:
         view = np.lib.stride_tricks.as_strided(whole[self.source_offset :], self.shape, strides, writeable=False)
         return view.reshape(-1).copy()
 
-    def locate(self, positions: Positions) -> tuple[np.ndarray, Positions]:
-        """Which of these flat checkpoint positions lie in the box (a mask), and their offsets in the storage."""
+    @property
+    def is_run(self) -> bool:
+        """Whether the box is one run of elements in the checkpoint tensor and the same run in the storage."""
+        runs = tuple(prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
+        return self.source_strides == self.target_strides == runs
+
+    def locate(self, positions: Positions) -> tuple[np.ndarray | slice, Positions]:
+        """Which of these sorted flat checkpoint positions lie in the box (a slice or a mask), and their offsets in the
+        storage."""
+        if self.is_run:
+            first, end = np.searchsorted(positions, (self.source_offset, self.source_offset + self.size))
+            here, moved = positions[first:end], self.target_offset - self.source_offset
+            return slice(first, end), here + moved if moved else here
         rest = positions - self.source_offset
         inside = rest >= 0
         offsets = np.full(positions.size, self.target_offset, np.int64)

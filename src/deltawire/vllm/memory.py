@@ -47,12 +47,20 @@ class Memory:
     def bits_on_device(self, bits: UInts) -> torch.Tensor:
         """Bits as this device wants them."""
         wide = np.ascontiguousarray(bits.astype(self._live) << self.shift if self.shift else bits)
-        signed = wide.view(np.uint8 if wide.itemsize == 1 else f"<i{wide.itemsize}")
-        return torch.from_numpy(signed).to(self.flat.device)
+        return torch.from_numpy(wide.view(_signed(wide))).to(self.flat.device)
 
-    def gather(self, offsets: torch.Tensor) -> UInts:
-        """The bits at these offsets, on the host."""
-        return self._narrowed(self.flat[offsets].cpu().numpy().view(self._live))
+    def from_device(self, bits: torch.Tensor) -> UInts:
+        """What `gather` brought, on the host, as the checkpoint has it."""
+        return self._narrowed(bits.cpu().numpy().view(self._live))
+
+    def gather(self, offsets: torch.Tensor) -> torch.Tensor:
+        """The bits at these offsets, as they lie there, on the device."""
+        if self._host is None:
+            return self.flat[offsets]
+        from deltawire import kernels
+
+        bits = kernels.gather(self._host, offsets.numpy())
+        return torch.from_numpy(bits.view(_signed(bits)))
 
     def scatter(self, offsets: torch.Tensor, bits: torch.Tensor) -> None:
         """Write bits, as `bits_on_device` made them, to these offsets."""
@@ -85,6 +93,11 @@ class Memory:
         foreign = (bits & ((1 << self.shift) - 1)) != 0
         narrow[foreign] ^= narrow.dtype.type(1 << (8 * narrow.itemsize - 2))
         return narrow
+
+
+def _signed(bits: UInts) -> str:
+    """The integers of this width that torch knows."""
+    return "u1" if bits.itemsize == 1 else f"<i{bits.itemsize}"
 
 
 def digest_box(bits: UInts, box: Box) -> int:

@@ -35,7 +35,7 @@ from deltawire.log import current_run
 from deltawire.manifests import Position
 from deltawire.signing import Trust, trust
 from deltawire.subscriber import Subscriber
-from deltawire.vllm import staging
+from deltawire.vllm import cores, staging
 from deltawire.vllm.live import LiveWeights
 from deltawire.vllm.loading import AfterLoading
 from deltawire.vllm.staging import PartDigests, Plan
@@ -257,6 +257,7 @@ class Replica:
             }
 
     def _stage(self, target: Target) -> None:
+        cores.move(cores.allowed())
         try:
             with self._recording("stage"):
                 if not self._stands_on(target.bucket):

@@ -5,7 +5,7 @@ the digests that it leads to, to be compared with its commit's before it is appl
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,8 @@ PartDigests = Mapping[str, tuple[int, ...]]
 """by name, the digest of each part of a tensor that this worker holds"""
 DENSE = 4
 """one element in so many changed, and the whole part is written"""
+PIECE = 1 << 16
+"""elements that a thread writes at a time, a third of a millisecond's work"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,14 +165,15 @@ def stage(
 
 def apply(writes: Sequence[Write]) -> None:
     """Write everything, or (when a write fails) put everything back and raise. No two writes touch one element."""
-    shared, rest = [], []
+    shared, elements, rest = [], 0, []
     for write in writes:
         if isinstance(write, Scatter) and write.memory.is_on_host:
-            shared.append((write.new.numel(), write.write))
+            shared.append(write.write)
+            elements += write.new.numel()
         else:  # torch's own threads do these
             rest.append(write)
     try:
-        share(shared)
+        share(shared, elements)
         with torch.inference_mode():
             for write in rest:
                 write.write()
@@ -200,11 +203,11 @@ def _place(
         else:
             inside, offsets = box.locate(tensor.positions)
             positions, on_device = tensor.positions[inside], memory.on_device(offsets)
-            old = memory.gather(on_device)
+            there = memory.gather(on_device)
+            old = memory.from_device(there)
             new = old + tensor.steps[inside]
             before, after = digest_at(positions, old), digest_at(positions, new)
-            if positions.size:
-                _scatter(memory, on_device, new, writes)
+            writes += _scatters(memory, on_device, there, memory.bits_on_device(new))
         digests.append(moved(digest, before, after))
     return tuple(digests)
 
@@ -221,14 +224,17 @@ def _place_whole(
         if differ.size * DENSE > new.size:
             _fill(memory, box, new, writes)
         elif differ.size:
-            _scatter(memory, memory.on_device(box.at(differ)[1]), new[differ], writes)
+            offsets = memory.on_device(box.at(differ)[1])
+            writes += _scatters(memory, offsets, memory.gather(offsets), memory.bits_on_device(new[differ]))
         changed += differ.size
         digests.append(digest_box(new, box))
     return tuple(digests), changed
 
 
-def _scatter(memory: Memory, offsets: torch.Tensor, new: UInts, writes: list[Scatter | Fill]) -> None:
-    writes.append(Scatter(memory, offsets, memory.flat[offsets], memory.bits_on_device(new)))
+def _scatters(memory: Memory, offsets: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> Iterator[Scatter]:
+    """The writes of these elements; on the host in pieces, for threads to share."""
+    pieces = [tensor.split(PIECE if memory.is_on_host else max(new.numel(), 1)) for tensor in (offsets, old, new)]
+    return (Scatter(memory, *piece) for piece in zip(*pieces, strict=True) if piece[0].numel())
 
 
 def _fill(memory: Memory, box: Box, new: UInts, writes: list[Scatter | Fill]) -> None:
