@@ -119,6 +119,7 @@ def measure(folder: Path, server, seconds: int, small: bool) -> None:
             )
             ratios = ", ".join(f"{took / rows[share]['write_ms']:.0f}x at {share:.1%}" for share in SHARES)
             print(f"{name}: {took:.0f} ms; deltawire's write is shorter {ratios}")
+        print(f"a bare copy of all weights, memory to memory, on one thread: {bare_copy(trainer.weights):.0f} ms")
         kept = throughput(trainer, server, seconds) if seconds else None
         assert engine.audit().mismatched == []
         print("audit: every weight is what was published")
@@ -207,6 +208,19 @@ def generate(server, stop: threading.Event, count: list[int]) -> None:
                 count[0] += line.startswith("data: {")
                 if stop.is_set():
                     break
+
+
+def bare_copy(weights: dict[str, torch.Tensor]) -> float:
+    """Milliseconds: what any reload of everything must take at least."""
+    torch.set_num_threads(1)
+    copies = {name: tensor.clone() for name, tensor in weights.items()}
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        for name, tensor in weights.items():
+            copies[name].copy_(tensor)
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times)
 
 
 def pause_and_resume(engine: EngineClient) -> float:

@@ -36,6 +36,20 @@ def test_every_step_of_a_plain_optimizer_is_a_version_until_the_hook_is_removed(
     assert dw.equal(read_weights(bucket), policy)
 
 
+def test_a_buffer_of_the_checkpoint_is_published_and_one_that_is_made_anew_is_not():
+    bucket, model = fresh(), small_model()
+    model.register_buffer("bias", torch.zeros(3))
+    model.register_buffer("scratch", torch.zeros(3), persistent=False)
+    optimizer = adamw(model)
+    with publishing(bucket) as publisher:
+        publish_after_step(publisher, model, optimizer)
+        model.bias += 1
+        optimizer.step()
+        publisher.flush(PATIENCE)
+    held = served(dict(model.named_parameters()) | {"bias": torch.ones(3)})
+    assert dw.equal(read_weights(bucket), held)
+
+
 def test_an_optimizer_that_accelerate_prepared_publishes_only_when_gradients_are_complete():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     bucket, model = fresh(), small_model()

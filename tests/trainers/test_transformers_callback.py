@@ -58,6 +58,13 @@ def test_the_run_materializes_into_a_folder_that_transformers_loads_as_the_train
     assert dw.equal(dict(loaded.named_parameters()), served(dict(model.named_parameters())))
 
 
+def test_a_buffer_of_the_checkpoint_is_published_too(tmp_path, url):
+    model = small_model()
+    model.register_buffer("bias", torch.ones(3))
+    small_trainer(model, tmp_path / "out", DeltaWeightSyncCallback(url)).train()
+    assert read_weights(dw.open_bucket(url)).keys() == {*dict(model.named_parameters()), "bias"}
+
+
 def test_a_commit_tells_what_the_trainer_logged_last_and_of_which_step(tmp_path, url):
     trainer = small_trainer(small_model(), tmp_path / "out", Settling(url, metrics=["loss", "absent"]))
     trainer.train()

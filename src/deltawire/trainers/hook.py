@@ -3,7 +3,8 @@
     publisher = Publisher(bucket, assets=folder)
     publish_after_step(publisher, model, optimizer)
 
-A loop with several optimizers calls `publisher.publish(model.named_parameters(), step=step)` itself.
+A loop with several optimizers calls `publisher.publish(model.named_parameters(), step=step)` itself,
+with `checkpoint_tensors(model)` of `trainers.state` where buffers belong to the checkpoint.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from deltawire.errors import DtypeMismatch, MissingTensor
 from deltawire.publisher import Publisher
 from deltawire.trainers.optimizers import unwrap
 from deltawire.trainers.rounding import RoundingWatch
+from deltawire.trainers.state import checkpoint_tensors
 
 
 def publish_after_step(publisher: Publisher, model: nn.Module, optimizer: Any, *, step: int = 0) -> Any:
@@ -38,10 +40,10 @@ def publish_after_step(publisher: Publisher, model: nn.Module, optimizer: Any, *
         nonlocal done
         done += 1
         if is_first_process():
-            publisher.publish(model.named_parameters(), step=done, metrics=watch.after_step(inner))
+            publisher.publish(checkpoint_tensors(model), step=done, metrics=watch.after_step(inner))
 
     if is_first_process():
-        publisher.publish(model.named_parameters(), step=step)
+        publisher.publish(checkpoint_tensors(model), step=step)
     return inner.register_step_post_hook(publish)
 
 

@@ -22,6 +22,7 @@ from deltawire.publisher import Publisher
 from deltawire.reports import PublishReport
 from deltawire.trainers.hook import require_whole
 from deltawire.trainers.rounding import RoundingWatch
+from deltawire.trainers.state import checkpoint_tensors
 
 try:
     from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -145,7 +146,7 @@ class DeltaWeightSyncCallback(TrainerCallback):
                 f"{self._url}: this callback was closed, by you or by another training that ended meanwhile; give each "
                 "trainer a callback of its own"
             )
-        self.report = self._publisher.publish(model.named_parameters(), step=state.global_step, metrics=metrics)
+        self.report = self._publisher.publish(checkpoint_tensors(model), step=state.global_step, metrics=metrics)
 
     def _let_go(self) -> Publisher | None:
         """The open Publisher if it is ours, which from here on is the caller's to close."""
