@@ -19,7 +19,7 @@ test: setup      ## every test, the ones on a real vLLM server included, in two 
 soak: setup      ## a thousand versions under faults, kills, compaction and pruning
 	@DELTAWIRE_SOAK_VERSIONS=1000 .venv/bin/python -m pytest tests/test_soak.py --log-cli-level=INFO
 
-test-vllm: setup ## every model and parallel layout on real vLLM servers, about 25 minutes
+test-vllm: setup ## every model and parallel layout on real vLLM servers, about 35 minutes
 	@DELTAWIRE_TEST_VLLM=all .venv/bin/python -m pytest tests/vllm
 
 bench-vllm: setup ## the pause of an update beside vLLM's own ways, on this machine
