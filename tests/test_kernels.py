@@ -124,11 +124,13 @@ def test_two_threads_in_one_kernel_both_get_the_right_sum():
 
 def test_after_warming_up_no_element_width_compiles_anything_more():
     kernels.warm_up()
-    loops = (kernels._collect, kernels._apply, kernels._digest_sweep, kernels._digest_at)
+    digests, writes = (kernels._digest_sweep, kernels._digest_at), (kernels._apply, kernels._gather, kernels._scatter)
+    loops = (kernels._count_changed, kernels._collect, *digests, *writes)
     compiled = [len(loop.signatures) for loop in loops]
     for width in WIDTHS:
         old, new = np.zeros(100, width), np.ones(100, width)
         kernels.apply_with_digest(old, *kernels.compare_and_collect(old, new))
         kernels.digest_at(np.arange(100), new)
         kernels.digest_sweep(new)
+        kernels.scatter(old, np.arange(100), kernels.gather(new, np.arange(100)))
     assert [len(loop.signatures) for loop in loops] == compiled

@@ -7,6 +7,7 @@ from learners import samples, small_model
 
 import deltawire as dw
 from deltawire.errors import DtypeMismatch, MissingTensor
+from deltawire.tensors import as_bits
 from deltawire.trainers.hook import publish_after_step
 from runs import PATIENCE, commits, fresh, publishing, read_weights, served
 
@@ -46,7 +47,7 @@ def test_a_buffer_of_the_checkpoint_is_published_and_one_that_is_made_anew_is_no
         model.bias += 1
         optimizer.step()
         publisher.flush(PATIENCE)
-    held = served(dict(model.named_parameters()) | {"bias": torch.ones(3)})
+    held = served(dict(model.named_parameters())) | {"bias": as_bits(torch.ones(3))}  # in its own dtype
     assert dw.equal(read_weights(bucket), held)
 
 
@@ -95,9 +96,10 @@ def test_frozen_weights_need_no_optimizer():
     assert dw.equal(read_weights(bucket), served(dict(model.named_parameters())))
 
 
-def test_sharded_weights_are_refused_before_anything_is_published():
+@pytest.mark.parametrize("mark", ["ds_id", "_fsdp_flattened"])  # of DeepSpeed and FSDP1
+def test_sharded_weights_are_refused_before_anything_is_published(mark):
     bucket, model = fresh(), small_model()
-    model.model.norm.weight.ds_id = 1  # what DeepSpeed marks the weights with that it has shared out
+    setattr(model.model.norm.weight, mark, 1)
     with publishing(bucket) as publisher:
         with pytest.raises(DtypeMismatch, match=r"norm\.weight is sharded over processes"):
             publish_after_step(publisher, model, adamw(model))

@@ -109,8 +109,13 @@ def build(kind: str):
 
 
 def save_checkpoint(folder: Path, model=None) -> None:
-    """The model in bf16, with a tokenizer of one word per token; the model stays as it is."""
-    copy.deepcopy(model or tiny_qwen3()).to(torch.bfloat16).save_pretrained(folder)
+    """The model in bf16, but a router's bias, with a tokenizer of one word per token; the model stays as it is."""
+    model = model or tiny_qwen3()
+    saved = copy.deepcopy(model).to(torch.bfloat16)
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            saved.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias.clone()
+    saved.save_pretrained(folder)
     words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
 

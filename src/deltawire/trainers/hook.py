@@ -19,6 +19,9 @@ from deltawire.trainers.optimizers import unwrap
 from deltawire.trainers.rounding import RoundingWatch
 from deltawire.trainers.state import checkpoint_tensors
 
+SHARDED = ("full_tensor", "_fsdp_flattened", "ds_id")
+"""attributes that tell a parameter of which a process holds a part: DTensor's, FSDP1's, DeepSpeed's"""
+
 
 def publish_after_step(publisher: Publisher, model: nn.Module, optimizer: Any, *, step: int = 0) -> Any:
     """Publish the model's weights now, as of `step`, and after every `optimizer.step()`; call `.remove()` to stop.
@@ -57,11 +60,11 @@ def require_whole(model: nn.Module) -> None:
     """Raise DtypeMismatch unless this process holds every weight whole. Ask on every process: where one alone stopped,
     the others would wait for it."""
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):
+        if any(hasattr(parameter, mark) for mark in SHARDED):
             raise DtypeMismatch(
                 f"{name} is sharded over processes, and one of them alone cannot publish it: for FSDP2 and tensor "
-                "parallel open Publisher(process_group=…) on every rank and call its publish there; for ZeRO-3 gather "
-                "the weights first"
+                "parallel open Publisher(process_group=…) on every rank and call its publish there; for FSDP1 and "
+                "ZeRO-3 gather the weights first"
             )
 
 
@@ -73,7 +76,7 @@ def _require_sole(model: nn.Module, optimizer: Any) -> None:
         raise MissingTensor(
             f"{type(optimizer).__name__} does not step {len(missing)} of the trainable weights, among them "
             f"{missing[:1]}: with several optimizers a version after each would be a mixture; call publisher.publish("
-            "model.named_parameters(), step=step) after the last of them, and freeze what none of them steps"
+            "checkpoint_tensors(model), step=step) after the last of them, and freeze what none of them steps"
         )
 
 

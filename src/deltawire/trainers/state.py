@@ -1,14 +1,25 @@
 """What of a torch model a checkpoint holds."""
 
 from collections.abc import Iterator
+from typing import Any
 
-import torch
 from torch import nn
 
+from deltawire.tensors import as_bits
 
-def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every parameter, a tied one once, and of the buffers in the model's state: the bias by which
-    the routers of GLM-4-MoE or DeepSeek-V3 balance their experts is one, and no optimizer steps it."""
+
+def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, tensor) of what `save_pretrained` writes of a model: every parameter, a tied one once, and its buffers.
+
+    The bias by which routers of GLM-4-MoE or DeepSeek-V3 balance their experts is a buffer, which no optimizer steps
+    and servers hold in fp32. So buffers come as Bits, which a Publisher ships in their own dtype unless its base holds
+    another. Left out are buffers that are not persistent, and what the model's `_keys_to_ignore_on_save` names; where a
+    server does not load one, leave it out by `Publisher(prepare=[…])`.
+    """
     yield from model.named_parameters()
-    state = model.state_dict().keys()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in state)
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    for prefix, module in model.named_modules():
+        for leaf, buffer in module._buffers.items():
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if buffer is not None and leaf not in module._non_persistent_buffers_set and name not in ignored:
+                yield name, as_bits(buffer)

@@ -65,15 +65,15 @@ class Box:
         return view.reshape(-1).copy()
 
     @property
-    def is_run(self) -> bool:
-        """Whether the box is one run of elements in the checkpoint tensor and the same run in the storage."""
-        runs = tuple(prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
-        return self.source_strides == self.target_strides == runs
+    def is_contiguous(self) -> bool:
+        """Whether the box's elements lie one after the other, in the checkpoint tensor and in the storage."""
+        rows = tuple(prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
+        return self.source_strides == self.target_strides == rows
 
     def locate(self, positions: Positions) -> tuple[np.ndarray | slice, Positions]:
         """Which of these sorted flat checkpoint positions lie in the box (a slice or a mask), and their offsets in the
         storage."""
-        if self.is_run:
+        if self.is_contiguous:
             first, end = np.searchsorted(positions, (self.source_offset, self.source_offset + self.size))
             here, moved = positions[first:end], self.target_offset - self.source_offset
             return slice(first, end), here + moved if moved else here

@@ -1,24 +1,23 @@
-"""Which cores a thread of ours may use: all that the server was given, not only the one its parent computes on."""
+"""Which cores a thread of ours may use: all that the server was given, not only those its parent computes on."""
 
+import multiprocessing
 import os
 from contextlib import suppress
 
-BINDINGS = ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
-"""environment variables that make OpenMP bind a process's threads to cores"""
-
 
 def allowed() -> set[int]:
-    """The cores of this thread and, where OpenMP bound it, those of the parent process.
+    """The cores of this thread and, in a process that `multiprocessing` started, those of the process it serves.
 
-    vLLM's CPU workers are bound to cores of their own, all of a worker's threads, and some cores are left to the front
-    and the engine. Their parent has what the operator gave to vLLM. Empty where threads cannot be bound.
+    OpenMP binds a CPU worker of vLLM to cores of its own, all of its threads, and some are left to the front and the
+    engine. The engine's process, which starts the workers, has what the operator gave to vLLM. Empty where threads
+    cannot be bound.
     """
     if not hasattr(os, "sched_getaffinity"):
         return set()
-    cores = set(os.sched_getaffinity(0))
-    if any(os.environ.get(name) for name in BINDINGS):
-        with suppress(OSError):  # the parent has ended
-            cores |= os.sched_getaffinity(os.getppid())
+    cores, parent = set(os.sched_getaffinity(0)), multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        with suppress(OSError):  # it has ended
+            cores |= os.sched_getaffinity(parent.pid)
     return cores
 
 

@@ -257,9 +257,9 @@ class Replica:
             }
 
     def _stage(self, target: Target) -> None:
-        cores.move(cores.allowed())
         try:
             with self._recording("stage"):
+                cores.move(cores.allowed())
                 if not self._stands_on(target.bucket):
                     raise EngineUnavailable(f"this worker does not stand on {target.bucket}: initialise it first")
                 attached = self._require_attached()

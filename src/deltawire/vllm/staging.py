@@ -170,7 +170,7 @@ def apply(writes: Sequence[Write]) -> None:
         if isinstance(write, Scatter) and write.memory.is_on_host:
             shared.append(write.write)
             elements += write.new.numel()
-        else:  # torch's own threads do these
+        else:
             rest.append(write)
     try:
         share(shared, elements)
