@@ -73,7 +73,10 @@ class Baseline:
 def require(name: str, shape: tuple[int, ...], table: Mapping[str, Bits] | Mapping[str, TensorEntry]) -> None:
     """Raise UnknownTensor or ShapeMismatch unless the table has such a tensor of this shape."""
     if name not in table:
-        raise UnknownTensor(f"{name!r} is not in this run's tensor table; closest there: {closest(name, table)}")
+        raise UnknownTensor(
+            f"{name!r} is not in this run's tensor table; closest there: {closest(name, table)}. Leave it out by "
+            'Publisher(prepare=[…]), or begin a run of other tensors: another bucket, or Publisher(run="supersede")'
+        )
     if shape != table[name].shape:
         raise ShapeMismatch(
             f"{name}: shape {list(shape)}, but this run has {list(table[name].shape)}; another model begins a run of "

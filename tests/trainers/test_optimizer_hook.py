@@ -51,6 +51,20 @@ def test_a_buffer_of_the_checkpoint_is_published_and_one_that_is_made_anew_is_no
     assert dw.equal(read_weights(bucket), held)
 
 
+def test_a_buffer_without_bits_can_be_left_out():
+    bucket, model = fresh(), small_model()
+    model.register_buffer("phases", torch.zeros(3, dtype=torch.complex64))
+    with publishing(bucket) as publisher, pytest.raises(DtypeMismatch, match=r"phases.*complex64"):
+        publish_after_step(publisher, model, adamw(model))
+
+    def without(pairs):
+        return ((name, tensor) for name, tensor in pairs if name != "phases")
+
+    with publishing(bucket, prepare=[without]) as publisher:
+        publish_after_step(publisher, model, adamw(model))
+    assert read_weights(bucket).keys() == dict(model.named_parameters()).keys()
+
+
 def test_an_optimizer_that_accelerate_prepared_publishes_only_when_gradients_are_complete():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     bucket, model = fresh(), small_model()

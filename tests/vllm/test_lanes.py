@@ -59,6 +59,39 @@ def test_an_error_in_either_thread_is_raised_when_nothing_is_under_way_any_more(
     assert threading.active_count() == before
 
 
+def test_an_interrupt_is_raised_only_when_the_other_thread_has_ended(two_threads, monkeypatch):
+    here, meet, done = threading.current_thread(), threading.Barrier(2), []
+
+    def job():
+        meet.wait(PATIENCE)
+        if threading.current_thread() is not here:
+            interrupted.wait(PATIENCE)
+            done.append("written")
+
+    interrupted, join = threading.Event(), threading.Thread.join
+
+    def interrupt_once(thread, *args):
+        if not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
+        join(thread, *args)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupt_once)
+    with pytest.raises(KeyboardInterrupt):
+        lanes.share([job, job], 2)
+    assert done == ["written"]
+
+
+def test_where_no_thread_can_be_started_one_does_all(two_threads, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    done = []
+    lanes.share([functools.partial(done.append, number) for number in range(4)], 4)
+    assert done == [0, 1, 2, 3]
+
+
 def test_an_update_written_by_two_threads_is_the_published_one_and_one_that_fails_is_put_back(two_threads, monkeypatch):
     monkeypatch.setattr(staging, "PIECE", 3)
     with SmallRun() as run:

@@ -31,5 +31,5 @@ def elsewhere() -> set[int]:
 def move(cores: set[int]) -> None:
     """Run this thread on any of these cores; it inherited those of the one that started it."""
     if cores:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             os.sched_setaffinity(0, cores)

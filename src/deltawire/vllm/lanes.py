@@ -4,6 +4,7 @@ the bus, and while a server is paused the others have little to do."""
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from deltawire.vllm import cores
 
@@ -39,13 +40,26 @@ def share(jobs: Sequence[Callable[[], None]], elements: int) -> None:
 
     count = min(len(usable), MOST, len(jobs)) - 1
     threads = [threading.Thread(target=run_beside, name="deltawire-write") for _ in range(count)]
-    try:
-        for thread in threads:
-            thread.start()
-        run()
-    finally:
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+    begun = False
+    while True:
+        try:
+            if not begun:
+                begun = True
+                _start(threads)
+                run()
+            for thread in threads:
+                if thread.ident is not None:  # one that has no number yet finds nothing left to do
+                    thread.join()
+            break
+        except BaseException as error:  # an interrupt: whoever undoes what was written must be alone when it does
+            errors.append(error)
+            waiting.clear()
     if errors:
         raise errors[0]
+
+
+def _start(threads: Sequence[threading.Thread]) -> None:
+    """As many as the system has room for: the others' work is done by those that there are."""
+    with suppress(RuntimeError):
+        for thread in threads:
+            thread.start()

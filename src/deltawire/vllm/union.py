@@ -57,7 +57,7 @@ def disagreement(target: Position, wrong: list[str], drifted: list[str]) -> Wron
 
 def _fault(size: int, parts: list[Part]) -> str | None:
     if not parts:
-        return "the model does not load it" if size else None
+        return "the model does not load it: leave it out by Publisher(prepare=[…])" if size else None
     covered = sum(prod(shape) for _, shape, _ in parts)
     if covered != size or not (_is_whole(parts[0], size) or _is_disjoint(parts, size)):
         return f"{covered} of its {size} elements arrive, or some arrive twice"
