@@ -2,6 +2,8 @@
 
     publisher = Publisher(bucket, assets=folder)
     publish_after_step(publisher, model, optimizer)
+    ...
+    publisher.close()  # waits until every version is in the bucket
 
 A loop with several optimizers calls `publisher.publish(model.named_parameters(), step=step)` itself,
 with `checkpoint_tensors(model)` of `trainers.state` where buffers belong to the checkpoint.
