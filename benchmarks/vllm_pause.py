@@ -179,8 +179,7 @@ def throughput(trainer: Trainer, server, seconds: int) -> dict[bool, float]:
         time.sleep(WINDOW / 4)
     kinds = (None, True, False)
     tokens, spent = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0.0)
-    for turn in range(3 * rounds):
-        clear = kinds[turn % 3]
+    for clear in kinds * rounds:
         before, started = count[0], time.perf_counter()
         if clear is not None:
             with Follower(trainer.url, server.url, pin=versions.pop(0), clear_cache=clear) as follower:

@@ -130,19 +130,15 @@ def _fetch(typing, array, index):  # type: ignore[no-untyped-def]
 
 @_jit
 def _gather(bits, positions, values):  # type: ignore[no-untyped-def]
-    for k in range(positions.size - AHEAD):
-        _fetch(bits, positions[k + AHEAD])
-        values[k] = bits[positions[k]]
-    for k in range(max(positions.size - AHEAD, 0), positions.size):
+    for k in range(positions.size):
+        _fetch(bits, positions[min(k + AHEAD, positions.size - 1)])
         values[k] = bits[positions[k]]
 
 
 @_jit
 def _scatter(bits, positions, values):  # type: ignore[no-untyped-def]
-    for k in range(positions.size - AHEAD):
-        _fetch(bits, positions[k + AHEAD])
-        bits[positions[k]] = values[k]
-    for k in range(max(positions.size - AHEAD, 0), positions.size):
+    for k in range(positions.size):
+        _fetch(bits, positions[min(k + AHEAD, positions.size - 1)])
         bits[positions[k]] = values[k]
 
 

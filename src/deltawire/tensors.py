@@ -30,6 +30,11 @@ def is_sharded(tensor: object) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def is_dense(tensor: Any) -> bool:
+    """Whether every element of a torch tensor has a place in memory: not sparse, and on a device that holds data."""
+    return not tensor.is_meta and str(tensor.layout) == "torch.strided"
+
+
 def dtype_of(tensor: Any) -> str:
     """The safetensors name of a tensor's dtype. Raises DtypeMismatch for one that has none."""
     if isinstance(tensor, Bits):
@@ -54,7 +59,7 @@ def named(pairs: Any) -> Iterator[tuple[str, Any]]:
             raise UnknownTensor(f"{name!r} cannot be the name of a tensor in a safetensors file")
         if not (hasattr(tensor, "dtype") and hasattr(tensor, "shape")):
             raise DtypeMismatch(f"{name}: {type(tensor).__name__} is no tensor")
-        if is_torch(tensor) and (tensor.is_meta or str(tensor.layout) != "torch.strided"):
+        if is_torch(tensor) and not is_dense(tensor):
             raise DtypeMismatch(f"{name} is on device {tensor.device} and {tensor.layout}: publish it dense, with data")
         try:
             dtype_of(tensor)

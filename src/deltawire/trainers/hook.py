@@ -5,8 +5,8 @@
     ...
     publisher.close()  # waits until every version is in the bucket
 
-A loop with several optimizers calls `publisher.publish(model.named_parameters(), step=step)` itself,
-with `checkpoint_tensors(model)` of `trainers.state` where buffers belong to the checkpoint.
+A loop with several optimizers calls `publisher.publish(checkpoint_tensors(model), step=step)` itself, of
+`trainers.state`.
 """
 
 from collections.abc import Iterator

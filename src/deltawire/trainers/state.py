@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltawire.errors import DtypeMismatch
 from deltawire.names import bare
-from deltawire.tensors import as_bits
+from deltawire.tensors import FLOATS, NAMES, as_bits, is_dense, is_sharded
+
+CAST = tuple(getattr(torch, NAMES[name]) for name in FLOATS)
+"""dtypes that a Publisher casts to its own"""
 
 
 def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -16,8 +18,9 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
     The bias by which routers of GLM-4-MoE or DeepSeek-V3 balance their experts is a buffer, which no optimizer steps
     and servers hold in fp32. So buffers come as Bits, which a Publisher ships in their own dtype unless its base holds
-    another; one without bits here, a DTensor say, as it is. Left out are buffers that are not persistent, and what the
-    model's `_keys_to_ignore_on_save` names; where a server does not load one, `Publisher(prepare=[…])` leaves it out.
+    another; one that is no dense float here, a DTensor say, comes as it is. Left out are buffers that are not
+    persistent, and what the model's `_keys_to_ignore_on_save` names; where a server does not load one,
+    `Publisher(prepare=[…])` leaves it out.
     """
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
     for name, parameter in model.named_parameters():
@@ -27,11 +30,9 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
         for leaf, buffer in module._buffers.items():
             name = f"{prefix}.{leaf}" if prefix else leaf
             if buffer is not None and leaf not in module._non_persistent_buffers_set and bare(name) not in ignored:
-                yield name, _as_bits_if_any(buffer)
+                yield name, _in_its_dtype(buffer)
 
 
-def _as_bits_if_any(buffer: torch.Tensor) -> Any:
-    try:
-        return as_bits(buffer)
-    except (DtypeMismatch, RuntimeError):  # complex, sparse, on no device, a DTensor: for a Publisher to judge
-        return buffer
+def _in_its_dtype(buffer: torch.Tensor) -> Any:
+    castable = buffer.dtype in CAST and is_dense(buffer) and not is_sharded(buffer)
+    return as_bits(buffer) if castable else buffer

@@ -21,9 +21,9 @@ def allowed() -> set[int]:
     return cores
 
 
-def elsewhere() -> set[int]:
-    """Where a thread can run that works beside this one: not on the core that this one is bound to, if it is to one."""
-    cores = allowed()
+def beside(cores: set[int]) -> set[int]:
+    """Of these allowed cores, where a thread can run that works beside this one: not on the core that this one is bound
+    to, if it is to one."""
     mine = os.sched_getaffinity(0) if cores else set()
     return cores - mine if len(mine) == 1 else cores
 

@@ -20,7 +20,8 @@ def share(jobs: Sequence[Callable[[], None]], elements: int) -> None:
 
     A thread that is done takes the next job, for a core may be busy: vLLM's engine process spins on one while it waits.
     """
-    usable, others = (cores.allowed(), cores.elsewhere()) if elements >= WORTH else (set(), set())
+    usable = cores.allowed() if elements >= WORTH else set()
+    others = cores.beside(usable)
     waiting, errors = deque(jobs), list[BaseException]()
 
     def run() -> None:
@@ -48,12 +49,11 @@ def share(jobs: Sequence[Callable[[], None]], elements: int) -> None:
                 _start(threads)
                 run()
             for thread in threads:
-                if thread.ident is not None:  # one that has no number yet finds nothing left to do
+                if thread.ident is not None:  # one that has no number never began, or will see the error first
                     thread.join()
             break
         except BaseException as error:  # an interrupt: whoever undoes what was written must be alone when it does
             errors.append(error)
-            waiting.clear()
     if errors:
         raise errors[0]
 

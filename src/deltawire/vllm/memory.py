@@ -47,7 +47,7 @@ class Memory:
     def bits_on_device(self, bits: UInts) -> torch.Tensor:
         """Bits as this device wants them."""
         wide = np.ascontiguousarray(bits.astype(self._live) << self.shift if self.shift else bits)
-        return torch.from_numpy(wide.view(_signed(wide))).to(self.flat.device)
+        return _carried(wide).to(self.flat.device)
 
     def from_device(self, bits: torch.Tensor) -> UInts:
         """What `gather` brought, on the host, as the checkpoint has it."""
@@ -59,8 +59,7 @@ class Memory:
             return self.flat[offsets]
         from deltawire import kernels
 
-        bits = kernels.gather(self._host, offsets.numpy())
-        return torch.from_numpy(bits.view(_signed(bits)))
+        return _carried(kernels.gather(self._host, offsets.numpy()))
 
     def scatter(self, offsets: torch.Tensor, bits: torch.Tensor) -> None:
         """Write bits, as `bits_on_device` made them, to these offsets."""
@@ -95,9 +94,9 @@ class Memory:
         return narrow
 
 
-def _signed(bits: UInts) -> str:
-    """The integers of this width that torch knows."""
-    return "u1" if bits.itemsize == 1 else f"<i{bits.itemsize}"
+def _carried(bits: UInts) -> torch.Tensor:
+    """Bits as torch carries them; shares their memory."""
+    return torch.from_numpy(bits).view(CARRIER[bits.itemsize])
 
 
 def digest_box(bits: UInts, box: Box) -> int:
