@@ -38,7 +38,6 @@ def s3_endpoint():
         url = f"http://{host}:{port}"
         for name, value in {
             "AWS_ENDPOINT_URL": url,
-            "AWS_ALLOW_HTTP": "true",
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_REGION": REGION,

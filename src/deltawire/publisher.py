@@ -6,6 +6,8 @@
 waits as one folded attempt, freezes its bytes, and appends it to the run log, again and again until it is durable.
 """
 
+import atexit
+import os
 import tempfile
 import threading
 import time
@@ -33,6 +35,8 @@ FIRST_RETRY = 0.5
 LAST_RETRY = 30.0
 GOODBYE = 30.0
 """seconds that rank 0, when it closes, waits for the other ranks to hear of the last commit"""
+AT_EXIT = 30.0
+"""seconds that a process which ends without closing its publisher waits for what is on its way"""
 Pairs = Iterable[tuple[str, Any]]
 """(name, tensor)"""
 Prepare = Callable[[Pairs], Pairs]
@@ -61,8 +65,9 @@ class Publisher:
     `signing_key`, a file written by `deltawire keygen`, signs every record; `compactors` are public keys that may sign
     folds and anchors of a run that begins here.
 
-    Not for several threads at once: one trainer, one publisher. Raises BucketError, FormatError, ChainError on opening;
-    TypeError and ValueError for options that are none.
+    A process that ends without `close` waits for what is on its way, but only 30 seconds. Not for several threads at
+    once: one trainer, one publisher. Raises BucketError, FormatError, ChainError on opening; TypeError and ValueError
+    for options that are none.
     """
 
     def __init__(
@@ -108,6 +113,7 @@ class Publisher:
         self._summing = self._hurry = self._closing = self._died = self._torn = False
         self._thread = threading.Thread(target=self._upload_forever, name="deltawire-upload", daemon=True)
         self._thread.start()
+        atexit.register(self._close_at_exit, os.getpid())
 
     def _open(
         self, begin: dict[str, Any], key_file: str | Path | None, compactors: Iterable[str | Path], process_group: Any
@@ -244,10 +250,22 @@ class Publisher:
             with self._changed:
                 self._closing = True
                 self._changed.notify_all()
+            atexit.unregister(self._close_at_exit)
             self._thread.join(timeout=5.0)
             self._sender.close(patience)
             self._capturer.close()
             self._spool.cleanup()
+
+    def _close_at_exit(self, owner: int) -> None:
+        """Send what waits, if that does not take too long; Python prints what this raises. A forked child has nothing
+        to send."""
+        if os.getpid() != owner:
+            return
+        try:
+            self.close(AT_EXIT)
+        except DeltaWireError as problem:
+            ends = "the process ends with changes that are not in the bucket (close() would have waited for them)"
+            raise DeltaWireError(f"{ends}: {problem}") from None
 
     def _enqueue(self, captured: Captured) -> None:
         """Fold into what waits; a run's first version is no delta, so nothing folds into it, nor into a version that

@@ -24,7 +24,7 @@ def nobody(monkeypatch):
         for name in VARIABLES:
             monkeypatch.setenv(name, CANARY)
         for name, value in {
-            "AWS_ACCESS_KEY_ID": "id", "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "id", "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": url,
             "HF_ENDPOINT": url, "HF_XET_CLIENT_RETRY_BASE_DELAY": "1ms", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1",
         }.items():  # fmt: skip
             monkeypatch.setenv(name, value)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from examples.wordle.rollouts import Episode, Rollout, ServerError
 from examples.wordle.trainer import Act, Bounds, parse_act, remaining, served_digests, staleness, take_fresh, train
 
 import deltawire as dw
+from deltawire.buckets import Bucket
+from deltawire.errors import NotFound
 from waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -239,6 +241,17 @@ def wait_for_steps(told: Path, process: subprocess.Popen[str]) -> None:
     until(enough, seconds=240, unless=lambda: process.poll() is not None)
 
 
+def wait_for_committed_step(bucket: Bucket, process: subprocess.Popen[str]) -> None:
+    """Return once the bucket holds a step: the command, still under way, tells of one before it is durable."""
+
+    def committed() -> bool:
+        with suppress(NotFound), dw.Subscriber(bucket) as subscriber:
+            return any(commit.step for commit in subscriber.commits())
+        return False
+
+    until(committed, seconds=240, unless=lambda: process.poll() is not None)
+
+
 def dog(prompt: Sequence[int]) -> str:
     return "dog\n"
 
@@ -275,11 +288,10 @@ def test_a_killed_trainer_started_again_goes_on_from_the_buckets_newest_version(
     checkpoint: Path, tmp_path: Path, environment_url: str, vllm_url: Callable[[Completions], str]
 ) -> None:
     url = vllm_url(Completions(dog))
-    steps = tmp_path / "steps.jsonl"
+    steps, bucket = tmp_path / "steps.jsonl", dw.open_bucket((tmp_path / "bucket").as_uri())
     with trainer(checkpoint, tmp_path, url, environment_url, "--act", "learn,1e-3,100000") as process:
-        wait_for_steps(steps, process)
+        wait_for_committed_step(bucket, process)
         process.kill()
-    bucket = dw.open_bucket((tmp_path / "bucket").as_uri())
     with dw.Subscriber(bucket) as subscriber:
         last = subscriber.commits()[-1]
     assert last.step

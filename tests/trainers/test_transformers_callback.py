@@ -167,7 +167,9 @@ def test_only_the_first_process_publishes(tmp_path, url):
 def test_two_processes_that_train_one_model_publish_it_once(tmp_path, url):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *launch, str(PROGRAM), "together", str(tmp_path / "out"), url]
-    subprocess.run(command, check=True, capture_output=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    settings = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200, env=settings)
+    assert done.returncode == 0, done.stderr
     chain = commits(dw.open_bucket(url))
     assert (chain[0].step, chain[-1].step, len({commit.writer for commit in chain})) == (0, 3, 1)
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

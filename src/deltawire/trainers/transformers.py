@@ -6,7 +6,6 @@
 Gradient accumulation is respected: batches that do not step the optimizer publish nothing.
 """
 
-import atexit
 import inspect
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -29,9 +28,6 @@ try:
 except ImportError:
     raise ImportError("the Trainer callback needs transformers: pip install 'deltawire[transformers]'") from None
 
-AT_EXIT = 10.0
-"""seconds that a process which ends without closing the callback waits for the upload"""
-
 
 class DeltaWeightSyncCallback(TrainerCallback):
     """Publishes the starting weights when training begins and the new ones after each optimizer step.
@@ -49,7 +45,7 @@ class DeltaWeightSyncCallback(TrainerCallback):
     versions published later than that checkpoint stand before it. In a job of several processes the first publishes.
 
     A trainer whose `train()` raises tells no callback. Use the callback as a context manager around `train()` to send
-    what was captured; otherwise that is tried when the process exits, for 10 seconds.
+    what was captured; otherwise that is tried when the process exits, for as long as a Publisher does.
 
     `patience`: seconds to wait at the end of training for the upload. Raises what `Publisher` and `publish` raise,
     BadUrl and TypeError for what is misspelt, Unavailable when patience runs out, DtypeMismatch for a model whose
@@ -104,7 +100,6 @@ class DeltaWeightSyncCallback(TrainerCallback):
             return
         if self._publisher is None:
             self._publisher = self._open(kwargs["model"], kwargs.get("processing_class"))
-            atexit.register(self.close, AT_EXIT)
         self._publish(kwargs["model"], state, self._logged)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -152,7 +147,6 @@ class DeltaWeightSyncCallback(TrainerCallback):
         """The open Publisher if it is ours, which from here on is the caller's to close."""
         if self._url is None:
             return None
-        atexit.unregister(self.close)
         if self._assets is not None:
             self._assets.cleanup()
             self._assets = None
