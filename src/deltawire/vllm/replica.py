@@ -1,4 +1,4 @@
-"""One worker's part of the weights: the bucket it stands on, the version it is, and the update it has prepared.
+"""What one worker does with its part of the weights when asked: attach, stage, write, confirm, take back, audit.
 
 A worker that holds the whole model compares with commits by itself. Of several, each holds parts, and only all together
 can be compared: a follower adds up what they report, tells them where they stand, and vouches for what they write.
@@ -13,33 +13,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
 
 from deltawire.buckets import open_bucket
-from deltawire.digest import root as root_of
-from deltawire.errors import (
-    ChainError,
-    EngineError,
-    EngineUnavailable,
-    EngineUnsupported,
-    Forked,
-    FormatError,
-    Gap,
-    WrongBase,
-)
+from deltawire.errors import ChainError, EngineError, EngineUnavailable, EngineUnsupported, FormatError, WrongBase
 from deltawire.log import current_run
 from deltawire.manifests import Position
 from deltawire.signing import Trust, trust
-from deltawire.subscriber import Subscriber
 from deltawire.vllm import cores, staging
-from deltawire.vllm.live import LiveWeights
+from deltawire.vllm.attached import Attached, as_hex, attach
 from deltawire.vllm.loading import AfterLoading
-from deltawire.vllm.staging import PartDigests, Plan
-from deltawire.vllm.union import Union, disagreement
+from deltawire.vllm.staging import Plan
 
 _NOBODY_COMPARED = "only a follower can compare what all workers hold together with the commit: run `deltawire follow`"
 
@@ -50,22 +37,6 @@ class Target(msgspec.Struct, frozen=True):
     bucket: str
     version: int
     root: str | None = None
-
-
-@dataclass(eq=False)
-class _Attached:
-    """A bucket's run, this worker's weights as that run names them, the digests of their parts, and which version they
-    are. `union` is None when other workers hold the rest, `joined` whether somebody has found out the version.
-    `undo` is the last update until it is confirmed, with what was before."""
-
-    asked: str
-    subscriber: Subscriber
-    live: LiveWeights
-    union: Union | None
-    digests: PartDigests
-    position: Position | None = None
-    joined: bool = False
-    undo: tuple[Plan, PartDigests, Position | None] | None = None
 
 
 class Replica:
@@ -89,9 +60,9 @@ class Replica:
         self._model, self._loading = model, loading
         self._workers, self._copies, self._compiled = workers, copies, compiled
         self._synchronize = synchronize
-        self._attached: _Attached | None = None
+        self._attached: Attached | None = None
         self._trust = Trust()
-        self._plan: tuple[_Attached, Position | None, Plan] | None = None
+        self._plan: tuple[Attached, Position | None, Plan] | None = None
         self._problem: dict[str, str] | None = None
         self._applied: dict[str, Any] | None = None
         self._quarantined = False
@@ -157,7 +128,7 @@ class Replica:
         return {
             "attached": attached.subscriber.bucket.url if attached else None,
             "run": attached.subscriber.run.run if attached else None,
-            "position": _as_dict(self.position),
+            "position": msgspec.to_builtins(self.position),
             "joined": bool(attached and attached.joined),
             "staging": self._staging,
             "staged": _facts(staged[2]) if staged else None,
@@ -184,7 +155,7 @@ class Replica:
     def answer_holdings(self, request: dict[str, Any]) -> dict[str, Any]:
         """Which parts of which tensors this worker holds, and the digest of each as of its last update."""
         attached = self._require_attached()
-        return {"sizes": attached.live.sizes, "parts": attached.live.parts, "digests": _as_hex(attached.digests)}
+        return {"sizes": attached.live.sizes, "parts": attached.live.parts, "digests": as_hex(attached.digests)}
 
     def answer_stand(self, request: dict[str, Any]) -> dict[str, Any]:
         """Be told which version the workers' digests, taken together, are: {"position"}, None when no committed one."""
@@ -195,12 +166,12 @@ class Replica:
     def answer_staged(self, request: dict[str, Any]) -> dict[str, Any]:
         """The digest of every part after what is staged, or as it is when nothing has to be done."""
         attached, staged = self._require_attached(), self._plan
-        return {"digests": _as_hex(staged[2].digests if staged else attached.digests)}
+        return {"digests": as_hex(staged[2].digests if staged else attached.digests)}
 
     def answer_blame(self, request: dict[str, Any]) -> dict[str, Any]:
         """Which of these `names` hold something else than this worker's updates left there."""
         attached = self._require_attached()
-        drifted = self._drifted(attached, request["names"])
+        drifted = attached.drifted(request["names"])
         if drifted:
             self._quarantine(attached)
         return {"drifted": drifted}
@@ -220,7 +191,7 @@ class Replica:
         live = self._attached.live if self._attached else None
         boxes = live.placement.boxes if live else {}
         return {
-            "placement": {name: [_box(box) for box in parts] for name, parts in boxes.items()},
+            "placement": {name: msgspec.to_builtins(parts) for name, parts in boxes.items()},
             "remade": [step.prefix for step in live.rebuilt()] if live else [],
         }
 
@@ -235,26 +206,10 @@ class Replica:
             url = request.get("bucket")
             other = url is not None and not self._stands_on(str(url))
             attached = self._opened(str(url)) if other else self._require_attached()
-            live, position = attached.live, attached.position
-            digests = live.digests()
-            stale = [step for step in live.rebuilt() if not step.is_current()]
-            drifted = [
-                name
-                for name in live.table
-                if digests[name] != attached.digests[name] or any(step in stale for step in live.steps.get(name, ()))
-            ]
-            version = position.version if position else attached.subscriber.latest().version
-            promised = attached.subscriber.digests_at(version)
-            if position is not None and drifted:
+            found = attached.audit() | {"position": msgspec.to_builtins(attached.position)}
+            if attached.position is not None and found["drifted"]:
                 self._quarantine(attached)
-            return {
-                "position": _as_dict(position),
-                "sizes": live.sizes,
-                "parts": live.parts,
-                "digests": _as_hex(digests),
-                "drifted": drifted,
-                "promised": {name: f"{value:016x}" for name, value in promised.items()},
-            }
+            return found
 
     def _stage(self, target: Target) -> None:
         try:
@@ -270,21 +225,12 @@ class Replica:
             self._staging = False
             self._reading.release()
 
-    def _prepare(self, attached: _Attached, version: int) -> Plan:
-        """The plan that leads to a version, newer or older, from where we stand; from an anchor when we stand at no
-        version, or at one that the chain no longer has."""
+    def _prepare(self, attached: Attached, version: int) -> Plan:
+        """The plan that leads to a version, compared with its commit where that can be."""
         try:
             if self._quarantined:
                 attached.digests = attached.live.digests()
-            try:
-                since = attached.position
-                plan = staging.stage(attached.live, attached.digests, attached.subscriber, since, version)
-            except (Gap, Forked):
-                if since is None:
-                    raise
-                plan = staging.stage(attached.live, attached.digests, attached.subscriber, None, version)
-            self._judge(attached, plan)
-            return plan
+            return attached.plan(version)
         except WrongBase:
             self._quarantine(attached)
             raise
@@ -294,35 +240,19 @@ class Replica:
         finally:
             attached.subscriber.close()  # an anchor's files are as large as the model, and not needed again
 
-    def _judge(self, attached: _Attached, plan: Plan) -> None:
-        """Compare a plan with its commit, when all parts are here. Tells live weights that drifted from a change that
-        does not lead where its commit says."""
-        if attached.union is None:
-            return
-        digests, _ = attached.union.digests([plan.digests])
-        if root_of(attached.live.table.values(), digests) == plan.after.root:
-            return
-        promised = attached.subscriber.digests_at(plan.after.version)
-        wrong = [name for name, value in promised.items() if digests[name] != value]
-        raise disagreement(plan.after, wrong, self._drifted(attached, wrong))
-
-    def _drifted(self, attached: _Attached, names: Iterable[str]) -> list[str]:
-        return [name for name in names if attached.live.digest(name) != attached.digests[name]]
-
-    def _quarantine(self, attached: _Attached) -> None:
+    def _quarantine(self, attached: Attached) -> None:
         """Claim no version any more. The next update starts from an anchor and compares all of memory with it."""
         self._quarantined, self._plan = True, None
         attached.position = attached.undo = None
 
-    def _write(self, attached: _Attached, plan: Plan) -> None:
+    def _write(self, attached: Attached, plan: Plan) -> None:
         """Apply a plan. When that fails the old weights are put back, and proved to be, or the worker quarantined."""
         started = time.perf_counter()
         try:
             staging.apply(plan.writes)
             self._synchronize()
             seconds = time.perf_counter() - started
-            if plan.since is None:
-                _check_whole(attached.live, plan)
+            attached.require_written(plan)
         except BaseException:
             if attached.live.digests() != attached.digests:
                 self._quarantine(attached)
@@ -343,7 +273,7 @@ class Replica:
         self.close()
         self._attached = opened
 
-    def _opened(self, url: str) -> _Attached:
+    def _opened(self, url: str) -> Attached:
         """A bucket's run and this worker's weights in it. Their digests say where they stand: at a committed version
         or at none."""
         if self._loading is None:
@@ -353,23 +283,17 @@ class Replica:
                 f"{self._copies} data-parallel copies serve this model, and one call reaches one of them: start each "
                 "as a server of its own, with its own follower"
             )
-        subscriber = Subscriber(open_bucket(url), trusted=self._trust)
-        table = subscriber.run.table
-        live = LiveWeights(self._model, table, loading=self._loading)
-        if self._compiled and any(step.hidden for step in live.rebuilt()):
+        opened = attach(url, self._trust, self._model, self._loading)
+        if self._compiled and any(step.hidden for step in opened.live.rebuilt()):
             raise EngineUnsupported(
                 "a compiled model keeps the packed weights it was traced with: start vLLM with --enforce-eager, or "
                 "without DELTAWIRE_PREPACK=keep"
             )
-        digests = live.digests()
-        attached = _Attached(url, subscriber, live, None, digests)
         if self._workers == 1:
-            attached.union = Union(live.sizes, [live.parts], live.placement.computed)
-            whole, _ = attached.union.digests([digests])
-            attached.position, attached.joined = subscriber.position_of(root_of(table, whole)), True
-        return attached
+            opened.find_version()
+        return opened
 
-    def _require_attached(self) -> _Attached:
+    def _require_attached(self) -> Attached:
         if self._attached is None:
             raise EngineUnsupported("nothing is followed yet: name a bucket")
         return self._attached
@@ -396,18 +320,6 @@ class Replica:
                 self._problem = None
 
 
-def _check_whole(live: LiveWeights, plan: Plan) -> None:
-    """After an anchor every weight is read back: no earlier digest vouches for the rest of the memory."""
-    digests = live.digests()
-    if wrong := [name for name, value in plan.digests.items() if digests[name] != value]:
-        staging.undo(plan.writes)
-        raise WrongBase(f"{plan.after}: {len(wrong)} tensors read back wrong ({', '.join(wrong[:4])}); put back")
-
-
-def _as_hex(digests: PartDigests) -> dict[str, list[str]]:
-    return {name: [f"{value:016x}" for value in values] for name, values in digests.items()}
-
-
 def _head_run(url: str) -> str:
     return current_run(open_bucket(url))
 
@@ -417,10 +329,6 @@ def _convert(request: object) -> Target:
         return msgspec.convert(request, Target)
     except msgspec.ValidationError as error:
         raise EngineError(f'an update is named by {{"bucket": URL, "version": number}}: {error}') from None
-
-
-def _as_dict(position: Position | None) -> dict[str, Any] | None:
-    return None if position is None else {"run": position.run, "version": position.version, "root": position.root}
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
@@ -434,7 +342,3 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "fetch_s": plan.fetch_seconds,
         "stage_s": plan.stage_seconds,
     }
-
-
-def _box(box: Any) -> dict[str, Any]:
-    return {name: getattr(box, name) for name in box.__dataclass_fields__}

@@ -1,0 +1,123 @@
+"""One worker's weights beside the run they follow: which parts of its tensors they are, and at which version."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deltawire.buckets import open_bucket
+from deltawire.digest import root as root_of
+from deltawire.errors import Forked, Gap, WrongBase
+from deltawire.manifests import Position
+from deltawire.signing import Trust
+from deltawire.subscriber import Subscriber
+from deltawire.vllm import staging
+from deltawire.vllm.live import LiveWeights
+from deltawire.vllm.loading import AfterLoading
+from deltawire.vllm.staging import PartDigests, Plan
+from deltawire.vllm.union import Union, disagreement
+
+
+@dataclass(eq=False)
+class Attached:
+    """A bucket's run, this worker's weights as that run names them, the digests of their parts as the last update left
+    them, and which version they are.
+
+    `asked` is the address that was asked for. `union` is None when other workers hold the rest, `joined` whether
+    somebody has found out the version. `undo` is the last update until it is confirmed, with what was before.
+    """
+
+    asked: str
+    subscriber: Subscriber
+    live: LiveWeights
+    union: Union | None
+    digests: PartDigests
+    position: Position | None = None
+    joined: bool = False
+    undo: tuple[Plan, PartDigests, Position | None] | None = None
+
+    def find_version(self) -> None:
+        """Of the only worker: its digests say at which committed version it is, or at none. Raises EngineUnsupported
+        when it does not hold the whole model."""
+        self.union = Union(self.live.sizes, [self.live.parts], self.live.placement.computed)
+        digests, _ = self.union.digests([self.digests])
+        root = root_of(self.live.table.values(), digests)
+        self.position, self.joined = self.subscriber.position_of(root), True
+
+    def drifted(self, names: Iterable[str]) -> list[str]:
+        """Which of these tensors hold something else than the last update left there."""
+        return [name for name in names if self.live.digest(name) != self.digests[name]]
+
+    def plan(self, version: int) -> Plan:
+        """The plan that leads to a version, newer or older, from where these weights stand; from an anchor when they
+        stand at no version, or at one that the chain no longer has. It is compared with its commit, unless other
+        workers hold the rest.
+
+        Raises BucketError, FormatError, ChainError; WrongBase for live weights that drifted, BadDigest for a change
+        that does not lead where its commit says.
+        """
+        since = self.position
+        try:
+            plan = staging.stage(self.live, self.digests, self.subscriber, since, version)
+        except (Gap, Forked):
+            if since is None:
+                raise
+            plan = staging.stage(self.live, self.digests, self.subscriber, None, version)
+        self._require_promised(plan)
+        return plan
+
+    def require_written(self, plan: Plan) -> None:
+        """After an anchor read every weight back: no earlier digest vouches for the rest of the memory. Raises
+        WrongBase, with the old weights put back."""
+        if plan.since is not None:
+            return
+        digests = self.live.digests()
+        if wrong := [name for name, value in plan.digests.items() if digests[name] != value]:
+            staging.undo(plan.writes)
+            raise WrongBase(f"{plan.after}: {len(wrong)} tensors read back wrong ({', '.join(wrong[:4])}); put back")
+
+    def audit(self) -> dict[str, Any]:
+        """Recompute every digest from live memory. `promised` are those of the version these weights are said to be,
+        or of the newest when they are none; `drifted` names what the last update did not leave so."""
+        digests = self.live.digests()
+        stale = [step for step in self.live.rebuilt() if not step.is_current()]
+        drifted = [
+            name
+            for name in self.live.table
+            if digests[name] != self.digests[name] or any(step in stale for step in self.live.steps.get(name, ()))
+        ]
+        version = self.position.version if self.position else self.subscriber.latest().version
+        promised = self.subscriber.digests_at(version)
+        return {
+            "sizes": self.live.sizes,
+            "parts": self.live.parts,
+            "digests": as_hex(digests),
+            "drifted": drifted,
+            "promised": {name: f"{value:016x}" for name, value in promised.items()},
+        }
+
+    def _require_promised(self, plan: Plan) -> None:
+        if self.union is None:
+            return
+        digests, _ = self.union.digests([plan.digests])
+        if root_of(self.live.table.values(), digests) == plan.after.root:
+            return
+        promised = self.subscriber.digests_at(plan.after.version)
+        wrong = [name for name, value in promised.items() if digests[name] != value]
+        raise disagreement(plan.after, wrong, self.drifted(wrong))
+
+
+def attach(url: str, trust: Trust, model: torch.nn.Module, loading: AfterLoading) -> Attached:
+    """Put a worker's weights beside the run that a bucket's HEAD names, at no version yet.
+
+    Raises BucketError, FormatError, ChainError; EngineUnsupported for a model that cannot be patched.
+    """
+    subscriber = Subscriber(open_bucket(url), trusted=trust)
+    live = LiveWeights(model, subscriber.run.table, loading=loading)
+    return Attached(url, subscriber, live, None, live.digests())
+
+
+def as_hex(digests: PartDigests) -> dict[str, list[str]]:
+    """Digests as they travel in JSON."""
+    return {name: [f"{value:016x}" for value in values] for name, values in digests.items()}
