@@ -39,7 +39,9 @@ def test_log_lists_every_version(published):
 
 
 def test_verify_reads_the_whole_run(published):
-    assert "anchor and 2 deltas verified" in run_verb("verify", published).stdout
+    assert "anchors 1, deltas 2, folds 0" in run_verb("verify", published).stdout
+    report = json.loads(run_verb("verify", published, "--json").stdout)
+    assert (report["first"], report["position"]["version"], report["deltas"]) == (0, 2, 2)
 
 
 def test_verify_refuses_a_damaged_run(published, tmp_path):
@@ -74,7 +76,7 @@ def test_compact_folds_once_and_prune_deletes_only_when_told(published, tmp_path
     assert sorted(folder.rglob("*")) == before
     run_verb("prune", published, "--keep-anchors", "1", "--keep-hours", "0", "--delete")
     assert not [key for key in plan["keys"] if (folder / key).exists()]
-    assert "anchor and 0 deltas verified" in run_verb("verify", published).stdout
+    assert "versions 8 to 8" in run_verb("verify", published).stdout
 
 
 def test_a_key_that_keygen_made_signs_a_run_that_is_read_with_its_public_half_alone(tmp_path):

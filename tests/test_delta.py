@@ -42,6 +42,14 @@ def test_a_delta_leads_from_old_to_new_and_its_negative_back(chain):
 
 
 @given(versions(2))
+def test_digests_after_a_delta_are_those_of_the_new_weights(chain):
+    old, new = chain
+    before = {name: bits.data.copy() for name, bits in old.items()}
+    assert Delta.between(old, new).digests_after(digest(old), old) == digest(new)
+    assert all(np.array_equal(before[name], bits.data) for name, bits in old.items())
+
+
+@given(versions(2))
 def test_torch_tensors_follow_the_same_algebra(chain):
     old, new = ({name: as_torch(bits) for name, bits in weights.items()} for weights in chain)
     delta = Delta.between(old, new)

@@ -19,7 +19,6 @@ from deltawire.bits import Bits
 from deltawire.checkpoint import SINGLE, Checkpoint
 from deltawire.compactor import Compactor
 from deltawire.errors import AlreadyExists, BadDigest, Gap, NotFound, OutOfSpace
-from deltawire.materialize import verify
 from deltawire.mirror import MARKER, held
 from deltawire.tensors import equal
 from runs import (
@@ -273,7 +272,7 @@ def test_verifying_names_every_tensor_that_differs(tmp_path):
     checkpoint.write(tmp_path, table(weights), weights)
     right = dict.fromkeys(weights, 0)
     with pytest.raises(BadDigest, match=f"policy: {len(weights)} tensors differ"):
-        verify(Checkpoint(tmp_path), right, where="policy")
+        Checkpoint(tmp_path).require_digests(right, where="policy")
 
 
 def full(*anything, **options):

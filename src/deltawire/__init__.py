@@ -9,9 +9,10 @@ from deltawire.manifests import Position
 from deltawire.materialize import materialize
 from deltawire.names import NameMap
 from deltawire.publisher import Publisher
-from deltawire.reports import MaterializeReport, PublishReport, UploadReport
+from deltawire.reports import MaterializeReport, PublishReport, UploadReport, VerifyReport
 from deltawire.subscriber import Subscriber
 from deltawire.tensors import equal
+from deltawire.verify import verify
 from deltawire.wire import decode, encode
 
 __all__ = [
@@ -26,11 +27,13 @@ __all__ = [
     "Subscriber",
     "Update",
     "UploadReport",
+    "VerifyReport",
     "decode",
     "digest",
     "encode",
     "equal",
     "materialize",
     "open_bucket",
+    "verify",
 ]
 __version__ = "0.1.0"

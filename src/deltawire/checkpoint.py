@@ -13,7 +13,8 @@ from deltawire import container
 from deltawire.bits import Bits
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import is_key
-from deltawire.errors import FormatError, NotFound, TooLarge, Truncated
+from deltawire.digest import digest_bits
+from deltawire.errors import BadDigest, FormatError, NotFound, TooLarge, Truncated
 from deltawire.manifests import TensorEntry
 
 INDEX = "model.safetensors.index.json"
@@ -56,6 +57,12 @@ class Checkpoint(Mapping[str, Bits]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def require_digests(self, digests: Mapping[str, int], *, where: str) -> None:
+        """Recompute every tensor's digest and compare. Raises BadDigest naming each tensor that differs."""
+        wrong = [name for name, value in digests.items() if digest_bits(self[name].data) != value]
+        if wrong:
+            raise BadDigest(f"{where}: {len(wrong)} tensors differ from the commit: {', '.join(wrong[:5])}")
 
     def flush(self) -> None:
         """Make what was written durable. Raises OutOfSpace, BucketError."""

@@ -146,7 +146,7 @@ class Compactor:
         first, last = chain.settled(start), chain.settled(end)
         change = self._subscriber.change(first.record.position, end, anchors=False)
         mirror = self._mirror_at(end)
-        before = mirror.digests_after(change.delta, undone=True)
+        before = (-change.delta).digests_after(mirror.digests, mirror.weights)
         if root_of(chain.run.table, before) != first.record.root:
             raise BadDigest(f"{self.bucket.url}: the deltas from {start} to {end} do not lead from one to the other")
         data = wire.encode(change.delta, run=chain.run.run, parent=start, version=end)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from deltawire.bits import Bits, Positions, UInts, count, unsigned
+from deltawire.digest import digest_at, moved
 from deltawire.errors import DtypeMismatch, FormatError, MissingTensor, ShapeMismatch, UnknownTensor
 from deltawire.tensors import as_bits, like
 
@@ -240,6 +241,15 @@ class Delta(Mapping[str, TensorDelta]):
         _check_apart(targets)
         for name, tensor in self._tensors.items():
             tensor.apply_(targets[name])
+
+    def digests_after(self, digests: Mapping[str, int], tensors: Mapping[str, Bits]) -> dict[str, int]:
+        """What the `digests` of these tensors will be once the steps are added. Nothing is written."""
+        after = dict(digests)
+        for name, tensor in self._tensors.items():
+            positions, steps = tensor.sparse()
+            bits = tensors[name].data[positions]
+            after[name] = moved(after[name], digest_at(positions, bits), digest_at(positions, bits + steps))
+        return after
 
     def check(self, tensors: Mapping[str, Any]) -> None:
         """Raise what `apply_` would raise, and change nothing."""

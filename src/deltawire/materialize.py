@@ -8,8 +8,7 @@ from deltawire import checkpoint
 from deltawire.buckets.base import Bucket
 from deltawire.changes import Change, Update
 from deltawire.checkpoint import Checkpoint
-from deltawire.digest import digest_bits
-from deltawire.errors import AlreadyExists, BadDigest, Forked, Gap
+from deltawire.errors import AlreadyExists, Forked, Gap
 from deltawire.manifests import Position
 from deltawire.mirror import Mirror, building, held, unfinished
 from deltawire.reports import MaterializeReport
@@ -81,13 +80,6 @@ def _build(subscriber: Subscriber, work: Path, target: Position, on_update: Call
         fetched.append(update.wire_bytes)
         on_update(update)
     assert weights is not None
-    verify(weights, subscriber.digests_at(target.version), where=str(target))
+    weights.require_digests(subscriber.digests_at(target.version), where=str(target))
     weights.flush()
     return fetched
-
-
-def verify(weights: checkpoint.Checkpoint, digests: dict[str, int], *, where: str) -> None:
-    """Recompute every tensor's digest and compare. Raises BadDigest naming each tensor that differs."""
-    wrong = [name for name, value in digests.items() if digest_bits(weights[name].data) != value]
-    if wrong:
-        raise BadDigest(f"{where}: {len(wrong)} tensors differ from the commit: {', '.join(wrong[:5])}")

@@ -20,7 +20,7 @@ from deltawire import checkpoint, wire
 from deltawire.buckets.atomic import file_system_errors, replacing
 from deltawire.checkpoint import Checkpoint
 from deltawire.delta import Delta
-from deltawire.digest import digest_at, digest_bits, moved
+from deltawire.digest import digest_bits
 from deltawire.digest import root as root_of
 from deltawire.errors import AccessRefused, AlreadyExists, BadDigest, FormatError, NotFound
 from deltawire.manifests import Position, TensorEntry
@@ -101,7 +101,7 @@ class Mirror:
     def apply(self, delta: Delta, to: Position) -> None:
         """Move to another position. Raises BadDigest before anything is written when the delta does not lead there;
         on any error the position is the old one, or is found again by opening the folder anew."""
-        digests = self.digests_after(delta)
+        digests = delta.digests_after(self.digests, self.weights)
         if root_of(self.table, digests) != to.root:
             raise BadDigest(f"{self.folder} at {self.position}: the change does not lead to {to}; nothing was written")
         journal = self.folder / f"{_JOURNAL}{to.run}-{to.version}-{to.root}"
@@ -112,15 +112,6 @@ class Mirror:
         self._on_step("journal")
         self._redo(delta, journal, to)
         self.position, self.digests = to, digests
-
-    def digests_after(self, delta: Delta, *, undone: bool = False) -> dict[str, int]:
-        """Every digest as it would be after the delta (or before it: `undone`). Nothing is written."""
-        digests = dict(self.digests)
-        for name, tensor in (-delta if undone else delta).items():
-            positions, steps = tensor.sparse()
-            bits = self.weights[name].data[positions]
-            digests[name] = moved(digests[name], digest_at(positions, bits), digest_at(positions, bits + steps))
-        return digests
 
     def _redo(self, delta: Delta, journal: Path, to: Position) -> None:
         with _locked(self.folder / _READERS, fcntl.LOCK_EX):

@@ -61,3 +61,16 @@ class MaterializeReport:
     deltas: int
     fetched_bytes: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """A run read from version `first` to `position` and found right: what was read of it, in bytes too, and seconds."""
+
+    position: Position
+    first: int
+    anchors: int
+    deltas: int
+    folds: int
+    fetched_bytes: int
+    seconds: float

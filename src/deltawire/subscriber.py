@@ -133,10 +133,10 @@ class Subscriber:
             if commit.version < start:
                 continue
             if parent is None:
-                anchor, size = self._fetch_anchor(commit.version)
-                yield Update(commit.position, None, None, anchor, digests, commit, size)
+                record = self._anchor_record(commit.version)
+                yield Update(commit.position, None, None, self.open_anchor(record), digests, commit, record.wire_bytes)
             elif commit.version > parent.version:
-                delta = self._fetch_delta(commit)
+                delta = self.fetch_delta(commit)
                 yield Update(commit.position, parent, delta, None, digests, commit, commit.wire_bytes)
             else:
                 continue
@@ -163,6 +163,28 @@ class Subscriber:
     def watch(self, *, timeout: float, tag: str | None = None) -> Stat | None:
         """Wait until HEAD's tag differs from `tag`, at most `timeout` seconds."""
         return self.bucket.watch(HEAD_KEY, tag=tag, timeout=timeout)
+
+    def fetch_delta(self, record: Commit | Derived) -> Delta:
+        """What a commit or a fold changes, its bytes checked; the digests it leads to are the caller's to compare.
+
+        Raises BucketError; FormatError for damaged bytes, or those of another version.
+        """
+        delta = Delta()
+        for payload in record.payloads:
+            key = f"runs/{record.run}/{payload.key}"
+            data = get_verified(self.bucket, key, size=payload.size, blake3=payload.blake3)
+            header = wire.read_header(data)
+            if (header.run, header.parent, header.version) != (record.run, record.parent, record.version):
+                raise FormatError(f"{key} says {header.run}:{header.parent}→{header.version}, not what its commit says")
+            require_in_table(header.tensors, self.chain.entries, key)
+            delta += wire.decode(data)
+        if delta.keys() != record.digests.keys():
+            raise FormatError(f"{record.position}: the payload changes other tensors than the commit lists")
+        return delta
+
+    def open_anchor(self, record: Commit | Derived) -> Checkpoint:
+        """The whole checkpoint that a version 0 or an anchor is, downloaded and its bytes checked."""
+        return self._anchors.open(record, self.run)
 
     def anchor_files(self, version: int | None = None) -> list[Path]:
         """The files of the newest anchor up to a version on this host, downloaded and verified if need be: a whole
@@ -199,10 +221,10 @@ class Subscriber:
         delta, anchor, anchor_position = Delta(), None, None
         for edge, filed in hops:
             if edge.start is None:
-                anchor = self._anchors.open(filed.record, self.run)
+                anchor = self.open_anchor(filed.record)
                 anchor_position = filed.record.position
             else:
-                part = self._fetch_delta(filed.record)
+                part = self.fetch_delta(filed.record)
                 delta += -part if edge.undo else part
         if hops and ends_at(*hops[-1]) not in (None, commit.hash):
             raise Forked(f"{self.bucket.url}: the path to version {version} ends at another commit of that number")
@@ -254,21 +276,3 @@ class Subscriber:
     def _anchor_record(self, version: int) -> Commit | Derived:
         edge = next(edge for edge in self.chain.anchors() if edge.end == version)
         return self.chain.read([edge])[0][1].record
-
-    def _fetch_delta(self, record: Commit | Derived) -> Delta:
-        delta = Delta()
-        for payload in record.payloads:
-            key = f"runs/{record.run}/{payload.key}"
-            data = get_verified(self.bucket, key, size=payload.size, blake3=payload.blake3)
-            header = wire.read_header(data)
-            if (header.run, header.parent, header.version) != (record.run, record.parent, record.version):
-                raise FormatError(f"{key} says {header.run}:{header.parent}→{header.version}, not what its commit says")
-            require_in_table(header.tensors, self.chain.entries, key)
-            delta += wire.decode(data)
-        if delta.keys() != record.digests.keys():
-            raise FormatError(f"{record.position}: the payload changes other tensors than the commit lists")
-        return delta
-
-    def _fetch_anchor(self, version: int) -> tuple[Checkpoint, int]:
-        record = self._anchor_record(version)
-        return self._anchors.open(record, self.run), record.wire_bytes

@@ -1,9 +1,8 @@
 """Verbs that show and check what was published: a run, a version as a checkpoint, a delta file, a live placement."""
 
 import math
-import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import typer
@@ -17,7 +16,9 @@ from deltawire.changes import Update
 from deltawire.cli.options import AsJson, BaseFolder, BucketUrl, Trusted
 from deltawire.cli.printing import emit, size
 from deltawire.materialize import materialize as materialize_version
+from deltawire.paths import Edge
 from deltawire.subscriber import Subscriber
+from deltawire.verify import verify as verify_run
 
 
 def log(bucket: BucketUrl, trust: Trusted = None, json: AsJson = False) -> None:
@@ -67,11 +68,21 @@ def verify(
     bucket: BucketUrl,
     base: Annotated[Path | None, typer.Option(help="Folder of the base checkpoint.")] = None,
     trust: Trusted = None,
+    json: AsJson = False,
 ) -> None:
-    """Fetch the whole run, apply every delta and recompute every digest."""
-    with tempfile.TemporaryDirectory(prefix="deltawire-") as folder:
-        report = _materialize(bucket, Path(folder) / "checkpoint", None, base, trust)
-    print(f"{report.position}: anchor and {report.deltas} deltas verified, {size(report.fetched_bytes)} read")
+    """Read every delta, fold and anchor of the run, and recompute every digest."""
+    with _progress() as progress:
+        task = progress.add_task("deltas, folds, anchors", total=None)
+
+        def advance(edge: Edge, total: int) -> None:
+            progress.update(task, advance=1, total=total)
+
+        report = verify_run(open_bucket(bucket), base=base, trusted=trust or (), on_read=advance)
+    text = (
+        f"versions {report.first} to {report.position.version} of run {report.position.run} are right: anchors "
+        f"{report.anchors}, deltas {report.deltas}, folds {report.folds}, {size(report.fetched_bytes)} read"
+    )
+    emit(msgspec.to_builtins(report), text, json)
 
 
 def materialize(
@@ -83,7 +94,16 @@ def materialize(
     json: AsJson = False,
 ) -> None:
     """Write a version as a Hugging Face checkpoint folder that vLLM and transformers load."""
-    report = _materialize(bucket, out_dir, version, base, trust)
+    store = open_bucket(bucket)
+    with _progress() as progress:
+        with Subscriber(store, base=base, trusted=trust or ()) as subscriber:
+            total = sum(1 for commit in subscriber.commits() if version is None or commit.version <= version)
+        task = progress.add_task("versions", total=total)
+
+        def advance(update: Update) -> None:
+            progress.advance(task)
+
+        report = materialize_version(store, out_dir, version, base=base, trusted=trust or (), on_update=advance)
     text = f"{report.position} in {out_dir}: anchor and {report.deltas} deltas, {report.seconds:.1f} s"
     emit(msgspec.to_builtins(report, enc_hook=str), text, json)
 
@@ -108,15 +128,6 @@ def _show_placement(engine: str, as_json: bool) -> None:
     Console().print(table)
 
 
-def _materialize(bucket: str, out_dir: Path, version: int | None, base: Path | None, trust: list[str] | None) -> Any:
+def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    store = open_bucket(bucket)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        with Subscriber(store, base=base, trusted=trust or ()) as subscriber:
-            total = sum(1 for commit in subscriber.commits() if version is None or commit.version <= version)
-        task = progress.add_task("versions", total=total)
-
-        def advance(update: Update) -> None:
-            progress.advance(task)
-
-        return materialize_version(store, out_dir, version, base=base, trusted=trust or (), on_update=advance)
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -20,7 +20,6 @@ from deltawire.checkpoint import Checkpoint
 from deltawire.copies import LocalCopy
 from deltawire.errors import EngineError, EngineUnsupported, FormatError, NotFound
 from deltawire.manifests import Position
-from deltawire.materialize import verify
 from deltawire.mirror import Mirror, building, held
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.following import Following
@@ -163,7 +162,7 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
         shutil.rmtree(folder, ignore_errors=True)
         with building(folder, mirror.position) as work:
             checkpoint.copy(mirror.files, work)
-            verify(Checkpoint(work), mirror.digests, where=f"the copy of {mirror.position} in {folder}")
+            Checkpoint(work).require_digests(mirror.digests, where=f"the copy of {mirror.position} in {folder}")
         return folder
 
     def _tidy(self, target: Position) -> None:
