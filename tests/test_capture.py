@@ -290,7 +290,7 @@ def test_an_anchor_carries_config_and_tokenizer_whatever_they_are_called(tmp_pat
 
 def test_assets_that_are_not_there_are_named(tmp_path):
     with pytest.raises(NotFound, match="no-assets"):
-        captured(opened(tmp_path, assets=tmp_path / "no-assets"), model())
+        opened(tmp_path, assets=tmp_path / "no-assets")
 
 
 @pytest.mark.parametrize(("code", "kind"), [(28, OutOfSpace), (13, AccessRefused)])

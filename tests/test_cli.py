@@ -56,6 +56,7 @@ def test_materialize_writes_the_version_asked_for(published, tmp_path):
     report = json.loads(run_verb("materialize", published, tmp_path / "out", "--version", 1, "--json").stdout)
     assert report["position"]["version"] == 1
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert "without assets=" in run_verb("materialize", published, tmp_path / "plain").stdout
 
 
 def test_compact_folds_once_and_prune_deletes_only_when_told(published, tmp_path):
@@ -94,6 +95,8 @@ def test_inspect_shows_a_delta_file(published, tmp_path):
     shown = json.loads(run_verb("inspect", file, "--json").stdout)
     assert [tensor["name"] for tensor in shown["tensors"]] == ["w"]
     assert "seal right" in run_verb("inspect", file).stdout
+    for bucket in (published, tmp_path / "bucket"):
+        assert "`deltawire log`" in run_verb("inspect", bucket, code=2).stderr
 
 
 def test_an_empty_bucket_is_one_typed_line(tmp_path):

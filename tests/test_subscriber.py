@@ -19,7 +19,9 @@ from deltawire.errors import (
 )
 from deltawire.manifests import HEAD_KEY, Head, Position, commit_key, run_key, write
 from deltawire.tensors import equal
+from faults import Faulty, down, never
 from runs import (
+    PATIENCE,
     chain_of_four,
     commits,
     edit,
@@ -28,6 +30,7 @@ from runs import (
     payload_key,
     position,
     publish_all,
+    publishing,
     read_weights,
     served,
     table,
@@ -76,6 +79,23 @@ def test_updates_stop_where_they_are_told_to(chain):
     assert updates(bucket, position(bucket, 2), until=1) == []
     with pytest.raises(Gap, match="version 9 was never committed; committed are 0 to 3"):
         updates(bucket, until=9)
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_version_that_went_into_a_later_one_is_named_with_its_neighbours():
+    bucket, weights = Faulty(fresh()), model()
+    with publishing(bucket) as publisher:
+        publisher.publish(weights)
+        publisher.flush(PATIENCE)
+        bucket.plan, asked = down()
+        for step in (1, 2, 3):
+            edit(weights, step)
+            publisher.publish(weights)
+            assert asked.wait(PATIENCE)
+        bucket.plan = never
+        publisher.flush(PATIENCE)
+    with pytest.raises(Gap, match=r"version 2 went into version 3 .*; there are 1 and 3"):
+        updates(bucket, until=2)
 
 
 def test_a_subscriber_sees_what_is_published_later(chain):

@@ -85,6 +85,8 @@ class Capturer:
             self._supersedes = newest(bucket)
         else:
             self.resumed = self._resume(bucket, base)
+        if self.resumed is None and self._assets is not None:
+            checkpoint.assets(self._assets)  # a folder that is not there is named now, not at the first publish
         if self.resumed is None and base is not None:
             self._base = resolve_base(str(base))
             self._baseline = _seeded(Checkpoint(open_base(self._base)))

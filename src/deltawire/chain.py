@@ -71,14 +71,24 @@ class Chain:
         if version not in self._proven:
             self.commits()
         if version not in self._proven:
-            kept = list(self._proven)
-            why = "is pruned" if 0 <= version < kept[0] else "was never committed"
-            raise Gap(f"run {self.run.run}: version {version} {why}; committed are {kept[0]} to {kept[-1]}")
+            raise self.absent(version, list(self._proven))
         digests = dict(self._start)
         for commit in self._proven.values():
             if commit.version <= version:
                 digests |= as_numbers(commit.digests)
         return digests
+
+    def absent(self, version: int, there: list[int]) -> Gap:
+        """The error for a version that is not among those that are `there`, ascending."""
+        if there[0] < version < there[-1]:
+            after = next(other for other in there if other > version)
+            before = max(other for other in there if other < version)
+            why = f"went into version {after} while it waited for the network; there are {before} and {after}"
+        elif 0 <= version < there[0]:
+            why = f"is pruned; committed are {there[0]} to {there[-1]}"
+        else:
+            why = f"was never committed; committed are {there[0]} to {there[-1]}"
+        return Gap(f"{self.bucket.url}: run {self.run.run}: version {version} {why}")
 
     def edges(self) -> list[Edge]:
         """Everything that leads somewhere, by one listing."""

@@ -3,8 +3,11 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import nn
+try:
+    import torch
+    from torch import nn
+except ImportError:
+    raise ImportError("following with a module needs torch: pip install 'deltawire[torch]'") from None
 
 from deltawire.buckets import open_bucket
 from deltawire.manifests import Position

@@ -52,6 +52,7 @@ def test_a_demo_ends_with_equal_weights_a_summary_and_no_process_left(cast: Fake
     assert msgspec.json.decode((cast.folder / "summary.json").read_bytes(), type=DemoSummary) == summary
     assert "act 2 of 2, rl at 2e-06, step 1/1" in output
     assert "version 3: equal" in output
+    assert f"deltawire serve --root {cast.buckets}," in output
     assert_nothing_is_left(cast, *PROCESS_NAMES)
 
 

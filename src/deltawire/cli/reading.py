@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from deltawire import wire
+from deltawire import checkpoint, wire
 from deltawire.buckets import open_bucket
 from deltawire.changes import Update
 from deltawire.cli.options import AsJson, BaseFolder, BucketUrl, Trusted
@@ -50,6 +50,8 @@ def inspect(
         _show_placement(engine, json)
         return
     assert file is not None
+    if file.is_dir() or ":/" in str(file):
+        raise typer.BadParameter(f"{file} is no delta file; `deltawire log` and `deltawire verify` read a bucket")
     data = file.read_bytes()
     header = wire.read_header(data)
     if json:
@@ -105,6 +107,8 @@ def materialize(
 
         report = materialize_version(store, out_dir, version, base=base, trusted=trust or (), on_update=advance)
     text = f"{report.position} in {out_dir}: anchor and {report.deltas} deltas, {report.seconds:.1f} s"
+    if not any((out_dir / config).is_file() for config in ("config.json", checkpoint.ADAPTER_CONFIG)):
+        text += "\nit has no config.json: this run was published without assets="
     emit(msgspec.to_builtins(report, enc_hook=str), text, json)
 
 

@@ -59,6 +59,11 @@ class Cast:
         return self.checkout / "runs" / "model"
 
     @property
+    def buckets(self) -> Path:
+        """Where the bucket server keeps its buckets."""
+        return self.folder / "buckets"
+
+    @property
     def metrics(self) -> Path:
         """Where the trainer writes a JSON line for each step."""
         return self.folder / "steps.jsonl"
@@ -79,8 +84,8 @@ class Cast:
 
     def server(self) -> Command:
         """The bucket server; says `ready` with its URL."""
-        root = str(self.folder / "buckets")
-        return self._python("bucket-server", "-m", "deltawire.cli", "serve", "--root", root, "--port", "0", "--json")
+        root = ("--root", str(self.buckets))
+        return self._python("bucket-server", "-m", "deltawire.cli", "serve", *root, "--port", "0", "--json")
 
     def environment(self) -> Command:
         """The Wordle server; says `ready` with its URL."""

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from deltawire.errors import AlreadyExists
 from deltawire.ops import audit
-from deltawire.ops.cast import FULL, QUICK, Cast, find_checkout
+from deltawire.ops.cast import BUCKET, FULL, QUICK, Cast, find_checkout
 from deltawire.ops.processes import Child, Children, free_port
 from deltawire.ops.screen import final_table, open_screen
 from deltawire.ops.stage import Patience, Stage
@@ -52,6 +52,8 @@ def run_demo(options: DemoOptions, *, cast: Cast | None = None, console: Console
         (cast.folder / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
         stage.end_all()
     console.print(final_table(summary))
+    look = f"to look into its bucket: deltawire serve --root {cast.buckets}, then deltawire log {BUCKET}"
+    console.print(look, markup=False, highlight=False, soft_wrap=True)
     return summary
 
 

@@ -18,7 +18,6 @@ from deltawire.errors import (
     EngineError,
     EngineUnsupported,
     FormatError,
-    Gap,
     NotFound,
     OtherRun,
     Quarantined,
@@ -167,12 +166,11 @@ class Following(ABC, Generic[E, R]):
             newest = self._subscriber.latest()
         if self._pin is None:
             return newest
+        chain = self._subscriber.chain
         try:
-            return self._subscriber.chain.commit(self._pin).record.position
+            return chain.commit(self._pin).record.position
         except NotFound:
-            raise Gap(
-                f"{self.bucket.url}: version {self._pin} was never committed, or is pruned; pin another"
-            ) from None
+            raise chain.absent(self._pin, chain.versions()) from None
 
 
 def _replica_name(engine_url: str) -> str:
