@@ -48,6 +48,7 @@ def _watch_post_load_steps() -> None:
         chosen = getattr(getattr(config, "weight_transfer_config", None), "backend", None)
         if chosen != ENGINE:
             return original(model, *args, **kwargs)
+        _ask_for_tiles()
         _keep_linear_weights_unpacked()
         result, loading = watch_loading(model, lambda: original(model, *args, **kwargs))
         object.__setattr__(model, LOADING, loading)
@@ -55,6 +56,15 @@ def _watch_post_load_steps() -> None:
 
     utils.process_weights_after_loading = watched
     base_loader.process_weights_after_loading = watched
+
+
+def _ask_for_tiles() -> None:
+    """Linux gives a process AMX tiles only when asked. vLLM's attention on CPU uses them without asking, and dies of
+    SIGILL where no other kernel happened to ask before (vLLM 0.32 on Sapphire Rapids, linear weights packed)."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        torch.cpu._init_amx()  # False, and nothing happens, on a CPU without them
 
 
 def _keep_linear_weights_unpacked() -> None:
