@@ -39,7 +39,7 @@ def test_log_lists_every_version(published):
 
 
 def test_verify_reads_the_whole_run(published):
-    assert "anchors 1, deltas 2, folds 0" in run_verb("verify", published).stdout
+    assert "2 deltas, 0 folds, 1 anchors or bases" in run_verb("verify", published).stdout
     report = json.loads(run_verb("verify", published, "--json").stdout)
     assert (report["first"], report["position"]["version"], report["deltas"]) == (0, 2, 2)
 
@@ -56,7 +56,7 @@ def test_materialize_writes_the_version_asked_for(published, tmp_path):
     report = json.loads(run_verb("materialize", published, tmp_path / "out", "--version", 1, "--json").stdout)
     assert report["position"]["version"] == 1
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert "without assets=" in run_verb("materialize", published, tmp_path / "plain").stdout
+    assert "no config.json" in run_verb("materialize", published, tmp_path / "plain").stdout
 
 
 def test_compact_folds_once_and_prune_deletes_only_when_told(published, tmp_path):

@@ -1,6 +1,8 @@
 """Verifying a bucket: everything that a reader may ever be given is read, and what is wrong is named."""
 
+import os
 import re
+import tempfile
 
 import msgspec
 import pytest
@@ -9,9 +11,9 @@ from blake3 import blake3
 from deltawire import checkpoint, decode, encode, retention, signing, verify
 from deltawire.compactor import Compactor
 from deltawire.delta import Delta
-from deltawire.errors import BadDigest, BadSignature, NotFound
+from deltawire.errors import BadDigest, BadSignature, Forked, FormatError, Gap, NotFound
 from deltawire.manifests import Derived, Payload, derived_key, fold_key, read, write
-from runs import edit, fresh, model, publish_all, publishing, served, table
+from runs import edit, fresh, model, publish_all, publishing, replace_commit, served, table
 
 
 @pytest.fixture
@@ -88,6 +90,67 @@ def test_an_anchor_of_other_weights_is_found(bucket, tmp_path):
         verify(bucket)
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "kind", "says"),
+    [
+        ("anchor-000008", {"commit_hash": "0" * 64}, Forked, "is the anchor of another commit 8"),
+        ("fold-000000-000004", {"commit_hash": "0" * 64}, Forked, "is the fold of another commit 4"),
+        ("fold-000000-000004", {"parent_hash": "0" * 64}, Forked, "its parent was rewritten"),
+        ("fold-000000-000004", {"root": "0" * 64}, BadDigest, "its root or its digests are not those of version 4"),
+        ("fold-000000-000004", {"digests": {}}, FormatError, "changes other tensors"),
+    ],
+)
+def test_a_fold_or_anchor_that_says_something_else_than_its_commits_is_found(bucket, part, change, kind, says):
+    key = key_of(bucket, f"derived/{part}")
+    record = read(Derived, bucket.get(key, limit=1 << 20), where=key)
+    bucket.put(key, write(msgspec.structs.replace(record, **change)))
+    with pytest.raises(kind, match=says):
+        verify(bucket)
+
+
+def test_a_delta_that_is_sound_in_itself_but_leads_elsewhere_is_found(bucket):
+    key = key_of(bucket, "deltas/step_000003")
+    delta = decode(bucket.get(key, limit=1 << 20))
+    run, name = key.split("/")[1], next(iter(delta))
+    data = encode(delta + Delta({name: delta[name]}), run=run, parent=2, version=3)
+    payload = Payload(key.removeprefix(f"runs/{run}/"), len(data), blake3(data).hexdigest())
+    bucket.put(key, data)
+    replace_commit(bucket, 3, lambda commit: msgspec.structs.replace(commit, payloads=(payload,)))
+    with pytest.raises(BadDigest, match=rf"commits/000003.*this delta does not join version 3.*\({re.escape(name)}\)"):
+        verify(bucket)
+
+
+def test_weights_are_digested_anew_at_the_end(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def spoil(edge, total):
+        if (edge.kind, edge.end) == ("anchor", 8):  # what is read last
+            (file,) = tmp_path.glob("deltawire-*/model.safetensors")
+            with open(file, "r+b") as weights:
+                weights.seek(-1, os.SEEK_END)
+                weights.write(b"\x7f")
+
+    with pytest.raises(BadDigest, match="1 tensors differ from the commit"):
+        verify(bucket, on_read=spoil)
+
+
+def test_a_newest_commit_that_is_gone_is_missed(bucket):
+    bucket.delete(key_of(bucket, "commits/000008"))
+    with pytest.raises(Gap, match=r"HEAD\.json names version 8, but the newest commit listed is 7"):
+        verify(bucket)
+
+
+def test_a_run_that_is_pruned_meanwhile_is_verified_from_its_new_start(bucket):
+    run = key_of(bucket, "run.json").split("/")[1]
+
+    def prune(edge, total):
+        if edge.end == 2:
+            retention.carry_out(bucket, retention.plan_prune(bucket, run, retention.Policy(1, 0)))
+
+    report = verify(bucket, on_read=prune)
+    assert (report.first, report.anchors, report.deltas) == (8, 1, 0)
+
+
 def test_what_was_pruned_is_not_asked_for(bucket):
     with_all = verify(bucket)
     run = with_all.position.run
@@ -106,6 +169,10 @@ def test_a_run_on_a_base_of_this_host_is_verified_and_the_base_is_not_written(tm
     report = verify(bucket, base=tmp_path / "base")
     assert (report.anchors, report.deltas) == (1, 2)
     assert file.read_bytes() == before
+    rest = {name: bits for name, bits in served(weights).items() if name != "norm"}
+    checkpoint.write(tmp_path / "base", table(rest), rest)
+    with pytest.raises(FormatError, match="lacks tensor 'norm'"):
+        verify(bucket, base=tmp_path / "base")
     checkpoint.write(tmp_path / "base", table(served(weights)), served(model(3)))
     with pytest.raises(BadDigest, match="this anchor does not join"):
         verify(bucket, base=tmp_path / "base")

@@ -71,16 +71,18 @@ class Chain:
         if version not in self._proven:
             self.commits()
         if version not in self._proven:
-            raise self.absent(version, list(self._proven))
+            raise self.gap_at(version, list(self._proven))
         digests = dict(self._start)
         for commit in self._proven.values():
             if commit.version <= version:
                 digests |= as_numbers(commit.digests)
         return digests
 
-    def absent(self, version: int, there: list[int]) -> Gap:
-        """The error for a version that is not among those that are `there`, ascending."""
-        if there[0] < version < there[-1]:
+    def gap_at(self, version: int, there: list[int]) -> Gap:
+        """The error for a version that is not among the committed ones, which are `there`, ascending."""
+        if not there:
+            why = "was never committed; nothing is"
+        elif there[0] < version < there[-1]:
             after = next(other for other in there if other > version)
             before = max(other for other in there if other < version)
             why = f"went into version {after} while it waited for the network; there are {before} and {after}"
@@ -106,7 +108,7 @@ class Chain:
         hops: list[Hop] = []
         here = since
         for edge in path:
-            filed = self.commit(edge.end) if "/commits/" in edge.record else self._derived(edge)
+            filed = self._derived(edge) if edge.derived else self.commit(edge.end)
             record = filed.record
             after = record.commit_hash if isinstance(record, Derived) else filed.hash
             start = after if edge.undo else record.parent_hash

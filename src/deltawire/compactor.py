@@ -128,7 +128,7 @@ class Compactor:
     def _is_sound(self, edge: Edge) -> bool:
         """Whether a manifest that is there is signed as its run is; each is read once."""
         run = self._subscriber.run
-        if run.signer is None or "/commits/" in edge.record or edge.record in self._sound:
+        if run.signer is None or not edge.derived or edge.record in self._sound:
             return True
         try:
             log.load(self.bucket, Derived, edge.record, trust=Trust(frozenset({run.signer, *run.compactors})))
@@ -162,7 +162,7 @@ class Compactor:
             parent_hash=first.hash,
         )
         self._put(record, {key: data} if change.delta else {})
-        replaced = sum(edge.size for edge in edges if _is_delta(edge) and start < edge.end <= end)
+        replaced = sum(edge.size for edge in edges if edge.kind == "delta" and start < edge.end <= end)
         return CompactReport(start, end, record.wire_bytes, replaced)
 
     def _anchor(self, version: int) -> CompactReport:
@@ -219,7 +219,3 @@ def due(versions: list[int], level: int) -> list[tuple[int, int]]:
     bounds = range(-(-versions[0] // level) * level, versions[-1] + 1, level)
     at = [max(version for version in versions if version <= bound) for bound in bounds]
     return [(start, end) for start, end in pairwise(at) if sum(start < version <= end for version in versions) > 1]
-
-
-def _is_delta(edge: Edge) -> bool:
-    return edge.start is not None and "/commits/" in edge.record

@@ -242,12 +242,14 @@ class Delta(Mapping[str, TensorDelta]):
         for name, tensor in self._tensors.items():
             tensor.apply_(targets[name])
 
-    def digests_after(self, digests: Mapping[str, int], tensors: Mapping[str, Bits]) -> dict[str, int]:
-        """What the `digests` of these tensors will be once the steps are added. Nothing is written."""
+    def digests_after(self, digests: Mapping[str, int], tensors: Mapping[str, Any]) -> dict[str, int]:
+        """What the `digests` of these tensors will be once the steps are added. Nothing is written. Raises
+        UnknownTensor, DtypeMismatch, ShapeMismatch."""
+        self.check(tensors)
         after = dict(digests)
         for name, tensor in self._tensors.items():
             positions, steps = tensor.sparse()
-            bits = tensors[name].data[positions]
+            bits = as_bits(tensors[name]).data[positions]
             after[name] = moved(after[name], digest_at(positions, bits), digest_at(positions, bits + steps))
         return after
 

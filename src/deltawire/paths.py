@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from deltawire.buckets.base import Stat
 from deltawire.errors import Gap
@@ -37,6 +38,18 @@ class Edge:
     size: int
     record: str
     undo: bool = False
+
+    @property
+    def derived(self) -> bool:
+        """Whether a compactor's manifest describes it; else a commit does."""
+        return "/derived/" in self.record
+
+    @property
+    def kind(self) -> Literal["delta", "fold", "anchor"]:
+        """A commit's own delta, several of them folded, or a whole checkpoint (a run's base counts as one)."""
+        if self.start is None:
+            return "anchor"
+        return "fold" if self.derived else "delta"
 
     @property
     def target(self) -> int:

@@ -8,6 +8,8 @@ waits as one folded attempt, freezes its bytes, and appends it to the run log, a
 
 import atexit
 import os
+import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -37,6 +39,8 @@ GOODBYE = 30.0
 """seconds that rank 0, when it closes, waits for the other ranks to hear of the last commit"""
 AT_EXIT = 30.0
 """seconds that a process which ends without closing its publisher waits for what is on its way"""
+AFTER_ERROR = 10.0
+"""seconds that it waits, and leaving a `with`, when an error ends it"""
 Pairs = Iterable[tuple[str, Any]]
 """(name, tensor)"""
 Prepare = Callable[[Pairs], Pairs]
@@ -65,9 +69,9 @@ class Publisher:
     `signing_key`, a file written by `deltawire keygen`, signs every record; `compactors` are public keys that may sign
     folds and anchors of a run that begins here.
 
-    A process that ends without `close` waits for what is on its way, but only 30 seconds. Not for several threads at
-    once: one trainer, one publisher. Raises BucketError, FormatError, ChainError on opening; TypeError and ValueError
-    for options that are none.
+    A process that ends without `close` waits up to 30 seconds for what is on its way, 10 after an error; one that a
+    signal ends, not at all. Not for several threads at once: one trainer, one publisher. Raises BucketError,
+    FormatError, ChainError on opening; TypeError and ValueError for options that are none.
     """
 
     def __init__(
@@ -95,12 +99,12 @@ class Publisher:
         self.bucket = bucket
         self._on_upload, self._prepare, self._sharded = on_upload, tuple(prepare), process_group is not None
         with file_system_errors("the folder of temporary files (TMPDIR chooses another)"):
-            self._spool = tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True)
+            self._spool = Path(tempfile.mkdtemp(prefix="deltawire-"))
         begin = {"base": base, "dtype": dtype, "assets": assets, "clock": clock, "supersede": run == "supersede"}
         try:
             self._open(begin, signing_key, compactors, process_group)
         except BaseException:
-            self._spool.cleanup()
+            shutil.rmtree(self._spool, ignore_errors=True)
             raise
         self._changed = threading.Condition()
         self._waiting: list[Captured] = []
@@ -130,7 +134,7 @@ class Publisher:
         delegates = read_keys() if ranks is None else ranks.from_first(read_keys)  # the private key stays on rank 0
         self._capturer: Capturer | ShardCapturer
         if ranks is None:
-            self._capturer = Capturer(self.bucket, Path(self._spool.name), compactors=delegates, **begin)
+            self._capturer = Capturer(self.bucket, self._spool, compactors=delegates, **begin)
         else:
             self._capturer = ShardCapturer(self.bucket, ranks, compactors=delegates, **begin)
         self._sender = sender_of(self.bucket, ranks, next(iter(key), None))
@@ -140,7 +144,7 @@ class Publisher:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            self.close(timeout=None if error is None else 10.0)
+            self.close(timeout=None if error is None else AFTER_ERROR)
         except DeltaWireError as problem:
             if error is None:
                 raise
@@ -240,12 +244,13 @@ class Publisher:
             raise Unavailable(f"{self.bucket.url}: not all committed after {timeout} s: {self._problem or 'uploading'}")
 
     def close(self, timeout: float | None = None) -> None:
-        """Flush, then stop the uploader. Raises what `flush` raises, after stopping."""
-        patience = 0.0
+        """Flush, then stop the uploader, within `timeout` seconds. Raises what `flush` raises, after stopping."""
+        started, patience = time.monotonic(), 0.0
         try:
             if not self._closing:
                 self.flush(timeout)
-                patience = GOODBYE
+                left = GOODBYE if timeout is None else started + timeout - time.monotonic()
+                patience = min(GOODBYE, max(left, 0.0))
         finally:
             with self._changed:
                 self._closing = True
@@ -254,7 +259,7 @@ class Publisher:
             self._thread.join(timeout=5.0)
             self._sender.close(patience)
             self._capturer.close()
-            self._spool.cleanup()
+            shutil.rmtree(self._spool, ignore_errors=True)
 
     def _close_at_exit(self, owner: int) -> None:
         """Send what waits, if that does not take too long; Python prints what this raises. A forked child has nothing
@@ -262,10 +267,12 @@ class Publisher:
         if os.getpid() != owner:
             return
         try:
-            self.close(AT_EXIT)
+            self.close(AFTER_ERROR if hasattr(sys, "last_value") else AT_EXIT)
         except DeltaWireError as problem:
-            ends = "the process ends with changes that are not in the bucket (close() would have waited for them)"
-            raise DeltaWireError(f"{ends}: {problem}") from None
+            if self._idle():
+                raise
+            hint = " (close() would have waited for them)" if isinstance(problem, Unavailable) else ""
+            raise DeltaWireError(f"the process ends with changes not in the bucket{hint}: {problem}") from None
 
     def _enqueue(self, captured: Captured) -> None:
         """Fold into what waits; a run's first version is no delta, so nothing folds into it, nor into a version that

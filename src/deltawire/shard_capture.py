@@ -50,7 +50,7 @@ class ShardCapturer:
     ) -> None:
         self._ranks, self._dtype, self._clock, self._compactors = ranks, dtype, clock, compactors
         self._assets = Path(assets) if assets is not None and ranks.rank == 0 else None
-        self._opening = Opening(bucket, ranks, base=base, supersede=supersede)
+        self._opening = Opening(bucket, ranks, base=base, assets=self._assets, supersede=supersede)
         self._decision = self._opening.decision
         self.resumed, self.resumed_hash = self._decision.resumed, self._decision.hash
         self._run, self._table = self._opening.run, dict(self._opening.table)

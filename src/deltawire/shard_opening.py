@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deltawire import checkpoint
 from deltawire.bases import open_base, resolve_base
 from deltawire.bits import Bits, zeros
 from deltawire.buckets.base import Bucket
@@ -43,9 +44,11 @@ class Opening:
     `run` and `table` are those of the run that is continued; `table` that of the base; both are empty without either.
     """
 
-    def __init__(self, bucket: Bucket, ranks: Ranks, *, base: str | Path | None, supersede: bool) -> None:
+    def __init__(
+        self, bucket: Bucket, ranks: Ranks, *, base: str | Path | None, assets: Path | None, supersede: bool
+    ) -> None:
         self._bucket, self._ranks, self._near = bucket, ranks, near_base(base)
-        self.decision = ranks.from_first(lambda: _decide(bucket, base, supersede))
+        self.decision = ranks.from_first(lambda: _decide(bucket, base, assets, supersede))
         self.run: Run | None = None
         self.table: dict[str, TensorEntry] = {}
         self._recorded: dict[str, int] = {}
@@ -108,11 +111,13 @@ class Opening:
             self.table = {name: TensorEntry(name, weights[name].dtype, weights[name].shape) for name in weights}
 
 
-def _decide(bucket: Bucket, base: str | Path | None, supersede: bool) -> Decision:
+def _decide(bucket: Bucket, base: str | Path | None, assets: Path | None, supersede: bool) -> Decision:
     """Rank 0 looks at the bucket for all."""
     if not supersede and holds_run(bucket):
         with Subscriber(bucket, base=near_base(base)) as subscriber:
             position = newest_of(subscriber)
             return Decision(position.run, position, subscriber.chain.settled(position.version).hash)
+    if assets is not None:
+        checkpoint.assets(assets)  # a folder that is not there is named now, not at the first publish
     pinned = None if base is None else resolve_base(str(base))
     return Decision(secrets.token_hex(8), base=pinned, supersedes=newest(bucket) if supersede else None)

@@ -183,7 +183,8 @@ class Subscriber:
         return delta
 
     def open_anchor(self, record: Commit | Derived) -> Checkpoint:
-        """The whole checkpoint that a version 0 or an anchor is, downloaded and its bytes checked."""
+        """The checkpoint of an anchor, or of the first commit of a run, in files on this host: its bytes are checked,
+        its digests are the caller's to compare. Raises BucketError; FormatError unless it holds the run's table."""
         return self._anchors.open(record, self.run)
 
     def anchor_files(self, version: int | None = None) -> list[Path]:
@@ -206,7 +207,7 @@ class Subscriber:
         except (FormatError, ChainError) as error:
             # Folds and anchors only save bytes: without those on this path, damaged or signed by a stranger, there may
             # be another way. A stranger's must not stop anyone.
-            derived = frozenset(edge.record for edge in path if "/derived/" in edge.record)
+            derived = frozenset(edge.record for edge in path if edge.derived)
             if not derived:
                 raise
             self.refresh()
@@ -271,7 +272,10 @@ class Subscriber:
         """The newest version up to this one that is an anchor."""
         if commits[0].parent is None and commits[0].version == version:
             return version
-        return max(edge.end for edge in self.chain.anchors() if commits[0].version <= edge.end <= version)
+        found = [edge.end for edge in self.chain.anchors() if commits[0].version <= edge.end <= version]
+        if not found:
+            raise Gap(f"{self.bucket.url}: run {self.run.run}: no anchor up to version {version} is there any more")
+        return found[-1]
 
     def _anchor_record(self, version: int) -> Commit | Derived:
         edge = next(edge for edge in self.chain.anchors() if edge.end == version)

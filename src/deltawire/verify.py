@@ -6,16 +6,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from deltawire import checkpoint
+from deltawire import checkpoint, log
 from deltawire.buckets.base import Bucket
+from deltawire.chain import as_numbers, ends_at
 from deltawire.checkpoint import Checkpoint
 from deltawire.digest import digest_bits
 from deltawire.digest import root as root_of
-from deltawire.errors import BadDigest
-from deltawire.manifests import Run
+from deltawire.errors import BadDigest, Forked, Gap, NotFound, Unavailable
+from deltawire.manifests import Commit, Derived, commit_key
 from deltawire.paths import Edge
 from deltawire.reports import VerifyReport
-from deltawire.subscriber import Subscriber
+from deltawire.subscriber import PLANS, Subscriber
+
+OnRead = Callable[[Edge, int], None]
 
 
 def verify(
@@ -23,78 +26,140 @@ def verify(
     *,
     base: Path | str | None = None,
     trusted: Iterable[str | Path] = (),
-    on_read: Callable[[Edge, int], None] = lambda edge, total: None,
+    on_read: OnRead = lambda edge, total: None,
 ) -> VerifyReport:
     """Read all that the bucket's run holds, from its oldest anchor to its newest commit, and recompute every digest.
 
-    The deltas are applied one after another to a copy of that anchor. Each must lead to the digests its commit
-    promises, each fold lead back to those of the version it starts from, each anchor have those of its own; in the end
-    all weights are digested anew. Takes the model's size in temporary files, twice, and the memory of one delta.
+    The deltas are applied one after another to a copy of that anchor. A delta must lead to the digests that its commit
+    promises, a fold must lead back to those of the version it starts from, an anchor must have those of its version;
+    at the end the digests of all weights are computed anew. Takes twice the model's size in temporary files, and the
+    memory of a delta and its negative. A bucket that is pruned meanwhile is read again from its new start.
 
     `trusted` are public keys, or files of them, one of which must have signed every record. `on_read` hears of each
     delta, fold and anchor, and of how many there are.
 
-    Raises BadDigest, naming the first record that is wrong, and what Subscriber.updates raises.
+    Raises BadDigest, Forked or Gap, naming the first record that is wrong, Unavailable when the bucket changes faster
+    than it is read, and what Subscriber.updates raises.
     """
-    started, read = time.monotonic(), Counter[str]()
-    with (
-        Subscriber(bucket, base=base, trusted=trusted) as subscriber,
-        tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True) as folder,
-    ):
-        commits = subscriber.commits()
-        edges = _in_order(subscriber.chain.edges(), commits[0].version, commits[-1].version)
-        checkpoint.copy(subscriber.anchor_files(commits[0].version), Path(folder))
-        weights = Checkpoint(Path(folder), writable=True)
-        digests = _digests(weights, subscriber.run)
+    for _ in range(PLANS):
+        with (
+            Subscriber(bucket, base=base, trusted=trusted) as subscriber,
+            tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True) as folder,
+        ):
+            walk = _Walk(subscriber, Path(folder))
+            try:
+                return walk.whole(on_read)
+            except (NotFound, Gap):
+                if not walk.is_outdated():
+                    raise
+    raise Unavailable(f"{bucket.url}: its run was pruned while it was read, {PLANS} times; verify it again")
+
+
+class _Walk:
+    """The weights of one version after another, in a folder, and all that joins these versions."""
+
+    def __init__(self, subscriber: Subscriber, folder: Path) -> None:
+        self._subscriber, self._chain, self._folder = subscriber, subscriber.chain, folder
+        self._records: set[str] = set()
+        self._weights: Checkpoint | None = None
+        self._digests: dict[str, int] = {}
+
+    def whole(self, on_read: OnRead) -> VerifyReport:
+        """Walk from the chain's start to its end."""
+        started, read, size = time.monotonic(), Counter[str](), 0
+        commits = self._subscriber.commits()
+        self._require_newest(commits[-1])
+        edges = self._on_chain(commits)
         for edge in edges:
-            ((_, filed),) = subscriber.chain.read([edge])
-            if edge.start is None:
-                _require(subscriber, _digests(subscriber.open_anchor(filed.record), subscriber.run), edge.end, edge)
-                subscriber.close()  # its files are as large as the model
-            elif _kind(edge) == "delta":
-                delta = subscriber.fetch_delta(filed.record)
-                digests = delta.digests_after(digests, weights)
-                _require(subscriber, digests, edge.end, edge)
-                delta.apply_(weights)
-            else:
-                back = -subscriber.fetch_delta(filed.record)
-                _require(subscriber, back.digests_after(digests, weights), edge.start, edge)
-            read.update({_kind(edge): 1, "bytes": filed.record.wire_bytes})
+            size += self._check(edge)
+            read[edge.kind] += 1
             on_read(edge, len(edges))
-        weights.require_digests(digests, where=str(commits[-1].position))
-    return VerifyReport(
-        position=commits[-1].position,
-        first=commits[0].version,
-        anchors=read["anchor"],
-        deltas=read["delta"],
-        folds=read["fold"],
-        fetched_bytes=read["bytes"],
-        seconds=time.monotonic() - started,
-    )
+        assert self._weights is not None
+        self._weights.require_digests(self._digests, where=str(commits[-1].position))
+        return VerifyReport(
+            position=commits[-1].position,
+            first=commits[0].version,
+            anchors=read["anchor"],
+            deltas=read["delta"],
+            folds=read["fold"],
+            fetched_bytes=size,
+            seconds=time.monotonic() - started,
+        )
 
+    def is_outdated(self) -> bool:
+        """Whether something that was to be read is not listed any more: pruned, references before referents."""
+        return not self._records <= {edge.record for edge in self._chain.edges()}
 
-def _in_order(edges: Iterable[Edge], first: int, last: int) -> list[Edge]:
-    """What lies on the chain, by where it ends: the delta that leads there before the folds and anchors made of it."""
-    kinds = ["delta", "fold", "anchor"]
-    here = [edge for edge in edges if edge.end <= last and (edge.end if edge.start is None else edge.start) >= first]
-    return sorted(here, key=lambda edge: (edge.end, kinds.index(_kind(edge))))
+    def _require_newest(self, newest: Commit) -> None:
+        hinted = log.read_head(self._subscriber.bucket).version
+        if hinted > newest.version:
+            url = self._subscriber.bucket.url
+            raise Gap(f"{url}: HEAD.json names version {hinted}, but the newest commit listed is {newest.version}")
 
+    def _on_chain(self, commits: list[Commit]) -> list[Edge]:
+        """What lies between these commits, by where it ends: first the delta that leads there, then what was derived.
+        Raises Gap when a listing lacks what the one before it had."""
+        first, last = commits[0].version, commits[-1].version
+        edges = [
+            edge
+            for edge in self._chain.edges()
+            if edge.end <= last and (edge.end if edge.start is None else edge.start) >= first
+        ]
+        deltas = {commit_key(commit.run, commit.version) for commit in commits[1:]}
+        self._records = deltas | {edge.record for edge in edges}
+        if deltas != {edge.record for edge in edges if edge.kind == "delta"}:
+            raise Gap(f"{self._subscriber.bucket.url}: two listings of run {commits[0].run} differ")
+        order = ["delta", "fold", "anchor"]
+        return sorted(edges, key=lambda edge: (edge.end, order.index(edge.kind)))
 
-def _kind(edge: Edge) -> str:
-    if edge.start is None:
-        return "anchor"
-    return "delta" if "/commits/" in edge.record else "fold"
+    def _check(self, edge: Edge) -> int:
+        """Check what an edge leads to, and go there if it is a delta. The bytes of its payloads."""
+        since = None if edge.start is None else self._chain.commit(edge.start).hash
+        (hop,) = self._chain.read([edge], since)
+        record = hop[1].record
+        if isinstance(record, Derived):
+            self._require_joined(edge, record, ends_at(*hop))
+        if edge.start is None:
+            self._check_anchor(edge, record)
+        elif edge.kind == "delta":
+            delta = self._subscriber.fetch_delta(record)
+            self._digests = delta.digests_after(self._digests, self._here)
+            self._require(self._digests, edge.end, edge)
+            delta.apply_(self._here)
+        else:
+            back = -self._subscriber.fetch_delta(record)
+            self._require(back.digests_after(self._digests, self._here), edge.start, edge)
+        return record.wire_bytes
 
+    def _check_anchor(self, edge: Edge, record: Commit | Derived) -> None:
+        weights = self._subscriber.open_anchor(record)
+        digests = {entry.name: digest_bits(weights[entry.name].data) for entry in self._subscriber.run.table}
+        self._require(digests, edge.end, edge)
+        if self._weights is None:
+            checkpoint.copy(checkpoint.files(weights.folder), self._folder)
+            self._weights, self._digests = Checkpoint(self._folder, writable=True), digests
+        self._subscriber.close()  # its files are as large as the model
 
-def _digests(weights: Checkpoint, run: Run) -> dict[str, int]:
-    return {entry.name: digest_bits(weights[entry.name].data) for entry in run.table}
+    @property
+    def _here(self) -> Checkpoint:
+        assert self._weights is not None, "a chain starts at an anchor"
+        return self._weights
 
+    def _require_joined(self, edge: Edge, record: Derived, ends: str | None) -> None:
+        """Raise Forked or BadDigest unless a fold or anchor says of its version what that one's commit says."""
+        commit, where = self._chain.commit(edge.end), f"{self._subscriber.bucket.url}/{edge.record}"
+        if ends != commit.hash:
+            raise Forked(f"{where} is the {edge.kind} of another commit {edge.end} than the one that is there")
+        promised = self._subscriber.digests_at(edge.end)
+        if record.root != commit.record.root or not as_numbers(record.digests).items() <= promised.items():
+            raise BadDigest(f"{where}: its root or its digests are not those of version {edge.end}")
 
-def _require(subscriber: Subscriber, digests: Mapping[str, int], version: int, edge: Edge) -> None:
-    """Raise BadDigest unless these are the digests of a version."""
-    if root_of(subscriber.run.table, digests) == subscriber.chain.commit(version).record.root:
-        return
-    wrong = [name for name, value in subscriber.digests_at(version).items() if digests[name] != value]
-    where = f"{subscriber.bucket.url}/{edge.record}"
-    what = f"this {_kind(edge)} does not join version {version} as it was committed"
-    raise BadDigest(f"{where}: {what}: {len(wrong)} tensors differ ({', '.join(wrong[:5])})")
+    def _require(self, digests: Mapping[str, int], version: int, edge: Edge) -> None:
+        """Raise BadDigest unless these are the digests of a version."""
+        if root_of(self._subscriber.run.table, digests) == self._chain.commit(version).record.root:
+            return
+        promised = self._subscriber.digests_at(version)
+        wrong = [name for name, value in promised.items() if digests[name] != value]
+        where = f"{self._subscriber.bucket.url}/{edge.record}"
+        what = f"this {edge.kind} does not join version {version} as it was committed"
+        raise BadDigest(f"{where}: {what}: {len(wrong)} tensors differ ({', '.join(wrong[:5])})")

@@ -5,7 +5,7 @@ import pytest
 from deltawire import Publisher, materialize, open_bucket
 from deltawire.buckets.conformance import BucketTests
 from deltawire.buckets.faulty import Faulty, at
-from deltawire.errors import AlreadyExists, Forked, NotFound
+from deltawire.errors import AlreadyExists, Forked, NotFound, Unavailable
 from deltawire.tensors import equal
 from runs import PATIENCE, commits, edit, model, publish_all, publishing, read_weights, served
 
@@ -75,3 +75,11 @@ def test_two_trainers_that_start_on_one_empty_bucket_get_one_run(s3):
         with pytest.raises(Forked):
             second.close(PATIENCE)
     assert equal(read_weights(s3), served(model()))
+
+
+def test_an_endpoint_of_plain_http_and_a_proxy_are_both_taken_from_the_environment(s3, monkeypatch):
+    s3.put("a", b"1")
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv("AWS_PROXY_URL", "http://127.0.0.1:1")  # nobody answers there
+    with pytest.raises(Unavailable):
+        open_bucket(s3.url).get("a", limit=1)

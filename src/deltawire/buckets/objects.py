@@ -15,8 +15,6 @@ from deltawire.errors import AccessRefused, AlreadyExists, BadUrl, BucketError, 
 
 # obstore's own retries would hold a caller for three minutes; deltawire.buckets.Retry decides how long to insist.
 _QUICK_RETRIES: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=15)}
-# The clouds' own addresses are https; one of plain http is what the operator's AWS_ENDPOINT_URL names, as for boto3.
-_ENDPOINT_SAYS: Any = {"allow_http": True}
 CLOUDS: dict[str, Any] = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}
 _REFUSED = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
 
@@ -131,7 +129,8 @@ def open_cloud(scheme: str, name: str) -> ObjectBucket:
     """
     url = f"{scheme}://{name}"
     try:
-        objects = CLOUDS[scheme](name, retry_config=_QUICK_RETRIES, client_options=_ENDPOINT_SAYS)
+        # The clouds' own addresses are https; plain http is only what an AWS_ENDPOINT_URL names, as for boto3.
+        objects = CLOUDS[scheme](name, retry_config=_QUICK_RETRIES, allow_http=True)
     except (exceptions.BaseError, ValueError) as error:
         raise BadUrl(f"{url}: {_first_line(error)}; set the variables that the store's own tools use") from error
     return ObjectBucket(url, objects, poll_seconds=2.0)

@@ -68,7 +68,7 @@ def inspect(
 
 def verify(
     bucket: BucketUrl,
-    base: Annotated[Path | None, typer.Option(help="Folder of the base checkpoint.")] = None,
+    base: BaseFolder = None,
     trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
@@ -81,8 +81,9 @@ def verify(
 
         report = verify_run(open_bucket(bucket), base=base, trusted=trust or (), on_read=advance)
     text = (
-        f"versions {report.first} to {report.position.version} of run {report.position.run} are right: anchors "
-        f"{report.anchors}, deltas {report.deltas}, folds {report.folds}, {size(report.fetched_bytes)} read"
+        f"versions {report.first} to {report.position.version} of run {report.position.run} are right: "
+        f"{report.deltas} deltas, {report.folds} folds, {report.anchors} anchors or bases, "
+        f"{size(report.fetched_bytes)} read"
     )
     emit(msgspec.to_builtins(report), text, json)
 
@@ -108,7 +109,7 @@ def materialize(
         report = materialize_version(store, out_dir, version, base=base, trusted=trust or (), on_update=advance)
     text = f"{report.position} in {out_dir}: anchor and {report.deltas} deltas, {report.seconds:.1f} s"
     if not any((out_dir / config).is_file() for config in ("config.json", checkpoint.ADAPTER_CONFIG)):
-        text += "\nit has no config.json: this run was published without assets="
+        text += "\nit has no config.json: neither the base of this run nor its assets= held one"
     emit(msgspec.to_builtins(report, enc_hook=str), text, json)
 
 

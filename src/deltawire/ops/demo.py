@@ -52,7 +52,8 @@ def run_demo(options: DemoOptions, *, cast: Cast | None = None, console: Console
         (cast.folder / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
         stage.end_all()
     console.print(final_table(summary))
-    look = f"to look into its bucket: deltawire serve --root {cast.buckets}, then deltawire log {BUCKET}"
+    serve = f"deltawire serve --root {cast.buckets}"
+    look = f"to look into its bucket: {serve}, export the HF_ENDPOINT and HF_TOKEN it prints, deltawire log {BUCKET}"
     console.print(look, markup=False, highlight=False, soft_wrap=True)
     return summary
 

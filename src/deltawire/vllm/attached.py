@@ -45,6 +45,27 @@ class Attached:
         root = root_of(self.live.table.values(), digests)
         self.position, self.joined = self.subscriber.position_of(root), True
 
+    def wrote(self, plan: Plan) -> None:
+        """The plan's bits are in place: stand where it leads, and keep what was before until `confirm`."""
+        self.undo = plan, self.digests, self.position
+        self.digests, self.position, self.joined = plan.digests, plan.after, True
+
+    def confirm(self) -> None:
+        """Forget what the last update replaced."""
+        self.undo = None
+
+    def take_back(self) -> bool:
+        """Put back what the last update replaced; False when it was confirmed, or there was none."""
+        if self.undo is None:
+            return False
+        (plan, self.digests, self.position), self.undo = self.undo, None
+        staging.undo(plan.writes)
+        return True
+
+    def forget_version(self) -> None:
+        """Stand at no version: these weights are not what was thought."""
+        self.position = self.undo = None
+
     def drifted(self, names: Iterable[str]) -> list[str]:
         """Which of these tensors hold something else than the last update left there."""
         return [name for name in names if self.live.digest(name) != self.digests[name]]

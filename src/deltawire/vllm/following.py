@@ -170,7 +170,7 @@ class Following(ABC, Generic[E, R]):
         try:
             return chain.commit(self._pin).record.position
         except NotFound:
-            raise chain.absent(self._pin, chain.versions()) from None
+            raise chain.gap_at(self._pin, chain.versions()) from None
 
 
 def _replica_name(engine_url: str) -> str:

@@ -84,7 +84,7 @@ class Replica:
     def commit(self, request: object) -> None:
         """Write the plan staged for {"bucket", "version"}; without one (a plain POST, no follower) stage it first."""
         if self._attached is not None:  # an update that was not confirmed: from here on only this one is taken back
-            self._attached.undo = None
+            self._attached.confirm()
         with self._recording("update"), self._alone():
             target = _convert(request)
             if not self._stands_on(target.bucket):
@@ -109,7 +109,7 @@ class Replica:
 
     def _keep(self) -> None:
         if self._attached is not None:
-            self._attached.undo = None
+            self._attached.confirm()
 
     def close(self) -> None:
         """Forget the bucket and its downloads; the weights stay as they are."""
@@ -178,13 +178,9 @@ class Replica:
 
     def answer_revert(self, request: dict[str, Any]) -> dict[str, Any]:
         """Take the last update back, unless it was confirmed: another worker could not write its part."""
-        attached = self._require_attached()
-        if attached.undo is None:
-            return {"reverted": False}
-        (plan, attached.digests, attached.position), attached.undo = attached.undo, None
-        staging.undo(plan.writes)
+        reverted = self._require_attached().take_back()
         self._synchronize()
-        return {"reverted": True}
+        return {"reverted": reverted}
 
     def answer_placement(self, request: dict[str, Any]) -> dict[str, Any]:
         """Every box of every tensor of the attached run, and the modules whose weights are made anew at an update."""
@@ -243,7 +239,7 @@ class Replica:
     def _quarantine(self, attached: Attached) -> None:
         """Claim no version any more. The next update starts from an anchor and compares all of memory with it."""
         self._quarantined, self._plan = True, None
-        attached.position = attached.undo = None
+        attached.forget_version()
 
     def _write(self, attached: Attached, plan: Plan) -> None:
         """Apply a plan. When that fails the old weights are put back, and proved to be, or the worker quarantined."""
@@ -257,9 +253,8 @@ class Replica:
             if attached.live.digests() != attached.digests:
                 self._quarantine(attached)
             raise
-        attached.undo = plan, attached.digests, attached.position
-        attached.digests, attached.position = plan.digests, plan.after
-        attached.joined, self._quarantined = True, False
+        attached.wrote(plan)
+        self._quarantined = False
         self._applied = {**_facts(plan), "write_ms": 1e3 * seconds}
 
     def _stands_on(self, url: str) -> bool:
