@@ -61,10 +61,13 @@ def tiny_qwen3() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(Qwen3Config(**{**SMALL, **heads}, tie_word_embeddings=True))
 
 
+IN_BLOCKS = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8}
+"""a share of every matrix for each of two workers that is whole blocks of 128 by 128"""
 EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
 MODELS = {
     "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=True)),
     "qwen3-untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=False)),
+    "qwen3-fp8": lambda: Qwen3ForCausalLM(Qwen3Config(**{**SMALL, **IN_BLOCKS}, tie_word_embeddings=False)),
     "qwen3-one-kv-head": lambda: Qwen3ForCausalLM(Qwen3Config(**{**SMALL, "num_key_value_heads": 1})),
     "qwen2-biases": lambda: Qwen2ForCausalLM(Qwen2Config(**without(SMALL, "head_dim", hidden_size=128))),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False)),

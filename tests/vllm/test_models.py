@@ -3,15 +3,18 @@
 `make test` runs three kinds and layouts (the third in test_two_workers); `make test-vllm` all of them.
 """
 
+import json
 import os
 
 import httpx
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from servers import START_SECONDS, VOCABULARY, Server, build, save_checkpoint
 
 import deltawire as dw
+from deltawire.fp8 import Fp8
+from deltawire.tensors import as_bits, as_torch
 from deltawire.trainers.conversion import name_map
 from deltawire.trainers.state import checkpoint_tensors
 from deltawire.vllm.client import EngineClient
@@ -27,6 +30,7 @@ OFTEN = [
     ("mixtral", "tp1"), ("glm4-moe", "tp1"), ("qwen3-moe-padded", "tp1"), ("qwen3-tied", "tp2"), ("llama", "tp2"),
     ("gemma", "tp2"), ("qwen2-biases", "tp2"), ("qwen3-moe", "tp2"), ("mixtral", "tp2"), ("qwen3-untied", "tp2"),
     ("glm4-moe", "tp2"), ("qwen3-tied", "packed"), ("qwen3-moe", "packed"),
+    ("qwen3-fp8", "tp1"), ("qwen3-fp8", "tp2"),
 ]  # fmt: skip
 LAYOUTS = {"tp1": ((), {}), "tp2": (TP2, TWO), "packed": ((), KEEP)}
 every = os.environ.get("DELTAWIRE_TEST_VLLM") == "all"
@@ -46,9 +50,10 @@ class Chain:
     def __init__(self, folder, kind):
         self.checkpoint, self.url = folder / "model", (folder / "bucket").as_uri()
         self.model = build(kind)
-        save_checkpoint(self.checkpoint, self.model)
+        self.prepare = [name_map(self.model), *([Fp8()] if kind.endswith("fp8") else [])]
+        self.save(self.checkpoint)
         self.publisher = dw.Publisher(
-            dw.open_bucket(self.url, create=True), assets=self.checkpoint, prepare=[name_map(self.model)]
+            dw.open_bucket(self.url, create=True), assets=self.checkpoint, prepare=self.prepare
         )
         self.versions = []
         self._saved = folder / "saved"
@@ -69,15 +74,30 @@ class Chain:
             self._optimizer.zero_grad()
         self.publisher.publish(checkpoint_tensors(self.model))
         self.publisher.flush(60)
-        save_checkpoint(self._saved, self.model)
+        self.save(self._saved)
         weights = load_file(self._saved / "model.safetensors")
         self.versions.append({name: f"{value:016x}" for name, value in dw.digest(weights).items()})
         return len(self.versions) - 1
+
+    def save(self, folder):
+        """The model as a checkpoint for vLLM: what transformers writes, and where it is quantised our fp8 instead."""
+        save_checkpoint(folder, self.model)
+        for fp8 in self.prepare[1:]:
+            plain = dict(self.prepare[0](checkpoint_tensors(self.model)))
+            made = {name: tensor for name, tensor in fp8(plain.items()) if tensor is not plain.get(name)}
+            weights = load_file(folder / "model.safetensors")
+            weights |= {name: as_torch(as_bits(tensor)) for name, tensor in made.items()}
+            save_file(weights, folder / "model.safetensors")
+            config = json.loads((folder / "config.json").read_text())
+            config["quantization_config"] = fp8.quantization_config(plain.items())
+            (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("combination", [*ALWAYS, *(OFTEN if every else [])], ids=" ".join)
 def test_every_version_is_served_bit_for_bit(combination, tmp_path):
     kind, layout = combination
+    if kind.endswith("fp8") and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM's CPU build serves fp8 on hosts with AMX only")
     chain = Chain(tmp_path, kind)
     options, environ = LAYOUTS[layout]
     server = Server(chain.checkpoint, tmp_path / "vllm.log", options=options, **environ)
@@ -88,7 +108,7 @@ def test_every_version_is_served_bit_for_bit(combination, tmp_path):
     finally:
         server.stop()
         chain.publisher.close(10)
-    save_checkpoint(chain.checkpoint, chain.model)
+    chain.save(chain.checkpoint)
     fresh = Server(chain.checkpoint, tmp_path / "fresh.log", options=options, **environ)
     try:
         fresh.wait()
