@@ -10,7 +10,7 @@ from deltawire import checkpoint, log
 from deltawire.buckets.base import Bucket
 from deltawire.chain import as_numbers, ends_at
 from deltawire.checkpoint import Checkpoint
-from deltawire.digest import digest_bits
+from deltawire.digest import digest
 from deltawire.digest import root as root_of
 from deltawire.errors import BadDigest, Forked, Gap, NotFound, Unavailable
 from deltawire.manifests import Commit, Derived, commit_key
@@ -117,8 +117,6 @@ class _Walk:
         since = None if edge.start is None else self._chain.commit(edge.start).hash
         (hop,) = self._chain.read([edge], since)
         record = hop[1].record
-        if isinstance(record, Derived):
-            self._require_joined(edge, record, ends_at(*hop))
         if edge.start is None:
             self._check_anchor(edge, record)
         elif edge.kind == "delta":
@@ -129,11 +127,13 @@ class _Walk:
         else:
             back = -self._subscriber.fetch_delta(record)
             self._require(back.digests_after(self._digests, self._here), edge.start, edge)
+        if isinstance(record, Derived):
+            self._require_joined(edge, record, ends_at(*hop))
         return record.wire_bytes
 
     def _check_anchor(self, edge: Edge, record: Commit | Derived) -> None:
         weights = self._subscriber.open_anchor(record)
-        digests = {entry.name: digest_bits(weights[entry.name].data) for entry in self._subscriber.run.table}
+        digests = digest({entry.name: weights[entry.name] for entry in self._subscriber.run.table})
         self._require(digests, edge.end, edge)
         if self._weights is None:
             checkpoint.copy(checkpoint.files(weights.folder), self._folder)
@@ -146,12 +146,11 @@ class _Walk:
         return self._weights
 
     def _require_joined(self, edge: Edge, record: Derived, ends: str | None) -> None:
-        """Raise Forked or BadDigest unless a fold or anchor says of its version what that one's commit says."""
+        """Raise Forked or BadDigest unless a fold or anchor says of its version, where the walk is, what is so."""
         commit, where = self._chain.commit(edge.end), f"{self._subscriber.bucket.url}/{edge.record}"
         if ends != commit.hash:
             raise Forked(f"{where} is the {edge.kind} of another commit {edge.end} than the one that is there")
-        promised = self._subscriber.digests_at(edge.end)
-        if record.root != commit.record.root or not as_numbers(record.digests).items() <= promised.items():
+        if record.root != commit.record.root or not as_numbers(record.digests).items() <= self._digests.items():
             raise BadDigest(f"{where}: its root or its digests are not those of version {edge.end}")
 
     def _require(self, digests: Mapping[str, int], version: int, edge: Edge) -> None:
