@@ -58,6 +58,10 @@ class Checkpoint(Mapping[str, Bits]):
     def __len__(self) -> int:
         return len(self._where)
 
+    def digests(self, table: Iterable[TensorEntry]) -> dict[str, int]:
+        """The digest of each tensor of a table, computed from the files."""
+        return {entry.name: digest_bits(self[entry.name].data) for entry in table}
+
     def require_digests(self, digests: Mapping[str, int], *, where: str) -> None:
         """Recompute every tensor's digest and compare. Raises BadDigest naming each tensor that differs."""
         wrong = [name for name, value in digests.items() if digest_bits(self[name].data) != value]

@@ -20,7 +20,6 @@ from deltawire import checkpoint, wire
 from deltawire.buckets.atomic import file_system_errors, replacing
 from deltawire.checkpoint import Checkpoint
 from deltawire.delta import Delta
-from deltawire.digest import digest_bits
 from deltawire.digest import root as root_of
 from deltawire.errors import AccessRefused, AlreadyExists, BadDigest, FormatError, NotFound
 from deltawire.manifests import Position, TensorEntry
@@ -53,7 +52,7 @@ class Mirror:
             self.weights = Checkpoint(folder, writable=True)
             self._repair()
             self.position = _require_held(folder)
-            self.digests = {entry.name: digest_bits(self.weights[entry.name].data) for entry in self.table}
+            self.digests = self.weights.digests(self.table)
             if root_of(self.table, self.digests) != self.position.root:
                 raise BadDigest(f"{folder} does not hold {self.position} any more: remove it, and it is made anew")
         except BaseException:
@@ -78,7 +77,7 @@ class Mirror:
         with building(folder, position) as work:
             checkpoint.copy(files, work)
             weights = Checkpoint(work)
-            digests = {entry.name: digest_bits(weights[entry.name].data) for entry in entries}
+            digests = weights.digests(entries)
             if root_of(entries, digests) != position.root:
                 raise BadDigest(f"these files are not {position}: their digests do not make its root")
         return cls(folder, entries, on_step=on_step)

@@ -10,7 +10,6 @@ from deltawire import checkpoint, log
 from deltawire.buckets.base import Bucket
 from deltawire.chain import as_numbers, ends_at
 from deltawire.checkpoint import Checkpoint
-from deltawire.digest import digest
 from deltawire.digest import root as root_of
 from deltawire.errors import BadDigest, Forked, Gap, NotFound, Unavailable
 from deltawire.manifests import Commit, Derived, commit_key
@@ -133,7 +132,7 @@ class _Walk:
 
     def _check_anchor(self, edge: Edge, record: Commit | Derived) -> None:
         weights = self._subscriber.open_anchor(record)
-        digests = digest({entry.name: weights[entry.name] for entry in self._subscriber.run.table})
+        digests = weights.digests(self._subscriber.run.table)
         self._require(digests, edge.end, edge)
         if self._weights is None:
             checkpoint.copy(checkpoint.files(weights.folder), self._folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from deltawire.checkpoint import Checkpoint
-from deltawire.digest import digest_bits
+from deltawire.digest import digest
 from deltawire.ops.summary import Audit, Traffic
 from deltawire.vllm.client import EngineClient
 
@@ -32,7 +32,7 @@ def audit(version: int, trainer: Path, engine: str, materialized: Path, fresh: s
     with EngineClient(engine) as client:
         live = {name: int(value, 16) for name, value in client.audit().digests.items()}
     weights = Checkpoint(materialized)
-    stored = {name: digest_bits(weights[name].data) for name in weights}
+    stored = digest(weights)
     patched = checksums(engine)
     return Audit(
         version=version,
