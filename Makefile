@@ -1,5 +1,5 @@
 # What people do here. `make demo` and `make test` set up what they need on a fresh machine.
-.PHONY: help setup demo example-trl test test-vllm bench-vllm soak lint types check docs
+.PHONY: help setup demo example-trl test nightly test-vllm bench-vllm soak lint types check docs
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,9 @@ example-trl: setup ## TRL's AsyncGRPOTrainer plays Wordle by tool calls for a fe
 
 test: setup      ## every test, the ones on a real vLLM server included, in two processes
 	@.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+nightly: setup   ## what takes too long for every change: the tests marked nightly
+	@.venv/bin/python -m pytest -m nightly
 
 soak: setup      ## a thousand versions under faults, kills, compaction and pruning
 	@DELTAWIRE_SOAK_VERSIONS=1000 .venv/bin/python -m pytest tests/test_soak.py --log-cli-level=INFO
