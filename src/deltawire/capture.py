@@ -27,6 +27,7 @@ from deltawire.manifests import (
     anchor_prefix,
 )
 from deltawire.pending import Captured, encode, hash_file
+from deltawire.resuming import require_same_adapter
 from deltawire.subscriber import Subscriber
 from deltawire.tensors import cast, dtype_of
 
@@ -222,6 +223,7 @@ class Capturer:
         near = near_base(base)
         with Subscriber(bucket, base=near) as subscriber:
             position = newest_of(subscriber)
+            require_same_adapter(subscriber, self._assets)
             change = subscriber.change(None, position.version)
             assert change.anchor is not None
             table = subscriber.run.table

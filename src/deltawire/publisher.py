@@ -13,20 +13,33 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from deltawire import pending, signing
+from deltawire import pending, resuming, signing
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
 from deltawire.capture import Capture, Capturer
-from deltawire.errors import BucketError, ChainError, DeltaWireError, RankFailed, Unavailable, UnknownVersion
+from deltawire.digest import root as root_of
+from deltawire.errors import (
+    BucketError,
+    ChainError,
+    DeltaWireError,
+    NotFound,
+    RankFailed,
+    Unavailable,
+    UnknownVersion,
+    WrongBase,
+)
 from deltawire.manifests import Position
 from deltawire.pending import Captured, Part
 from deltawire.ranks import Ranks
 from deltawire.reports import PublishReport, UploadReport
+from deltawire.resuming import Standing
 from deltawire.sending import sender_of
 from deltawire.shard_capture import ShardCapturer
 from deltawire.signing import SigningKey
@@ -59,7 +72,8 @@ class Publisher:
 
     A bucket that already holds a run continues it: the baseline is rebuilt from the last commit, and the first publish
     is the difference. With run="supersede" a new run begins instead, which names where that one stood: followers
-    move on to it.
+    move on to it. A first publish that looks like no continuation (the trainer was restarted from its base, not from
+    its checkpoint) is warned of, with the figure. With resume="require" it is refused, as is a bucket without a run.
 
     A job whose weights are sharded (FSDP2, HSDP, tensor parallel) passes its `process_group`; then every rank makes a
     publisher, and every rank makes each of its calls: opening, `publish`, `flush`, `close`. A rank publishes the shards
@@ -84,6 +98,7 @@ class Publisher:
         assets: str | Path | None = None,
         prepare: Iterable[Prepare] = (),
         run: Literal["continue", "supersede"] = "continue",
+        resume: Literal["warn", "require"] = "warn",
         signing_key: str | Path | None = None,
         compactors: Iterable[str | Path] = (),
         process_group: Any = None,
@@ -96,10 +111,14 @@ class Publisher:
             raise TypeError("a Publisher takes an opened bucket, not its address: pass deltawire.open_bucket(address)")
         if run not in ("continue", "supersede"):
             raise ValueError(f'run={run!r}: "continue" or "supersede"')
+        if resume not in ("warn", "require") or (resume, run) == ("require", "supersede"):
+            raise ValueError(f'resume={resume!r}: "warn", or "require", which goes with run="continue"')
         self.bucket = bucket
         self._on_upload, self._prepare, self._sharded = on_upload, tuple(prepare), process_group is not None
         with file_system_errors("the folder of temporary files (TMPDIR chooses another)"):
             self._spool = Path(tempfile.mkdtemp(prefix="deltawire-"))
+        self._resume: Literal["warn", "require"] = resume
+        self._refused: DeltaWireError | None = None
         begin = {"base": base, "dtype": dtype, "assets": assets, "clock": clock, "supersede": run == "supersede"}
         try:
             self._open(begin, signing_key, compactors, process_group)
@@ -137,7 +156,20 @@ class Publisher:
             self._capturer = Capturer(self.bucket, self._spool, compactors=delegates, **begin)
         else:
             self._capturer = ShardCapturer(self.bucket, ranks, compactors=delegates, **begin)
+        self._standing = self._stood(ranks)
         self._sender = sender_of(self.bucket, ranks, next(iter(key), None))
+
+    def _stood(self, ranks: Ranks | None) -> Standing | None:
+        """What the run looked like that is continued. Raises NotFound where one was required."""
+        if (position := self._capturer.resumed) is None:
+            if self._resume == "require":
+                raise NotFound(
+                    f'{self.bucket.url} holds no run, and resume="require" asks for one: check the address, or begin '
+                    "a run without it"
+                )
+            return None
+        look = partial(resuming.standing, self.bucket, position)
+        return look() if ranks is None else ranks.from_first(look)
 
     def __enter__(self) -> "Publisher":
         return self
@@ -171,7 +203,8 @@ class Publisher:
         Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch; what was captured before the error is kept
         and goes with the next good call. Raises ChainError, too, once another writer has taken the run. In a sharded
         job all ranks raise together: those without trouble of their own RankFailed, CopiesDiffer where ranks disagree,
-        MissingTensor where they give other names or another `step`. After an interrupt (Ctrl-C, no memory) in here only
+        MissingTensor where they give other names or another `step`. Raises WrongBase where resume="require" refuses the
+        first publish; only a new publisher goes on then. After an interrupt (Ctrl-C, no memory) in here only
         a new publisher goes on.
         """
         started = time.perf_counter()
@@ -179,11 +212,12 @@ class Publisher:
             self._summing, cut = self._sharded, self._cut
         try:
             capture = self._capturer.capture(self._pairs(tensors), step=step, metrics=metrics, cut=cut)
+            jump = self._jump(capture)
             with self._changed:
                 self._cut = max(self._cut, capture.cut)
                 for captured in capture.versions:
                     self._enqueue(captured)
-                return self._report(capture, started)
+                report = self._report(capture, started)
         except (KeyboardInterrupt, SystemExit, MemoryError):
             self._torn = True  # anywhere, maybe between the baseline and what waits
             raise
@@ -191,11 +225,16 @@ class Publisher:
             with self._changed:
                 self._summing = False
                 self._changed.notify_all()
+        if jump is not None:  # not before it is enqueued: a filter may make an error of it
+            warnings.warn(f'{jump}; Publisher(resume="require") would refuse this', stacklevel=2)
+        return report
 
     def _pairs(self, tensors: Pairs | Mapping[str, Any]) -> Pairs:
         """What to capture. A refusal is raised when this is iterated: a rank that refuses must tell the others so."""
         if isinstance(self._problem, ChainError | RankFailed) or self._died or self._closing:
             raise self._problem or DeltaWireError(f"{self.bucket.url}: this publisher is closed; open a new one")
+        if self._refused is not None:
+            raise self._refused
         if self._torn:
             raise DeltaWireError(
                 f"{self.bucket.url}: a publish was interrupted, so what it captured is not known; close this publisher "
@@ -205,6 +244,26 @@ class Publisher:
         for prepare in self._prepare:
             pairs = prepare(pairs)
         yield from named(pairs)
+
+    def _jump(self, capture: Capture) -> str | None:
+        """What makes a run's first publish after it was resumed no continuation; the same on every rank. Raises
+        WrongBase where one is required."""
+        before, self._standing = self._standing, None
+        if before is None:
+            return None
+        newest = capture.versions[-1]
+        said = resuming.jump(
+            before,
+            root=root_of(newest.run.table, newest.digests),
+            step=newest.step,
+            changed=capture.changed,
+            total=self._capturer.total,
+            wire_bytes=capture.wire_bytes,
+        )
+        if said is not None and self._resume == "require":
+            self._refused = WrongBase(f"{self.bucket.url}: {said}. Nothing was published")
+            raise self._refused
+        return said
 
     def _report(self, capture: Capture, started: float) -> PublishReport:
         newest = capture.versions[-1]

@@ -18,6 +18,7 @@ from deltawire.delta import Delta
 from deltawire.errors import MissingTensor
 from deltawire.manifests import BaseCheckpoint, Position, Run, TensorEntry
 from deltawire.ranks import Ranks
+from deltawire.resuming import require_same_adapter
 from deltawire.shards import Box, share
 from deltawire.subscriber import Subscriber
 
@@ -116,6 +117,7 @@ def _decide(bucket: Bucket, base: str | Path | None, assets: Path | None, supers
     if not supersede and holds_run(bucket):
         with Subscriber(bucket, base=near_base(base)) as subscriber:
             position = newest_of(subscriber)
+            require_same_adapter(subscriber, assets)
             return Decision(position.run, position, subscriber.chain.settled(position.version).hash)
     if assets is not None:
         checkpoint.assets(assets)  # a folder that is not there is named now, not at the first publish

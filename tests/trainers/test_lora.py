@@ -3,15 +3,16 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import deltawire as dw
 from adapters import Learner, load, logprobs
 from deltawire.compactor import Compactor
-from deltawire.errors import BucketError, NotFound, ShapeMismatch, UnknownTensor
+from deltawire.errors import BucketError, NotFound, ShapeMismatch, UnknownTensor, WrongBase
 from deltawire.trainers import lora
 
 PROMPT = [1, 2, 3]
@@ -194,3 +195,24 @@ def test_merged_weights_are_a_run_of_the_whole_model(learner, base, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
         assert dw.equal(dict(model.named_parameters()), policy)
     assert sorted(path.name for path in (tmp_path / "model").glob("*.safetensors")) == ["model.safetensors"]
+
+
+def moe_with_an_adapter_on(parameter: str):
+    """Experts whose up and down projections have one shape, so that PEFT's one key fits either."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    base = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts))
+    return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=[], target_parameters=[parameter]))
+
+
+def test_a_restart_with_an_adapter_of_another_meaning_is_refused_though_its_tensors_have_the_same_names(tmp_path):
+    url = (tmp_path / "bucket").as_uri()
+    down, up = (moe_with_an_adapter_on(f"mlp.experts.{name}_proj") for name in ("down", "gate_up"))
+    assert dict(lora.adapter_tensors(down)).keys() == dict(lora.adapter_tensors(up)).keys()
+    with dw.Publisher(dw.open_bucket(url, create=True), assets=lora.save_config(down, tmp_path / "down")) as publisher:
+        publisher.publish(lora.adapter_tensors(down))
+    with pytest.raises(WrongBase, match=r"target_parameters is \['mlp.experts.down_proj'\] there"):
+        dw.Publisher(dw.open_bucket(url), assets=lora.save_config(up, tmp_path / "up"))
+    with dw.Publisher(dw.open_bucket(url), assets=tmp_path / "down") as publisher:
+        assert publisher.publish(lora.adapter_tensors(down)).changed == 0

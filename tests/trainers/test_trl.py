@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+import peft
 import pytest
+import torch
 from safetensors.torch import save_file
 
 import deltawire as dw
@@ -229,3 +231,33 @@ def test_an_unchanged_heartbeat_is_not_fetched_again(url):
     assert ledger.read_all(bucket, marked) == marked
     beat(url, 2, "0123456789abcdef")
     assert [entry.version for _, entry in ledger.read_all(bucket, marked)] == [2]
+
+
+class MergingTrainer:
+    """The part of TRL's trainer that merges a PEFT adapter, streams every base weight and unmerges."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def _streaming_iter(self):
+        for name, parameter in self.model.named_parameters():
+            if self.model.prefix not in name:
+                yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter.detach()
+
+    def sync(self, transfer):
+        self.model.merge_adapter()
+        try:
+            transfer.send_weights(self._streaming_iter())
+        finally:
+            self.model.unmerge_adapter()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_adapter_merged_into_16_bit_weights_at_every_sync_is_warned_of_once(dtype, recwarn):
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False)).to(dtype)
+    trainer = MergingTrainer(peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"])))
+    with sending(fresh(), wait_for="commit") as transfer:
+        trainer.sync(transfer)
+        trainer.sync(transfer)
+    said = [str(warning.message) for warning in recwarn if "adapter_tensors" in str(warning.message)]
+    assert len(said) == (dtype is torch.bfloat16)

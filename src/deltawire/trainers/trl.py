@@ -17,6 +17,7 @@ from deltawire.buckets import Bucket, open_bucket
 from deltawire.manifests import Position
 from deltawire.publisher import Publisher
 from deltawire.reports import PublishReport
+from deltawire.trainers.merging import model_behind, warn_of_merging
 from deltawire.trainers.serving import ASK_ENGINE_EVERY, Look, engine_look, ledger_look, wait_until_served
 
 ENGINE_SECONDS = 10.0
@@ -40,6 +41,9 @@ class DeltaWeightTransfer:
 
     `timeout` bounds, in seconds, one wait for commit and replica; other ranks wait meanwhile, so keep it below the
     timeout of their process group (ten minutes with NCCL). `poll` is seconds between looks.
+
+    TRL merges a PEFT adapter into its base for every sync. In a bf16 base that loses bits for good; a warning says so
+    once (`trainers.merging`).
 
     It pauses nobody: each follower pauses its own server around the swap alone.
     """
@@ -69,6 +73,7 @@ class DeltaWeightTransfer:
         self._publisher: Publisher | None = None
         self._opened = ExitStack()
         self._look: Look | None = None
+        self._warned = False
         self.last: PublishReport | None = None
         """what the last `send_weights` published"""
 
@@ -103,6 +108,7 @@ class DeltaWeightTransfer:
         there in time. What was captured is kept, and goes with the next call.
         """
         pairs = iter(iterator)
+        self._warned = self._warned or warn_of_merging(model_behind(pairs))
         try:
             self.init_weight_transfer()
             assert self._publisher is not None
