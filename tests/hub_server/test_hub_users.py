@@ -1,5 +1,6 @@
 """A server with users: what is private stays so, refusals are the Hub's, and a hash opens nothing."""
 
+import http.client
 import json
 import threading
 import time
@@ -19,13 +20,14 @@ from deltawire.hub_server.access import Access, Pass
 from deltawire.hub_server.users import read_users
 from waiting import until
 
-TOKENS = {"ada": "token-of-ada", "bob": "token-of-bob", "eve": "token-of-eve"}
+TOKENS = {name: f"token-of-{name}" for name in ("ada", "bob", "eve", "__CI_ROBOT__")}
 LAB = {"name": "lab", "private_by_default": True}
 USERS = {
     "users": [
         {"name": "ada", "token": TOKENS["ada"], "orgs": [LAB]},
         {"name": "bob", "token": TOKENS["bob"], "orgs": [LAB]},
         {"name": "eve", "token": TOKENS["eve"]},
+        {"name": "__CI_ROBOT__", "token": TOKENS["__CI_ROBOT__"]},
     ]
 }
 
@@ -61,6 +63,59 @@ def test_a_name_without_a_namespace_is_the_tokens_user(place):
     assert place.api("ada").whoami()["orgs"][0]["name"] == "lab"
     assert "ada/plain" in [bucket.id for bucket in place.api("ada").list_buckets()]
     assert [bucket.id for bucket in place.api("eve").list_buckets()] == []
+
+
+def test_a_user_may_be_named_like_a_machine(place):
+    assert place.api("__CI_ROBOT__").create_bucket("own").bucket_id == "__CI_ROBOT__/own"
+    assert place.api("eve").bucket_info("__CI_ROBOT__/own").id == "__CI_ROBOT__/own"
+
+
+def test_a_namespace_is_one_of_the_users_or_organisations(place):
+    assert list(place.api("ada").list_buckets(namespace="eve", search="nothing")) == []
+    assert status(lambda: list(place.api("ada").list_buckets(namespace="nobody"))) == 404
+
+
+def test_a_page_of_buckets_names_none_that_is_private(place):
+    for name, private in (("pages-1", False), ("pages-2-secret", True), ("pages-3", False)):
+        place.api("bob").create_bucket(name, private=private)
+    seen, path = [], "/api/buckets/bob?search=pages&limit=1"
+    while path:
+        answer = ask(place.url, "GET", path, None, bearer(TOKENS["eve"]))
+        seen += [bucket["id"] for bucket in answer.json()]
+        link = answer.headers.get("link", "")
+        assert "secret" not in link
+        path = link.partition(">")[0].removeprefix(f"<{place.url}")
+    assert seen == ["bob/pages-1", "bob/pages-3"]
+    assert len(list(place.api("bob").list_buckets(search="pages"))) == 3
+
+
+def test_a_bucket_is_moved_by_its_owner_to_where_he_may_make_one(place):
+    ada, eve = place.api("ada"), place.api("eve")
+    ada.create_bucket("ada/leaving", private=False)
+    ada.create_bucket("ada/hidden", private=True)
+    assert status(lambda: eve.move_bucket("ada/leaving", "eve/stolen")) == 403
+    assert status(lambda: eve.move_bucket("ada/hidden", "eve/stolen")) == 404
+    assert status(lambda: ada.move_bucket("ada/leaving", "eve/present")) == 403
+    assert status(lambda: place.api(None).move_bucket("ada/leaving", "ada/x")) == 401
+    ada.move_bucket("ada/hidden", "lab/shared")
+    assert place.api("bob").bucket_info("lab/shared").private
+    assert status(lambda: eve.update_bucket_settings("ada/leaving", private=True)) == 403
+    assert not eve.bucket_info("ada/leaving").private
+
+
+def test_a_reader_of_the_feed_is_sent_away_when_the_bucket_is_closed_to_it(place):
+    ada = place.api("ada")
+    ada.create_bucket("ada/closing", private=False)
+    connection = http.client.HTTPConnection(place.url.removeprefix("http://"), timeout=30)
+    connection.request("GET", "/api/buckets/ada/closing/events", headers=bearer(TOKENS["eve"]))
+    stream = connection.getresponse()
+    assert stream.readline() == b"event: ready\n"
+    ada.update_bucket_settings("ada/closing", private=True)
+    ada.batch_bucket_files("ada/closing", add=[(b"x", "secret")])
+    rest = stream.read()
+    connection.close()
+    assert b"event: reconnect" in rest
+    assert b"secret" not in rest
 
 
 def test_a_private_bucket_is_not_there_for_others(place):

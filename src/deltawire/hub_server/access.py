@@ -91,9 +91,13 @@ class Access:
         if right == "write":
             raise Forbidden(f"You don't have the rights to write to bucket {bucket!r}")
 
-    def sees(self, user: User | None, bucket: str, *, private: bool) -> bool:
-        """Whether a bucket appears in a listing."""
-        return not private or (user is not None and self._at_home(user, bucket.split("/", maxsplit=1)[0]))
+    def sees_private(self, user: User | None, namespace: str) -> bool:
+        """Whether private buckets appear in a listing of a namespace."""
+        return user is not None and self._at_home(user, namespace)
+
+    def knows_namespace(self, namespace: str) -> bool:
+        """Whether a user or an organisation has that name, though it may have no bucket yet."""
+        return namespace == LOCAL.name if self._users is None else self._users.has_name(namespace)
 
     def private_by_default(self, namespace: str) -> bool:
         """Whether a bucket made without saying is private."""

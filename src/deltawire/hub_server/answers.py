@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from io import FileIO
 from itertools import chain
 from pathlib import Path
+from urllib.parse import urlencode
 
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.datastructures import MutableHeaders
@@ -26,7 +27,7 @@ from deltawire.errors import (
     Unavailable,
 )
 from deltawire.hub_server.access import Unauthorized
-from deltawire.hub_server.catalog import BucketMissing, EntryMissing
+from deltawire.hub_server.catalog import BucketMissing, EntryMissing, RepositoryMissing
 from deltawire.hub_server.durable import no_space_is_typed
 from deltawire.hub_server.events import Feed
 from deltawire.hub_server.store import Store
@@ -39,6 +40,7 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 _STATUS: tuple[tuple[type[DeltaWireError], int, str | None], ...] = (
     (BucketMissing, 404, "RepoNotFound"),
+    (RepositoryMissing, 404, "RepoNotFound"),
     (EntryMissing, 404, "EntryNotFound"),
     (NotFound, 404, None),
     (AlreadyExists, 409, None),
@@ -75,6 +77,14 @@ def feed_of(request: Request) -> Feed:
 def base_url(request: Request) -> str:
     """The address the client used, without a trailing slash: links in answers lead back the same way."""
     return str(request.base_url).rstrip("/")
+
+
+def next_page(request: Request, path: str, cursor: str | None, **query: object) -> dict[str, str]:
+    """The header that names the next page of a listing, which begins at `cursor`; none after the last."""
+    if cursor is None:
+        return {}
+    link = f"{base_url(request)}{path}?{urlencode({**query, 'cursor': cursor})}"
+    return {"Link": f'<{link}>; rel="next"'}
 
 
 def refusal(request: Request, error: Exception) -> Response:

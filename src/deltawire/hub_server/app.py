@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deltawire.errors import DeltaWireError
-from deltawire.hub_server import cas_routes, hub_routes
+from deltawire.hub_server import bucket_routes, cas_routes, hub_routes
 from deltawire.hub_server.access import Access
 from deltawire.hub_server.answers import (
     RangeNotSatisfiable,
@@ -49,7 +49,7 @@ def create_app(
     `users` are those who may use it; without them, anyone who reaches it. `faults` may answer in the server's place.
     """
     app = Starlette(
-        routes=[*hub_routes.ROUTES, *cas_routes.ROUTES],
+        routes=[*bucket_routes.ROUTES, *hub_routes.ROUTES, *cas_routes.ROUTES],
         middleware=[Middleware(RequestIds), Middleware(Faults, inject=faults)],
         exception_handlers={
             RangeNotSatisfiable: range_refusal,

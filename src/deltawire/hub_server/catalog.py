@@ -18,6 +18,10 @@ class BucketMissing(NotFound):
     """There is no bucket of that name."""
 
 
+class RepositoryMissing(NotFound):
+    """A git repository, of which this server has none."""
+
+
 class EntryMissing(NotFound):
     """The bucket has no file at that path."""
 
@@ -85,6 +89,19 @@ class Catalog:
         with self._database.write() as connection:
             connection.execute("DELETE FROM buckets WHERE id = ?", (_bucket_id(connection, bucket),))
 
+    def rename(self, bucket: str, name: str) -> None:
+        """Give a bucket with all that is in it another name. Raises BucketMissing, AlreadyExists."""
+        with self._database.write() as connection:
+            row = (name, _bucket_id(connection, bucket))
+            if connection.execute("UPDATE OR IGNORE buckets SET name = ? WHERE id = ?", row).rowcount == 0:
+                raise AlreadyExists(f"bucket {name} already exists")
+
+    def set_private(self, bucket: str, *, private: bool) -> None:
+        """Say whether only its owner may see a bucket. Raises BucketMissing."""
+        with self._database.write() as connection:
+            row = (private, _bucket_id(connection, bucket))
+            connection.execute("UPDATE buckets SET private = ? WHERE id = ?", row)
+
     def is_private(self, bucket: str) -> bool:
         """Whether only its owner may see a bucket. Raises BucketMissing."""
         with self._database.read() as connection:
@@ -101,14 +118,17 @@ class Catalog:
         """A bucket and its totals. Raises BucketMissing."""
         with self._database.read() as connection:
             _bucket_id(connection, bucket)
-            return next(_infos(connection, "buckets.name = ?", (bucket,)))
+            return next(_infos(connection, "buckets.name = ?", (bucket,), limit=1))
 
-    def buckets(self, namespace: str, *, search: str = "") -> list[BucketInfo]:
-        """The buckets of a namespace whose name contains `search`, by name."""
+    def buckets(self, namespace: str, *, private: bool, search: str, after: str, limit: int) -> list[BucketInfo]:
+        """Up to `limit` buckets of a namespace whose name contains `search`, by name, those after `after`.
+
+        Private ones are left out unless asked for.
+        """
         with self._database.read() as connection:
-            where = "substr(buckets.name, 1, ?) = ? AND instr(buckets.name, ?) > 0"
+            where = "substr(name, 1, ?) = ? AND instr(name, ?) > 0 AND private <= ? AND name > ?"
             prefix = f"{namespace}/"
-            return list(_infos(connection, where, (len(prefix), prefix, search)))
+            return list(_infos(connection, where, (len(prefix), prefix, search, private, after), limit=limit))
 
     def apply(self, bucket: str, operations: Sequence[PutFile | DeleteFile | Failure]) -> list[Failure]:
         """Do what can be done, in order and in one transaction; return what could not.
@@ -180,12 +200,12 @@ def _bucket_id(connection: Connection, bucket: str) -> int:
     return int(found[0])
 
 
-def _infos(connection: Connection, where: str, values: tuple[object, ...]) -> Iterator[BucketInfo]:
+def _infos(connection: Connection, where: str, values: tuple[object, ...], *, limit: int) -> Iterator[BucketInfo]:
     query = f"""
         SELECT buckets.name, private, created_ms, coalesce(sum(size), 0), count(path)
         FROM buckets LEFT JOIN entries ON entries.bucket = buckets.id
-        WHERE {where} GROUP BY buckets.id ORDER BY buckets.name"""
-    for name, private, created, size, files in connection.execute(query, values):
+        WHERE {where} GROUP BY buckets.name ORDER BY buckets.name LIMIT ?"""
+    for name, private, created, size, files in connection.execute(query, (*values, limit)):
         yield BucketInfo(name, bool(private), created, size, files)
 
 

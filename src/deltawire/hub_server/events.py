@@ -8,7 +8,7 @@ import json
 import secrets
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +37,7 @@ class Feed:
         self._number = 0
         self._noted: dict[str, deque[_Noted]] = defaultdict(lambda: deque(maxlen=KEPT))
         self._listeners: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        self._endings: Counter[str] = Counter()
         self._closed = False
 
     def tell(self, bucket: str, changes: Sequence[dict[str, Any]]) -> None:
@@ -54,15 +55,25 @@ class Feed:
             self._closed = True
             self._wake()
 
+    def end(self, bucket: str) -> None:
+        """Ask the readers of a bucket to come again: it has another name, or may not be open to them any more."""
+        with self._lock:
+            self._endings[bucket] += 1
+            self._wake()
+
     async def stream(self, bucket: str, start: int | None) -> AsyncIterator[str]:
         """Server-sent events from a change on: first what was missed, then `ready`, then what happens."""
         listener = (asyncio.get_running_loop(), asyncio.Event())
         with self._lock:
             self._listeners.add(listener)
+            endings = self._endings[bucket]
         here, ready = start, False
         try:
             while True:
                 listener[1].clear()
+                if self._closed or self._endings[bucket] != endings:
+                    yield _event("reconnect", {"cursor": self._cursor(here or 0)})
+                    return
                 missed = None if here is None else self._after(bucket, here)
                 if missed is None:
                     yield _event("reset", {"reason": "that cursor is too old; look at the bucket"})
@@ -74,9 +85,6 @@ class Feed:
                 if not ready:
                     yield _event("ready", {"cursor": self._cursor(here or 0)})
                     ready = True
-                if self._closed:
-                    yield _event("reconnect", {"cursor": self._cursor(here or 0)})
-                    return
                 try:
                     await asyncio.wait_for(listener[1].wait(), PING_SECONDS)
                 except TimeoutError:

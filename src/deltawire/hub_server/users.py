@@ -12,7 +12,7 @@ import msgspec
 from deltawire.errors import FormatError
 
 MAX_FILE_BYTES = 4 << 20
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _RESERVED = ("me",)
 """in a request it stands for the token's user"""
 
@@ -54,6 +54,10 @@ class Users:
         given = token.encode()
         found = [user for user in self._users if hmac.compare_digest(user.token.encode(), given)]
         return found[0] if found else None
+
+    def has_name(self, namespace: str) -> bool:
+        """Whether it is the name of a user or of an organisation."""
+        return any(user.belongs_to(namespace) for user in self._users)
 
     def private_by_default(self, namespace: str) -> bool:
         """Whether an organisation asks for private buckets."""
