@@ -7,11 +7,12 @@
 
 try:
     from deltawire.hub_server.app import create_app
+    from deltawire.hub_server.connections import Bounds
     from deltawire.hub_server.serving import HubProcess, HubServer, serve
     from deltawire.hub_server.store import Stats, Store
 except ModuleNotFoundError as error:
-    if error.name not in ("starlette", "uvicorn", "lz4"):
+    if error.name not in ("starlette", "uvicorn", "h11", "lz4"):
         raise
     raise ImportError(f"the bucket server needs {error.name}: pip install 'deltawire[server]'") from None
 
-__all__ = ["HubProcess", "HubServer", "Stats", "Store", "create_app", "serve"]
+__all__ = ["Bounds", "HubProcess", "HubServer", "Stats", "Store", "create_app", "serve"]

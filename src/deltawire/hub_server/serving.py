@@ -1,5 +1,6 @@
 """How the bucket server is run: blocking, in a thread of this process, or as a process of its own."""
 
+import asyncio
 import ipaddress
 import os
 import select
@@ -9,15 +10,17 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import uvicorn
 from starlette.applications import Starlette
 
 from deltawire.errors import AccessRefused, Unavailable
 from deltawire.hub_server.app import Inject, create_app
+from deltawire.hub_server.connections import DEFAULT_BOUNDS, Bounds, Connection
 from deltawire.hub_server.events import Feed
 from deltawire.hub_server.store import Store
 from deltawire.hub_server.users import Users, read_users
@@ -32,18 +35,19 @@ def serve(
     *,
     page_size: int = 1000,
     users: Path | str | None = None,
+    bounds: Bounds = DEFAULT_BOUNDS,
     on_ready: Callable[[str], object] = lambda url: None,
 ) -> None:
     """Serve the buckets under `root` until SIGINT or SIGTERM, to the users a file names, else to anyone here.
 
-    `on_ready` is called with the server's URL ("http://127.0.0.1:41234") once it accepts requests; port 0 is any free
-    one. Raises AccessRefused if `host` is not loopback and there are no users, FormatError for a file that names none,
-    Unavailable if the port or the folder is taken.
+    `bounds` are what clients may take up. `on_ready` is called with the server's URL ("http://127.0.0.1:41234") once it
+    accepts requests; port 0 is any free one. Raises AccessRefused if `host` is not loopback and there are no users,
+    FormatError for a file that names none, Unavailable if the port or the folder is taken.
     """
     known = None if users is None else read_users(users)
     with closing(_listen(host, port, known)) as listener, closing(Store(root)) as store:
         app = create_app(store, page_size=page_size, users=known)
-        server = _Server(app, on_ready=lambda: on_ready(_url(listener)))
+        server = _Server(app, bounds, on_ready=lambda: on_ready(_url(listener)))
         with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has finished
             server.run([listener])
 
@@ -51,7 +55,7 @@ def serve(
 class HubServer:
     """The server in a background thread. The folder is taken at once; requests are answered from `start` on.
 
-    `faults` may answer in the server's place. Raises what `serve` raises.
+    `bounds` are what clients may take up. `faults` may answer in the server's place. Raises what `serve` raises.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class HubServer:
         *,
         page_size: int = 1000,
         users: Path | str | None = None,
+        bounds: Bounds = DEFAULT_BOUNDS,
         faults: Inject = lambda request: None,
     ) -> None:
         known = None if users is None else read_users(users)
@@ -74,7 +79,7 @@ class HubServer:
         self.url = _url(self._listener)
         self._ready = threading.Event()
         app = create_app(self._store, page_size=page_size, users=known, faults=faults)
-        self._server = _Server(app, on_ready=self._ready.set)
+        self._server = _Server(app, bounds, on_ready=self._ready.set)
         self._thread = threading.Thread(target=self._run, name="hub-server", daemon=True)
 
     def start(self) -> Self:
@@ -197,9 +202,12 @@ class HubProcess:
 class _Server(uvicorn.Server):
     """uvicorn, telling when it is ready. It is given an open socket, so the port is known before it starts."""
 
-    def __init__(self, app: Starlette, *, on_ready: Callable[[], object]) -> None:
+    def __init__(self, app: Starlette, bounds: Bounds, *, on_ready: Callable[[], object]) -> None:
         config = uvicorn.Config(
             app,
+            http=cast("type[asyncio.Protocol]", partial(Connection, bounds=bounds, places=bounds.places())),
+            h11_max_incomplete_event_size=bounds.header_bytes,
+            backlog=bounds.backlog(),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -216,6 +224,14 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._on_ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: end the connections of clients that have had their time."""
+        now = asyncio.get_running_loop().time()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection) and connection.overdue(now):
+                connection.turn_away()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish; streams of events first, which would never end by themselves."""
