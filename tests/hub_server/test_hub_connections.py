@@ -160,7 +160,7 @@ async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
 
 def connection() -> Connection:
     """One that is not on the network, with the usual bounds."""
-    config = Config(read_all, lifespan="off", log_config=None)
+    config = Config(read_all, lifespan="off", ws="none", log_config=None)
     config.load()
     made = Connection(bounds=Bounds(), places=9, config=config, server_state=ServerState(), app_state={})
     made.connection_made(MagicMock(is_closing=lambda: False, get_extra_info=lambda name: None))

@@ -15,8 +15,8 @@ import pytest
 from hub_client import ask, client_environment, run_client
 from xet_builders import nodes, shard, xorb
 
-from deltawire.errors import OutOfSpace, Unavailable, UnknownVersion
-from deltawire.hub_server import HubProcess, HubServer, Store
+from deltawire.errors import OutOfSpace, UnknownVersion
+from deltawire.hub_server import HubProcess, HubServer
 from deltawire.hub_server.database import Database
 from deltawire.hub_server.durable import no_space_is_typed
 from deltawire.hub_server.xet_hashes import file_hash, to_text
@@ -189,24 +189,3 @@ def test_bit_rot_is_noticed_when_the_server_itself_reads_a_file(tmp_path: Path) 
         answer = ask(server.url, "GET", "/buckets/me/b/resolve/f")
         assert answer.status == 500
         assert "damaged" in answer.headers["x-error-message"]
-
-
-def test_a_folder_is_served_by_one_server_at_a_time(tmp_path: Path) -> None:
-    with HubServer(tmp_path), pytest.raises(Unavailable, match="another bucket server"):
-        Store(tmp_path)
-    Store(tmp_path).close()
-
-
-def test_a_taken_port_is_refused_and_the_next_server_may_have_it(tmp_path: Path) -> None:
-    with HubServer(tmp_path / "one") as server:
-        port = int(server.url.rsplit(":", 1)[1])
-        with pytest.raises(Unavailable, match=f"port {port}"):
-            HubServer(tmp_path / "two", port=port)
-    with HubServer(tmp_path / "two", port=port) as server:
-        assert ask(server.url, "GET", "/api/whoami-v2").status == 200
-
-
-def test_a_server_process_that_cannot_start_says_why(tmp_path: Path) -> None:
-    server = HubProcess(tmp_path / "root", "0.0.0.0", log=tmp_path / "log")
-    with pytest.raises(Unavailable, match="users and tokens are needed"):
-        server.start()

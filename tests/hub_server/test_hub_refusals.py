@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from xet_builders import chunk_record, nodes, shard, xorb
 
 from deltawire.errors import AccessRefused
-from deltawire.hub_server import HubServer
+from deltawire.hub_server import HubProcess, HubServer
 from deltawire.hub_server.xet_hashes import file_hash, to_text, xorb_hash
 
 _fresh = iter(range(1_000_000))
@@ -249,6 +249,11 @@ def test_refusals_carry_what_the_client_reads(request_hub: Ask, bucket: str) -> 
     assert missing.headers["x-request-id"] != gone.headers["x-request-id"]
     assert request_hub("GET", "/no/such/route").status == 404
     assert request_hub("PATCH", f"/api/buckets/{bucket}").status == 405
+
+
+def test_a_request_may_name_the_whole_address(hub: HubProcess, request_hub: Ask, bucket: str) -> None:
+    assert request_hub("GET", f"{hub.url}/api/buckets/{bucket}?x=1").json()["id"] == bucket
+    assert request_hub("GET", hub.url).status == 404
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])

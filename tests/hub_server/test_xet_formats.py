@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from xet_builders import nodes, shard, xorb
 
 from deltawire.errors import FormatError, NotFound, Truncated, UnknownVersion
-from deltawire.hub_server.grants import LIFETIME_SECONDS, Grants
+from deltawire.hub_server.grants import LIFETIME_SECONDS, MAX_OPEN, Grants
 from deltawire.hub_server.reconstruct import plan_as_json, plan_range
 from deltawire.hub_server.shards import Segment, build_dedup_shard, parse_shard
 from deltawire.hub_server.xet_hashes import chunk_hash, file_hash, from_text, to_text, xorb_hash
@@ -142,6 +142,20 @@ def test_a_grant_and_what_was_sent_for_it_are_forgotten_after_an_hour(tmp_path: 
     assert not staged.exists()
     with pytest.raises(NotFound):
         grants.take(grant, b"x" * 32)
+
+
+def test_of_too_many_grants_the_oldest_goes_with_its_upload(tmp_path: Path) -> None:
+    grants = Grants()
+    staged = tmp_path / "staged"
+    staged.write_bytes(b"half")
+    oldest, second = grants.issue(b"x" * 32), grants.issue(b"x" * 32)
+    grants.stage(oldest, staged)
+    for _ in range(MAX_OPEN - 1):
+        grants.issue(b"y" * 32)
+    assert not staged.exists()
+    with pytest.raises(NotFound):
+        grants.check(oldest)
+    grants.check(second)
 
 
 def test_a_second_upload_for_a_grant_replaces_the_first(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from deltawire.cli.printing import emit
 def serve(
     root: Annotated[Path, typer.Option(help="Folder that holds the buckets.")] = Path("buckets"),
     host: Annotated[str, typer.Option(help="Address to listen on; loopback only without --users.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8100,
+    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = 8100,
     users: Annotated[Path | None, typer.Option(help="JSON file of users and their tokens; default: one user.")] = None,
     json: AsJson = False,
 ) -> None:

@@ -225,3 +225,16 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class WholeAddresses:
+    """Takes "GET http://host/path", which HTTP allows and uvicorn hands on as it is, for "GET /path"."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI entry point."""
+        if scope["type"] == "http" and scope["path"].startswith(("http://", "https://")):
+            scope = {**scope, "path": "/" + scope["path"].partition("://")[2].partition("/")[2]}
+        await self._app(scope, receive, send)

@@ -15,6 +15,7 @@ from deltawire.hub_server.access import Access
 from deltawire.hub_server.answers import (
     RangeNotSatisfiable,
     RequestIds,
+    WholeAddresses,
     http_refusal,
     nobody_there,
     range_refusal,
@@ -50,7 +51,7 @@ def create_app(
     """
     app = Starlette(
         routes=[*bucket_routes.ROUTES, *hub_routes.ROUTES, *cas_routes.ROUTES],
-        middleware=[Middleware(RequestIds), Middleware(Faults, inject=faults)],
+        middleware=[Middleware(WholeAddresses), Middleware(RequestIds), Middleware(Faults, inject=faults)],
         exception_handlers={
             RangeNotSatisfiable: range_refusal,
             DeltaWireError: refusal,

@@ -18,10 +18,10 @@ _GIT_KINDS = ("models", "datasets", "spaces")
 
 async def create_bucket(request: Request) -> Response:
     """POST /api/buckets/{namespace}/{name}. The client reads the url from a 409 as well."""
-    fields = await json_object(request)
     bucket, access = bucket_id(request), access_of(request)
     namespace = bucket.split("/")[0]
     access.check_namespace(request, namespace)
+    fields = await json_object(request)
     answer = {"url": f"{base_url(request)}/buckets/{bucket}", "id": bucket}
     private = fields.get("visibility") == "private" or fields.get("private") is True
     if fields.get("visibility") is None and fields.get("private") is None:
@@ -48,6 +48,7 @@ def delete_bucket(request: Request) -> Response:
 
 async def move_bucket(request: Request) -> Response:
     """POST /api/repos/move {"fromRepo", "toRepo", "type": "bucket"}: another name, in this namespace or another."""
+    access_of(request).require_user(request)
     fields = await json_object(request)
     if fields.get("type") != "bucket":
         raise RepositoryMissing("this server moves buckets; it has no git repositories")

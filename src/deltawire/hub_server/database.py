@@ -47,8 +47,14 @@ class Database:
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._writer = _connect(path)
-        self._reader = _connect(path)
-        self._create_tables()
+        self._connections = [self._writer]
+        try:
+            self._reader = _connect(path)
+            self._connections.append(self._reader)
+            self._create_tables()
+        except BaseException:
+            self.close()
+            raise
 
     def _create_tables(self) -> None:
         with self.write() as connection:
@@ -88,13 +94,17 @@ class Database:
 
     def close(self) -> None:
         """Close both connections. Committed transactions need no closing to be safe."""
-        self._reader.close()
-        self._writer.close()
+        for connection in self._connections:
+            connection.close()
 
 
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except BaseException:
+        connection.close()
+        raise
     return connection

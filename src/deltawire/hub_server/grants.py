@@ -10,6 +10,8 @@ from pathlib import Path
 from deltawire.errors import NotFound
 
 LIFETIME_SECONDS = 3600.0
+MAX_OPEN = 4096
+"""far more than clients upload at once; who lost one asks again"""
 
 
 @dataclass
@@ -28,11 +30,15 @@ class Grants:
         self._grants: dict[str, _Grant] = {}
 
     def issue(self, xorb: bytes) -> str:
-        """A new grant's id. Grants that expired are dropped with what was staged for them."""
+        """A new grant's id. Grants that expired, and the oldest of too many, go with what was staged for them."""
         now = self._clock()
         with self._lock:
-            for grant_id in [name for name, grant in self._grants.items() if grant.expires <= now]:
-                _discard(self._grants.pop(grant_id).staged)
+            while self._grants:  # in the order in which they expire
+                oldest, grant = next(iter(self._grants.items()))
+                if grant.expires > now and len(self._grants) < MAX_OPEN:
+                    break
+                del self._grants[oldest]
+                _discard(grant.staged)
             grant_id = secrets.token_hex(16)
             self._grants[grant_id] = _Grant(xorb, now + LIFETIME_SECONDS)
         return grant_id

@@ -1,6 +1,7 @@
 """How the bucket server is run: blocking, in a thread of this process, or as a process of its own."""
 
 import asyncio
+import errno
 import ipaddress
 import os
 import select
@@ -255,10 +256,18 @@ def _listen(host: str, port: int, users: Users | None) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address, port))
-    except OSError as error:
+        listener.listen()  # two sockets may be bound to a port, while neither listens
+    except (OSError, OverflowError) as error:
         listener.close()
-        raise Unavailable(f"cannot listen on {host} port {port}: {error.strerror}; choose another port") from error
+        why = error.strerror if isinstance(error, OSError) else "no such port"
+        raise Unavailable(f"cannot listen on {host} port {port}: {why}; {_remedy(error)}") from error
     return listener
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, OSError) and (isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL):
+        return "give it an address of this machine (--host)"
+    return "give it another port (--port; 0 is any free one)"
 
 
 def _url(listener: socket.socket) -> str:

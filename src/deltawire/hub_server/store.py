@@ -11,13 +11,15 @@ import fcntl
 import os
 import secrets
 import shutil
+import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deltawire.errors import Unavailable
+from deltawire.errors import AccessRefused, FormatError, OutOfSpace, Unavailable
 from deltawire.hub_server.catalog import Catalog
 from deltawire.hub_server.content import Content
 from deltawire.hub_server.database import Database
@@ -44,25 +46,37 @@ class Store:
     """Everything under `root`. Thread-safe.
 
     Whatever a method reported as done survives kill -9 and a power cut; whatever it did not is invisible afterwards.
-    Raises Unavailable if another process has the folder, UnknownVersion if a newer deltawire wrote it.
+    Raises Unavailable if another process has the folder, UnknownVersion if a newer deltawire wrote it, AccessRefused
+    if it is no folder that this process may write to, FormatError if its metadata is none.
     """
 
     def __init__(self, root: Path | str, *, clock: Callable[[], float] = time.time) -> None:
         self.root = Path(root).absolute()
         self._staging = self.root / "staging"
-        with no_space_is_typed(self.root):
+        with _folder_is_typed(self.root), no_space_is_typed(self.root):
             (self.root / "xorbs").mkdir(parents=True, exist_ok=True)
             self._lock_file = _lock(self.root / "lock")
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging.mkdir()
-            flush(self.root)
-        self._database = Database(self.root / "hub.sqlite")
-        self.content = Content(self.root / "xorbs", self._database, clock=clock)
-        self.content.remove_strays()
-        self.catalog = Catalog(self._database, clock=clock)
-        self.secret = _secret(self.root / "secret")
+            try:
+                self._open(clock)
+            except BaseException:
+                os.close(self._lock_file)
+                raise
         self._counters = threading.Lock()
         self._stats = Stats(0, 0, 0, 0, 0, 0)
+
+    def _open(self, clock: Callable[[], float]) -> None:
+        shutil.rmtree(self._staging, ignore_errors=True)
+        self._staging.mkdir()
+        flush(self.root)
+        self._database = Database(self.root / "hub.sqlite")
+        try:
+            self.content = Content(self.root / "xorbs", self._database, clock=clock)
+            self.content.remove_strays()
+            self.catalog = Catalog(self._database, clock=clock)
+            self.secret = _secret(self.root / "secret")
+        except BaseException:
+            self._database.close()
+            raise
 
     def new_staging_path(self) -> Path:
         """A name nobody else has, for an upload in progress."""
@@ -91,6 +105,23 @@ class Store:
         os.close(self._lock_file)
 
 
+@contextmanager
+def _folder_is_typed(root: Path) -> Iterator[None]:
+    """Say which folder it is that cannot be used, why, and which option names another."""
+    other = "give it a folder that you may write to (--root)"
+    try:
+        yield
+    except OSError as error:
+        where = "" if error.filename in (None, str(root)) else f" ({error.filename})"
+        raise AccessRefused(f"cannot keep buckets in {root}: {error.strerror}{where}; {other}") from error
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            raise OutOfSpace(f"no space left for {root / 'hub.sqlite'}; free some and start again") from error
+        raise AccessRefused(f"cannot keep buckets in {root}: {error} (hub.sqlite); {other}") from error
+    except sqlite3.DatabaseError as error:
+        raise FormatError(f"{root / 'hub.sqlite'} is not the metadata of a bucket server: {error}; {other}") from error
+
+
 def _secret(path: Path) -> bytes:
     """What signs passes: kept, so that those given out outlive a restart."""
     try:
@@ -109,7 +140,11 @@ def _lock(path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
-        raise Unavailable(f"another bucket server is using {path.parent}; stop it or choose another folder") from None
+        if not isinstance(error, BlockingIOError):
+            raise
+        raise Unavailable(
+            f"another bucket server is using {path.parent}; stop it or choose another folder (--root)"
+        ) from None
     return descriptor
