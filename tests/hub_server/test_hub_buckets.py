@@ -91,8 +91,6 @@ def test_a_moved_bucket_keeps_what_is_in_it_and_frees_its_name(api: HfApi, bucke
     assert paths(api, "lab/moved") == ["dir/file"]
     with pytest.raises(RepositoryNotFoundError, match="there is no bucket me/nowhere"):
         api.move_bucket("me/nowhere", "me/somewhere")
-    with pytest.raises(RepositoryNotFoundError, match="no git repositories"):
-        api.move_repo("me/model", "me/other")
     api.delete_bucket("lab/moved")
 
 
@@ -108,11 +106,15 @@ def test_settings_are_changed_and_only_if_they_are_settings(api: HfApi, bucket: 
 def test_what_needs_a_git_repository_is_told_that_there_are_none(api: HfApi) -> None:
     for call in [
         lambda: api.create_repo("me/model"),
+        lambda: api.move_repo("me/model", "me/other"),
         lambda: api.model_info("me/model"),
         lambda: list(api.list_repo_tree("me/data", repo_type="dataset")),
+        lambda: api.get_hf_file_metadata(url=f"{api.endpoint}/me/model/resolve/main/config.json"),
     ]:
-        with pytest.raises(RepositoryNotFoundError, match="this server has buckets and no git repositories"):
+        with pytest.raises(HfHubHTTPError, match="this server has buckets and no git repositories") as refused:
             call()
+        # transformers gives up at this one, though it may have the model in its cache
+        assert not isinstance(refused.value, RepositoryNotFoundError)
 
 
 def test_a_deleted_bucket_made_again_is_empty(api: HfApi, bucket: str) -> None:
@@ -214,6 +216,8 @@ folder = Path(sys.argv[1])
 (folder / "a").mkdir()
 (folder / "a" / "one").write_text("1")
 (folder / "two").write_text("22")
+hf("auth", "login", "--token", "hf_fake")
+assert "me" in hf("auth", "whoami")
 hf("buckets", "create", "me/by-hand")
 hf("buckets", "cp", str(folder / "two"), "hf://buckets/me/by-hand/copied")
 hf("buckets", "sync", str(folder), "hf://buckets/me/by-hand/synced")

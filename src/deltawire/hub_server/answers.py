@@ -27,7 +27,7 @@ from deltawire.errors import (
     Unavailable,
 )
 from deltawire.hub_server.access import Unauthorized
-from deltawire.hub_server.catalog import BucketMissing, EntryMissing, RepositoryMissing
+from deltawire.hub_server.catalog import BucketMissing, EntryMissing
 from deltawire.hub_server.durable import no_space_is_typed
 from deltawire.hub_server.events import Feed
 from deltawire.hub_server.store import Store
@@ -40,7 +40,6 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 _STATUS: tuple[tuple[type[DeltaWireError], int, str | None], ...] = (
     (BucketMissing, 404, "RepoNotFound"),
-    (RepositoryMissing, 404, "RepoNotFound"),
     (EntryMissing, 404, "EntryNotFound"),
     (NotFound, 404, None),
     (AlreadyExists, 409, None),

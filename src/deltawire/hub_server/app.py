@@ -50,7 +50,7 @@ def create_app(
     `users` are those who may use it; without them, anyone who reaches it. `faults` may answer in the server's place.
     """
     app = Starlette(
-        routes=[*bucket_routes.ROUTES, *hub_routes.ROUTES, *cas_routes.ROUTES],
+        routes=[*hub_routes.ROUTES, *cas_routes.ROUTES, *bucket_routes.ROUTES],
         middleware=[Middleware(WholeAddresses), Middleware(RequestIds), Middleware(Faults, inject=faults)],
         exception_handlers={
             RangeNotSatisfiable: range_refusal,

@@ -11,7 +11,7 @@ from deltawire.errors import AlreadyExists, FormatError, NotFound
 from deltawire.hub_server.access import access_of
 from deltawire.hub_server.answers import base_url, feed_of, iso_time, next_page, store_of
 from deltawire.hub_server.asked import BUCKET, bucket_id, full_name, json_object, own_namespace, page_limit, permitted
-from deltawire.hub_server.catalog import BucketInfo, RepositoryMissing
+from deltawire.hub_server.catalog import BucketInfo
 
 _GIT_KINDS = ("models", "datasets", "spaces")
 
@@ -51,7 +51,7 @@ async def move_bucket(request: Request) -> Response:
     access_of(request).require_user(request)
     fields = await json_object(request)
     if fields.get("type") != "bucket":
-        raise RepositoryMissing("this server moves buckets; it has no git repositories")
+        raise NotFound("this server has buckets and no git repositories: type must be bucket")
     source, target = (full_name(request, str(fields.get(field))) for field in ("fromRepo", "toRepo"))
     await run_in_threadpool(_move, request, source, target)
     return JSONResponse({})
@@ -100,15 +100,20 @@ def no_bucket_named(request: Request) -> Response:
 
 
 def no_repository(request: Request) -> Response:
-    """What asks for a model, a dataset or a Space."""
-    raise RepositoryMissing(f"this server has buckets and no git repositories: nothing is at {request.url.path}")
+    """What asks for a model, a dataset or a Space.
+
+    Not "RepoNotFound": transformers falls back to its cache after any other 404, and so goes on with a cached model.
+    """
+    raise NotFound(f"this server has buckets and no git repositories: nothing is at {request.url.path}")
 
 
 def whoami(request: Request) -> Response:
     """GET /api/whoami-v2."""
     user = access_of(request).require_user(request)
     orgs = [{"type": "org", "id": org.name, "name": org.name, "roleInOrg": "write"} for org in user.orgs]
-    return JSONResponse({"type": "user", "id": user.name, "name": user.name, "fullname": user.name, "orgs": orgs})
+    auth = {"type": "access_token", "accessToken": {"displayName": f"deltawire-{user.name}", "role": "write"}}
+    who = {"type": "user", "id": user.name, "name": user.name, "fullname": user.name, "orgs": orgs, "auth": auth}
+    return JSONResponse(who)
 
 
 ROUTES = [
@@ -122,6 +127,7 @@ ROUTES = [
     Route("/api/repos/move", move_bucket, methods=["POST"]),
     Route("/api/repos/create", no_repository, methods=["POST"]),
     *(Route(f"/api/{kind}/{{rest:path}}", no_repository) for kind in _GIT_KINDS),
+    Route("/{repository:path}/resolve/{rest:path}", no_repository),
 ]
 
 

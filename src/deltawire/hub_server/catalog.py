@@ -18,10 +18,6 @@ class BucketMissing(NotFound):
     """There is no bucket of that name."""
 
 
-class RepositoryMissing(NotFound):
-    """A git repository, of which this server has none."""
-
-
 class EntryMissing(NotFound):
     """The bucket has no file at that path."""
 
