@@ -79,10 +79,10 @@ def post(path: str, length: int) -> bytes:
     return f"POST {path} HTTP/1.1\r\nHost: hub\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
-def drip(talk: Talk, data: bytes, unless: Callable[[], object]) -> int:
-    """Send a byte now and then until the server ends it; how many went."""
+def drip(talk: Talk, data: bytes, beside: Callable[[], bool]) -> int:
+    """Send a byte now and then until the server ends it; how many went. What is done beside it must go well."""
     for sent, byte in enumerate(data):
-        unless()
+        assert beside()
         if not talk.say(bytes([byte])):
             return sent
         time.sleep(0.02)
@@ -92,7 +92,7 @@ def drip(talk: Talk, data: bytes, unless: Callable[[], object]) -> int:
 def test_a_header_sent_byte_by_byte_is_ended_and_the_client_beside_it_is_answered(tmp_path: Path) -> None:
     with HubServer(tmp_path, bounds=SHORT) as hub, talking(hub.url) as slow:
         request = b"GET /api/whoami-v2 HTTP/1.1\r\nHost: hub\r\nX: " + b"x" * 500
-        assert 3 < drip(slow, request, lambda: answers(hub.url)) < 200
+        assert 1 <= drip(slow, request, lambda: answers(hub.url)) < 200
         assert slow.heard().startswith(b"HTTP/1.1 408 ")
         with talking(hub.url) as silent:
             assert silent.heard().startswith(b"HTTP/1.1 408 ")
@@ -221,14 +221,11 @@ def test_an_answer_that_nobody_takes_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(os.urandom(size))
     script = "api.create_bucket('me/b')\napi.batch_bucket_files('me/b', add=[(sys.argv[1], 'f')])\n"
     read = b"GET /buckets/me/b/resolve/f HTTP/1.1\r\nHost: hub\r\n\r\n"
-    with HubServer(tmp_path / "root", bounds=SHORT) as hub:
+    with HubServer(tmp_path / "root", bounds=Bounds(stall_seconds=1)) as hub:
         run_client(tmp_path, hub.url, script, str(tmp_path / "file"))
-        with talking(hub.url, read, receive_bytes=8192) as idle, talking(hub.url, read) as good:
-            good.socket.settimeout(30)
-            got = 0
-            while got < size:
-                got += len(good.socket.recv(1 << 20))
-            time.sleep(2 * SHORT.stall_seconds)
+        with talking(hub.url, read, receive_bytes=8192) as idle:
+            assert len(ask(hub.url, "GET", "/buckets/me/b/resolve/f").body) == size
+            time.sleep(2)
             assert len(idle.heard()) < size
 
 

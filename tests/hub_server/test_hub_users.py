@@ -172,6 +172,20 @@ def test_a_token_nobody_has_is_refused_everywhere(place):
     assert status(lambda: stranger.create_bucket("x")) == 401
 
 
+def test_who_may_not_ask_is_refused_before_a_body_is_waited_for(place):
+    announced = {"Content-Length": "1000"}
+    for method, path in [
+        ("POST", "/api/buckets/ada/x"),
+        ("POST", "/api/repos/move"),
+        ("PUT", "/api/buckets/ada/x/settings"),
+        ("POST", "/api/buckets/ada/x/batch"),
+        ("POST", "/api/buckets/ada/x/paths-info"),
+        ("POST", f"/v1/xorbs/default/{'0' * 64}"),
+        ("POST", "/v2/shards"),
+    ]:
+        assert ask(place.url, method, path, None, announced).status == 401
+
+
 def test_a_bucket_that_exists_is_answered_with_its_url_to_who_may_make_it(place):
     place.api("ada").create_bucket("ada/twice")
     assert status(lambda: place.api("ada").create_bucket("ada/twice")) == 409
