@@ -98,7 +98,9 @@ def test_a_listing_shows_the_edges_of_what_is_committed_and_nothing_else():
         f"derived/fold-000000-000009-{H}.json": 1, f"derived/anchor-000008-{H}.json": 1,
     }  # fmt: skip
     stats = [Stat(f"runs/{RUN}/{key}", size, "") for key, size in sizes.items()]
-    found = {(edge.start, edge.end, edge.size) for edge in survey(stats, RUN, whole=1000)}
+    found = {(edge.start, edge.end, edge.size) for edge in survey(stats, RUN, on_chain=list, whole=1000)}
     assert found == {(0, 3, 7), (3, 4, 7), (None, 0, 55), (0, 4, 11), (None, 4, 60)}
     by_reference = [stat for stat in stats if "step_000000-0123" not in stat.key]
-    assert Edge(None, 0, 1000, f"runs/{RUN}/commits/000000.json") in survey(by_reference, RUN, whole=1000)
+    assert Edge(None, 0, 1000, f"runs/{RUN}/commits/000000.json") in survey(
+        by_reference, RUN, on_chain=list, whole=1000
+    )

@@ -13,7 +13,7 @@ from deltawire.buckets.base import Bucket
 from deltawire.buckets.verified import download_verified
 from deltawire.checkpoint import Checkpoint
 from deltawire.errors import FormatError, ShapeMismatch
-from deltawire.manifests import Commit, Derived, Run, TensorEntry, require_in_table
+from deltawire.manifests import Commit, Derived, Position, Run, TensorEntry, require_in_table
 
 _WHOLE = "whole"
 """the folder in which an anchor that comes in parts is put together"""
@@ -28,12 +28,14 @@ class Anchors:
     def __init__(self, bucket: Bucket, *, base: Path | None) -> None:
         self._bucket, self._base = bucket, base
         self._cache: Path | None = None
+        self._sound: set[tuple[Position, Path]] = set()
 
     def close(self) -> None:
         """Remove what was downloaded; checkpoints handed out before stop being usable."""
         if self._cache is not None:
             shutil.rmtree(self._cache, ignore_errors=True)
             self._cache = None
+            self._sound.clear()
 
     def open(self, record: Commit | Derived, run: Run) -> Checkpoint:
         """The anchor that a record describes. Raises BucketError; FormatError unless it holds the run's whole table."""
@@ -44,6 +46,16 @@ class Anchors:
             bits = weights[entry.name]
             if (bits.dtype, bits.shape) != (entry.dtype, entry.shape):
                 raise ShapeMismatch(f"anchor {record.position}: {entry.name} is {bits.dtype} {list(bits.shape)}")
+        return weights
+
+    def sound(self, record: Commit | Derived, run: Run) -> Checkpoint:
+        """As `open`, its weights as the record promises: the mirror that they were written from may have rotted. They
+        are digested once. Raises BadDigest, too."""
+        weights = self.open(record, run)
+        if (record.position, weights.folder) not in self._sound:
+            promised = {name: int(value, 16) for name, value in record.digests.items()}
+            weights.require_digests(promised, where=f"anchor {record.position}")
+            self._sound.add((record.position, weights.folder))
         return weights
 
     def folder(self, record: Commit | Derived, run: Run) -> Path:

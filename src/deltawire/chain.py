@@ -1,18 +1,27 @@
-"""One run's records, each read once and each checked: commits in a chain of hashes, folds and anchors that join it."""
+"""One run's records, each read once and each checked: commits in a chain of hashes, folds and anchors that join it.
 
-from collections.abc import Iterable
+Everything begins at the newest commit, which HEAD hints at, and goes back from child to parent. So what a reader does
+at one version costs the same however long the run is; the whole run is listed only where no hint leads to an anchor.
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 
 from deltawire import log, paths
 from deltawire.buckets.base import Bucket
 from deltawire.digest import root as root_of
-from deltawire.errors import BadDigest, Forked, FormatError, Gap, NotFound, UnknownTensor
+from deltawire.errors import BadDigest, ChainError, Forked, FormatError, Gap, NotFound, UnknownTensor
 from deltawire.log import Filed
-from deltawire.manifests import Commit, Derived, Run
+from deltawire.manifests import MAX_RECORD, Commit, Derived, Head, Run, Way, commit_key, commit_version, read, way_key
 from deltawire.paths import Edge
 from deltawire.signing import Trust
 
 Hop = tuple[Edge, Filed[Commit] | Filed[Derived]]
 """an edge of a path, and the record that describes it"""
+NEAR = 3
+"""commits between two versions that are read one by one; from 4 on there may be a fold"""
+FAR = 64
+"""commits that are walked from a version back to what a hint knows, or from a listed commit to the one HEAD names"""
 
 
 class Chain:
@@ -23,60 +32,162 @@ class Chain:
         self._trust = trust
         self._derived_trust = trust.also(run.record.compactors)
         self.entries = {entry.name: entry for entry in self.run.table}
+        self._whole = sum(entry.nbytes for entry in self.run.table)
         self._commits: dict[int, Filed[Commit]] = {}
-        self._proven: dict[int, Commit] = {}
-        self._start: dict[str, int] = {}
-        self._last_digests: dict[str, int] = {}
-        self._newest = -1
+        self._newest: Filed[Commit] | None = None
+        self._known_digests: tuple[str, dict[str, int]] | None = None
+
+    # The newest commit, and the ones before it
+
+    def newest(self, head: Head | None) -> Filed[Commit]:
+        """The newest commit: the one that HEAD names, never older than one seen before. Commits that HEAD does not
+        know of yet are listed at first, and where HEAD is missing, damaged or older than what was seen.
+
+        Raises NotFound while there is none, FormatError, ChainError."""
+        beyond = self._newest is None
+        if head is None or commit_version(self.run.run, head.commit) != head.version:
+            beyond = True
+        elif self._newest is None or head.version > self._newest.record.version or self._is_other_branch(head):
+            try:
+                self._newest = self._keep(self._load(head.version, head.commit))
+            except NotFound:  # a hint is a hint
+                beyond = True
+        elif head.version < self._newest.record.version:
+            beyond = True
+        if beyond:
+            self._look_beyond()
+        if self._newest is None:
+            raise NotFound(f"{self.bucket.url}: run {self.run.run} has no commits yet")
+        return self._newest
 
     def versions(self) -> list[int]:
-        """Committed versions, ascending. A listing that is staler than what was seen before loses nothing."""
+        """Committed versions, ascending, by a listing. One that is staler than what was seen before loses nothing."""
         listed = log.list_versions(self.bucket, self.run.run)
-        self._newest = max([self._newest, *listed])
-        return listed if self._newest in listed or self._newest < 0 else sorted({*listed, self._newest})
+        newest = [] if self._newest is None else [self._newest.record.version]
+        return sorted({*listed, *newest})
 
-    def commit(self, version: int) -> Filed[Commit]:
-        """One commit. Raises NotFound, FormatError, ChainError."""
-        if version not in self._commits:
-            filed = log.load_commit(self.bucket, self.run.run, version, trust=self._trust)
-            self._require_known(filed.record.digests, f"commit {filed.record.position}")
-            self._commits[version] = filed
-        return self._commits[version]
+    def commit(self, version: int, key: str | None = None) -> Filed[Commit]:
+        """One commit, by its number; where two writers left two of it, the one on the chain. Raises NotFound,
+        FormatError, ChainError."""
+        known = self._commits.get(version)
+        if known is not None and key in (None, known.key):
+            return known
+        try:
+            return self._keep(self._load(version, key))
+        except Forked:
+            newest = self._newest or self.newest(log.hinted(self.bucket))
+            for filed in self.back(newest):
+                if filed.record.version <= version:
+                    break
+            if filed.record.version != version:
+                raise
+            return filed
+
+    def parent(self, filed: Filed[Commit]) -> Filed[Commit] | None:
+        """The commit before one, which it names by number and hash; None for the first.
+
+        Raises NotFound where it was pruned, Forked where it was rewritten."""
+        child = filed.record
+        if child.parent is None:
+            return None
+        known = self._commits.get(child.parent)
+        if known is None or child.parent_hash not in (None, known.hash):
+            known = self._keep(self._load_parent(child, child.parent))
+        if child.parent_hash not in (None, known.hash):
+            raise self._broken(child)
+        return known
+
+    def back(self, filed: Filed[Commit], *, most: int | None = None) -> Iterator[Filed[Commit]]:
+        """A commit and those before it, newest first, at most so many; as far as they are there."""
+        here: Filed[Commit] | None = filed
+        while here is not None and (most is None or most > 0):
+            yield here
+            most = None if most is None else most - 1
+            with suppress(NotFound):
+                here = self.parent(here)
+                continue
+            return
+
+    def between(self, since: int, filed: Filed[Commit]) -> list[Filed[Commit]]:
+        """The commits after version `since` up to this one, oldest first. Raises Gap, Forked unless they lead there."""
+        found = []
+        for commit in self.back(filed):
+            if commit.record.version <= since:
+                break
+            found.append(commit)
+        if found and found[-1].record.parent != since:
+            raise self._broken(found[-1].record)
+        return found[::-1]
 
     def settled(self, version: int) -> Filed[Commit]:
         """A commit that a record we write will name for ever: read twice alike, for a record damaged on its way may
         still make sense. Raises BadDigest when it was not."""
         filed = self.commit(version)
-        if log.load_commit(self.bucket, self.run.run, version, trust=self._trust).hash != filed.hash:
+        if self._load(version, filed.key).hash != filed.hash:
             raise BadDigest(f"{self._name(filed.record)} was read in two ways; try again")
         return filed
 
     def commits(self) -> list[Commit]:
-        """Every commit from the chain's start, each the child of the one before it, each root that of its digests.
+        """Every commit from the chain's start, each the child of the one before it, each root that of its digests. It
+        reads them all: what asks about one version has cheaper verbs here.
 
         The start is a run's first commit, or, where older ones were pruned, the oldest that has an anchor.
         """
-        versions = self.versions()
-        if not versions:
+        listed = log.list_commits(self.bucket, self.run.run)
+        if not listed:
             raise NotFound(f"{self.bucket.url}: run {self.run.run} has no commits yet")
-        if self._proven and next(iter(self._proven)) not in versions:  # pruned since: begin again
-            self._proven, self._last_digests = {}, {}
-        for version in versions if self._proven else self._from_start(versions):
-            if version not in self._proven and version >= next(iter(self._proven), 0):
-                self._admit(self.commit(version))
-        return list(self._proven.values())
+        chain = [*self.back(self._newest_listed())][::-1]
+        self._require_alone(chain, listed)
+        digests, chain = self._from_start(chain)
+        for filed in chain:
+            digests = self.moved(digests, filed)
+        return [filed.record for filed in chain]
+
+    # Digests
 
     def digests_at(self, version: int) -> dict[str, int]:
-        """The digest of every tensor at a committed version. Raises Gap for a version never committed."""
-        if version not in self._proven:
-            self.commits()
-        if version not in self._proven:
-            raise self.gap_at(version, list(self._proven))
-        digests = dict(self._start)
-        for commit in self._proven.values():
-            if commit.version <= version:
-                digests |= as_numbers(commit.digests)
-        return digests
+        """The digest of every tensor at a committed version, by the records that lead there: an anchor's, then those of
+        folds and commits. Raises Gap for a version never committed, BadDigest where they do not make its root."""
+        try:
+            filed = self.commit(version)
+        except NotFound:
+            raise self.gap_at(version, self.versions()) from None
+        if self._known_digests is not None:
+            known, digests = self._known_digests
+            if known == filed.hash:
+                return dict(digests)
+            if known == filed.record.parent_hash:
+                return self._remember(filed, self.moved(digests, filed))
+        return self._remember(filed, self._summed(filed))
+
+    def _summed(self, filed: Filed[Commit]) -> dict[str, int]:
+        passed_over: set[str] = set()
+        while True:
+            way = self.way(None, filed.record.version, forward=True, without=passed_over)
+            try:
+                digests: dict[str, int] = {}
+                for _, hop in self.read(way):
+                    digests = self.moved(digests, hop)
+                if root_of(self.run.table, digests) != filed.record.root:
+                    raise BadDigest(f"{self._name(filed.record)}: the digests that lead there do not make its root")
+                return digests
+            except (FormatError, ChainError, NotFound):
+                if not (derived := {edge.record for edge in way if edge.derived}):
+                    raise
+                passed_over |= derived
+
+    def moved(self, digests: dict[str, int], filed: Filed[Commit] | Filed[Derived]) -> dict[str, int]:
+        """The digests after one more record. Raises BadDigest where they do not make its root."""
+        record = filed.record
+        after = digests | as_numbers(record.digests)
+        if after.keys() != self.entries.keys() or root_of(self.run.table, after) != record.root:
+            where = self._name(record)
+            raise BadDigest(f"{where}: its digests do not make its root {record.root[:12]}…: damaged or altered")
+        return after
+
+    def _remember(self, filed: Filed[Commit], digests: dict[str, int]) -> dict[str, int]:
+        self._known_digests = filed.hash, digests
+        return dict(digests)
 
     def gap_at(self, version: int, there: list[int]) -> Gap:
         """The error for a version that is not among the committed ones, which are `there`, ascending."""
@@ -92,14 +203,48 @@ class Chain:
             why = f"was never committed; committed are {there[0]} to {there[-1]}"
         return Gap(f"{self.bucket.url}: run {self.run.run}: version {version} {why}")
 
+    # Ways
+
+    def way(
+        self,
+        since: int | None,
+        target: int,
+        *,
+        anchors: bool = True,
+        forward: bool = False,
+        without: Collection[str] = (),
+        hint: bool = True,
+    ) -> list[Edge]:
+        """The edges that lead from a version (None: from nothing) to another: the commits between where they are few,
+        else the cheapest. `without` are keys of records to pass over; `forward` takes nothing back.
+
+        Raises Gap where nothing leads there."""
+        if since is not None and (near := self._near(since, target)) is not None:
+            return near
+        for edges in (self._hinted(since, target) if hint else [], self.edges):
+            found = edges() if callable(edges) else edges
+            usable = [edge for edge in found if edge.record not in without and (anchors or edge.start is not None)]
+            with suppress(Gap):
+                return paths.cheapest(usable, since, target, forward=forward)
+        raise self._no_way(since, target)
+
     def edges(self) -> list[Edge]:
-        """Everything that leads somewhere, by one listing."""
-        whole = sum(entry.nbytes for entry in self.run.table)
-        return paths.survey(self.bucket.list(f"runs/{self.run.run}/"), self.run.run, whole=whole)
+        """Everything that leads somewhere, by a listing of the whole run."""
+        listed = self.bucket.list(f"runs/{self.run.run}/")
+        return paths.survey(listed, self.run.run, whole=self._whole, on_chain=self._pick)
 
     def anchors(self) -> list[Edge]:
-        """The edges that lead from nothing, by version."""
+        """The edges that lead from nothing, by version; by a listing of the whole run."""
         return sorted((edge for edge in self.edges() if edge.start is None), key=lambda edge: edge.end)
+
+    def hint(self) -> list[Edge]:
+        """The way that a compactor left for joiners; nothing where there is none, or it cannot be read."""
+        with suppress(NotFound, FormatError):
+            data = self.bucket.get(way_key(self.run.run), limit=MAX_RECORD)
+            way = read(Way, data, where=f"{self.bucket.url}/{way_key(self.run.run)}")
+            inside = (link for link in way.links if link.record.startswith(f"runs/{self.run.run}/"))
+            return [Edge(link.start, link.end, link.size, link.record) for link in inside]
+        return []
 
     def read(self, path: Iterable[Edge], since: str | None = None) -> list[Hop]:
         """The records of a path, which starts at the commit whose hash is `since`.
@@ -108,7 +253,7 @@ class Chain:
         hops: list[Hop] = []
         here = since
         for edge in path:
-            filed = self._derived(edge) if edge.derived else self.commit(edge.end)
+            filed = self._derived(edge) if edge.derived else self.commit(edge.end, edge.record)
             record = filed.record
             after = record.commit_hash if isinstance(record, Derived) else filed.hash
             start = after if edge.undo else record.parent_hash
@@ -116,10 +261,141 @@ class Chain:
                 raise Gap(f"{self._name(record)} continues version {record.parent}, not the one listed before it")
             if edge.start is not None and None not in (here, start) and here != start:
                 raise Forked(f"{self._name(record)} does not continue the commit before it: its parent was rewritten")
+            if edge.start is None:
+                self.moved({}, filed)
             self._require_our_run(filed)
             here = ends_at(edge, filed)
             hops.append((edge, filed))
         return hops
+
+    def _near(self, since: int, target: int) -> list[Edge] | None:
+        """The commits between two versions, where they are few."""
+        later, earlier = max(since, target), min(since, target)
+        found: list[Edge] = []
+        with suppress(NotFound):
+            for filed in self.back(self.commit(later), most=NEAR):
+                if filed.record.version <= earlier:
+                    break
+                found.append(self._edge_of(filed, undo=target < since))
+        if not found:
+            return [] if later == earlier else None
+        if found[-1].start != earlier:
+            return None
+        return found if target < since else found[::-1]
+
+    def _hinted(self, since: int | None, target: int) -> list[Edge]:
+        """The hint's edges, the commits from the later version back to where one of them leads, and those from where
+        one of them starts back to the earlier version."""
+        edges = self.hint()
+        ends = {edge.end for edge in edges}
+        if not edges or (since is not None and min(since, target) < min(ends)):
+            return []  # it knows of later versions alone
+        later = target if since is None else max(since, target)
+        walks = [self._walked(later, ends)]
+        if since is not None and (starts := [end for end in ends if end > min(since, target)]):
+            walks.append(self._walked(min(starts), {min(since, target)}))
+        return [*edges, *(edge for walk in walks for edge in walk)]
+
+    def _walked(self, version: int, stops: Collection[int]) -> list[Edge]:
+        found = []
+        with suppress(NotFound):
+            for filed in self.back(self.commit(version), most=FAR):
+                if filed.record.version in stops:
+                    break
+                found.append(self._edge_of(filed))
+        return found
+
+    def _no_way(self, since: int | None, target: int) -> Gap:
+        where = f"{self.bucket.url}: run {self.run.run}"
+        there = self.versions()
+        if since is None and there and there[0] <= target:
+            return Gap(f"{where}: version {there[0]} is the oldest, and there is no anchor before it to begin at")
+        return Gap(f"{where}: nothing leads from version {'none' if since is None else since} to version {target}")
+
+    def _broken(self, child: Commit) -> Gap | Forked:
+        """The error for a commit whose parent is not the one before it."""
+        below = [version for version in self.versions() if version < child.version]
+        if not below or below[-1] == child.parent:
+            return Forked(f"{self._name(child)} does not continue the commit {child.parent} there: one was rewritten")
+        kind = Forked if child.parent is None or child.parent < below[-1] else Gap
+        return kind(f"{self._name(child)} continues version {child.parent}, but the one before it is {below[-1]}")
+
+    def _edge_of(self, filed: Filed[Commit], *, undo: bool = False) -> Edge:
+        record = filed.record
+        referred = record.parent is None and not record.payloads
+        size = self._whole if referred else record.wire_bytes
+        return Edge(record.parent, record.version, size, filed.key, undo=undo)
+
+    # Loading and checking
+
+    def _load(self, version: int, key: str | None = None) -> Filed[Commit]:
+        filed = log.load_commit(self.bucket, self.run.run, version, key=key, trust=self._trust)
+        self._require_known(filed.record.digests, f"commit {filed.record.position}")
+        return filed
+
+    def _load_parent(self, child: Commit, version: int) -> Filed[Commit]:
+        """By the form of key its hash gives, and by its number alone; the likelier first."""
+        run = self.run.run
+        keys = [commit_key(run, version)]
+        if child.parent_hash is not None:
+            keys.append(commit_key(run, version, child.parent_hash))
+        likelier = self._newest is not None and self._newest.key != commit_key(run, self._newest.record.version)
+        for key in keys[::-1] if likelier else keys:
+            with suppress(NotFound):
+                return self._load(version, key)
+        raise NotFound(f"{self._name(child)} continues version {version}, whose commit is not there")
+
+    def _keep(self, filed: Filed[Commit]) -> Filed[Commit]:
+        self._commits[filed.record.version] = filed
+        return filed
+
+    def _is_other_branch(self, head: Head) -> bool:
+        newest = self._newest
+        return newest is not None and head.version == newest.record.version and head.commit != newest.key
+
+    def _look_beyond(self) -> None:
+        """Take the newest commit that a listing shows and that continues the one HEAD names, if there is one. What
+        does not is a stranger's or a late writer's; without a HEAD the newest is taken as it is."""
+        known = self._newest
+        listed = log.list_commits(self.bucket, self.run.run, after=-1 if known is None else known.record.version)
+        problem: Exception | None = None
+        for version, key in reversed(listed):
+            try:
+                filed = self._keep(self._load(version, key))
+                if known is None or len(listed) > FAR or self._continues(filed, known):
+                    self._newest = filed
+                    return
+            except (FormatError, ChainError, NotFound) as error:
+                self._commits.pop(version, None)
+                if known is None and problem is None:
+                    problem = error
+        if known is None and problem is not None:
+            raise problem
+
+    def _continues(self, filed: Filed[Commit], known: Filed[Commit]) -> bool:
+        before = self.between(known.record.version, filed)
+        return bool(before) and before[0].record.parent_hash in (None, known.hash)
+
+    def _newest_listed(self) -> Filed[Commit]:
+        if self._newest is None:
+            self._look_beyond()
+        assert self._newest is not None
+        return self._newest
+
+    def _require_alone(self, chain: list[Filed[Commit]], listed: list[tuple[int, str]]) -> None:
+        """Raise Gap or Forked where a listing has commits that are not on the chain that the newest one ends."""
+        first, ours = chain[0].record, {filed.record.version for filed in chain}
+        if first.parent is not None and (below := [version for version, _ in listed if version < first.version]):
+            raise Gap(f"{self._name(first)} continues version {first.parent}, but the one before it is {below[-1]}")
+        for version, key in listed:
+            beside = first.version <= version <= chain[-1].record.version and version not in ours
+            if beside and key == commit_key(self.run.run, version):  # where a store can refuse, nobody writes two
+                raise Forked(f"{self.bucket.url}/{key} is not on the chain that ends at {chain[-1].record.position}")
+
+    def _pick(self, listed: list[tuple[int, str]]) -> list[tuple[int, str]]:
+        """Of commits by (version, key), of which two share a version, those on the chain."""
+        on_chain = {filed.key for filed in self.back(self._newest_listed())}
+        return [(version, key) for version, key in listed if key in on_chain]
 
     def _derived(self, edge: Edge) -> Filed[Derived]:
         filed = log.load(self.bucket, Derived, edge.record, trust=self._derived_trust)
@@ -127,42 +403,22 @@ class Chain:
         if (record.run, record.parent, record.version) != (self.run.run, edge.start, edge.end):
             raise FormatError(f"{self.bucket.url}/{edge.record} holds {record.run}:{record.parent}→{record.version}")
         self._require_known(record.digests, edge.record)
-        if record.parent is None:
-            complete = record.digests.keys() == self.entries.keys()
-            if not complete or root_of(self.run.table, as_numbers(record.digests)) != record.root:
-                raise BadDigest(f"{self.bucket.url}/{edge.record}: its digests do not make its root")
         return filed
 
-    def _from_start(self, versions: list[int]) -> list[int]:
-        """The versions of the chain that still has a start, which is remembered."""
-        self._start = {}
-        first = self.commit(versions[0]).record
+    def _from_start(self, chain: list[Filed[Commit]]) -> tuple[dict[str, int], list[Filed[Commit]]]:
+        """The part of a chain that still has a start, and the digests before its first commit's."""
+        first = chain[0].record
         if first.parent is None:
-            return versions
+            self._require_our_run(chain[0])
+            return {}, chain
+        at = {filed.record.version: number for number, filed in enumerate(chain)}
         for edge in self.anchors():
-            if edge.end in versions:
+            if edge.end in at:
                 anchor = self._derived(edge).record
-                if anchor.commit_hash != self.commit(edge.end).hash:
+                if anchor.commit_hash != chain[at[edge.end]].hash:
                     raise Forked(f"{self.bucket.url}/{edge.record} is the anchor of another commit {edge.end}")
-                self._start = as_numbers(anchor.digests)
-                return [version for version in versions if version >= edge.end]
+                return as_numbers(anchor.digests), chain[at[edge.end] :]
         raise Gap(f"{self._name(first)} continues version {first.parent}, and there is no anchor before it")
-
-    def _admit(self, filed: Filed[Commit]) -> None:
-        """Check that a commit continues the chain known so far, and remember it."""
-        commit, where = filed.record, self._name(filed.record)
-        last = next(reversed(self._proven.values()), None)
-        if last is not None and commit.parent != last.version:
-            kind = Forked if commit.parent is None or commit.parent < last.version else Gap
-            raise kind(f"{where} continues version {commit.parent}, but the one before it is {last.version}")
-        if last is not None and commit.parent_hash not in (None, self.commit(last.version).hash):
-            raise Forked(f"{where} does not continue the commit {last.version} that is there: one was rewritten")
-        self._require_our_run(filed)
-        known = self._last_digests if last is not None else self._start
-        digests = known | as_numbers(commit.digests)
-        if digests.keys() != self.entries.keys() or root_of(self.run.table, digests) != commit.root:
-            raise BadDigest(f"{where}: its digests do not make its root {commit.root[:12]}…: damaged or altered")
-        self._proven[commit.version], self._last_digests = commit, digests
 
     def _require_our_run(self, filed: Filed[Commit] | Filed[Derived]) -> None:
         record = filed.record

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deltawire.bits import Bits
 from deltawire.checkpoint import Checkpoint
 from deltawire.delta import Delta
 from deltawire.manifests import Commit, Position
@@ -21,7 +20,7 @@ class Update:
     position: Position
     parent: Position | None
     delta: Delta | None
-    anchor: Mapping[str, Bits] | None
+    anchor: Checkpoint | None
     digests: Mapping[str, int]
     commit: Commit
     wire_bytes: int
@@ -33,7 +32,8 @@ class Change:
     """What leads from `since` to `position` by the cheapest path: perhaps an anchor, then everything else as one delta.
 
     Bytes are verified, weights are not: whoever holds them computes their digests after the change and compares the
-    root over all with `position.root` before anything is written. `records` and `payloads` count objects read.
+    root over all with `position.root` before anything is written. `records` and `payloads` count objects read;
+    `derived` are the keys of the folds' and anchors' records among them.
     """
 
     since: Position | None
@@ -45,3 +45,4 @@ class Change:
     wire_bytes: int
     records: int
     payloads: int
+    derived: tuple[str, ...] = ()

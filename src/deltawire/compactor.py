@@ -4,6 +4,8 @@ A fold of level L replaces the deltas between two multiples of L by their sum. B
 lists is checked against committed roots on a mirror of the weights.
 """
 
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,9 +15,10 @@ from typing import Literal
 
 from blake3 import blake3
 
-from deltawire import log, manifests, paths, signing, wire
+from deltawire import log, manifests, signing, wire
 from deltawire.buckets.base import Bucket
 from deltawire.copies import LocalCopy
+from deltawire.delta import Delta
 from deltawire.digest import root as root_of
 from deltawire.errors import (
     AlreadyExists,
@@ -23,17 +26,36 @@ from deltawire.errors import (
     BadSignature,
     ChainError,
     FormatError,
+    Gap,
     NotFound,
 )
-from deltawire.manifests import Derived, Payload, anchor_hash, anchor_prefix, derived_key, fold_key, signed
+from deltawire.log import Filed
+from deltawire.manifests import (
+    Commit,
+    Derived,
+    Link,
+    Payload,
+    Position,
+    Way,
+    anchor_hash,
+    anchor_prefix,
+    derived_key,
+    fold_key,
+    signed,
+    way_key,
+)
 from deltawire.mirror import Mirror
 from deltawire.paths import Edge
 from deltawire.pending import hash_file
 from deltawire.signing import Trust
 from deltawire.subscriber import Subscriber
 
-LEVELS = (4, 16, 64)
-"""versions that a fold of each level spans"""
+LEVELS = tuple(4**power for power in range(1, 12))
+"""versions that a fold of each level spans: so many that few lead anywhere, however long the run is"""
+PLAIN_LEVEL = 64
+"""a longer fold is made only where its parts take less than half of a checkpoint; beyond, an anchor is better"""
+LATE = 256
+"""newest versions of which the hint names every fold, for those who are some way behind"""
 Cadence = Literal["adaptive", "never"] | int
 """when an anchor is written: when catching up from the newest costs more bytes than it, never, or every N versions"""
 
@@ -74,6 +96,8 @@ class Compactor:
         self._key = None if signing_key is None else signing.read_key(signing_key)
         self._subscriber = Subscriber(bucket, base=base, trusted=trusted)
         self._sound: set[str] = set()
+        self._known: _Known | None = None
+        self._way = b""
         self._on_step = on_step
 
     def __enter__(self) -> "Compactor":
@@ -91,25 +115,40 @@ class Compactor:
         """Write every fold and anchor that is due and not there; what was written. A repeated step writes nothing."""
         try:
             return self._step()
-        except (FormatError, ChainError):
-            self._subscriber.refresh()  # a record may have been damaged on its way: read it again next time
+        except (FormatError, ChainError, NotFound):
+            self._subscriber.refresh()  # a record may have been damaged on its way, or pruned: look again next time
+            self._known = None
             raise
 
     def _step(self) -> list[CompactReport]:
         target = self._subscriber.latest()
         self._require_key()
-        edges = self._edges()
-        there = {(edge.start, edge.end) for edge in edges}
+        known = self._known = self._looked_up(target)
         reports = []
-        for level in self._levels:  # a level is made of the one below it
-            for start, end in due(self._versions(edges), level):
-                if (start, end) not in there:
-                    reports.append(self._fold(start, end, edges))
-                    there.add((start, end))
-        edges = self._edges() if reports else edges
-        if self._wants_anchor(edges, target.version) and (None, target.version) not in there:
-            reports.append(self._anchor(target.version))
+        for end, start in sorted((end, -start) for start, end in known.due(self._levels)):
+            if (report := self._fold(known, -start, end)) is not None:
+                reports.append(report)
+        known.folded_to(target.version)
+        if self._wants_anchor(known, target.version):
+            reports.append(self._anchor(known, target.version))
+        self._leave_way(known)
         return reports
+
+    def _looked_up(self, target: Position) -> "_Known":
+        """What is there: listed once, then as far as it grew."""
+        chain = self._subscriber.chain
+        if self._known is None or self._known.run != chain.run.run:
+            known = _Known(chain.run.run)
+            for edge in chain.edges():
+                if self._is_sound(edge):
+                    known.add(edge)
+            if not known.anchors:
+                raise Gap(f"{self.bucket.url}: run {chain.run.run} has no anchor to compact from")
+            return known
+        for filed in chain.between(self._known.newest, chain.commit(target.version)):
+            record = filed.record
+            self._known.add(Edge(record.parent, record.version, record.wire_bytes, filed.key))
+        return self._known
 
     def _require_key(self) -> None:
         """A signed run is compacted with the trainer's key, or one it delegated to."""
@@ -121,52 +160,82 @@ class Compactor:
             named = ", ".join(f"{key[:16]}…" for key in sorted(allowed))
             raise BadSignature(f"run {run.run} is signed: compact it with one of these keys: {named}")
 
-    def _edges(self) -> list[Edge]:
-        """What leads somewhere for those who trust the run's keys."""
-        return [edge for edge in self._subscriber.chain.edges() if self._is_sound(edge)]
-
     def _is_sound(self, edge: Edge) -> bool:
-        """Whether a manifest that is there is signed as its run is; each is read once."""
+        """Whether a manifest that is there is one, of its key, signed as its run is; each is read once."""
         run = self._subscriber.run
-        if run.signer is None or not edge.derived or edge.record in self._sound:
+        if not edge.derived or edge.record in self._sound:
             return True
+        trust = Trust(frozenset({run.signer, *run.compactors} if run.signer is not None else ()))
         try:
-            log.load(self.bucket, Derived, edge.record, trust=Trust(frozenset({run.signer, *run.compactors})))
+            record = log.load(self.bucket, Derived, edge.record, trust=trust).record
         except (FormatError, NotFound):
+            return False
+        if (record.run, record.parent, record.version) != (run.run, edge.start, edge.end):
             return False
         self._sound.add(edge.record)
         return True
 
-    def _versions(self, edges: list[Edge]) -> list[int]:
-        start = min((edge.end for edge in edges if edge.start is None), default=0)
-        return [version for version in self._subscriber.chain.versions() if version >= start]
+    def _fold(self, known: "_Known", start: int, end: int) -> CompactReport | None:
+        """Write a fold, unless one so long would be larger than it is worth."""
+        parts = known.parts(start, end)
+        whole = sum(entry.nbytes for entry in self._subscriber.run.table)
+        if end - start > PLAIN_LEVEL and 2 * sum(edge.size for edge in parts) > whole:
+            return None
+        try:
+            return self._write_fold(known, start, end, parts)
+        except (FormatError, ChainError, NotFound):
+            if not (derived := [edge for edge in parts if edge.derived]):
+                raise
+            for edge in derived:  # damaged, or gone: the fold is made of what they were made of
+                known.drop(edge)
+            self._subscriber.refresh()
+            return self._fold(known, start, end)
 
-    def _fold(self, start: int, end: int, edges: list[Edge]) -> CompactReport:
+    def _write_fold(self, known: "_Known", start: int, end: int, parts: list[Edge]) -> CompactReport:
         chain = self._subscriber.chain
         first, last = chain.settled(start), chain.settled(end)
-        change = self._subscriber.change(first.record.position, end, anchors=False)
-        mirror = self._mirror_at(end)
-        before = (-change.delta).digests_after(mirror.digests, mirror.weights)
-        if root_of(chain.run.table, before) != first.record.root:
-            raise BadDigest(f"{self.bucket.url}: the deltas from {start} to {end} do not lead from one to the other")
-        data = wire.encode(change.delta, run=chain.run.run, parent=start, version=end)
+        delta = Delta()
+        for _, hop in chain.read(parts, first.hash):
+            delta += self._subscriber.fetch_delta(hop.record)
+        mirror = self._checked_at(first, last, delta)
+        data = wire.encode(delta, run=chain.run.run, parent=start, version=end)
         key = fold_key(start, end, blake3(data).hexdigest())
         record = Derived(
             run=chain.run.run,
             version=end,
             parent=start,
             root=last.record.root,
-            digests={name: f"{mirror.digests[name]:016x}" for name in change.delta},
-            payloads=(Payload(key, len(data), blake3(data).hexdigest()),) if change.delta else (),
+            digests={name: f"{mirror.digests[name]:016x}" for name in delta},
+            payloads=(Payload(key, len(data), blake3(data).hexdigest()),) if delta else (),
             commit_hash=last.hash,
             parent_hash=first.hash,
         )
-        self._put(record, {key: data} if change.delta else {})
-        replaced = sum(edge.size for edge in edges if edge.kind == "delta" and start < edge.end <= end)
-        return CompactReport(start, end, record.wire_bytes, replaced)
+        known.add(Edge(start, end, record.wire_bytes, self._put(record, {key: data} if delta else {})))
+        return CompactReport(start, end, record.wire_bytes, known.delta_bytes(start, end))
 
-    def _anchor(self, version: int) -> CompactReport:
-        chain, mirror = self._subscriber.chain, self._mirror_at(version)
+    def _checked_at(self, first: Filed[Commit], last: Filed[Commit], delta: Delta) -> Mirror:
+        """The mirror at `last`, after a change was found to lead there from `first`. Raises BadDigest."""
+        if self._copy.position != last.record.position:
+            mirror = self._mirror_at(first.record.version)
+            mirror.apply(delta, last.record.position)
+            return mirror
+        mirror = self._mirror_at(last.record.version)
+        before = (-delta).digests_after(mirror.digests, mirror.weights)
+        if root_of(mirror.table, before) != first.record.root:
+            raise BadDigest(
+                f"{self.bucket.url}: the deltas from {first.record.version} to {last.record.version} do not lead from "
+                "one to the other"
+            )
+        return mirror
+
+    def _anchor(self, known: "_Known", version: int) -> CompactReport:
+        mirror = self._mirror_at(version)
+        try:
+            mirror.weights.require_digests(mirror.digests, where=str(mirror.folder))
+        except BadDigest:  # it rotted on this disk: what others will begin at is not made of it
+            self._copy.discard()
+            mirror = self._mirror_at(version)
+        chain = self._subscriber.chain
         hashes = {path: hash_file(path) for path in sorted(mirror.files)}
         prefix = anchor_prefix(version, anchor_hash({path.name: value for path, value in hashes.items()}))
         record = Derived(
@@ -180,11 +249,12 @@ class Compactor:
             ),
             commit_hash=chain.settled(version).hash,
         )
-        self._put(record, {f"{prefix}/{path.name}": path for path in hashes})
+        key = self._put(record, {f"{prefix}/{path.name}": path for path in hashes})
+        known.add(Edge(None, version, record.wire_bytes, key))
         return CompactReport(None, version, record.wire_bytes, 0)
 
-    def _put(self, record: Derived, payloads: dict[str, bytes] | dict[str, Path]) -> None:
-        """Payloads, then their manifest. A key holds its content's hash: what is there already is ours."""
+    def _put(self, record: Derived, payloads: dict[str, bytes] | dict[str, Path]) -> str:
+        """Payloads, then their manifest; its key. A key holds its content's hash: what is there already is ours."""
         for key, data in payloads.items():
             with suppress(AlreadyExists):
                 self.bucket.put_new(f"runs/{record.run}/{key}", data)
@@ -197,25 +267,113 @@ class Compactor:
             if self._key is not None:  # nobody could use what was there, or we would not have made this
                 self.bucket.put(key, data)
         self._on_step("manifest")
+        return key
+
+    def _leave_way(self, known: "_Known") -> None:
+        """Leave joiners, and those not far behind, a hint at what leads to the newest versions."""
+        way = manifests.write(Way(known.run, known.way()))
+        if known.derived and way != self._way:
+            self.bucket.put(way_key(known.run), way)
+            self._way = way
 
     def _mirror_at(self, version: int) -> Mirror:
         return self._copy.at(self._subscriber, version)[0]
 
-    def _wants_anchor(self, edges: list[Edge], version: int) -> bool:
-        newest = max((edge for edge in edges if edge.start is None), key=lambda edge: edge.end)
+    def _wants_anchor(self, known: "_Known", version: int) -> bool:
+        newest = known.anchors[max(known.anchors)]
+        if newest.end == version or self._cadence == "never":
+            return False
         if isinstance(self._cadence, int):
             return version - newest.end >= self._cadence
-        if self._cadence == "never":
-            return False
-        way = paths.cheapest([edge for edge in edges if edge.start is not None], newest.end, version)
-        return sum(edge.size for edge in way) > newest.size
+        return sum(edge.size for edge in known.parts(newest.end, version)) > newest.size
+
+
+class _Known:
+    """The anchors, folds and deltas of one run that a compactor knows of, and how far it has folded them."""
+
+    def __init__(self, run: str) -> None:
+        self.run, self.anchors, self.derived = run, dict[int, Edge](), False
+        self._ahead: dict[int, dict[int, Edge]] = defaultdict(dict)
+        self._versions: list[int] = []
+        self._sizes: dict[int, int] = {}
+        self._folded = -1
+
+    @property
+    def newest(self) -> int:
+        """The newest version known of."""
+        return self._versions[-1]
+
+    def add(self, edge: Edge) -> None:
+        """Take note of something that is there. Deltas come in order."""
+        self.derived |= edge.derived
+        for version in [edge.start, edge.end] if not edge.derived else []:
+            if version is not None and (not self._versions or version > self._versions[-1]):
+                self._versions.append(version)
+        if edge.start is None:
+            self.anchors[edge.end] = edge
+            self._versions = self._versions or [edge.end]
+        elif edge.derived or edge.end not in self._ahead[edge.start]:
+            self._ahead[edge.start][edge.end] = edge
+        if edge.kind == "delta":
+            self._sizes[edge.end] = edge.size
+
+    def drop(self, edge: Edge) -> None:
+        """Forget a fold that cannot be read."""
+        assert edge.start is not None
+        del self._ahead[edge.start][edge.end]
+
+    def due(self, levels: Iterable[int]) -> list[tuple[int, int]]:
+        """The folds that are called for and not there, of what came since `folded_to`."""
+        first = bisect_left(self._versions, min(self.anchors))
+        found: set[tuple[int, int]] = set()
+        for level in levels:
+            if level > self.newest - self._versions[first]:
+                break
+            since = bisect_right(self._versions, self._folded // level * level) - 1
+            found |= {*due(self._versions[max(first, since) :], level)}
+        return [(start, end) for start, end in found if not self._is_fold(start, end)]
+
+    def folded_to(self, version: int) -> None:
+        """Every fold up to here was made, or is not worth it."""
+        self._folded = version
+
+    def parts(self, start: int, end: int) -> list[Edge]:
+        """The longest folds and deltas that lead from one version to another, but not in one. Raises Gap."""
+        found: list[Edge] = []
+        here = start
+        while here < end:
+            ahead = self._ahead.get(here, {})
+            there = max((stop for stop in ahead if stop <= end and (here, stop) != (start, end)), default=None)
+            if there is None:
+                there = end if end in ahead else None
+            if there is None:
+                raise Gap(f"run {self.run}: nothing leads from version {here} on to version {end}")
+            found.append(ahead[there])
+            here = there
+        return found
+
+    def delta_bytes(self, start: int, end: int) -> int:
+        """Bytes of the deltas between two versions."""
+        first, last = bisect_right(self._versions, start), bisect_right(self._versions, end)
+        return sum(self._sizes.get(version, 0) for version in self._versions[first:last])
+
+    def way(self) -> tuple[Link, ...]:
+        """The newest anchor, what leads on from it in the longest strides, and every fold of late versions."""
+        anchor = self.anchors[max(self.anchors)]
+        late = self._versions[bisect_left(self._versions, self.newest - LATE) :]
+        folds = [edge for version in late for edge in self._ahead.get(version, {}).values() if edge.derived]
+        strides = self.parts(anchor.end, self.newest) if self.newest > anchor.end else []
+        edges = dict.fromkeys([anchor, *strides, *folds])
+        return tuple(Link(edge.start, edge.end, edge.size, edge.record) for edge in edges)
+
+    def _is_fold(self, start: int, end: int) -> bool:
+        edge = self._ahead.get(start, {}).get(end)
+        return edge is not None and edge.derived
 
 
 def due(versions: list[int], level: int) -> list[tuple[int, int]]:
     """The folds of a level that a chain of committed versions (ascending, from its start) calls for: between the last
     version up to each multiple of the level and the last up to the next one, where they span several commits."""
-    if not versions:
-        return []
-    bounds = range(-(-versions[0] // level) * level, versions[-1] + 1, level)
-    at = [max(version for version in versions if version <= bound) for bound in bounds]
-    return [(start, end) for start, end in pairwise(at) if sum(start < version <= end for version in versions) > 1]
+    following = [*versions[1:], versions[-1] + 1] if versions else []
+    at = [number for number, version in enumerate(versions) if -(-version // level) * level < following[number]]
+    return [(versions[start], versions[end]) for start, end in pairwise(at) if end - start > 1]

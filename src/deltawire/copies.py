@@ -6,6 +6,7 @@ from pathlib import Path
 from deltawire.changes import Change
 from deltawire.checkpoint import files
 from deltawire.errors import BadDigest, Forked, Gap
+from deltawire.manifests import Position
 from deltawire.mirror import Mirror, held
 from deltawire.subscriber import Subscriber
 
@@ -25,6 +26,16 @@ class LocalCopy:
         if self._mirror is not None:
             self._mirror.close()
             self._mirror = None
+
+    @property
+    def position(self) -> Position | None:
+        """Where the mirror stands; None before the first move of this process."""
+        return None if self._mirror is None else self._mirror.position
+
+    def discard(self) -> None:
+        """Remove the mirror, so that the next move makes it anew."""
+        self.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def at(self, subscriber: Subscriber, version: int) -> tuple[Mirror, Change]:
         """The mirror at a version, and what took it there. Raises what Subscriber.change and Mirror raise; the mirror

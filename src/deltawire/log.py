@@ -12,8 +12,19 @@ from typing import Generic, TypeVar
 
 from deltawire import manifests
 from deltawire.buckets.base import Bucket
-from deltawire.errors import AlreadyExists, ChainError, Forked, NotFound
-from deltawire.manifests import HEAD_KEY, MAX_RECORD, Commit, Derived, Head, Run, commit_key, hash_of, run_key
+from deltawire.errors import AlreadyExists, ChainError, Forked, FormatError, NotFound
+from deltawire.manifests import (
+    HEAD_KEY,
+    MAX_RECORD,
+    Commit,
+    Derived,
+    Head,
+    Run,
+    commit_key,
+    commit_version,
+    hash_of,
+    run_key,
+)
 from deltawire.signing import Trust
 
 NOBODY = Trust()
@@ -23,10 +34,11 @@ Record = TypeVar("Record", Run, Commit, Derived)
 
 @dataclass(frozen=True, slots=True)
 class Filed(Generic[Record]):
-    """A record as it lies in the bucket: what it says, and the BLAKE3 of its bytes that its children name."""
+    """A record as it lies in the bucket: what it says, the BLAKE3 of its bytes that its children name, and its key."""
 
     record: Record
     hash: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +55,36 @@ class Attempt:
         """What the next commit's `parent_hash` will say."""
         return hash_of(manifests.write(self.commit))
 
+    def key_in(self, bucket: Bucket) -> str:
+        """The key of its commit. Its number alone is the fence against a second writer where a store has one; where
+        not, the record's hash in it keeps either from overwriting the other, so that a fork shows."""
+        fenced = bucket.conditional_writes
+        return commit_key(self.run.run, self.commit.version, None if fenced else self.hash)
+
 
 def append(bucket: Bucket, attempt: Attempt, *, on_step: Callable[[str], None] = lambda step: None) -> None:
     """Make a version exist. Idempotent: after a lost acknowledgement it finds its own objects and calls that success.
 
     `on_step` hears "run", "payload", "commit", "head" after each is durable. Raises Forked when another writer holds
-    the commit's place, or (found here where the store has no conditional writes) replaced its parent; BucketError.
+    the commit's place, or HEAD tells of one: of another trainer of this run, or of a run that took its place;
+    BucketError.
     """
     run, commit = attempt.run, attempt.commit
+    key = attempt.key_in(bucket)
+    begins = commit.parent is None and run.supersedes is None
     if commit.parent is None:
         put_run(bucket, run)
         on_step("run")
-    elif not bucket.conditional_writes:
-        _require_our_parent(bucket, commit)
+    if not begins:
+        _require_head_ours(bucket, attempt, key)
     put_payloads(bucket, run.run, attempt.payloads, on_step=on_step)
-    _put_once(bucket, commit_key(run.run, commit.version), manifests.write(commit))
+    _put_once(bucket, key, manifests.write(commit))
     on_step("commit")
-    head = manifests.write(Head(run.run, commit.version, commit_key(run.run, commit.version)))
-    if commit.parent is None and run.supersedes is None:
+    head = manifests.write(Head(run.run, commit.version, key))
+    if begins:
         _begin_bucket(bucket, head, run.run)
     else:
+        _require_head_ours(bucket, attempt, key)  # another may have come meanwhile
         bucket.put(HEAD_KEY, head)
     on_step("head")
 
@@ -91,7 +113,7 @@ def load(bucket: Bucket, kind: type[Record], key: str, *, trust: Trust = NOBODY)
     where, data = f"{bucket.url}/{key}", bucket.get(key, limit=MAX_RECORD)
     record = manifests.read(kind, data, where=where)
     trust.check(data, record.signer, record.signature, where=where)
-    return Filed(record, hash_of(data))
+    return Filed(record, hash_of(data), key)
 
 
 def read_head(bucket: Bucket) -> Head:
@@ -103,21 +125,34 @@ def read_head(bucket: Bucket) -> Head:
     return manifests.read(Head, data, where=f"{bucket.url}/{HEAD_KEY}")
 
 
+def hinted(bucket: Bucket) -> Head | None:
+    """HEAD where there is one that can be read: it is a hint, and a damaged one is as good as none."""
+    with suppress(NotFound, FormatError):
+        return read_head(bucket)
+    return None
+
+
 def current_run(bucket: Bucket) -> str:
-    """The run that HEAD names; without a HEAD (its writer was killed just before) the only run with a commit.
+    """The run that HEAD names. Without a HEAD of a run that is there (its writer was killed just before, or it is
+    damaged) the only run with a commit that no other such run supersedes.
 
     Raises NotFound while nothing is published, Forked when there are several such runs.
     """
-    try:
-        return read_head(bucket).run
-    except NotFound:
-        found = {stat.key.split("/")[1] for stat in bucket.list("runs/") if stat.key.split("/")[2:3] == ["commits"]}
-        if not found:
-            raise
-    if len(found) > 1:
-        raise Forked(
-            f"{bucket.url} has no {HEAD_KEY} and {len(found)} runs: {', '.join(sorted(found)[:4])}; remove all but one"
-        )
+    head = hinted(bucket)
+    if head is not None:
+        with suppress(NotFound):
+            bucket.stat(run_key(head.run))
+            return head.run
+    found = {stat.key.split("/")[1] for stat in bucket.list("runs/") if stat.key.split("/")[2:3] == ["commits"]}
+    if not found:
+        return read_head(bucket).run  # says what is there
+    for run in [*found] if len(found) > 1 else []:
+        with suppress(NotFound, FormatError):
+            earlier = read_run(bucket, run).supersedes
+            found -= {earlier.run} if earlier is not None else set()
+    if len(found) != 1:
+        named = ", ".join(sorted(found)[:4])
+        raise Forked(f"{bucket.url} has no {HEAD_KEY} and {len(found)} runs: {named}; remove all but one")
     return found.pop()
 
 
@@ -129,13 +164,32 @@ def load_run(bucket: Bucket, run: str, *, trust: Trust = NOBODY) -> Filed[Run]:
     return filed
 
 
-def load_commit(bucket: Bucket, run: str, version: int, *, trust: Trust = NOBODY) -> Filed[Commit]:
-    """One version's commit and its hash. Raises NotFound, FormatError, ChainError."""
-    key = commit_key(run, version)
+def load_commit(
+    bucket: Bucket, run: str, version: int, *, key: str | None = None, trust: Trust = NOBODY
+) -> Filed[Commit]:
+    """One version's commit, under the key it has, or (by default) under either form of key.
+
+    Raises NotFound, FormatError, ChainError; Forked where two writers committed that version."""
+    if key is None:
+        key = _find_commit(bucket, run, version)
     filed = load(bucket, Commit, key, trust=trust)
     if (filed.record.run, filed.record.version) != (run, version):
         raise ChainError(f"{bucket.url}/{key} holds the commit of {filed.record.run}:{filed.record.version}")
+    if key not in (commit_key(run, version), commit_key(run, version, filed.hash)):
+        raise ChainError(f"{bucket.url}/{key} holds another record than its key names")
     return filed
+
+
+def _find_commit(bucket: Bucket, run: str, version: int) -> str:
+    plain = commit_key(run, version)
+    with suppress(NotFound):
+        bucket.stat(plain)
+        return plain
+    hashed = [stat.key for stat in bucket.list(plain.removesuffix(".json") + "-")]
+    found = [key for key in hashed if commit_version(run, key) == version]
+    if len(found) > 1:
+        raise Forked(f"{bucket.url}: {len(found)} commits {version} of run {run}: two trainers published one run")
+    return found[0] if found else plain
 
 
 def read_run(bucket: Bucket, run: str) -> Run:
@@ -148,12 +202,18 @@ def read_commit(bucket: Bucket, run: str, version: int) -> Commit:
     return load_commit(bucket, run, version).record
 
 
+def list_commits(bucket: Bucket, run: str, *, after: int = -1) -> list[tuple[int, str]]:
+    """(version, key) of each commit above `after`, by version, from a listing alone. Two writers on a store that cannot
+    refuse one leave two of a version."""
+    prefix = f"runs/{run}/commits/"
+    start = f"{prefix}{after + 1:06d}" if after >= 0 else ""
+    found = ((commit_version(run, stat.key), stat.key) for stat in bucket.list(prefix, after=start))
+    return sorted((version, key) for version, key in found if version is not None and version > after)
+
+
 def list_versions(bucket: Bucket, run: str) -> list[int]:
     """The committed versions of a run, ascending, by a listing alone."""
-    prefix = f"runs/{run}/commits/"
-    stems = {stat.key: stat.key.removeprefix(prefix).removesuffix(".json") for stat in bucket.list(prefix)}
-    numbers = {key: int(stem) for key, stem in stems.items() if stem.isdecimal()}
-    return sorted(number for key, number in numbers.items() if key == commit_key(run, number))
+    return sorted({version for version, _ in list_commits(bucket, run)})
 
 
 def continues(bucket: Bucket, run: str, earlier: str, *, trust: Trust = NOBODY, depth: int = 64) -> bool:
@@ -193,16 +253,52 @@ def _begin_bucket(bucket: Bucket, head: bytes, run: str) -> None:
             ) from None
 
 
-def _require_our_parent(bucket: Bucket, commit: Commit) -> None:
-    """Where a store cannot refuse a second writer, look whether it overwrote the commit we continue."""
-    assert commit.parent is not None
-    key = commit_key(commit.run, commit.parent)
-    found = _foreign(bucket, key, lambda there: commit.parent_hash in (None, hash_of(there)))
-    if found is not None:
-        raise Forked(
-            f"{bucket.url}/{key} was replaced{_holder(found)}: two trainers publish one run. Stop one of them; "
-            "a restarted trainer continues from what is there"
-        )
+def _require_head_ours(bucket: Bucket, attempt: Attempt, key: str) -> None:
+    """Raise Forked where HEAD tells of another writer than the one who made `attempt`. Read twice before anyone is
+    accused: a reading may be damaged."""
+    for _ in range(2):
+        head = hinted(bucket)
+        problem = None if head is None else _foreign_head(bucket, head, attempt, key)
+        if problem is None:
+            return
+    raise Forked(f"{bucket.url}: {problem}")
+
+
+def _foreign_head(bucket: Bucket, head: Head, attempt: Attempt, key: str) -> str | None:
+    """What is wrong with HEAD for one who is about to write `attempt`; None where it is ours or an ancestor's, or
+    names nothing that is there."""
+    run, commit = attempt.run, attempt.commit
+    try:
+        if head.run != run.run:
+            load_run(bucket, head.run)  # one that is not there was never begun: HEAD is damaged
+            if _continues(bucket, run.run, head.run):
+                return None
+            verb = "was superseded by" if _continues(bucket, head.run, run.run) else "was replaced by"
+            return f"run {run.run} {verb} run {head.run} since this trainer opened it; stop this trainer"
+        if commit.parent is not None and head.version < commit.parent:
+            return None
+        ours = {key, commit_key(run.run, commit.version), commit_key(run.run, commit.version, attempt.hash)}
+        if commit.parent is not None:
+            parents = {commit_key(run.run, commit.parent)}
+            if commit.parent_hash is not None:
+                parents.add(commit_key(run.run, commit.parent, commit.parent_hash))
+            ours |= parents if head.version == commit.parent else set()
+        if head.commit in ours:
+            return None
+        there = load_commit(bucket, run.run, head.version, key=head.commit)
+    except (NotFound, FormatError, ChainError):
+        return None
+    who = f" ({there.record.writer})" if there.record.writer else ""
+    return (
+        f"{head.commit} was written by someone else{who}: two trainers publish one run. Stop one of them; a restarted "
+        "trainer continues from what is there"
+    )
+
+
+def _continues(bucket: Bucket, run: str, earlier: str) -> bool:
+    with suppress(NotFound):
+        return continues(bucket, run, earlier)
+    return False
 
 
 def _foreign(bucket: Bucket, key: str, is_ours: Callable[[bytes], bool]) -> bytes | None:

@@ -19,6 +19,7 @@ FORMAT = 1
 MAX_RECORD = 64 << 20
 """bytes of the largest run.json or commit accepted (a table of 100,000 tensors is about 12 MB)"""
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
+_COMMIT_KEY = re.compile(r"commits/([0-9]{6,16})(?:-[0-9a-f]{12})?\.json")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _HEX16 = re.compile(r"[0-9a-f]{16}")
 _HEX128 = re.compile(r"[0-9a-f]{128}")
@@ -150,7 +151,24 @@ class Head(msgspec.Struct, frozen=True):
     format: int = FORMAT
 
 
-Record = TypeVar("Record", Run, Commit, Derived, Head)
+class Link(msgspec.Struct, frozen=True):
+    """One anchor (`start` None) or fold on a way: where it leads, the bytes of its payloads, the key of its record."""
+
+    start: int | None
+    end: int
+    size: int
+    record: str
+
+
+class Way(msgspec.Struct, frozen=True):
+    """A hint, perhaps stale: anchors and folds that lead to recent versions, so that a joiner need not list the run."""
+
+    run: str
+    links: tuple[Link, ...]
+    format: int = FORMAT
+
+
+Record = TypeVar("Record", Run, Commit, Derived, Head, Way)
 Signable = TypeVar("Signable", Run, Commit, Derived)
 
 
@@ -169,9 +187,24 @@ def run_key(run: str) -> str:
     return f"runs/{run}/run.json"
 
 
-def commit_key(run: str, version: int) -> str:
-    """Key of a version's commit."""
-    return f"runs/{run}/commits/{version:06d}.json"
+def commit_key(run: str, version: int, record_hash: str | None = None) -> str:
+    """Key of a version's commit: by its number alone where the store lets one writer have it, with the start of the
+    record's hash in it where the store would let a second writer overwrite the first."""
+    mark = "" if record_hash is None else f"-{record_hash[:12]}"
+    return f"runs/{run}/commits/{version:06d}{mark}.json"
+
+
+def commit_version(run: str, key: str) -> int | None:
+    """The version in the key of a commit of this run; None for a key that is none."""
+    found = _COMMIT_KEY.fullmatch(key.removeprefix(f"runs/{run}/"))
+    if found is None or not key.startswith(f"runs/{run}/") or found[1] != f"{int(found[1]):06d}":
+        return None
+    return int(found[1])
+
+
+def way_key(run: str) -> str:
+    """Key of the hint at the cheapest way to a recent version, which a compactor keeps."""
+    return f"runs/{run}/way.json"
 
 
 def delta_key(version: int, blake3: str, rank: int | None = None) -> str:
@@ -224,7 +257,7 @@ def signed(record: Signable, key: SigningKey | None) -> Signable:
     return msgspec.structs.replace(blank, signature=key.sign(write(blank)))
 
 
-def write(record: Run | Commit | Derived | Head) -> bytes:
+def write(record: Run | Commit | Derived | Head | Way) -> bytes:
     """A record as JSON; equal records give equal bytes. Raises FormatError for one that no reader would accept."""
     _check(record, f"this {type(record).__name__.lower()} record")
     return msgspec.json.encode(record, order="sorted")
@@ -247,12 +280,16 @@ class _AnyFormat(msgspec.Struct):
     format: int
 
 
-def _check(record: Run | Commit | Derived | Head, where: str) -> None:
+def _check(record: Run | Commit | Derived | Head | Way, where: str) -> None:
     def require(sound: object, what: str) -> None:
         if not sound:
             raise FormatError(f"{where}: {what}")
 
     require(_RUN_ID.fullmatch(record.run), f"run {record.run!r} is not 16 hex digits")
+    if isinstance(record, Way):
+        for link in record.links:
+            require((link.start or 0) <= link.end < _MAX_VERSION and is_key(link.record), f"link {link}")
+        return
     if not isinstance(record, Head):
         signer, signature = record.signer, record.signature
         require((signer is None) == (signature is None), "a signer without a signature, or the reverse")

@@ -37,11 +37,7 @@ def materialize(
     """
     started, out = time.monotonic(), Path(out_dir)
     with Subscriber(bucket, base=base, trusted=trusted) as subscriber:
-        commits = [commit for commit in subscriber.commits() if version is None or commit.version <= version]
-        target = subscriber.latest() if version is None else commits[-1].position if commits else None
-        if version is not None and (target is None or target.version != version):
-            subscriber.digests_at(version)  # says which versions there are
-        assert target is not None
+        target = subscriber.latest() if version is None else subscriber.position_at(version)
         if (here := held(out)) is not None and here.run == target.run:
             return _move(subscriber, out, target, started)
         with building(out, target) as work:
@@ -72,7 +68,8 @@ def _build(subscriber: Subscriber, work: Path, target: Position, on_update: Call
     weights: Checkpoint | None = None
     for update in subscriber.updates(until=target.version):
         if update.delta is None:
-            checkpoint.copy(subscriber.anchor_files(update.position.version), work)
+            assert update.anchor is not None
+            checkpoint.copy(checkpoint.files(update.anchor.folder), work)
             weights = Checkpoint(work, writable=True)
         else:
             assert weights is not None

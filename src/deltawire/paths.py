@@ -7,18 +7,17 @@ import heapq
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from deltawire.buckets.base import Stat
 from deltawire.errors import Gap
-from deltawire.manifests import commit_key
+from deltawire.manifests import commit_version
 
 RECORD_COST = 2048
 """bytes that reading one more object counts for: its record, beside its payload"""
-_VERSION = r"(\d{6,16})"
-_COMMIT = re.compile(rf"commits/{_VERSION}\.json")
+_VERSION = r"([0-9]{6,16})"
 _DELTA = re.compile(rf"deltas/step_{_VERSION}[-.][^/]+")
 _FOLD = re.compile(rf"folds/step_{_VERSION}-{_VERSION}-[^/]+")
 _ANCHOR = re.compile(rf"anchors/step_{_VERSION}-[0-9a-f]{{12}}/[^/]+")
@@ -57,19 +56,25 @@ class Edge:
         return self.start if self.undo and self.start is not None else self.end
 
 
-def survey(stats: Iterable[Stat], run: str, *, whole: int) -> list[Edge]:
+Commits = list[tuple[int, str]]
+"""(version, key) of commits, by version"""
+
+
+def survey(stats: Iterable[Stat], run: str, *, whole: int, on_chain: Callable[[Commits], Commits]) -> list[Edge]:
     """Every edge that a listing of `runs/<run>/` shows. `whole` is the size of a checkpoint, in bytes: what version 0
-    counts for when it is a reference. Sizes come from the keys, and decide nothing but the way taken."""
+    counts for when it is a reference. Sizes come from the keys, and decide nothing but the way taken. `on_chain` picks
+    the commits that count where two writers left two of a version."""
     prefix = f"runs/{run}/"
     keys = {stat.key.removeprefix(prefix): stat.size for stat in stats}
     deltas, folds, anchors = _sizes(keys, _DELTA), _sizes(keys, _FOLD), _sizes(keys, _ANCHOR)
-    versions = sorted(number for (number,) in _sizes(keys, _COMMIT))
-    committed = set(versions)
-    edges = [
-        Edge(start, end, deltas.get((end,), 0), commit_key(run, end)) for start, end in itertools.pairwise(versions)
-    ]
-    if 0 in committed:
-        edges.append(Edge(None, 0, anchors.get((0,), whole), commit_key(run, 0)))
+    found_commits = ((commit_version(run, prefix + key), prefix + key) for key in keys)
+    commits = sorted((version, key) for version, key in found_commits if version is not None)
+    committed = {version for version, _ in commits}
+    if len(committed) < len(commits):
+        commits = on_chain(commits)
+    edges = [Edge(start, end, deltas.get((end,), 0), key) for (start, _), (end, key) in itertools.pairwise(commits)]
+    if commits and commits[0][0] == 0:
+        edges.append(Edge(None, 0, anchors.get((0,), whole), commits[0][1]))
     for key in keys:
         if (found := _FOLD_RECORD.fullmatch(key)) and {int(found[1]), int(found[2])} <= committed:
             start, end = int(found[1]), int(found[2])
@@ -79,13 +84,13 @@ def survey(stats: Iterable[Stat], run: str, *, whole: int) -> list[Edge]:
     return edges
 
 
-def cheapest(edges: Iterable[Edge], since: int | None, target: int) -> list[Edge]:
+def cheapest(edges: Iterable[Edge], since: int | None, target: int, *, forward: bool = False) -> list[Edge]:
     """The edges from `since` (None: from nothing) to `target` that take the fewest bytes; an anchor may be the cheapest
-    even for someone who stands somewhere. Raises Gap when none lead there."""
+    even for someone who stands somewhere. `forward` takes no edge back. Raises Gap when none lead there."""
     ways: dict[int | None, list[Edge]] = defaultdict(list)
     for edge in edges:
         ways[edge.start].append(edge)
-        if edge.start is not None:
+        if edge.start is not None and not forward:
             ways[edge.end].append(replace(edge, undo=True))
     best: dict[int | None, int] = {None: 0, since: 0}
     came: dict[int, Edge] = {}

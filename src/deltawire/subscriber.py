@@ -14,13 +14,15 @@ from deltawire.checkpoint import Checkpoint, files
 from deltawire.delta import Delta
 from deltawire.errors import (
     ChainError,
+    DeltaWireError,
     Forked,
     FormatError,
     Gap,
     NotFound,
     OtherRun,
 )
-from deltawire.manifests import HEAD_KEY, Commit, Derived, Position, Run, commit_key, require_in_table
+from deltawire.log import Filed
+from deltawire.manifests import HEAD_KEY, Commit, Derived, Position, Run, require_in_table, run_key
 from deltawire.paths import Edge
 from deltawire.signing import Trust, trust
 
@@ -45,6 +47,7 @@ class Subscriber:
         self.trust = trusted if isinstance(trusted, Trust) else trust(trusted)
         self._anchors = Anchors(bucket, base=Path(base) if base is not None else None)
         self._opened: Chain | None = None
+        self._wrong: set[str] = set()
 
     def __enter__(self) -> "Subscriber":
         return self
@@ -77,21 +80,14 @@ class Subscriber:
     def latest(self) -> Position:
         """The newest committed position, never older than one seen before. Raises NotFound while nothing is published,
         OtherRun."""
-        hinted = self._require_same_run()
-        newest = max(self.chain.versions(), default=-1)
-        if hinted > newest:  # the listing is staler than HEAD; or HEAD is wrong, and then there is no such commit
-            with suppress(NotFound):
-                return self.chain.commit(hinted).record.position
-        if newest < 0:
-            raise NotFound(f"{self.bucket.url}: run {self.run.run} has no commits yet")
-        return self.chain.commit(newest).record.position
+        return self._newest().record.position
 
     def commits(self, after: int | None = None) -> list[Commit]:
         """Commits with a version above `after`, in chain order, each the child of the one before it.
 
         Raises OtherRun, Forked, Gap, BadDigest (a commit whose root is not that of its digests), FormatError.
         """
-        self._require_same_run()
+        self._newest()
         try:
             found = self.chain.commits()
         except (FormatError, ChainError):
@@ -99,15 +95,30 @@ class Subscriber:
             raise
         return [commit for commit in found if after is None or commit.version > after]
 
+    def recent(self, most: int) -> list[Commit]:
+        """The newest commits, oldest first, as far as they are there; nothing else of the run is read. Raises as
+        `latest` does."""
+        return [filed.record for filed in self.chain.back(self._newest(), most=most)][::-1]
+
+    def position_at(self, version: int) -> Position:
+        """Where a committed version stands. Raises Gap, which names what is there, for one never committed."""
+        self._newest()
+        try:
+            return self.chain.commit(version).record.position
+        except NotFound:
+            raise self.chain.gap_at(version, self.chain.versions()) from None
+
     def position_of(self, root: str) -> Position | None:
-        """The newest committed version whose weights have this root, or None. Looked at are anchors, where copies
-        start, and the newest commits."""
-        versions = self.chain.versions()
-        starts = [edge.end for edge in self.chain.anchors() if edge.end in versions]
-        for version in sorted({*starts, *versions[-LOOK_BACK:]}, reverse=True):
-            commit = self.chain.commit(version).record
-            if commit.root == root:
-                return commit.position
+        """The newest committed version whose weights have this root, or None. Looked at are the newest commits, and the
+        anchors, where copies start."""
+        for filed in self.chain.back(self._newest(), most=LOOK_BACK):
+            if filed.record.root == root:
+                return filed.record.position
+        for starts in (self.chain.hint, self.chain.anchors):
+            for edge in sorted((edge for edge in starts() if edge.start is None), key=lambda edge: -edge.end):
+                with suppress(NotFound):
+                    if (commit := self.chain.commit(edge.end).record).root == root:
+                        return commit.position
         return None
 
     def digests_at(self, version: int) -> dict[str, int]:
@@ -119,27 +130,21 @@ class Subscriber:
 
         Raises BucketError; FormatError for damaged bytes; OtherRun, Gap or Forked when `since` is not on this chain.
         """
-        commits = self.commits()
+        newest = self._newest()
         if until is not None:
             self.digests_at(until)  # says which versions there are
-        parent = None if since is None else self._stand_on(since)
-        last = until if until is not None else commits[-1].version
-        start = self._anchor_before(commits, last) if since is None else since.version
-        digests: dict[str, int] = {}
-        for commit in commits:
-            if commit.version > last:
-                return
-            digests = digests | (as_numbers(commit.digests) if digests else self.digests_at(commit.version))
-            if commit.version < start:
-                continue
-            if parent is None:
-                record = self._anchor_record(commit.version)
-                yield Update(commit.position, None, None, self.open_anchor(record), digests, commit, record.wire_bytes)
-            elif commit.version > parent.version:
-                delta = self.fetch_delta(commit)
-                yield Update(commit.position, parent, delta, None, digests, commit, commit.wire_bytes)
-            else:
-                continue
+        last = newest if until is None else self.chain.commit(until)
+        if since is not None:
+            digests, parent = self.digests_at(self._stand_on(since).version), since
+        else:
+            first = self._first_of(last.record.version)
+            digests, parent = as_numbers(first.record.digests), first.record.position
+            delivered = self.chain.commit(parent.version).record
+            anchor = self.open_anchor(first.record)
+            yield Update(parent, None, None, anchor, digests, delivered, first.record.wire_bytes)
+        for filed in self.chain.between(parent.version, last):
+            commit, digests = filed.record, self.chain.moved(digests, filed)
+            yield Update(commit.position, parent, self.fetch_delta(commit), None, digests, commit, commit.wire_bytes)
             parent = commit.position
 
     def change(self, since: Position | None, version: int, *, anchors: bool = True) -> Change:
@@ -149,16 +154,30 @@ class Subscriber:
         What was pruned while it was fetched is planned around. Raises BucketError, FormatError; Gap or Forked when
         `since` is not on this chain.
         """
+        here = None if since is None else self._stand_on(since).version
+        passed_over: set[str] = set()
+        problem: DeltaWireError | None = None
         for attempt in range(PLANS):
+            way = self._way(here, version, anchors or here is None, passed_over, problem)
             try:
-                return self._change(since, version, anchors or since is None)
-            except (FormatError, ChainError):
+                return self._fetch(since, version, way)
+            except (FormatError, ChainError, NotFound) as error:
+                # Folds and anchors only save bytes: without those on this way, damaged, signed by a stranger or gone,
+                # there may be another. A stranger's must not stop anyone.
+                derived = {edge.record for edge in way if edge.derived}
+                if not derived and (attempt == PLANS - 1 or not isinstance(error, NotFound)):
+                    self.refresh()
+                    raise problem or error from None
+                problem = problem or error
+                passed_over |= derived
                 self.refresh()
-                raise
-            except NotFound:
-                if attempt == PLANS - 1:
-                    raise
-        raise AssertionError("unreachable")
+        return self._without_derived(since, version, anchors or since is None, problem)
+
+    def pass_over(self, change: Change) -> bool:
+        """Take the folds and anchors of a change for wrong: its weights were not what its commit says. False where it
+        had none, so that nobody else is to blame."""
+        self._wrong |= set(change.derived)
+        return bool(change.derived)
 
     def watch(self, *, timeout: float, tag: str | None = None) -> Stat | None:
         """Wait until HEAD's tag differs from `tag`, at most `timeout` seconds."""
@@ -183,38 +202,66 @@ class Subscriber:
         return delta
 
     def open_anchor(self, record: Commit | Derived) -> Checkpoint:
-        """The checkpoint of an anchor, or of the first commit of a run, in files on this host: its bytes are checked,
-        its digests are the caller's to compare. Raises BucketError; FormatError unless it holds the run's table."""
+        """The checkpoint of an anchor, or of the first commit of a run, in files on this host; bytes and digests are
+        checked. Raises BucketError; BadDigest, FormatError unless it holds the run's table."""
+        return self._anchors.sound(record, self.run)
+
+    def read_anchor(self, record: Commit | Derived) -> Checkpoint:
+        """As `open_anchor`, but its digests are the caller's to compare."""
         return self._anchors.open(record, self.run)
 
     def anchor_files(self, version: int | None = None) -> list[Path]:
-        """The files of the newest anchor up to a version on this host, downloaded and verified if need be: a whole
-        checkpoint."""
-        commits = self.commits()
-        newest = commits[-1].version if version is None else version
-        return files(self._anchors.folder(self._anchor_record(self._anchor_before(commits, newest)), self.run))
+        """The files of the anchor that a version (the newest) is reached from, on this host, downloaded and verified if
+        need be: a whole checkpoint."""
+        version = self._newest().record.version if version is None else version
+        return files(self._anchors.folder(self._first_of(version).record, self.run))
 
-    def _change(
-        self, since: Position | None, version: int, anchors: bool, passed_over: frozenset[str] = frozenset()
-    ) -> Change:
-        if since is not None:
-            self._stand_on(since)
-        edges = [edge for edge in self.chain.edges() if anchors or edge.start is not None]
-        usable = [edge for edge in edges if edge.record not in passed_over]
-        path = paths.cheapest(usable, None if since is None else since.version, version)
+    def _way(
+        self, since: int | None, version: int, anchors: bool, passed_over: set[str], problem: DeltaWireError | None
+    ) -> list[Edge]:
+        """A way without what was found wrong. Raises the problem that closed the last one, where there is no other."""
+        without = passed_over | self._wrong
         try:
-            return self._fetch(since, version, path)
-        except (FormatError, ChainError) as error:
-            # Folds and anchors only save bytes: without those on this path, damaged or signed by a stranger, there may
-            # be another way. A stranger's must not stop anyone.
-            derived = frozenset(edge.record for edge in path if edge.derived)
-            if not derived:
+            return self.chain.way(since, version, anchors=anchors, without=without, hint=problem is None)
+        except Gap:
+            if problem is None:
                 raise
-            self.refresh()
+            raise problem from None
+
+    def _without_derived(
+        self, since: Position | None, version: int, anchors: bool, problem: DeltaWireError | None
+    ) -> Change:
+        """The change by commits alone, after one way after another was closed: from where the reader stands, or from
+        the newest anchor that is sound. However many records are junk, each is read once."""
+        edges = self.chain.edges()
+        commits = [edge for edge in edges if not edge.derived and (anchors or edge.start is not None)]
+        starts = [edge for edge in edges if edge.start is None and edge.derived and edge.end <= version and anchors]
+        here = None if since is None else since.version
+        for anchor in [None, *sorted(starts, key=lambda edge: -edge.end)]:
+            usable = [*commits, *([anchor] if anchor is not None else [])]
             try:
-                return self._change(since, version, anchors, passed_over | derived)
-            except Gap:
-                raise error from None
+                if anchor is not None:
+                    self.chain.read([anchor])
+                return self._fetch(since, version, paths.cheapest(usable, here, version))
+            except (FormatError, ChainError, NotFound) as error:
+                problem = problem or error
+        assert problem is not None
+        raise problem
+
+    def _first_of(self, version: int) -> Filed[Commit] | Filed[Derived]:
+        """The anchor that the cheapest way to a version starts at."""
+        passed_over: set[str] = set()
+        while True:
+            first = self.chain.way(None, version, forward=True, without=passed_over | self._wrong)[0]
+            try:
+                ((_, filed),) = self.chain.read([first])
+                if ends_at(first, filed) != self.chain.commit(first.end).hash:
+                    raise Forked(f"{self.bucket.url}/{first.record} is the anchor of another commit {first.end}")
+                return filed
+            except (FormatError, ChainError, NotFound):
+                if not first.derived:
+                    raise
+                passed_over.add(first.record)
 
     def _fetch(self, since: Position | None, version: int, path: list[Edge]) -> Change:
         hops = self.chain.read(path, None if since is None else self.chain.commit(since.version).hash)
@@ -229,7 +276,7 @@ class Subscriber:
                 delta += -part if edge.undo else part
         if hops and ends_at(*hops[-1]) not in (None, commit.hash):
             raise Forked(f"{self.bucket.url}: the path to version {version} ends at another commit of that number")
-        read = {edge.record for edge, _ in hops} | {commit_key(self.run.run, version)}
+        read = {edge.record for edge, _ in hops} | {commit.key}
         payloads = [payload for _, filed in hops for payload in filed.record.payloads]
         return Change(
             since=None if anchor is not None else since,
@@ -241,21 +288,23 @@ class Subscriber:
             wire_bytes=sum(payload.size for payload in payloads),
             records=len(read),
             payloads=len(payloads),
+            derived=tuple(edge.record for edge, _ in hops if edge.derived),
         )
 
-    def _require_same_run(self) -> int:
-        """The version that HEAD hints at, -1 without one. Raises OtherRun."""
-        run = self.run.run
-        try:
-            head = log.read_head(self.bucket)
-        except NotFound:  # it is a hint, and we know the run
-            return -1
-        if head.run != run:
-            raise OtherRun(
-                f"{self.bucket.url} moved from run {run} to run {head.run}, which does not continue it; "
-                "restart with a fresh position to follow the new run"
-            )
-        return head.version
+    def _newest(self) -> Filed[Commit]:
+        """The newest commit. Raises OtherRun where HEAD names a run that is there and is not ours."""
+        run, head = self.run.run, log.hinted(self.bucket)
+        if head is not None and head.run != run:
+            try:
+                self.bucket.stat(run_key(head.run))
+            except NotFound:  # a damaged HEAD, and we know the run
+                head = None
+            else:
+                raise OtherRun(
+                    f"{self.bucket.url} moved from run {run} to run {head.run}, which does not continue it; "
+                    "restart with a fresh position to follow the new run"
+                )
+        return self.chain.newest(head)
 
     def _stand_on(self, since: Position) -> Position:
         if since.run != self.run.run:
@@ -267,16 +316,3 @@ class Subscriber:
         if commit.root != since.root:
             raise Forked(f"{since}: these weights have root {since.root[:12]}…, the commit says {commit.root[:12]}…")
         return since
-
-    def _anchor_before(self, commits: list[Commit], version: int) -> int:
-        """The newest version up to this one that is an anchor."""
-        if commits[0].parent is None and commits[0].version == version:
-            return version
-        found = [edge.end for edge in self.chain.anchors() if commits[0].version <= edge.end <= version]
-        if not found:
-            raise Gap(f"{self.bucket.url}: run {self.run.run}: no anchor up to version {version} is there any more")
-        return found[-1]
-
-    def _anchor_record(self, version: int) -> Commit | Derived:
-        edge = next(edge for edge in self.chain.anchors() if edge.end == version)
-        return self.chain.read([edge])[0][1].record

@@ -12,7 +12,7 @@ from deltawire.chain import as_numbers, ends_at
 from deltawire.checkpoint import Checkpoint
 from deltawire.digest import root as root_of
 from deltawire.errors import BadDigest, Forked, Gap, NotFound, Unavailable
-from deltawire.manifests import Commit, Derived, commit_key
+from deltawire.manifests import Commit, Derived
 from deltawire.paths import Edge
 from deltawire.reports import VerifyReport
 from deltawire.subscriber import PLANS, Subscriber
@@ -104,7 +104,7 @@ class _Walk:
             for edge in self._chain.edges()
             if edge.end <= last and (edge.end if edge.start is None else edge.start) >= first
         ]
-        deltas = {commit_key(commit.run, commit.version) for commit in commits[1:]}
+        deltas = {self._chain.commit(commit.version).key for commit in commits[1:]}
         self._records = deltas | {edge.record for edge in edges}
         if deltas != {edge.record for edge in edges if edge.kind == "delta"}:
             raise Gap(f"{self._subscriber.bucket.url}: two listings of run {commits[0].run} differ")
@@ -131,7 +131,7 @@ class _Walk:
         return record.wire_bytes
 
     def _check_anchor(self, edge: Edge, record: Commit | Derived) -> None:
-        weights = self._subscriber.open_anchor(record)
+        weights = self._subscriber.read_anchor(record)
         digests = weights.digests(self._subscriber.run.table)
         self._require(digests, edge.end, edge)
         if self._weights is None:

@@ -50,8 +50,8 @@ class Faulty(Prefix):
         self.fail()
         super().put_new(key, data)
 
-    def list(self, prefix: str = "") -> Iterator[Stat]:
-        yield from super().list(prefix)
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
+        yield from super().list(prefix, after=after)
         self.fail()
 
 

@@ -63,8 +63,9 @@ class Bucket(Protocol):
         """Write a key that must not exist yet. Raises AlreadyExists and changes nothing if it does."""
         ...
 
-    def list(self, prefix: str = "") -> Iterator[Stat]:
-        """Every object whose key starts with `prefix` (a plain string prefix), in key order."""
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
+        """Every object whose key starts with `prefix` (a plain string prefix) and is greater than `after`, in key order
+        (by code point). Where the store can begin there, what comes before is not asked for."""
         ...
 
     def delete(self, *keys: str) -> None:

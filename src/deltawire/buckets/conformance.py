@@ -212,6 +212,15 @@ class BucketTests:
 
     # Listing and deleting
 
+    @pytest.mark.parametrize("after", ["", "b", "b/1", "b/1x", "z"])
+    def test_a_listing_may_begin_after_a_key(self, bucket: Bucket, after: str) -> None:
+        keys = ["a", "b/1", "b/2", "b-2", "c"]
+        for key in keys:
+            bucket.put(key, b"")
+        assert [stat.key for stat in bucket.list(after=after)] == sorted(key for key in keys if key > after)
+        below = sorted(key for key in keys if key > after and key.startswith("b/"))
+        assert [stat.key for stat in bucket.list("b/", after=after)] == below
+
     def test_list_is_in_key_order_with_sizes_and_tags(self, bucket: Bucket) -> None:
         for size, key in enumerate(["b", "a/2", "a/10", "a-b", "B", "a/1/x"]):
             bucket.put(key, bytes(size))

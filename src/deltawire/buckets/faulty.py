@@ -128,12 +128,13 @@ class Faulty:
     def put_new(self, key: str, data: bytes | Path) -> None:
         self._write("put_new", key, lambda: self._bucket.put_new(key, data), data)
 
-    def list(self, prefix: str = "") -> Iterator[Stat]:
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
         fault = self._begin("list", prefix)
         if fault == "stale" and prefix in self._memory.lists:
-            return iter(self._memory.lists[prefix])
-        found = [*self._bucket.list(prefix)]
-        self._memory.lists[prefix] = found
+            return (stat for stat in self._memory.lists[prefix] if stat.key > after)
+        found = [*self._bucket.list(prefix, after=after)]
+        if not after:
+            self._memory.lists[prefix] = found
         return iter(found)
 
     def delete(self, *keys: str) -> None:

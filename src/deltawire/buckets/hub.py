@@ -117,7 +117,7 @@ class HubBucket:
         else:
             raise AlreadyExists(f"{self.url}/{key} exists already")
 
-    def list(self, prefix: str = "") -> Iterator[Stat]:
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
         check_prefix(prefix)
         with self._errors(prefix, "read"):
             try:
@@ -125,7 +125,7 @@ class HubBucket:
             except RemoteEntryNotFoundError:  # no such folder
                 files = []
         mine = (_stat(file) for file in files if file.type == "file" and file.path.startswith(prefix))
-        return iter(sorted(filter(lambda stat: is_key(stat.key), mine), key=lambda stat: stat.key))
+        return iter(sorted(filter(lambda stat: stat.key > after and is_key(stat.key), mine), key=lambda stat: stat.key))
 
     def delete(self, *keys: str) -> None:
         for key in keys:

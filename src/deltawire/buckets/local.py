@@ -72,17 +72,18 @@ class LocalBucket:
 
         self._write(key, data, name_once)
 
-    def list(self, prefix: str = "") -> Iterator[Stat]:
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
         check_prefix(prefix)
         if not self.root.is_dir():
             raise self._missing(prefix)
         found = []
         with file_system_errors(self._name(prefix)):
             for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0], onerror=_raise_unless_gone):
+                inside = "".join(f"{part}/" for part in Path(folder).relative_to(self.root).parts)
                 for name in names:
-                    path = Path(folder, name)
-                    key = path.relative_to(self.root).as_posix()
-                    if key.startswith(prefix) and is_key(key) and not _is_reserved(key) and path.is_file():
+                    key = f"{inside}{name}"
+                    wanted = key.startswith(prefix) and key > after and is_key(key) and not _is_reserved(key)
+                    if wanted and os.path.isfile(os.path.join(folder, name)):
                         found.append(key)
         return self._stats(sorted(found))
 

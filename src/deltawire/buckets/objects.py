@@ -59,13 +59,14 @@ class ObjectBucket:
     def put_new(self, key: str, data: bytes | Path) -> None:
         self._write(key, data, "create")
 
-    def list(self, prefix: str = "") -> Iterator[Stat]:
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
         check_prefix(prefix)
         # obstore's prefix is whole path segments ("runs/a" does not find "runs/a1"): ask for the folder, then sift.
         folder = prefix.rpartition("/")[0] or None
         with self._errors(prefix):
-            found = [_stat(meta) for batch in obstore.list(self._objects, folder) for meta in batch]
-        mine = (stat for stat in found if stat.key.startswith(prefix) and is_key(stat.key))
+            batches = obstore.list(self._objects, folder, offset=after or None)
+            found = [_stat(meta) for batch in batches for meta in batch]
+        mine = (stat for stat in found if stat.key.startswith(prefix) and stat.key > after and is_key(stat.key))
         return iter(sorted(mine, key=lambda stat: stat.key))
 
     def delete(self, *keys: str) -> None:

@@ -43,9 +43,9 @@ class Prefix:
     def put_new(self, key: str, data: bytes | Path) -> None:
         self._bucket.put_new(self._with(key), data)
 
-    def list(self, prefix: str = "") -> Iterator[Stat]:
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
         check_prefix(prefix)
-        return map(self._without, self._bucket.list(self._prefix + prefix))
+        return map(self._without, self._bucket.list(self._prefix + prefix, after=after and self._prefix + after))
 
     def delete(self, *keys: str) -> None:
         self._bucket.delete(*map(self._with, keys))
@@ -111,9 +111,9 @@ class Retry:
     def put_new(self, key: str, data: bytes | Path) -> None:
         self._insist(lambda: self._bucket.put_new(key, data))
 
-    def list(self, prefix: str = "") -> Iterator[Stat]:
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
         # Collected: a listing that breaks off halfway is asked for again from its start, so none of it may be out yet.
-        return iter(self._insist(lambda: [*self._bucket.list(prefix)]))
+        return iter(self._insist(lambda: [*self._bucket.list(prefix, after=after)]))
 
     def delete(self, *keys: str) -> None:
         self._insist(lambda: self._bucket.delete(*keys))
@@ -173,9 +173,9 @@ class Counting:
         self._bucket.put_new(key, data)
         self._count(up=_size(data))
 
-    def list(self, prefix: str = "") -> Iterator[Stat]:
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
         self._count(calls=1)
-        return self._bucket.list(prefix)
+        return self._bucket.list(prefix, after=after)
 
     def delete(self, *keys: str) -> None:
         self._count(calls=1)
