@@ -20,7 +20,7 @@ nightly: setup   ## what takes too long for every change: the tests marked night
 	@.venv/bin/python -m pytest -m nightly
 
 soak: setup      ## a thousand versions under faults, kills, compaction and pruning
-	@DELTAWIRE_SOAK_VERSIONS=1000 .venv/bin/python -m pytest tests/test_soak.py --log-cli-level=INFO
+	@DELTAWIRE_SOAK_VERSIONS=1000 .venv/bin/python -m pytest tests/test_soak.py tests/test_soak_writers.py --log-cli-level=INFO
 
 test-vllm: setup ## every model and parallel layout on real vLLM servers, about 35 minutes
 	@DELTAWIRE_TEST_VLLM=all .venv/bin/python -m pytest tests/vllm

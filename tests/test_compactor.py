@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire import Subscriber, digest, signing
+from deltawire import Subscriber, digest, signing, verify
 from deltawire.buckets.faulty import Faulty, at
 from deltawire.compactor import Compactor, due
 from deltawire.digest import root
@@ -145,6 +145,39 @@ def test_a_fold_of_other_commits_is_passed_over(tmp_path):
     bucket.put(key, write(record))
     bucket.put(f"runs/{record.run}/{record.payloads[0].key}", b"junk")
     assert equal(reached(bucket, (0, steps[0]), 5)[0], steps[5])
+
+
+def rot(folder):
+    """Flip one bit of the weights of a mirror, as a disk may."""
+    path = next(folder.glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    with path.open("r+b") as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("reopened", [False, True], ids=["while it is open", "between two processes"])
+@pytest.mark.parametrize("anchors", [1, "never"])
+def test_a_mirror_that_rotted_makes_no_wrong_anchor_and_is_made_anew(tmp_path, anchors, reopened):
+    bucket, weights = fresh(), model()
+    with publishing(bucket) as publisher, Compactor(bucket, tmp_path / "m", anchors=anchors) as compactor:
+        for step in range(8):
+            edit(weights, step, share=0.9)
+            publisher.publish(weights)
+            publisher.flush(30)
+            if step == 4:
+                compactor.step()
+        if not reopened:
+            rot(tmp_path / "m")
+            compactor.step()
+    if reopened:
+        rot(tmp_path / "m")
+    publish_all(bucket, weights)
+    with Compactor(bucket, tmp_path / "m", anchors=anchors) as compactor:
+        compactor.step()
+        assert compactor._copy.is_sound()
+    assert equal(reached(bucket, (None, weights), 8)[0], served(weights))
+    assert verify(bucket).position.version == 8
 
 
 @given(st.sets(st.integers(0, 300), min_size=1), st.sampled_from([4, 16, 64]))

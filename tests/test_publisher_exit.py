@@ -94,3 +94,48 @@ assert os.waitpid(child, 0) == (child, 0)
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert steps(url)[-1] == 3
+
+
+FORKS = """
+opened.flush(30)
+child = os.fork()
+if child == 0:
+    try:
+        with opened:
+            opened.publish(weights, step=9)
+    except Exception as error:
+        print("child:", error, flush=True)
+    opened.close()
+    sys.exit()
+os.waitpid(child, 0)
+opened.publish(weights, step=10)
+opened.close()
+"""
+
+
+def test_a_forked_child_publishes_nothing_and_leaves_the_parents_files_alone(url: str) -> None:
+    done = run(url, bucket="bucket", then=FORKS)
+    assert done.returncode == 0, done.stderr
+    assert "a forked child cannot use it" in done.stdout
+    assert steps(url)[-1] == 10
+    assert 9 not in steps(url)
+
+
+FORKS_A_READER = """
+from deltawire import Subscriber
+opened.close()
+with Subscriber(bucket) as subscriber:
+    update = next(subscriber.updates())
+    child = os.fork()
+    if child == 0:
+        subscriber.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert subscriber.anchor_files(0)[0].is_file()
+    assert next(subscriber.updates()).anchor["norm"].data.size == 8
+"""
+
+
+def test_a_forked_child_of_a_reader_leaves_its_downloads_alone(url: str) -> None:
+    done = run(url, bucket="bucket", then=FORKS_A_READER)
+    assert done.returncode == 0, done.stderr

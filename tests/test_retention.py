@@ -5,11 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire import Subscriber, ledger, materialize, retention
+from deltawire import Subscriber, ledger, materialize, retention, signing
 from deltawire.buckets import Stat
+from deltawire.buckets.wrappers import Counting
 from deltawire.compactor import Compactor
 from deltawire.errors import FormatError, Gap
 from deltawire.ledger import Heartbeat
+from deltawire.manifests import Derived, read, signed, write
 from deltawire.retention import Policy, carry_out, plan, plan_prune
 from deltawire.tensors import equal
 from runs import edit, fresh, model, publishing, read_weights, served
@@ -141,3 +143,109 @@ def test_the_ledger_is_read_as_hints(compacted):
     with pytest.raises(FormatError, match="replica name"):
         ledger.beat(bucket, Heartbeat("../b"))
     assert retention.plan_prune(bucket, run, SOON).reason == "replica b"
+
+
+def record_keys(bucket, kind):
+    return [stat.key for stat in bucket.list("runs/") if f"/derived/{kind}-" in stat.key]
+
+
+def payload_of(bucket, version):
+    return next(stat.key for stat in bucket.list("runs/") if f"/anchors/step_{version:06d}-" in stat.key)
+
+
+def rotten(data):
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+@pytest.mark.parametrize("how", ["gone", "rotten", "forged record", "junk record"])
+def test_an_anchor_that_nobody_could_begin_at_keeps_the_one_before_it(compacted, tmp_path, how):
+    bucket, run, steps = compacted
+    if how == "gone":
+        bucket.delete(payload_of(bucket, 19))
+    elif how == "rotten":
+        bucket.put(payload_of(bucket, 19), rotten(bucket.get(payload_of(bucket, 19), limit=1 << 20)))
+    elif how == "forged record":
+        key = record_keys(bucket, "anchor-000019")[0]
+        record = read(Derived, bucket.get(key, limit=1 << 20), where="")
+        bucket.put(key, write(msgspec.structs.replace(record, commit_hash="0" * 64)))
+    else:
+        bucket.put(f"runs/{run}/derived/anchor-000019-{0:012x}.json", b"{}")
+        bucket.delete(*[key for key in record_keys(bucket, "anchor-000019") if not key.endswith(f"{0:012x}.json")])
+    found = plan_prune(bucket, run, SOON)
+    assert found.floor == 16
+    assert "anchor-000019" in found.passed_over[0]
+    carry_out(bucket, found)
+    assert equal(read_weights(bucket), steps[19])
+    assert materialize(bucket, tmp_path / "out").position.version == 19
+
+
+def test_a_strangers_record_beside_a_sound_one_of_the_same_version_changes_nothing(compacted):
+    bucket, run, steps = compacted
+    bucket.put(f"runs/{run}/derived/anchor-000019-{0:012x}.json", b"{}")
+    found = plan_prune(bucket, run, SOON)
+    assert (found.floor, len(found.passed_over)) == (19, 1)
+    carry_out(bucket, found)
+    assert equal(read_weights(bucket), steps[19])
+
+
+def test_a_stranger_cannot_make_a_signed_run_lean_on_an_anchor_of_theirs(tmp_path):
+    key, stranger = (signing.generate_key(tmp_path / name) for name in ("key", "stranger"))
+    bucket, weights = fresh(), model()
+    with publishing(bucket, signing_key=tmp_path / "key") as publisher:
+        for step in range(6):
+            edit(weights, step)
+            publisher.publish(weights)
+            publisher.flush(30)
+    with Compactor(bucket, tmp_path / "m", anchors=1, signing_key=tmp_path / "key") as compactor:
+        compactor.step()
+    (record_key,) = record_keys(bucket, "anchor")
+    record = read(Derived, bucket.get(record_key, limit=1 << 20), where="")
+    bucket.put(record_key, write(signed(msgspec.structs.replace(record, signer=None, signature=None), stranger)))
+    for trusted in ((), [key.public]):
+        found = plan_prune(bucket, record.run, SOON, trusted=trusted)
+        assert (found.floor, found.keys) == (0, ())
+
+
+def test_an_anchor_is_read_once_and_then_asked_for_its_tags_alone(compacted, tmp_path):
+    bucket, run, _ = compacted
+    memory, key = tmp_path / "memory" / "anchors.json", payload_of(bucket, 19)
+    whole = bucket.stat(key).size
+    first, second = Counting(bucket), Counting(bucket)
+    for counting in (first, second):
+        assert plan_prune(counting, run, SOON, memory=memory).floor == 19
+    assert first.traffic.bytes_down - second.traffic.bytes_down == whole
+    bucket.put(key, rotten(bucket.get(key, limit=1 << 20)))
+    assert plan_prune(bucket, run, SOON, memory=memory).floor == 16
+    memory.write_bytes(b"junk")
+    assert plan_prune(bucket, run, SOON, memory=memory).floor == 16
+
+
+NOW = 1_800_000_000.0
+DAY = 86_400.0
+
+
+@pytest.mark.parametrize(
+    ("ahead", "stamped", "written"),
+    [
+        (26 * 3600.0, NOW, None),
+        (26 * 3600.0, NOW - DAY, NOW - 10),
+        (-26 * 3600.0, NOW, NOW - DAY),
+        (400 * DAY, NOW, NOW),
+    ],
+)
+def test_no_clock_that_is_wrong_makes_an_active_replica_silent(ahead, stamped, written):
+    """One heartbeat's file is from another time, by a host or a mount with a wrong clock; another replica needs 3."""
+    listed = stats(10, {4, 8}, lambda n: NOW - 2 * DAY)
+    beats = [
+        (Stat("replicas/wrong.json", 1, "", NOW + ahead), Heartbeat("wrong", "0" * 16, 9)),
+        (Stat("replicas/right.json", 1, "", stamped), Heartbeat("right", "0" * 16, 3, at=written)),
+    ]
+    found = plan(listed, "0" * 16, beats, Policy(1, hours=1.0), clock=lambda: NOW)
+    assert (found.floor, found.reason) == (0, "replica right")
+
+
+def test_a_replica_is_silent_once_both_the_store_and_its_own_word_are_old():
+    listed = stats(10, {4, 8}, lambda n: NOW - 2 * DAY)
+    beats = [(Stat("replicas/a.json", 1, "", NOW - DAY), Heartbeat("a", "0" * 16, 3, at=NOW - DAY))]
+    beats += [(Stat("replicas/b.json", 1, "", NOW), Heartbeat("b", "0" * 16, 9, at=NOW))]
+    assert plan(listed, "0" * 16, beats, Policy(1, hours=1.0), clock=lambda: NOW).floor == 8

@@ -1,5 +1,6 @@
 """Anchors on this host: downloaded once, verified, opened only if they are what the run's table says."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,13 +27,13 @@ class Anchors:
     """
 
     def __init__(self, bucket: Bucket, *, base: Path | None) -> None:
-        self._bucket, self._base = bucket, base
+        self._bucket, self._base, self._owner = bucket, base, os.getpid()
         self._cache: Path | None = None
         self._sound: set[tuple[Position, Path]] = set()
 
     def close(self) -> None:
         """Remove what was downloaded; checkpoints handed out before stop being usable."""
-        if self._cache is not None:
+        if self._cache is not None and os.getpid() == self._owner:  # a forked child must not remove the parent's
             shutil.rmtree(self._cache, ignore_errors=True)
             self._cache = None
             self._sound.clear()

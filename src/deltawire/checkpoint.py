@@ -181,6 +181,12 @@ def _open_shard(path: Path, mode: Literal["r", "r+"]) -> tuple[np.memmap, contai
         raise type(error)(f"{path}: {error}") from None
 
 
+def shard(path: Path) -> dict[str, Bits]:
+    """The tensors of one safetensors file, mapped. Raises NotFound, FormatError."""
+    mapped, header = _open_shard(path, "r")
+    return {name: container.tensor(mapped, header, name) for name in header.entries}
+
+
 def metadata_of(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; nothing else of it is read. Raises FormatError."""
     return _open_shard(path, "r")[1].metadata

@@ -184,9 +184,12 @@ class Compactor:
         try:
             return self._write_fold(known, start, end, parts)
         except (FormatError, ChainError, NotFound):
-            if not (derived := [edge for edge in parts if edge.derived]):
+            derived = [edge for edge in parts if edge.derived]
+            if rotten := not self._copy.is_sound():
+                self._copy.discard()
+            elif not derived:
                 raise
-            for edge in derived:  # damaged, or gone: the fold is made of what they were made of
+            for edge in derived if not rotten else []:  # damaged, or gone: the fold is made of what they were made of
                 known.drop(edge)
             self._subscriber.refresh()
             return self._fold(known, start, end)
@@ -230,9 +233,7 @@ class Compactor:
 
     def _anchor(self, known: "_Known", version: int) -> CompactReport:
         mirror = self._mirror_at(version)
-        try:
-            mirror.weights.require_digests(mirror.digests, where=str(mirror.folder))
-        except BadDigest:  # it rotted on this disk: what others will begin at is not made of it
+        if not self._copy.is_sound():  # it rotted on this disk: what others will begin at is not made of it
             self._copy.discard()
             mirror = self._mirror_at(version)
         chain = self._subscriber.chain

@@ -12,7 +12,8 @@ from deltawire.subscriber import Subscriber
 
 
 class LocalCopy:
-    """A mirror in `folder`: made by the first move, found again by the next process, made anew for another run.
+    """A mirror in `folder`: made by the first move, found again by the next process, made anew for another run
+    or when its files are not what was written to them.
 
     It may be given any subscriber: whose bucket moved to a run that goes on from the last one, say.
     """
@@ -32,6 +33,10 @@ class LocalCopy:
         """Where the mirror stands; None before the first move of this process."""
         return None if self._mirror is None else self._mirror.position
 
+    def is_sound(self) -> bool:
+        """Whether the mirror's files still hold what was written to them; every byte is read."""
+        return self._mirror is None or self._mirror.weights.digests(self._mirror.table) == self._mirror.digests
+
     def discard(self) -> None:
         """Remove the mirror, so that the next move makes it anew."""
         self.close()
@@ -42,28 +47,36 @@ class LocalCopy:
         then stands where it stood."""
         here = held(self._folder)
         if self._mirror is None and here is not None and here.run == subscriber.run.run:
-            self._mirror = Mirror(self._folder, subscriber.run.table)
+            self._open(subscriber)
         change = self._way_to(subscriber, version)
         if self._mirror is None or change.anchor is not None:
             assert change.anchor is not None
             assert change.anchor_position is not None
             self.close()
-            if here is not None:  # of another run, or of a version the chain no longer has
+            if held(self._folder) is not None:  # of another run, or of a version the chain no longer has
                 shutil.rmtree(self._folder)
             self._mirror = Mirror.create(
                 self._folder, files(change.anchor.folder), change.anchor_position, subscriber.run.table
             )
             subscriber.close()  # the downloaded anchor is as large as the model
         if change.position != self._mirror.position:
-            self._apply(self._mirror, change)
+            try:
+                self._mirror.apply(change.delta, change.position)
+            except BadDigest:
+                if not self.is_sound():
+                    self.discard()
+                elif not subscriber.pass_over(change):
+                    self.close()
+                    raise
+                return self.at(subscriber, version)
         return self._mirror, change
 
-    def _apply(self, mirror: Mirror, change: Change) -> None:
+    def _open(self, subscriber: Subscriber) -> None:
+        """Go on with the folder of an earlier process; one that rotted since is made anew."""
         try:
-            mirror.apply(change.delta, change.position)
+            self._mirror = Mirror(self._folder, subscriber.run.table)
         except BadDigest:
-            self.close()  # opened anew, it says whether its own weights are the reason
-            raise
+            self.discard()
 
     def _way_to(self, subscriber: Subscriber, version: int) -> Change:
         """The change that takes the mirror to a version, or makes it anew."""

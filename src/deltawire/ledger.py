@@ -17,7 +17,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
     """What one replica says of itself. It is a hint: anyone who may write the bucket may write it.
 
     `version` is what it serves, `staged` what is ready to be written, `lag` versions behind, `audit` what the last look
-    at all of its memory found; `need` the lowest version it still reads from, written before a joiner downloads.
+    at all of its memory found; `need` the lowest version it still reads from, written before a joiner downloads. `at`
+    is when it was written, in seconds since the epoch by the replica's clock.
     """
 
     replica: str
@@ -29,6 +30,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
     lag: int | None = None
     audit: str | None = None
     error: str | None = None
+    at: float | None = None
     format: int = 1
 
 

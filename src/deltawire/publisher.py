@@ -113,7 +113,7 @@ class Publisher:
             raise ValueError(f'run={run!r}: "continue" or "supersede"')
         if resume not in ("warn", "require") or (resume, run) == ("require", "supersede"):
             raise ValueError(f'resume={resume!r}: "warn", or "require", which goes with run="continue"')
-        self.bucket = bucket
+        self.bucket, self._owner = bucket, os.getpid()
         self._on_upload, self._prepare, self._sharded = on_upload, tuple(prepare), process_group is not None
         with file_system_errors("the folder of temporary files (TMPDIR chooses another)"):
             self._spool = Path(tempfile.mkdtemp(prefix="deltawire-"))
@@ -136,7 +136,7 @@ class Publisher:
         self._summing = self._hurry = self._closing = self._died = self._torn = False
         self._thread = threading.Thread(target=self._upload_forever, name="deltawire-upload", daemon=True)
         self._thread.start()
-        atexit.register(self._close_at_exit, os.getpid())
+        atexit.register(self._close_at_exit)
 
     def _open(
         self, begin: dict[str, Any], key_file: str | Path | None, compactors: Iterable[str | Path], process_group: Any
@@ -235,6 +235,7 @@ class Publisher:
             raise self._problem or DeltaWireError(f"{self.bucket.url}: this publisher is closed; open a new one")
         if self._refused is not None:
             raise self._refused
+        self._require_owner()
         if self._torn:
             raise DeltaWireError(
                 f"{self.bucket.url}: a publish was interrupted, so what it captured is not known; close this publisher "
@@ -265,6 +266,14 @@ class Publisher:
             raise self._refused
         return said
 
+    def _require_owner(self) -> None:
+        """Raise DeltaWireError in a forked child, which has no uploader: nothing it published would ever arrive."""
+        if os.getpid() != self._owner:
+            raise DeltaWireError(
+                f"{self.bucket.url}: this publisher was opened by process {self._owner}, and a forked child cannot use "
+                "it; publish from the parent, or open a publisher in the child for a bucket of its own"
+            )
+
     def _report(self, capture: Capture, started: float) -> PublishReport:
         newest = capture.versions[-1]
         closed = [*self._waiting[:-1], *([self._work] if self._work else [])]
@@ -292,6 +301,7 @@ class Publisher:
         Raises what stops the upload when waiting cannot help (AccessRefused, NotFound, OutOfSpace, Forked), Unavailable
         when `timeout` seconds were not enough. Nothing is forgotten: call again, or publish on.
         """
+        self._require_owner()
         with self._changed:
             before, self._hurry = self._failures, True
             self._changed.notify_all()
@@ -303,7 +313,10 @@ class Publisher:
             raise Unavailable(f"{self.bucket.url}: not all committed after {timeout} s: {self._problem or 'uploading'}")
 
     def close(self, timeout: float | None = None) -> None:
-        """Flush, then stop the uploader, within `timeout` seconds. Raises what `flush` raises, after stopping."""
+        """Flush, then stop the uploader, within `timeout` seconds. Raises what `flush` raises, after stopping. In a
+        forked child it does nothing: what waits, and its files, are the parent's."""
+        if os.getpid() != self._owner:
+            return
         started, patience = time.monotonic(), 0.0
         try:
             if not self._closing:
@@ -320,10 +333,10 @@ class Publisher:
             self._capturer.close()
             shutil.rmtree(self._spool, ignore_errors=True)
 
-    def _close_at_exit(self, owner: int) -> None:
+    def _close_at_exit(self) -> None:
         """Send what waits, if that does not take too long; Python prints what this raises. A forked child has nothing
         to send."""
-        if os.getpid() != owner:
+        if os.getpid() != self._owner:
             return
         try:
             self.close(AFTER_ERROR if hasattr(sys, "last_value") else AT_EXIT)

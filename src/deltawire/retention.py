@@ -4,13 +4,20 @@ The floor is the newest anchor at or below everything that is still wanted: the 
 committed lately, and what an active replica stands on. Whoever stands at or above it never misses anything.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from deltawire import ledger
+from deltawire import ledger, log
 from deltawire.buckets.base import Bucket, Stat
 from deltawire.ledger import Heartbeat
+from deltawire.paths import Edge
+from deltawire.proofs import Proofs
+from deltawire.signing import trust
+from deltawire.subscriber import Subscriber
 
 BATCH = 500
 """keys deleted in one call"""
@@ -38,12 +45,15 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What goes, in order: everything of the run below version `floor`. `reason` says what keeps the rest."""
+    """What goes, in order: everything of the run below version `floor`. `reason` says what keeps the rest, `anchors`
+    which versions' anchors readers then begin at, `passed_over` which records of anchors are none, and why."""
 
     floor: int
     keys: tuple[str, ...]
     bytes: int
     reason: str
+    anchors: tuple[int, ...] = ()
+    passed_over: tuple[str, ...] = ()
 
     @property
     def objects(self) -> int:
@@ -59,34 +69,72 @@ class _Object:
     stat: Stat
 
 
-def plan_prune(bucket: Bucket, run: str, policy: Policy | None = None) -> Plan:
-    """What a policy lets go of a run, by one listing and the ledger. Changes nothing. Raises BucketError."""
+def plan_prune(
+    bucket: Bucket,
+    run: str,
+    policy: Policy | None = None,
+    *,
+    trusted: Iterable[str | Path] = (),
+    memory: Path | None = None,
+) -> Plan:
+    """What a policy lets go of a run, by one listing and the ledger. Changes nothing.
+
+    Where something would go, the anchors that what is left leans on are proved first: record, signature and every byte
+    of their files, which `memory`, a file, remembers. One that is not sound counts as not there. `trusted` are public
+    keys, or files of them; a signed run's anchors are signed by its own key or its compactors' in any case.
+
+    Raises BucketError, FormatError, ChainError."""
     heartbeats = ledger.read_all(bucket)  # before the listing: a joiner that writes its need later lists later
-    return plan(bucket.list(f"runs/{run}/"), run, heartbeats, policy or Policy())
+    stats = [*bucket.list(f"runs/{run}/")]
+    given = trust(trusted)
+    if not given and (signer := log.load_run(bucket, run).record.signer) is not None:
+        given = trust([signer])
+    wrong: dict[str, str] = {}
+    with Subscriber(bucket, trusted=given) as subscriber:
+        proofs = Proofs(subscriber, memory=memory)
+        while True:
+            kept = [stat for stat in stats if stat.key not in wrong]
+            found = plan(kept, run, heartbeats, policy or Policy())
+            problems = _unsound(proofs, kept, run, found.anchors) if found.keys else {}
+            wrong |= problems
+            if not problems:
+                return replace(found, passed_over=tuple(f"{key}: {why}" for key, why in sorted(wrong.items())))
 
 
-def plan(stats: Iterable[Stat], run: str, heartbeats: Iterable[tuple[Stat, Heartbeat]], policy: Policy) -> Plan:
+def plan(
+    stats: Iterable[Stat],
+    run: str,
+    heartbeats: Iterable[tuple[Stat, Heartbeat]],
+    policy: Policy,
+    *,
+    clock: Callable[[], float] = time.time,
+) -> Plan:
     """What a listing lets go. Ages are differences of the store's own timestamps: now is the newest of them, which is
-    never later than the store's clock."""
+    never later than the store's clock, and not later than this host's: one file from the future makes nobody old. A
+    replica is silent only where the store's stamp and the time in its heartbeat both say so."""
     objects, beats = _sorted_out(stats, run), list(heartbeats)
     commits = {item.end: item.stat.modified for item in objects if item.kind == "commit"}
     anchored = {item.end for item in objects if item.kind == "anchor record" and item.end in commits}
     anchors = sorted(anchored | ({0} & commits.keys()))
     if not anchors:
         return Plan(0, (), 0, "there is no anchor to start from")
-    now = max([item.stat.modified for item in objects] + [stat.modified for stat, _ in beats])
+    here = clock()
+    now = min(here, max([item.stat.modified for item in objects] + [stat.modified for stat, _ in beats]))
     wanted = {f"the newest {policy.anchors} anchors": anchors[-max(policy.anchors, 1) :][0]}
-    if lately := [version for version, when in commits.items() if now - when <= 3600 * policy.hours]:
+    if lately := [version for version, when in commits.items() if max(now - when, 0) <= 3600 * policy.hours]:
         wanted[f"commits of the last {policy.hours:g} hours"] = min(lately)
     for stat, beat in beats:
         stands = beat.version if beat.need is None else beat.need
-        if beat.run in (None, run) and stands is not None and now - stat.modified <= 3600 * policy.replica_hours:
+        age = min(max(now - stat.modified, 0), max(here - beat.at, 0) if beat.at is not None else math.inf)
+        if beat.run in (None, run) and stands is not None and age <= 3600 * policy.replica_hours:
             wanted[f"replica {beat.replica}"] = stands
     reason, lowest = min(wanted.items(), key=lambda item: item[1])
     floor = max((version for version in anchors if version <= lowest), default=0)
     going = [item for item in objects if _goes(item, floor)]
     going.sort(key=lambda item: (_ORDER.index(item.kind), item.end, item.stat.key))
-    return Plan(floor, tuple(item.stat.key for item in going), sum(item.stat.size for item in going), reason)
+    leans_on = tuple(sorted({floor, *anchors[-max(policy.anchors, 1) :]}))
+    size = sum(item.stat.size for item in going)
+    return Plan(floor, tuple(item.stat.key for item in going), size, reason, leans_on)
 
 
 def carry_out(bucket: Bucket, plan: Plan, *, on_step: Callable[[str], None] = lambda step: None) -> None:
@@ -96,6 +144,17 @@ def carry_out(bucket: Bucket, plan: Plan, *, on_step: Callable[[str], None] = la
         batch = plan.keys[first : first + BATCH]
         bucket.delete(*batch)
         on_step(batch[-1])
+
+
+def _unsound(proofs: Proofs, stats: list[Stat], run: str, versions: Collection[int]) -> dict[str, str]:
+    """Which records of these versions' anchors lead to no anchor, and why."""
+    found = {}
+    for item in _sorted_out(stats, run):
+        if item.kind == "anchor record" and item.end in versions:
+            problem = proofs.problem(Edge(None, item.end, 0, item.stat.key))
+            if problem is not None:
+                found[item.stat.key] = str(problem)
+    return found
 
 
 def _goes(item: _Object, floor: int) -> bool:

@@ -137,10 +137,9 @@ class Subscriber:
         if since is not None:
             digests, parent = self.digests_at(self._stand_on(since).version), since
         else:
-            first = self._first_of(last.record.version)
+            first, anchor = self._begin_at(last.record.version)
             digests, parent = as_numbers(first.record.digests), first.record.position
             delivered = self.chain.commit(parent.version).record
-            anchor = self.open_anchor(first.record)
             yield Update(parent, None, None, anchor, digests, delivered, first.record.wire_bytes)
         for filed in self.chain.between(parent.version, last):
             commit, digests = filed.record, self.chain.moved(digests, filed)
@@ -214,15 +213,22 @@ class Subscriber:
         """The files of the anchor that a version (the newest) is reached from, on this host, downloaded and verified if
         need be: a whole checkpoint."""
         version = self._newest().record.version if version is None else version
-        return files(self._anchors.folder(self._first_of(version).record, self.run))
+        return files(self._begin_at(version)[1].folder)
 
     def _way(
-        self, since: int | None, version: int, anchors: bool, passed_over: set[str], problem: DeltaWireError | None
+        self,
+        since: int | None,
+        version: int,
+        anchors: bool,
+        passed_over: set[str],
+        problem: DeltaWireError | None,
+        *,
+        forward: bool = False,
     ) -> list[Edge]:
         """A way without what was found wrong. Raises the problem that closed the last one, where there is no other."""
-        without = passed_over | self._wrong
+        without, hint = passed_over | self._wrong, problem is None
         try:
-            return self.chain.way(since, version, anchors=anchors, without=without, hint=problem is None)
+            return self.chain.way(since, version, anchors=anchors, forward=forward, without=without, hint=hint)
         except Gap:
             if problem is None:
                 raise
@@ -248,19 +254,21 @@ class Subscriber:
         assert problem is not None
         raise problem
 
-    def _first_of(self, version: int) -> Filed[Commit] | Filed[Derived]:
-        """The anchor that the cheapest way to a version starts at."""
+    def _begin_at(self, version: int) -> tuple[Filed[Commit] | Filed[Derived], Checkpoint]:
+        """The anchor that the cheapest way to a version starts at; one that is damaged or gone is passed over."""
         passed_over: set[str] = set()
+        problem: DeltaWireError | None = None
         while True:
-            first = self.chain.way(None, version, forward=True, without=passed_over | self._wrong)[0]
+            first = self._way(None, version, True, passed_over, problem, forward=True)[0]
             try:
                 ((_, filed),) = self.chain.read([first])
                 if ends_at(first, filed) != self.chain.commit(first.end).hash:
                     raise Forked(f"{self.bucket.url}/{first.record} is the anchor of another commit {first.end}")
-                return filed
-            except (FormatError, ChainError, NotFound):
+                return filed, self.open_anchor(filed.record)
+            except (FormatError, ChainError, NotFound) as error:
                 if not first.derived:
                     raise
+                problem = problem or error
                 passed_over.add(first.record)
 
     def _fetch(self, since: Position | None, version: int, path: list[Edge]) -> Change:

@@ -11,7 +11,7 @@ from stub_engine import StubEngine
 
 import deltawire as dw
 from deltawire.checkpoint import Checkpoint
-from deltawire.errors import AccessRefused, BadDigest, EngineError, EngineUnsupported, FormatError
+from deltawire.errors import AccessRefused, EngineError, EngineUnsupported, FormatError
 from deltawire.vllm.adapters import AdapterFollower
 from runs import PATIENCE
 from verbs import run_verb
@@ -133,19 +133,13 @@ def test_a_folder_that_was_lost_is_made_and_read_again(run, engine):
         assert run.served(engine) == {"lora@0": 0.0}
 
 
-def test_a_copy_that_is_damaged_on_the_disk_is_not_given_to_the_server(run, engine):
+def test_a_copy_that_is_damaged_on_the_disk_is_made_anew_and_never_given_to_the_server(run, engine):
     with run.follower(engine) as follower:
         follower.step()
         run.publish()
         damaged = Checkpoint(run.folder / "cache" / "lora" / "copy", writable=True)
         damaged[NAME].data[5] ^= 1
         damaged.flush()
-        with pytest.raises(BadDigest, match="nothing was written"):
-            follower.step()
-        with pytest.raises(BadDigest, match="remove it"):
-            follower.step()
-        assert run.served(engine) == {"lora@0": 0.0}
-        shutil.rmtree(run.folder / "cache" / "lora" / "copy")
         assert follower.step().from_version is None
         assert run.served(engine) == {"lora@0": 0.0, "lora@1": 1.0}
 

@@ -56,14 +56,18 @@ def prune(
 ) -> None:
     """Remove old versions that no active replica needs. Says what would go, and deletes with --delete."""
     from deltawire import retention
+    from deltawire.proofs import default_memory
 
     store = open_bucket(bucket)
     with Subscriber(store, trusted=trust or ()) as subscriber:
-        plan = retention.plan_prune(store, subscriber.run.run, retention.Policy(keep_anchors, keep_hours))
+        run = subscriber.run.run
+    policy = retention.Policy(keep_anchors, keep_hours)
+    plan = retention.plan_prune(store, run, policy, trusted=trust or (), memory=default_memory())
     if delete:
         retention.carry_out(store, plan)
     done = "deleted" if delete else "would delete (--delete does)"
     text = f"{done} {plan.objects} objects, {size(plan.bytes)}, all below version {plan.floor}; kept: {plan.reason}"
+    text += "".join(f"\npassed over as no anchor: {record}" for record in plan.passed_over)
     emit({"deleted": delete, **msgspec.to_builtins(plan)}, text, json)
 
 

@@ -6,7 +6,10 @@
 Gradient accumulation is respected: batches that do not step the optimizer publish nothing.
 """
 
+import atexit
 import inspect
+import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -72,12 +75,13 @@ class DeltaWeightSyncCallback(TrainerCallback):
             inspect.signature(Publisher).bind("bucket", **options)
         self.report: PublishReport | None = None
         """what the newest publish captured"""
+        self._owner = os.getpid()
         self._url = publisher if isinstance(publisher, str) else None
         self._publisher = publisher if isinstance(publisher, Publisher) else None
         self._options, self._patience, self._names = options, patience, tuple(metrics)
         self._logged: dict[str, float] = {}
         self._rounding = RoundingWatch()
-        self._assets: tempfile.TemporaryDirectory[str] | None = None
+        self._assets: str | None = None
 
     def __enter__(self) -> "DeltaWeightSyncCallback":
         return self
@@ -127,9 +131,10 @@ class DeltaWeightSyncCallback(TrainerCallback):
         try:
             if options.get("base") is None and options.get("assets") is None:
                 with file_system_errors("the folder of temporary files (TMPDIR chooses another)"):
-                    self._assets = tempfile.TemporaryDirectory(prefix="deltawire-")
-                    _save_assets(self._assets.name, model, tokenizer)
-                options["assets"] = self._assets.name
+                    self._assets = tempfile.mkdtemp(prefix="deltawire-")
+                    atexit.register(_remove, self._assets, os.getpid())
+                    _save_assets(self._assets, model, tokenizer)
+                options["assets"] = self._assets
             return Publisher(open_bucket(self._url, create=True), **options)
         except BaseException:
             self._let_go()
@@ -148,10 +153,16 @@ class DeltaWeightSyncCallback(TrainerCallback):
         if self._url is None:
             return None
         if self._assets is not None:
-            self._assets.cleanup()
+            _remove(self._assets, self._owner)
             self._assets = None
         publisher, self._publisher = self._publisher, None
         return publisher
+
+
+def _remove(folder: str, owner: int) -> None:
+    """Remove a temporary folder; a forked child leaves its parent's alone."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _save_assets(folder: str, model: nn.Module, tokenizer: Any) -> None:

@@ -4,7 +4,6 @@ Nothing is paused. A request names the version it wants as its model, so every a
 what was asked of the version before is answered by it to the end.
 """
 
-import os
 import re
 import shutil
 import time
@@ -21,6 +20,7 @@ from deltawire.copies import LocalCopy
 from deltawire.errors import EngineError, EngineUnsupported, FormatError, NotFound
 from deltawire.manifests import Position
 from deltawire.mirror import Mirror, building, held
+from deltawire.proofs import cache_folder
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.following import Following
 
@@ -93,7 +93,7 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
             clock=clock,
         )
         self._name = name
-        own = (Path(folder) if folder is not None else _cache() / self._replica).resolve() / name
+        own = (Path(folder) if folder is not None else cache_folder() / self._replica).resolve() / name
         self._versions, self._copy = own / "versions", LocalCopy(own / "copy")
 
     def close(self) -> None:
@@ -181,7 +181,3 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
             spare = [path for path in self._versions.glob("*") if str(path) not in read]
             for path in sorted(spare, key=lambda path: path.stat().st_mtime)[:-1]:
                 shutil.rmtree(path)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltawire"

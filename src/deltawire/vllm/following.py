@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Generic, Self, TypeVar
 
+import msgspec
+
 from deltawire import ledger, log
 from deltawire.buckets import open_bucket
 from deltawire.errors import (
@@ -127,7 +129,7 @@ class Following(ABC, Generic[E, R]):
         if not self._may_write or (self._last_beat == str(entry) and time.monotonic() < self._beaten + BEAT_EVERY):
             return
         try:
-            ledger.beat(self.bucket, entry)
+            ledger.beat(self.bucket, msgspec.structs.replace(entry, at=self._clock()))
         except AccessRefused:
             self._may_write = False
         except BucketError:  # the next one will tell
