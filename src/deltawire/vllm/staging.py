@@ -142,7 +142,7 @@ def stage(
         touched = [step for name in change.delta for step in live.steps.get(name, ())]
     else:
         changed = 0
-        for name in live.table:
+        for name in live.placement.boxes:  # of other tensors nothing is here
             wanted = change.anchor[name].copy()
             if name in change.delta:
                 change.delta[name].apply_(wanted.data)
