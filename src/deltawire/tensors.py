@@ -17,6 +17,7 @@ _NUMPY = {
 }  # fmt: skip
 """safetensors' dtype names by numpy's (the last row: numpy with ml_dtypes)."""
 NAMES = {name: spelled for spelled, name in _NUMPY.items()}
+_KEPT = "_deltawire_kept"
 
 
 def is_torch(tensor: object) -> bool:
@@ -33,6 +34,18 @@ def is_sharded(tensor: object) -> bool:
 def is_dense(tensor: Any) -> bool:
     """Whether every element of a torch tensor has a place in memory: not sparse, and on a device that holds data."""
     return not tensor.is_meta and str(tensor.layout) == "torch.strided"
+
+
+def keeping(tensor: Any) -> Any:
+    """The same torch tensor under a mark: its model keeps it in this dtype, whatever others are cast to."""
+    alias = tensor.detach()
+    setattr(alias, _KEPT, True)
+    return alias
+
+
+def is_kept(tensor: Any) -> bool:
+    """Whether this is a tensor that `keeping` gave, or a view that was taken of one."""
+    return getattr(getattr(tensor, "tensor", tensor), _KEPT, False) is True
 
 
 def dtype_of(tensor: Any) -> str:

@@ -1,16 +1,23 @@
 """What of a torch model a checkpoint holds."""
 
+import copy
+import re
+import sys
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from deltawire.names import bare
-from deltawire.tensors import FLOATS, NAMES, as_bits, is_dense, is_sharded
+from deltawire.names import bare, is_adapters
+from deltawire.tensors import FLOATS, NAMES, as_bits, is_dense, is_sharded, keeping
 
 CAST = tuple(getattr(torch, NAMES[name]) for name in FLOATS)
 """dtypes that a Publisher casts to its own"""
+NARROW = {torch.bfloat16, torch.float16}
+_DECLARED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+"""what `_declared_fp32` found of a model, whose class does not change while it is trained"""
 
 
 def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -21,16 +28,55 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
     another; one that is no dense float here, a DTensor say, comes as it is. Left out are buffers that are not
     persistent, and what the model's `_keys_to_ignore_on_save` names; where a server does not load one,
     `Publisher(prepare=[…])` leaves it out.
+
+    A parameter that the model keeps in fp32 comes under a mark, by which a Publisher ships it as F32: an fp32 one
+    beside 16-bit ones, and of a transformers model that is all fp32 those which its class keeps in fp32 when the rest
+    is bf16, as routers of ERNIE 4.5. Where servers hold one in 16 bits, `Publisher(dtype={"NAME": "BF16"})` says so.
     """
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    kept = kept_in_fp32(model)
     for name, parameter in model.named_parameters():
         if bare(name) not in ignored:
-            yield name, parameter
+            yield name, keeping(parameter) if name in kept else parameter
     for prefix, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
             name = f"{prefix}.{leaf}" if prefix else leaf
             if buffer is not None and leaf not in module._non_persistent_buffers_set and bare(name) not in ignored:
                 yield name, _in_its_dtype(buffer)
+
+
+def kept_in_fp32(model: nn.Module) -> set[str]:
+    """Names of the fp32 parameters that are so on purpose, rather than because all of a trainer's are."""
+    wide = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    if not wide or any(parameter.dtype in NARROW for parameter in model.parameters()):
+        return wide
+    if model not in _DECLARED:
+        _DECLARED[model] = _declared_fp32(model)
+    return {name for name in wide if not is_adapters(name) and bare(name) in _DECLARED[model]}
+
+
+def _declared_fp32(model: nn.Module) -> frozenset[str]:
+    """Names of what a transformers model's class keeps in fp32 when the rest is bf16: by its list of such modules, of
+    which `from_pretrained` takes note, or by how it makes them."""
+    transformers = sys.modules.get("transformers")
+    inner = next(
+        (part for part in model.modules() if transformers and isinstance(part, transformers.PreTrainedModel)), None
+    )
+    if inner is None:
+        return frozenset()
+    patterns = [part.replace("*", ".*") for part in inner._keep_in_fp32_modules_strict or ()]
+    listed = {name for name, _ in inner.named_parameters() if any(re.search(part, name) for part in patterns)}
+    return frozenset(bare(name) for name in listed | _made_in_fp32(inner) if not is_adapters(name))
+
+
+def _made_in_fp32(model: Any) -> set[str]:
+    """Names of the parameters that a transformers model of this class and config makes in fp32, made in bf16."""
+    try:
+        with torch.device("meta"):
+            twin = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
+    except Exception:  # a class of somebody's own that cannot be made without data says nothing
+        return set()
+    return {name for name, parameter in twin.named_parameters() if parameter.dtype == torch.float32}
 
 
 def _in_its_dtype(buffer: torch.Tensor) -> Any:

@@ -24,7 +24,7 @@ class Attached:
     """A bucket's run, this worker's weights as that run names them, the digests of their parts as the last update left
     them, and which version they are.
 
-    `frozen` are the committed digests of the frozen tensors of which this worker loads nothing: no version changes them.
+    `frozen` are the committed digests, which no version changes, of frozen tensors of which this worker loads nothing.
     `asked` is the address that was asked for. `union` is None when other workers hold the rest, `joined` whether
     somebody has found out the version. `undo` is the last update until it is confirmed, with what was before.
     """
