@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import deltawire as dw
 from deltawire.bits import Bits
 from deltawire.errors import DtypeMismatch
-from deltawire.tensors import as_bits, cast, keeping
+from deltawire.tensors import as_bits, cast, marked
 from runs import fresh, publishing, read_weights
 
 RULE = {"*.A_log": "F32", "*": "BF16"}
@@ -102,7 +102,7 @@ def test_a_dtype_that_is_no_float_is_refused_at_once(rule):
 
 def test_fp32_beside_16_bit_tensors_is_not_rounded_in_silence():
     with pytest.warns(
-        UserWarning, match=r"^2 tensors .*rounded to BF16: layers\.\*\.A_log\. .*\"layers.\*.A_log\": \"F32"
+        UserWarning, match=r"^2 tensors .*rounded to 16 bits: layers\.\*\.A_log\. .*\"layers.\*.A_log\": \"F32"
     ):
         published(fresh(), mixed())
     with pytest.warns(UserWarning, match="layers"):
@@ -127,7 +127,7 @@ def test_what_the_base_has_in_fp32_ships_so_and_what_it_has_in_bf16_is_not_round
     assert read["layers.0.A_log"] == as_bits(trained["layers.0.A_log"])
     assert read["layers.1.A_log"] == as_bits(trained["layers.1.A_log"].float())
     in_bf16 = as_base(tmp_path / "bf16", {name: tensor.bfloat16() for name, tensor in mixed().items()})
-    with pytest.warns(UserWarning, match="rounded to BF16"):
+    with pytest.warns(UserWarning, match="rounded to 16 bits"):
         published(fresh(), mixed(), base=in_bf16)
     with pytest.raises(DtypeMismatch, match=r"A_log: dtype= asks for F32, and this run has it in BF16, as its base"):
         published(fresh(), mixed(), base=in_bf16, dtype=RULE)
@@ -143,8 +143,8 @@ def test_a_pattern_may_have_values_rounded_to_fewer_bits_than_the_base_has(tmp_p
 def test_a_pattern_reaches_floats_alone_and_what_is_marked_or_bits_stays_as_it_is_without_one():
     scale = Bits("F32", (2,), np.array([1, 2], np.uint32))
     weights = mixed() | {
-        "layers.0.A_log": keeping(A_LOG),
-        "layers.1.A_log": keeping(A_LOG.bfloat16()),
+        "layers.0.A_log": marked(A_LOG, "kept"),
+        "layers.1.A_log": marked(A_LOG.bfloat16(), "kept"),
         "layers.2.scale": scale,
         "layers.2.count": torch.tensor([7]),
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from deltawire.bits import Bits
 from deltawire.errors import DtypeMismatch
-from deltawire.tensors import FLOATS, cast, dtype_of, is_kept
+from deltawire.tensors import FLOATS, cast, dtype_of, mark_of
 
 WIDE = ("F32", "F64")
 """float dtypes that trainers hold and servers do not"""
@@ -34,8 +34,9 @@ class Casting:
                 raise ValueError(f"dtype={rule!r}: {dtype!r} is none of {', '.join(FLOATS)}")
         self._patterns = {pattern: dtype for pattern, dtype in given.items() if pattern != "*"}
         self._rest = given.get("*", DEFAULT)
-        self._rounded: dict[str, str] = {}
-        self._is_meant = self._is_settled = False
+        self._rounded: dict[str, bool] = {}
+        """tensors in fp32 that no pattern had rounded, and whether the model says that it keeps them so"""
+        self._is_mixed = self._is_settled = False
 
     def served_as(self, name: str, tensor: Any) -> str:
         """The dtype in which a server holds a tensor that no table has: what a pattern says, else its own, or the
@@ -44,7 +45,7 @@ class Casting:
         own = dtype_of(tensor)
         if (asked := self._asked(name, own)) is not None:
             return asked
-        if isinstance(tensor, Bits) or is_kept(tensor):
+        if isinstance(tensor, Bits) or mark_of(tensor) == "kept":
             return own
         return self._rest if own in WIDE or (own, self._rest) == ("BF16", "F16") else own
 
@@ -58,9 +59,8 @@ class Casting:
         own, here = dtype_of(tensor), tensor if shard is None else shard
         asked = self._asked(name, own)
         if asked is None and own in WIDE and held in NARROW:
-            self._rounded[name] = held
-            self._is_meant = self._is_meant or is_kept(tensor)
-        self._is_meant = self._is_meant or (own in NARROW and not isinstance(tensor, Bits))
+            self._rounded[name] = mark_of(tensor) is not None
+        self._is_mixed = self._is_mixed or (own in NARROW and not isinstance(tensor, Bits))
         if asked is not None and asked != held and (asked in WIDE or held not in WIDE):
             raise DtypeMismatch(
                 f"{name}: dtype= asks for {asked}, and this run has it in {held}, as its base or its first publish had "
@@ -72,8 +72,8 @@ class Casting:
             raise DtypeMismatch(f"{name}: {error}") from None
 
     def settle(self, names: Iterable[str], *, warn: bool = True) -> None:
-        """After the first publish gave all its tensors, `names`: warn of those in fp32 that were rounded beside others
-        of 16 bits, unasked. Raises DtypeMismatch for a pattern that fits none of them."""
+        """After the first publish gave all its tensors, `names`: warn of fp32 ones that were rounded unasked, beside
+        others of 16 bits or although their model keeps them so. Raises DtypeMismatch for a pattern that fits none."""
         if self._is_settled:
             return
         given = sorted(names)
@@ -83,8 +83,8 @@ class Casting:
                 f"over the checkpoint's names, as {', '.join(map(repr, given[:SHOWN]))}"
             )
         self._is_settled = True
-        if self._rounded and self._is_meant and warn:
-            warnings.warn(self._what_was_rounded(), stacklevel=4)
+        if warn and (meant := [name for name, is_said in self._rounded.items() if is_said or self._is_mixed]):
+            warnings.warn(_what_was_rounded(meant), stacklevel=4)
 
     def _asked(self, name: str, own: str) -> str | None:
         """What the first pattern that fits says of a float tensor."""
@@ -92,13 +92,13 @@ class Casting:
             return None
         return next((dtype for pattern, dtype in self._patterns.items() if fnmatchcase(name, pattern)), None)
 
-    def _what_was_rounded(self) -> str:
-        kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in self._rounded)
-        shown = list(kinds)[:SHOWN]
-        more = f", and {len(kinds) - SHOWN} more" if len(kinds) > SHOWN else ""
-        keep = ", ".join(f'"{kind}": "F32"' for kind in shown)
-        return (
-            f"{len(self._rounded)} tensors that the model keeps in fp32, beside others of 16 bits, were rounded to "
-            f"{', '.join(sorted(set(self._rounded.values())))}: {', '.join(shown)}{more}. Where servers hold them in "
-            f'fp32, begin a run with Publisher(dtype={{{keep}}}); where they do not, say so there: "BF16"'
-        )
+
+def _what_was_rounded(names: list[str]) -> str:
+    kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+    more = f", and {len(kinds) - SHOWN} more" if len(kinds) > SHOWN else ""
+    keep = ", ".join(f'"{kind}": "F32"' for kind in kinds[:SHOWN])
+    return (
+        f"{len(names)} tensors that the model keeps in fp32 beside 16-bit ones were rounded to 16 bits: "
+        f"{', '.join(kinds[:SHOWN])}{more}. Where servers hold them in fp32, begin a run with "
+        f'Publisher(dtype={{{keep}}}); where they do not, say so there: "BF16"'
+    )

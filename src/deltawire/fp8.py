@@ -31,7 +31,7 @@ import numpy as np
 
 from deltawire.bits import Bits, UInts
 from deltawire.errors import DtypeMismatch
-from deltawire.tensors import FLOATS, as_bits, as_float32, dtype_of, is_kept, is_torch
+from deltawire.tensors import FLOATS, as_bits, as_float32, dtype_of, is_torch, mark_of
 
 LARGEST = 448.0
 """the largest fp8 e4m3 number"""
@@ -90,7 +90,7 @@ class Fp8:
             and 0 not in tensor.shape
             and dtype_of(tensor) in FLOATS
             and self.skip.isdisjoint(name.split("."))
-            and not is_kept(tensor)
+            and mark_of(tensor) != "kept"
         )
 
 

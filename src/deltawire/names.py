@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deltawire.errors import ShapeMismatch, UnknownTensor
-from deltawire.tensors import is_kept, is_sharded, is_torch, keeping
+from deltawire.tensors import is_sharded, is_torch, mark_of, marked
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
 """parts of a name that torch.compile, FSDP, activation checkpointing and PEFT put in, wherever they stand"""
@@ -55,7 +55,7 @@ class View:
         if list(self.dims) != (left := sorted(self.dims)):
             order = [left.index(dim) for dim in self.dims]
             part = part.permute(order) if is_torch(part) else part.transpose(order)
-        return keeping(part) if is_kept(tensor) else part
+        return marked(part, mark_of(tensor))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,6 +1,7 @@
-"""What a model keeps in fp32 beside bf16 ships so: the routers of ERNIE 4.5 and HunYuan, whatever the masters are."""
+"""What a model keeps in fp32 beside bf16 ships so, as routers of ERNIE 4.5, or is not rounded in silence."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -18,11 +19,11 @@ from transformers import (
 import deltawire as dw
 from deltawire.fp8 import Fp8
 from deltawire.names import View
-from deltawire.tensors import as_bits, cast, is_kept, keeping
+from deltawire.tensors import as_bits, cast, mark_of, marked
 from deltawire.torch import follow
 from deltawire.trainers.conversion import name_map
 from deltawire.trainers.hook import publish_after_step
-from deltawire.trainers.state import checkpoint_tensors, kept_in_fp32
+from deltawire.trainers.state import checkpoint_tensors, fp32_marks
 from runs import fresh, publishing, read_weights
 
 SMALL = {
@@ -64,22 +65,41 @@ def loaded(model, folder, dtype):
     return type(model).from_pretrained(folder, dtype=dtype)
 
 
-@pytest.mark.parametrize(("make", "routers"), FAMILIES)
-@pytest.mark.parametrize("masters", ["fp32", "bf16"])
-def test_a_hook_ships_in_fp32_what_transformers_keeps_so(make, routers, masters, tmp_path):
-    model = seeded(make)
-    if masters == "bf16":
-        model = loaded(model, tmp_path, torch.bfloat16)
-    assert kept_in_fp32(model) == routers
+def publish_two_steps(model):
+    """What a reader gets after a hook published the start and a step."""
     bucket, optimizer = fresh(), torch.optim.SGD(model.parameters(), lr=1e-3)
     with publishing(bucket) as publisher:
         publish_after_step(publisher, model, optimizer)
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-    read = read_weights(bucket)
+    return read_weights(bucket)
+
+
+@pytest.mark.parametrize(("make", "routers"), FAMILIES)
+def test_a_hook_ships_in_fp32_what_transformers_loads_so_beside_bf16(make, routers, tmp_path):
+    model = loaded(seeded(make), tmp_path, torch.bfloat16)
+    assert fp32_marks(model) == dict.fromkeys(routers, "kept")
+    read = publish_two_steps(model)
     for name, parameter in model.named_parameters():
         assert read[name] == as_bits(parameter if name in routers else parameter.bfloat16()), name
+
+
+@pytest.mark.parametrize(("make", "routers", "mark"), [(*FAMILIES[0], "kept"), (*FAMILIES[1], "made"), (qwen3, (), "")])
+def test_of_masters_that_are_all_fp32_a_hook_ships_so_what_the_class_lists_and_warns_of_what_it_only_makes_so(
+    make, routers, mark
+):
+    model = seeded(make)
+    assert fp32_marks(model) == dict.fromkeys(routers, mark)
+    with (
+        pytest.warns(UserWarning, match=r"2 tensors .*rounded to 16 bits: model\.layers\.\*\.mlp\.gate\.wg")
+        if mark == "made"
+        else nullcontext()
+    ):
+        read = publish_two_steps(model)
+    for name, parameter in model.named_parameters():
+        wide = name in routers and mark == "kept"
+        assert read[name] == as_bits(parameter if wide else parameter.bfloat16()), name
 
 
 def test_a_checkpoint_that_transformers_saved_in_bf16_and_loaded_mixed_is_one_and_the_same_run(tmp_path):
@@ -108,12 +128,12 @@ def test_a_rule_of_the_users_goes_before_what_the_model_says():
 
 
 def test_a_mark_outlasts_a_view_and_keeps_fp8_away():
-    model = seeded(hunyuan)
-    pairs = dict(Fp8()(name_map(model)(checkpoint_tensors(model))))
-    assert {name for name, tensor in pairs.items() if is_kept(tensor)} == ROUTERS
-    assert {name for name in ROUTERS if pairs[name].dtype == torch.float32} == ROUTERS
+    model = seeded(ernie)
+    pairs = dict(Fp8(skip=frozenset())(name_map(model)(checkpoint_tensors(model))))
+    assert (mark_of(pairs[GATE]), pairs[GATE].dtype) == ("kept", torch.float32)
+    assert pairs["model.layers.1.mlp.experts.0.up_proj.weight"].dtype == torch.float8_e4m3fn
     part = dw.NameMap({"w": (View("a", ((0, 1), (0, 3)), (1,)), View("b", ((1, 2), (0, 3)), (1,)))})
-    assert all(is_kept(view) for _, view in part([("w", keeping(torch.ones(2, 3)))]))
+    assert [mark_of(view) for _, view in part([("w", marked(torch.ones(2, 3), "made"))])] == ["made"] * 2
 
 
 def test_a_module_of_ones_own_that_is_mixed_ships_mixed_and_one_that_is_not_as_ever():
@@ -127,7 +147,7 @@ def test_a_module_of_ones_own_that_is_mixed_ships_mixed_and_one_that_is_not_as_e
         with publishing(bucket) as publisher:
             publisher.publish(checkpoint_tensors(Own(norm)))
         assert read_weights(bucket)["norm.weight"].dtype == expected
-    assert kept_in_fp32(Own(torch.bfloat16).float()) == set()
+    assert fp32_marks(Own(torch.bfloat16).float()) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -140,7 +160,7 @@ def test_a_module_follows_a_run_of_several_dtypes(dtype, tmp_path):
         with follow(followed, url) as follower:
             for version in range(3):
                 assert follower.step().version == version
-                held, routers = dict(followed.named_parameters()), kept_in_fp32(model)
+                held, routers = dict(followed.named_parameters()), fp32_marks(model)
                 for name, parameter in model.named_parameters():
                     expected = parameter if name in routers else parameter.bfloat16().to(dtype)
                     assert torch.equal(held[name], expected), name

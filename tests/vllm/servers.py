@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from deltawire.ops.processes import KEEPER
-from deltawire.trainers.state import kept_in_fp32
+from deltawire.trainers.state import fp32_marks
 
 START_SECONDS = 420
 """alone it takes 20 to 40; beside another test's workers, all bound to the same cores, it took 240 and more"""
@@ -131,7 +131,7 @@ def save_checkpoint(folder: Path, model=None) -> None:
     model stays as it is."""
     model = model or tiny_qwen3()
     saved = copy.deepcopy(model).to(torch.bfloat16)
-    for name in kept_in_fp32(model):
+    for name in fp32_marks(model):
         saved.get_parameter(name).data = model.get_parameter(name).detach().clone()
     for name, bias in model.named_buffers():
         if name.endswith("e_score_correction_bias"):

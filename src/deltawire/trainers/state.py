@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from deltawire.names import bare, is_adapters
-from deltawire.tensors import FLOATS, NAMES, as_bits, is_dense, is_sharded, keeping
+from deltawire.tensors import FLOATS, NAMES, Mark, as_bits, is_dense, is_sharded, marked
 
 CAST = tuple(getattr(torch, NAMES[name]) for name in FLOATS)
 """dtypes that a Publisher casts to its own"""
 NARROW = {torch.bfloat16, torch.float16}
-_DECLARED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+_DECLARED: WeakKeyDictionary[nn.Module, dict[str, Mark]] = WeakKeyDictionary()
 """what `_declared_fp32` found of a model, whose class does not change while it is trained"""
 
 
@@ -30,14 +30,16 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
     `Publisher(prepare=[…])` leaves it out.
 
     A parameter that the model keeps in fp32 comes under a mark, by which a Publisher ships it as F32: an fp32 one
-    beside 16-bit ones, and of a transformers model that is all fp32 those which its class keeps in fp32 when the rest
-    is bf16, as routers of ERNIE 4.5. Where servers hold one in 16 bits, `Publisher(dtype={"NAME": "BF16"})` says so.
+    beside 16-bit ones, and of a transformers model that is all fp32 those which its class lists as kept in fp32 when
+    the rest is bf16, as routers of ERNIE 4.5. One that its class makes in fp32 without listing it, as HunYuan's
+    routers, comes under another mark: servers differ, so it is rounded like the rest, with a warning. Either way
+    `Publisher(dtype={"NAME": …})` says what servers hold.
     """
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    kept = kept_in_fp32(model)
+    marks = fp32_marks(model)
     for name, parameter in model.named_parameters():
         if bare(name) not in ignored:
-            yield name, keeping(parameter) if name in kept else parameter
+            yield name, marked(parameter, marks.get(name))
     for prefix, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
             name = f"{prefix}.{leaf}" if prefix else leaf
@@ -45,28 +47,29 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield name, _in_its_dtype(buffer)
 
 
-def kept_in_fp32(model: nn.Module) -> set[str]:
-    """Names of the fp32 parameters that are so on purpose, rather than because all of a trainer's are."""
-    wide = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+def fp32_marks(model: nn.Module) -> dict[str, Mark]:
+    """What is said, by name, of the fp32 parameters that are so on purpose, not because all of a trainer's are."""
+    wide = [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32]
     if not wide or any(parameter.dtype in NARROW for parameter in model.parameters()):
-        return wide
+        return dict.fromkeys(wide, "kept")
     if model not in _DECLARED:
         _DECLARED[model] = _declared_fp32(model)
-    return {name for name in wide if not is_adapters(name) and bare(name) in _DECLARED[model]}
+    declared = {name: _DECLARED[model].get(bare(name)) for name in wide if not is_adapters(name)}
+    return {name: mark for name, mark in declared.items() if mark is not None}
 
 
-def _declared_fp32(model: nn.Module) -> frozenset[str]:
-    """Names of what a transformers model's class keeps in fp32 when the rest is bf16: by its list of such modules, of
-    which `from_pretrained` takes note, or by how it makes them."""
+def _declared_fp32(model: nn.Module) -> dict[str, Mark]:
+    """What a transformers model's class says of its parameters in fp32 beside bf16: those on its list of such modules,
+    of which `from_pretrained` takes note, are kept so; others it makes so."""
     transformers = sys.modules.get("transformers")
-    inner = next(
-        (part for part in model.modules() if transformers and isinstance(part, transformers.PreTrainedModel)), None
-    )
+    parts = (part for part in model.modules() if transformers and isinstance(part, transformers.PreTrainedModel))
+    inner: Any = next(parts, None)
     if inner is None:
-        return frozenset()
+        return {}
     patterns = [part.replace("*", ".*") for part in inner._keep_in_fp32_modules_strict or ()]
     listed = {name for name, _ in inner.named_parameters() if any(re.search(part, name) for part in patterns)}
-    return frozenset(bare(name) for name in listed | _made_in_fp32(inner) if not is_adapters(name))
+    names = {bare(name): name for name in listed | _made_in_fp32(inner) if not is_adapters(name)}
+    return {name: "kept" if given in listed else "made" for name, given in names.items()}
 
 
 def _made_in_fp32(model: Any) -> set[str]:
