@@ -26,9 +26,11 @@ def follow(
     `names` leads to them: `name_map(model)` of `deltawire.trainers.conversion` for a transformers model. Tensors that
     the run never changes need not be there.
 
-    Weights are patched in place, in the dtype the run ships, or in fp32 where it ships bf16. `trusted` are public keys,
-    or files of them, one of which must have signed every record. Raises BucketError, FormatError, ChainError, and
-    EngineUnsupported naming the tensors of the run that the model does not hold.
+    Weights are patched in place, in the dtype the run ships, or in fp32 where it ships bf16, or in bf16 while all that
+    it ships as F32 fits. `trusted` are public keys, or files of them, one of which must have signed every record.
+
+    Raises BucketError, FormatError, ChainError, and EngineUnsupported naming the tensors of the run that the model does
+    not hold.
     """
     return ModelFollower(model, bucket, names, trusted)
 

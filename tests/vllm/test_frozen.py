@@ -5,9 +5,11 @@ import torch
 from safetensors.torch import save_file
 from small import Fused, Shard, make_weights
 from stub_engine import StubEngine
+from typer.testing import CliRunner
 
 import deltawire as dw
 from deltawire import retention
+from deltawire.cli import app
 from deltawire.compactor import Compactor
 from deltawire.errors import EngineUnsupported
 from deltawire.torch import follow
@@ -90,6 +92,10 @@ def test_frozen_tensors_that_no_worker_loads_count_as_the_base_has_them(run, wor
         assert (audit.position.version, audit.mismatched, sorted(audit.frozen)) == (3, [], sorted(LEFT))
         assert audit.digests == {name: f"{value:016x}" for name, value in dw.digest(held).items()}
         assert [sorted(worker["frozen"]) for worker in client.placement()] == [sorted(LEFT)] * workers
+        said = CliRunner().invoke(app, ["audit", "--engine", engine.url]).output
+        assert "3 tensors, all equal; 2 that the run never changes are not loaded by this server" in said
+        said = CliRunner().invoke(app, ["inspect", "--engine", engine.url]).output
+        assert said.count("not loaded here") == 2 * workers
         models[-1].v.data[3] = 42.0
         assert client.audit().mismatched == ["v"]
 
