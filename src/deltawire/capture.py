@@ -17,7 +17,8 @@ from deltawire.buckets.base import Bucket
 from deltawire.checkpoint import Checkpoint
 from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import root as root_of
-from deltawire.errors import BadDigest, DtypeMismatch, MissingTensor, NotFound, UnknownTensor
+from deltawire.dtypes import Casting
+from deltawire.errors import BadDigest, MissingTensor, NotFound, UnknownTensor
 from deltawire.manifests import (
     BaseCheckpoint,
     Position,
@@ -29,10 +30,7 @@ from deltawire.manifests import (
 from deltawire.pending import Captured, encode, hash_file
 from deltawire.resuming import require_same_adapter
 from deltawire.subscriber import Subscriber
-from deltawire.tensors import cast, dtype_of
 
-WIDE = ("F32", "F64")
-"""float dtypes that trainers hold and servers do not"""
 About = tuple[int | None, Mapping[str, float]]
 """what the trainer says of a version: its step and metrics"""
 
@@ -64,7 +62,7 @@ class Capturer:
         spool: Path,
         *,
         base: str | Path | None,
-        dtype: str,
+        dtype: str | Mapping[str, str],
         assets: str | Path | None,
         clock: Callable[[], float],
         supersede: bool = False,
@@ -73,7 +71,7 @@ class Capturer:
         self._compactors = compactors
         self._supersedes: Position | None = None
         self.resumed_hash: str | None = None
-        self._spool, self._dtype, self._clock = spool, dtype, clock
+        self._spool, self._casting, self._clock = spool, Casting(dtype), clock
         self._assets = Path(assets) if assets is not None else None
         self._run: Run | None = None
         self._baseline = Baseline()
@@ -120,11 +118,12 @@ class Capturer:
         started = time.perf_counter()
         about = about_of(step, metrics)
         if self._run is None and self._base is None:
-            first = self._begin(_cast_all(pairs, self._dtype), about)
+            first = self._begin(pairs, about)
             return Capture([first], time.perf_counter() - started, self.total, first.payload_bytes)
         trainable = {entry.name for entry in self._run.table if entry.trainable} if self._run else None
         seen = self._compare(pairs, trainable)
         require_all(seen, trainable)
+        self._casting.settle(seen)
         seconds = time.perf_counter() - started
         run = self._run or self._begin_on_base(seen)
         versions = [] if self._run else [self._describe(run, 0, about, digests=self._base_digests, payloads={})]
@@ -144,20 +143,21 @@ class Capturer:
         for name, tensor in pairs:
             self._baseline.require(name, tuple(tensor.shape))
             require_due(name, seen, trainable)
-            change = self._baseline.compare(name, cast_of(name, tensor, self._baseline[name].dtype))
+            change = self._baseline.compare(name, self._casting.cast(name, tensor, self._baseline[name].dtype))
             total = self._partial[name] + change if name in self._partial else change
             self._partial[name] = total
             self._baseline.advance(name, change)
             seen.add(name)
         return seen
 
-    def _begin(self, tensors: Iterable[tuple[str, Bits]], about: About) -> Captured:
+    def _begin(self, pairs: Iterable[tuple[str, Any]], about: About) -> Captured:
         """A run's first version, as an anchor. Nothing counts as captured before its files are written."""
         baseline = Baseline()
-        for name, bits in tensors:
+        for name, tensor in pairs:
             require_due(name, baseline.digests, None)
-            baseline.seed(name, bits)
+            baseline.seed(name, self._casting.cast(name, tensor, self._casting.served_as(name, tensor)))
         require_all(baseline.digests, None)
+        self._casting.settle(baseline.digests)
         run = self._new_run(baseline.table(baseline.digests), None)
         payloads = self._write_anchor(run.table, baseline)
         captured = self._describe(run, 0, about, digests=baseline.digests, payloads=payloads)
@@ -290,28 +290,6 @@ def _seeded(weights: Mapping[str, Bits]) -> Baseline:
     for name in weights:
         baseline.seed(name, weights[name])
     return baseline
-
-
-def _cast_all(pairs: Iterable[tuple[str, Any]], dtype: str) -> Iterable[tuple[str, Bits]]:
-    for name, tensor in pairs:
-        yield name, cast_of(name, tensor, served_as(tensor, dtype))
-
-
-def cast_of(name: str, tensor: Any, dtype: str) -> Bits:
-    """A tensor as `cast` gives it. Raises DtypeMismatch, which names it."""
-    try:
-        return cast(tensor, dtype)
-    except DtypeMismatch as error:
-        raise DtypeMismatch(f"{name}: {error}") from None
-
-
-def served_as(tensor: Any, dtype: str) -> str:
-    """The dtype in which a server holds a tensor: its own, or `dtype` for one that only trainers hold. A server of fp16
-    holds bf16 weights as fp16 too; Bits are what the checkpoint holds, as the scales of fp8."""
-    own = dtype_of(tensor)
-    if isinstance(tensor, Bits):
-        return own
-    return dtype if own in WIDE or (own, dtype) == ("BF16", "F16") else own
 
 
 def about_of(step: int | None, metrics: Mapping[str, float] | None) -> About:

@@ -31,7 +31,7 @@ import numpy as np
 
 from deltawire.bits import Bits, UInts
 from deltawire.errors import DtypeMismatch
-from deltawire.tensors import FLOATS, as_bits, as_float32, dtype_of, is_torch
+from deltawire.tensors import FLOATS, as_bits, as_float32, dtype_of, is_torch, mark_of
 
 LARGEST = 448.0
 """the largest fp8 e4m3 number"""
@@ -46,8 +46,8 @@ class Fp8:
 
     `block`: (rows, columns) that share a scale; None for one scale per tensor, which vLLM rounds again where it fuses
     layers of different scales, so there prefer blocks. A weight is left alone when one of the parts of its name, split
-    at the dots, is in `skip`, or it is no float matrix with elements, or its name does not end in `.weight`; experts
-    kept in one 3-D tensor must be split before.
+    at the dots, is in `skip`, or it is no float matrix with elements, or its name does not end in `.weight`, or its
+    model keeps it in fp32; experts kept in one 3-D tensor must be split before.
     """
 
     block: tuple[int, int] | None = (128, 128)
@@ -90,6 +90,7 @@ class Fp8:
             and 0 not in tensor.shape
             and dtype_of(tensor) in FLOATS
             and self.skip.isdisjoint(name.split("."))
+            and mark_of(tensor) != "kept"
         )
 
 

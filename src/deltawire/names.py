@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deltawire.errors import ShapeMismatch, UnknownTensor
-from deltawire.tensors import is_sharded, is_torch
+from deltawire.tensors import is_sharded, is_torch, mark_of, marked
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
 """parts of a name that torch.compile, FSDP, activation checkpointing and PEFT put in, wherever they stand"""
@@ -52,10 +52,10 @@ class View:
         if is_sharded(tensor):
             return ShardedView(self, tensor)
         part = tensor[tuple(slice(*ends) if dim in self.dims else ends[0] for dim, ends in enumerate(self.box))]
-        if list(self.dims) == (kept := sorted(self.dims)):
-            return part
-        order = [kept.index(dim) for dim in self.dims]
-        return part.permute(order) if is_torch(part) else part.transpose(order)
+        if list(self.dims) != (left := sorted(self.dims)):
+            order = [left.index(dim) for dim in self.dims]
+            part = part.permute(order) if is_torch(part) else part.transpose(order)
+        return marked(part, mark_of(tensor))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

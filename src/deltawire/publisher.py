@@ -64,8 +64,12 @@ class Publisher:
 
     `base`: the checkpoint both sides start from, a folder or a Hub repository; version 0 then is a reference to it.
     Without it version 0 is an anchor, a full checkpoint in the bucket, with the config and tokenizer files of `assets`.
-    `dtype` is what fp32 and fp64 tensors are cast to, as the server holds them ("BF16"), and with "F16" bf16 ones too;
-    `Bits` are shipped as they are. With a base, its dtypes rule.
+    `dtype` is what fp32 and fp64 tensors are cast to, as the server holds them ("BF16"), and with "F16" bf16 ones too.
+    Where a server holds some in fp32, it is a mapping: {"*.A_log": "F32", "*": "BF16"}. Its keys are patterns (fnmatch)
+    over the checkpoint's names, of which the first that fits rules; "*" is for all that no other fits, "BF16" unless
+    given. What the model keeps in fp32 ships as F32 where `checkpoint_tensors` gives it; given as plain pairs beside
+    16-bit tensors it is rounded with a warning. `Bits` are shipped as they are, unless a pattern other than "*" fits.
+    With a base, its dtypes rule; a pattern may still ask for values rounded to fewer bits.
     `prepare` are functions over the (name, tensor) pairs of a publish, applied in order, that give the checkpoint's
     names, shapes and dtypes where the trainer's differ.
     `codec`: "gap". `on_upload` hears of every commit, on the uploader's thread.
@@ -94,7 +98,7 @@ class Publisher:
         *,
         base: str | Path | None = None,
         codec: str = "gap",
-        dtype: str = "BF16",
+        dtype: str | Mapping[str, str] = "BF16",
         assets: str | Path | None = None,
         prepare: Iterable[Prepare] = (),
         run: Literal["continue", "supersede"] = "continue",
@@ -200,12 +204,12 @@ class Publisher:
         one at a time, so memory grows by one tensor and one delta. The first call fixes the set of names; later
         calls must give exactly that set. `metrics` go into the commit as numbers.
 
-        Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch; what was captured before the error is kept
-        and goes with the next good call. Raises ChainError, too, once another writer has taken the run. In a sharded
-        job all ranks raise together: those without trouble of their own RankFailed, CopiesDiffer where ranks disagree,
-        MissingTensor where they give other names or another `step`. Raises WrongBase where resume="require" refuses the
-        first publish; only a new publisher goes on then. After an interrupt (Ctrl-C, no memory) in here only
-        a new publisher goes on.
+        Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch, also for a pattern of `dtype` that fits none
+        of the names; what was captured before the error is kept and goes with the next good call. Raises ChainError,
+        too, once another writer has taken the run. In a sharded job all ranks raise together: those without trouble of
+        their own RankFailed, CopiesDiffer where ranks disagree, MissingTensor where they give other names or another
+        `step`. Raises WrongBase where resume="require" refuses the first publish; only a new publisher goes on then.
+        After an interrupt (Ctrl-C, no memory) in here only a new publisher goes on.
         """
         started = time.perf_counter()
         with self._changed:

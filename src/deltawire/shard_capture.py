@@ -18,9 +18,10 @@ from deltawire import checkpoint
 from deltawire.baseline import Baseline, require
 from deltawire.bits import WIDTHS, count
 from deltawire.buckets.base import Bucket
-from deltawire.capture import About, Capture, about_of, cast_of, require_all, require_due, served_as
+from deltawire.capture import About, Capture, about_of, require_all, require_due
 from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import MODULUS
+from deltawire.dtypes import Casting
 from deltawire.errors import BadDigest, CopiesDiffer, MissingTensor, ShapeMismatch
 from deltawire.manifests import Run, TensorEntry, anchor_hash, anchor_prefix
 from deltawire.pending import Captured, encode
@@ -42,13 +43,13 @@ class ShardCapturer:
         ranks: Ranks,
         *,
         base: str | Path | None,
-        dtype: str,
+        dtype: str | Mapping[str, str],
         assets: str | Path | None,
         clock: Callable[[], float],
         supersede: bool = False,
         compactors: tuple[str, ...] = (),
     ) -> None:
-        self._ranks, self._dtype, self._clock, self._compactors = ranks, dtype, clock, compactors
+        self._ranks, self._casting, self._clock, self._compactors = ranks, Casting(dtype), clock, compactors
         self._assets = Path(assets) if assets is not None and ranks.rank == 0 else None
         self._opening = Opening(bucket, ranks, base=base, assets=self._assets, supersede=supersede)
         self._decision = self._opening.decision
@@ -121,15 +122,16 @@ class ShardCapturer:
         for name, tensor in pairs:
             shard = self._ranks.hold(name, tensor)
             if self._decision.empty and self._run is None and name not in self._table:
-                self._table[name] = TensorEntry(name, served_as(shard.tensor, self._dtype), shard.box.whole)
+                self._table[name] = TensorEntry(name, self._casting.served_as(name, tensor), shard.box.whole)
             require(name, shard.box.whole, self._table)
             require_due(name, seen, trainable)
-            self._take(name, shard)
+            self._take(name, tensor, shard)
             seen.add(name)
         require_all(seen, trainable)
+        self._casting.settle(seen, warn=self._ranks.rank == 0)
         return seen
 
-    def _take(self, name: str, shard: Shard) -> None:
+    def _take(self, name: str, tensor: Any, shard: Shard) -> None:
         """Move the baseline to what this rank holds of a tensor, and keep the change if it is ours to publish."""
         entry = self._table[name]
         if name not in self._shards:
@@ -141,7 +143,7 @@ class ShardCapturer:
                 f"{name}: this rank gave {list(known.box.shape)} at {list(known.box.offset)} before, and now "
                 f"{list(shard.box.shape)} at {list(shard.box.offset)}; publish after `model.reshard()`"
             )
-        change = self._baseline.compare(name, cast_of(name, shard.tensor, entry.dtype))
+        change = self._baseline.compare(name, self._casting.cast(name, tensor, entry.dtype, shard=shard.tensor))
         if shard.owned:
             self._partial[name] = self._partial[name] + change if name in self._partial else change
         self._baseline.advance(name, change)

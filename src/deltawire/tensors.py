@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,6 +17,9 @@ _NUMPY = {
 }  # fmt: skip
 """safetensors' dtype names by numpy's (the last row: numpy with ml_dtypes)."""
 NAMES = {name: spelled for spelled, name in _NUMPY.items()}
+Mark = Literal["kept", "made"]
+"""what is said of an fp32 tensor: its model keeps it in fp32 beside 16-bit ones, or its class makes it so"""
+_MARK = "_deltawire_mark"
 
 
 def is_torch(tensor: object) -> bool:
@@ -33,6 +36,21 @@ def is_sharded(tensor: object) -> bool:
 def is_dense(tensor: Any) -> bool:
     """Whether every element of a torch tensor has a place in memory: not sparse, and on a device that holds data."""
     return not tensor.is_meta and str(tensor.layout) == "torch.strided"
+
+
+def marked(tensor: Any, mark: Mark | None) -> Any:
+    """The same torch tensor under a mark, which `mark_of` finds; as it is for None."""
+    if mark is None:
+        return tensor
+    alias = tensor.detach()
+    setattr(alias, _MARK, mark)
+    return alias
+
+
+def mark_of(tensor: Any) -> Mark | None:
+    """The mark under which a tensor was given, or one that it is a view of."""
+    mark: Mark | None = getattr(getattr(tensor, "tensor", tensor), _MARK, None)
+    return mark
 
 
 def dtype_of(tensor: Any) -> str:

@@ -23,11 +23,14 @@ def follow(
     model: nn.Module, bucket: str, *, names: NameMap | None = None, trusted: Iterable[str | Path] = ()
 ) -> "ModelFollower":
     """A follower of `bucket` for `model`, whose parameters and buffers have the checkpoint's names, or those that
-    `names` leads to them: `name_map(model)` of `deltawire.trainers.conversion` for a transformers model.
+    `names` leads to them: `name_map(model)` of `deltawire.trainers.conversion` for a transformers model. Tensors that
+    the run never changes need not be there.
 
-    Weights are patched in place, in the dtype the run ships, or in fp32 where it ships bf16. `trusted` are public keys,
-    or files of them, one of which must have signed every record. Raises BucketError, FormatError, ChainError, and
-    EngineUnsupported naming the tensors of the run that the model does not hold.
+    Weights are patched in place, in the dtype the run ships, or in fp32 where it ships bf16, or in bf16 while all that
+    it ships as F32 fits. `trusted` are public keys, or files of them, one of which must have signed every record.
+
+    Raises BucketError, FormatError, ChainError, and EngineUnsupported naming the tensors of the run that the model does
+    not hold.
     """
     return ModelFollower(model, bucket, names, trusted)
 
@@ -96,4 +99,5 @@ class _ByName(nn.Module):  # type: ignore[misc]
         own = self.model.state_dict().items()
         held = dict(own if self._names is None else self._names(own))
         for name, tensor in weights:
-            held[name].copy_(tensor)
+            if name in held:  # else it is for `Union` to say whether the run can do without
+                held[name].copy_(tensor)

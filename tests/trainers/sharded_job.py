@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from deltawire.errors import (
     AccessRefused,
     CopiesDiffer,
     DeltaWireError,
+    DtypeMismatch,
     MissingTensor,
     NotFound,
     RankFailed,
@@ -39,8 +41,10 @@ from deltawire.errors import (
     Unavailable,
 )
 from deltawire.manifests import TensorEntry
+from deltawire.names import NameMap, View
 from deltawire.signing import generate_key
-from deltawire.tensors import cast, equal
+from deltawire.tensors import cast, equal, mark_of
+from deltawire.trainers.state import checkpoint_tensors
 from faults import Fault, Faulty, never, on_key
 from runs import read_weights
 
@@ -192,6 +196,44 @@ def tp_fsdp(folder):
     pairs = [*model.named_parameters(), ("scale", model.scale)]
     assert len({str(tensor.placements) for _, tensor in pairs[:-1]}) >= 3
     follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, range(1, 4), base=base)
+
+
+def mixed(folder):
+    """Some fp32 tensors beside bf16 ones: all ranks ship each in one dtype, and refuse a rule that fits nothing."""
+    model = tiny().bfloat16()
+    model.norm.float()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (model.norm, model):  # FSDP2 shards tensors of one dtype together
+        fully_shard(part, mesh=mesh)
+    pairs, norms = list(model.named_parameters()), ("norm.weight", "norm.bias")
+    step(pairs, 1)
+    rows = NameMap({name: (View(name, ((0, 3),), (0,)) if name == norms[0] else View(name),) for name, _ in pairs})
+
+    def dtypes(name, tensors, **options):
+        bucket = dw.open_bucket(f"file://{folder}/{name}")
+        with dw.Publisher(bucket, process_group=dist.group.WORLD, **options) as pub:
+            publish(pub, tensors)
+            pub.flush(timeout=PATIENCE)
+            step(pairs, 2)
+            publish(pub, pairs if options else checkpoint_tensors(model))
+        read = read_weights(bucket)
+        for tensor, part in pairs:
+            assert read[tensor] == cast(part.full_tensor(), read[tensor].dtype), (name, tensor)
+        return {read[tensor].dtype for tensor in norms}, {read[t].dtype for t, _ in pairs if t not in norms}
+
+    assert dtypes("kept", checkpoint_tensors(model)) == ({"F32"}, {"BF16"})
+    assert dtypes("asked", pairs, dtype={"norm.*": "F32"}) == ({"F32"}, {"BF16"})
+    assert dtypes("narrow", pairs, dtype={"norm.*": "BF16"}) == ({"BF16"}, {"BF16"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        assert dtypes("rounded", pairs, dtype={"*": "BF16"}) == ({"BF16"}, {"BF16"})
+    assert ["norm.weight, norm.bias" in str(warning.message) for warning in caught] == [True] * (dist.get_rank() == 0)
+    kept = [(name, tensor) for name, tensor in checkpoint_tensors(model) if name in norms]
+    assert [mark_of(view) for _, view in rows(kept)] == ["kept"] * 2
+    with dw.Publisher(
+        dw.open_bucket(f"file://{folder}/none"), process_group=dist.group.WORLD, dtype={"x": "F32"}
+    ) as pub:
+        expect(DtypeMismatch, "'x', which fits no tensor", lambda: publish(pub, pairs))
 
 
 def shard_all(folder):
@@ -425,7 +467,7 @@ def gone(folder):
 
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (fsdp, hsdp, tp_fsdp, captures, uploads, train, apart, damaged, closes, stops, gone)
+    for scenario in (fsdp, hsdp, tp_fsdp, mixed, captures, uploads, train, apart, damaged, closes, stops, gone)
 }
 
 

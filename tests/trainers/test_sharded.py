@@ -81,7 +81,7 @@ def expected(place):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Everything that two ranks are asked to do, done once."""
-    return run("fsdp,hsdp,captures,uploads,apart,damaged,closes,stops,gone", 2, tmp_path_factory.mktemp("pair"))
+    return run("fsdp,hsdp,mixed,captures,uploads,apart,damaged,closes,stops,gone", 2, tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")

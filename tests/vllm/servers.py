@@ -15,6 +15,8 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
     Glm4MoeConfig,
@@ -33,6 +35,7 @@ from transformers import (
 )
 
 from deltawire.ops.processes import KEEPER
+from deltawire.trainers.state import fp32_marks
 
 START_SECONDS = 420
 """alone it takes 20 to 40; beside another test's workers, all bound to the same cores, it took 240 and more"""
@@ -91,6 +94,17 @@ MODELS = {
             )
         )
     ),
+    "ernie-moe": lambda: Ernie4_5_MoeForCausalLM(  # its routers are fp32, in transformers and in vLLM
+        Ernie4_5_MoeConfig(
+            **SMALL,
+            moe_num_experts=4,
+            moe_k=2,
+            moe_intermediate_size=64,
+            moe_num_shared_experts=1,
+            moe_layer_start_index=1,
+            moe_layer_end_index=1,
+        )
+    ),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, **EXPERTS, num_local_experts=4)),
     "qwen3-moe-padded": lambda: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(**SMALL, **EXPERTS, num_experts=4, moe_intermediate_size=40)
@@ -113,9 +127,12 @@ def build(kind: str):
 
 
 def save_checkpoint(folder: Path, model=None) -> None:
-    """The model in bf16, but a router's bias, with a tokenizer of one word per token; the model stays as it is."""
+    """The model in bf16, but what it keeps in fp32 and a router's bias, with a tokenizer of one word per token; the
+    model stays as it is."""
     model = model or tiny_qwen3()
     saved = copy.deepcopy(model).to(torch.bfloat16)
+    for name in fp32_marks(model):
+        saved.get_parameter(name).data = model.get_parameter(name).detach().clone()
     for name, bias in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             saved.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias.clone()

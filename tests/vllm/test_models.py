@@ -30,7 +30,7 @@ OFTEN = [
     ("qwen3-tied", "tp1"), ("qwen3-untied", "tp1"), ("llama", "tp1"), ("gemma", "tp1"), ("qwen2-biases", "tp1"),
     ("mixtral", "tp1"), ("glm4-moe", "tp1"), ("qwen3-moe-padded", "tp1"), ("qwen3-tied", "tp2"), ("llama", "tp2"),
     ("gemma", "tp2"), ("qwen2-biases", "tp2"), ("qwen3-moe", "tp2"), ("mixtral", "tp2"), ("qwen3-untied", "tp2"),
-    ("glm4-moe", "tp2"), ("qwen3-tied", "packed"), ("qwen3-moe", "packed"),
+    ("glm4-moe", "tp2"), ("ernie-moe", "tp1"), ("ernie-moe", "tp2"), ("qwen3-tied", "packed"), ("qwen3-moe", "packed"),
     ("qwen3-fp8", "tp1"), ("qwen3-fp8", "tp2"),
 ]  # fmt: skip
 LAYOUTS = {"tp1": ((), {}), "tp2": (TP2, TWO), "packed": ((), KEEP)}

@@ -102,6 +102,8 @@ def audit(
     text = f"{result.position}: {result.tensors} tensors, " + (
         f"{len(wrong)} differ: {', '.join(wrong[:5])}" if wrong else "all equal"
     )
+    if result.frozen:
+        text += f"; {len(result.frozen)} that the run never changes are not loaded by this server"
     emit(msgspec.to_builtins(result), text, json)
     raise typer.Exit(1 if wrong else 0)
 

@@ -128,6 +128,8 @@ def _show_placement(engine: str, as_json: bool) -> None:
             for box in boxes:
                 size = math.prod(box["shape"])
                 table.add_row(name, str(worker["rank"]), box["parameter"], f"{size:,}", f"{box['source_offset']:,}")
+        for name in worker["frozen"]:
+            table.add_row(name, str(worker["rank"]), "not loaded here; the run never changes it", "", "")
         for module in worker["remade"]:
             table.add_row(f"({module})", str(worker["rank"]), "made anew at each update", "", "")
     Console().print(table)

@@ -1,16 +1,23 @@
 """What of a torch model a checkpoint holds."""
 
+import copy
+import re
+import sys
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from deltawire.names import bare
-from deltawire.tensors import FLOATS, NAMES, as_bits, is_dense, is_sharded
+from deltawire.names import bare, is_adapters
+from deltawire.tensors import FLOATS, NAMES, Mark, as_bits, is_dense, is_sharded, marked
 
 CAST = tuple(getattr(torch, NAMES[name]) for name in FLOATS)
 """dtypes that a Publisher casts to its own"""
+NARROW = {torch.bfloat16, torch.float16}
+_DECLARED: WeakKeyDictionary[nn.Module, dict[str, Mark]] = WeakKeyDictionary()
+"""what `_declared_fp32` found of a model, whose class does not change while it is trained"""
 
 
 def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -21,16 +28,58 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
     another; one that is no dense float here, a DTensor say, comes as it is. Left out are buffers that are not
     persistent, and what the model's `_keys_to_ignore_on_save` names; where a server does not load one,
     `Publisher(prepare=[…])` leaves it out.
+
+    A parameter that the model keeps in fp32 comes under a mark, by which a Publisher ships it as F32: an fp32 one
+    beside 16-bit ones, and of a transformers model that is all fp32 those which its class lists as kept in fp32 when
+    the rest is bf16, as routers of ERNIE 4.5. One that its class makes in fp32 without listing it, as HunYuan's
+    routers, comes under another mark: servers differ, so it is rounded like the rest, with a warning. Either way
+    `Publisher(dtype={"NAME": …})` says what servers hold.
     """
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    marks = fp32_marks(model)
     for name, parameter in model.named_parameters():
         if bare(name) not in ignored:
-            yield name, parameter
+            yield name, marked(parameter, marks.get(name))
     for prefix, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
             name = f"{prefix}.{leaf}" if prefix else leaf
             if buffer is not None and leaf not in module._non_persistent_buffers_set and bare(name) not in ignored:
                 yield name, _in_its_dtype(buffer)
+
+
+def fp32_marks(model: nn.Module) -> dict[str, Mark]:
+    """What is said, by name, of the fp32 parameters that are so on purpose, not because all of a trainer's are."""
+    wide = [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32]
+    if not wide or any(parameter.dtype in NARROW for parameter in model.parameters()):
+        return dict.fromkeys(wide, "kept")
+    if model not in _DECLARED:
+        _DECLARED[model] = _declared_fp32(model)
+    declared = {name: _DECLARED[model].get(bare(name)) for name in wide if not is_adapters(name)}
+    return {name: mark for name, mark in declared.items() if mark is not None}
+
+
+def _declared_fp32(model: nn.Module) -> dict[str, Mark]:
+    """What a transformers model's class says of its parameters in fp32 beside bf16: those on its list of such modules,
+    of which `from_pretrained` takes note, are kept so; others it makes so."""
+    transformers = sys.modules.get("transformers")
+    parts = (part for part in model.modules() if transformers and isinstance(part, transformers.PreTrainedModel))
+    inner: Any = next(parts, None)
+    if inner is None:
+        return {}
+    patterns = [part.replace("*", ".*") for part in inner._keep_in_fp32_modules_strict or ()]
+    listed = {name for name, _ in inner.named_parameters() if any(re.search(part, name) for part in patterns)}
+    names = {bare(name): name for name in listed | _made_in_fp32(inner) if not is_adapters(name)}
+    return {name: "kept" if given in listed else "made" for name, given in names.items()}
+
+
+def _made_in_fp32(model: Any) -> set[str]:
+    """Names of the parameters that a transformers model of this class and config makes in fp32, made in bf16."""
+    try:
+        with torch.device("meta"):
+            twin = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
+    except Exception:  # a class of somebody's own that cannot be made without data says nothing
+        return set()
+    return {name for name, parameter in twin.named_parameters() if parameter.dtype == torch.float32}
 
 
 def _in_its_dtype(buffer: torch.Tensor) -> Any:

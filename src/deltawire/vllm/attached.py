@@ -1,6 +1,6 @@
 """One worker's weights beside the run they follow: which parts of its tensors they are, and at which version."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class Attached:
     """A bucket's run, this worker's weights as that run names them, the digests of their parts as the last update left
     them, and which version they are.
 
+    `frozen` are the committed digests, which no version changes, of frozen tensors of which this worker loads nothing.
     `asked` is the address that was asked for. `union` is None when other workers hold the rest, `joined` whether
     somebody has found out the version. `undo` is the last update until it is confirmed, with what was before.
     """
@@ -33,6 +34,7 @@ class Attached:
     live: LiveWeights
     union: Union | None
     digests: PartDigests
+    frozen: dict[str, int]
     position: Position | None = None
     joined: bool = False
     undo: tuple[Plan, PartDigests, Position | None] | None = None
@@ -40,7 +42,7 @@ class Attached:
     def find_version(self) -> None:
         """Of the only worker: its digests say at which committed version it is, or at none. Raises EngineUnsupported
         when it does not hold the whole model."""
-        self.union = Union(self.live.sizes, [self.live.parts], self.live.placement.computed)
+        self.union = Union(self.live.sizes, [self.live.parts], self.live.placement.computed, self.frozen)
         digests, _ = self.union.digests([self.digests])
         root = root_of(self.live.table.values(), digests)
         self.position, self.joined = self.subscriber.position_of(root), True
@@ -114,8 +116,9 @@ class Attached:
             "sizes": self.live.sizes,
             "parts": self.live.parts,
             "digests": as_hex(digests),
+            "frozen": whole_as_hex(self.frozen),
             "drifted": drifted,
-            "promised": {name: f"{value:016x}" for name, value in promised.items()},
+            "promised": whole_as_hex(promised),
         }
 
     def _require_promised(self, plan: Plan) -> None:
@@ -136,7 +139,14 @@ def attach(url: str, trust: Trust, model: torch.nn.Module, loading: AfterLoading
     """
     subscriber = Subscriber(open_bucket(url), trusted=trust)
     live = LiveWeights(model, subscriber.run.table, loading=loading)
-    return Attached(url, subscriber, live, None, live.digests())
+    absent = live.absent
+    committed = subscriber.digests_at(subscriber.latest().version) if absent else {}
+    return Attached(url, subscriber, live, None, live.digests(), {name: committed[name] for name in absent})
+
+
+def whole_as_hex(digests: Mapping[str, int]) -> dict[str, str]:
+    """Digests of whole tensors as they travel in JSON."""
+    return {name: f"{value:016x}" for name, value in digests.items()}
 
 
 def as_hex(digests: PartDigests) -> dict[str, list[str]]:

@@ -22,7 +22,8 @@ Part = tuple[int, Shape, Shape]
 class Box:
     """A rectangle of a checkpoint tensor and the rectangle of a live storage that holds it; offsets and strides count
     elements, `source_*` in the flat checkpoint tensor, `target_*` in the storage behind parameter `parameter`.
-    Dimensions stand by falling source stride. Live elements are `shift` bits wider, at the low end, all zero."""
+    Dimensions stand by falling source stride. Live elements are `shift` bits wider (below 0: narrower), at the low end,
+    where all bits are zero."""
 
     shape: Shape
     source_offset: int

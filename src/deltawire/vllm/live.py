@@ -53,6 +53,13 @@ class LiveWeights:
         return {name: count(entry.shape) for name, entry in self.table.items()}
 
     @property
+    def absent(self) -> list[str]:
+        """The frozen tensors of which nothing is here: the server derives them, or never loads them."""
+        return [
+            name for name, entry in self.table.items() if not entry.trainable and not self.placement.boxes.get(name)
+        ]
+
+    @property
     def parts(self) -> dict[str, list[Part]]:
         """Which rectangles of each checkpoint tensor are here."""
         return self.placement.parts

@@ -7,6 +7,7 @@ import torch
 
 from deltawire.bits import Positions, UInts
 from deltawire.digest import MODULUS, digest_at, digest_bits
+from deltawire.errors import DtypeMismatch
 from deltawire.vllm.boxes import Box
 
 CARRIER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -21,8 +22,8 @@ class Memory:
     """The whole storage behind one live tensor, as a flat vector of integers as wide as its dtype.
 
     Bits go in and out as the checkpoint has them: where live elements are wider, `shift` zero bits are added at the low
-    end or taken off. Writing goes through the storage itself and never rebinds it: captured CUDA graphs hold its
-    address.
+    end or taken off, and where they are narrower (a `shift` below 0) the other way. Writing goes through the storage
+    itself and never rebinds it: captured CUDA graphs hold its address.
     """
 
     def __init__(self, tensor: torch.Tensor, shift: int = 0) -> None:
@@ -33,7 +34,7 @@ class Memory:
         self.shift = shift
         self._live = np.dtype(f"<u{tensor.element_size()}")
         self._host = self.flat.numpy().view(self._live) if self.flat.device.type == "cpu" else None
-        self._narrow = np.dtype(f"<u{tensor.element_size() - shift // 8}")
+        self._shipped = np.dtype(f"<u{tensor.element_size() - shift // 8}")
 
     @property
     def is_on_host(self) -> bool:
@@ -45,13 +46,17 @@ class Memory:
         return torch.from_numpy(offsets).to(self.flat.device)
 
     def bits_on_device(self, bits: UInts) -> torch.Tensor:
-        """Bits as this device wants them."""
-        wide = np.ascontiguousarray(bits.astype(self._live) << self.shift if self.shift else bits)
-        return _carried(wide).to(self.flat.device)
+        """Bits as this device wants them. Raises DtypeMismatch for values that need more bits than live ones have."""
+        if self.shift < 0 and (lost := int(np.count_nonzero(bits & ((1 << -self.shift) - 1)))):
+            raise DtypeMismatch(
+                f"{lost} values need more than the {8 * self._live.itemsize} bits that the server holds; publish it "
+                'rounded to those, by Publisher(dtype={"NAME": "BF16"})'
+            )
+        return _carried(np.ascontiguousarray(self._as_live(bits))).to(self.flat.device)
 
     def from_device(self, bits: torch.Tensor) -> UInts:
         """What `gather` brought, on the host, as the checkpoint has it."""
-        return self._narrowed(bits.cpu().numpy().view(self._live))
+        return self._as_checkpoint(bits.cpu().numpy().view(self._live))
 
     def gather(self, offsets: torch.Tensor) -> torch.Tensor:
         """The bits at these offsets, as they lie there, on the device."""
@@ -72,26 +77,40 @@ class Memory:
 
     def read(self, box: Box) -> UInts:
         """A box's bits on the host, in row-major order; perhaps live memory itself, to look at now."""
-        return self._narrowed(to_host(self.view(box)))
+        return self._as_checkpoint(to_host(self.view(box)))
 
     def differing(self, box: Box, bits: UInts) -> Positions:
         """Row-major indices of a box's elements that are not these, in every bit of the live dtype."""
-        wanted = bits.astype(self._live) << self.shift if self.shift else bits
-        return np.flatnonzero(to_host(self.view(box)) != wanted)
+        if self.shift < 0:
+            return np.flatnonzero(self.read(box) != bits)
+        return np.flatnonzero(to_host(self.view(box)) != self._as_live(bits))
 
     def view(self, box: Box) -> torch.Tensor:
         """A box of the storage, writable, with its bits as they lie there."""
         return self.flat.as_strided(box.shape, box.target_strides, box.target_offset)
 
-    def _narrowed(self, bits: UInts) -> UInts:
+    def _as_live(self, bits: UInts) -> UInts:
+        """Bits as they lie here, of values that fit."""
+        if self.shift < 0:
+            return (bits >> -self.shift).astype(self._live)
+        return _shifted(bits.astype(self._live), self.shift) if self.shift else bits
+
+    def _as_checkpoint(self, bits: UInts) -> UInts:
         """Bits as the checkpoint has them. A value that its dtype cannot hold comes out wrong by its highest exponent
         bit, so that no digest takes it for the one it nearly is."""
         if not self.shift:
             return bits
-        narrow: UInts = (bits >> self.shift).astype(self._narrow)
+        if self.shift < 0:
+            return _shifted(bits.astype(self._shipped), -self.shift)
+        narrow: UInts = (bits >> self.shift).astype(self._shipped)
         foreign = (bits & ((1 << self.shift) - 1)) != 0
         narrow[foreign] ^= narrow.dtype.type(1 << (8 * narrow.itemsize - 2))
         return narrow
+
+
+def _shifted(bits: UInts, by: int) -> UInts:
+    """Bits moved towards the high end."""
+    return np.left_shift(bits, by, dtype=bits.dtype)
 
 
 def _carried(bits: UInts) -> torch.Tensor:

@@ -145,7 +145,7 @@ class _Watcher(TorchDispatchMode):
     def _box(self, target: torch.Tensor, parameter: str, source: torch.Tensor, trace: _Trace) -> Box | None:
         source = source.expand(target.shape)
         followed = trace.follow(source.storage_offset(), tuple(source.shape), tuple(source.stride()))
-        shift = 0 if source.dtype == target.dtype else _WIDENED.get((source.dtype, target.dtype))
+        shift = 0 if source.dtype == target.dtype else _SHIFTS.get((source.dtype, target.dtype))
         if followed is None or shift is None:
             self.unfit[trace.name] = (
                 f"the server holds {target.dtype}, the run ships {source.dtype}"
@@ -181,8 +181,8 @@ class _Watcher(TorchDispatchMode):
         return _Trace(trace.name, followed[0], _coalesced(layout))
 
 
-_WIDENED = {(torch.bfloat16, torch.float32): 16}
-"""conversions that only append zero bits, by how many: widening and narrowing back is exact"""
+_SHIFTS = {(torch.bfloat16, torch.float32): 16, (torch.float32, torch.bfloat16): -16}
+"""conversions that only append zero bits, by how many, or take them off where they are zero: `Memory` refuses others"""
 _PLAIN_COPIES = frozenset(
     {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten.contiguous.default}
 )

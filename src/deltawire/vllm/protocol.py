@@ -71,12 +71,14 @@ def as_one(workers: list[WorkerStatus]) -> WorkerStatus:
 
 class AuditReport(msgspec.Struct, frozen=True):
     """Digests recomputed from a server's live memory, and the names that differ from the version it says it serves
-    (or, when it serves none, the newest)."""
+    (or, when it serves none, the newest). `frozen` names the tensors that the run never changes and the server never
+    loads: there is no memory of theirs to digest."""
 
     position: Position | None
     digests: dict[str, str]
     mismatched: list[str]
     workers: int = 1
+    frozen: list[str] = []
 
     @property
     def tensors(self) -> int:
@@ -87,7 +89,7 @@ class AuditReport(msgspec.Struct, frozen=True):
 def audited(answers: list[dict[str, Any]]) -> AuditReport:
     """What the workers of a server found, taken together: every copy compared, one counted, the union complete."""
     first = answers[0]
-    union = Union(first["sizes"], [_parts(answer) for answer in answers])
+    union = _union(answers)
     digests, differing = union.digests([_digests(answer) for answer in answers])
     promised = {name: int(value, 16) for name, value in first["promised"].items()}
     wrong = {name for answer in answers for name in answer["drifted"]} | set(differing)
@@ -95,9 +97,10 @@ def audited(answers: list[dict[str, Any]]) -> AuditReport:
     position = _agreed(json.dumps(answer["position"]) for answer in answers)
     return AuditReport(
         msgspec.json.decode(position or "null", type=Position | None),
-        {name: f"{value:016x}" for name, value in digests.items()},
+        {name: f"{value:016x}" for name, value in digests.items() if name not in union.left_out},
         [name for name in promised if name in wrong],
         len(answers),
+        union.left_out,
     )
 
 
@@ -195,8 +198,9 @@ class Engine(ABC):
         return audited(self._ask("audit", {"bucket": bucket} if bucket else {}))
 
     def placement(self) -> list[dict[str, Any]]:
-        """Of each worker, where each checkpoint tensor lives in its parameters (`placement`), and the modules whose
-        weights are made anew at an update (`remade`)."""
+        """Of each worker, where each checkpoint tensor lives in its parameters (`placement`), the tensors that the run
+        never changes of which it holds nothing (`frozen`), and the modules whose weights are made anew at an update
+        (`remade`)."""
         return self._ask("placement", {})
 
     def _ask(self, method: str, request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -213,7 +217,8 @@ class Engine(ABC):
 
 
 def _union(holdings: list[dict[str, Any]]) -> Union:
-    return Union(holdings[0]["sizes"], [_parts(answer) for answer in holdings])
+    frozen = {name: int(value, 16) for name, value in holdings[0]["frozen"].items()}
+    return Union(holdings[0]["sizes"], [_parts(answer) for answer in holdings], frozen=frozen)
 
 
 def _parts(answer: dict[str, Any]) -> dict[str, list[Part]]:

@@ -24,7 +24,7 @@ from deltawire.log import current_run
 from deltawire.manifests import Position
 from deltawire.signing import Trust, trust
 from deltawire.vllm import cores, staging
-from deltawire.vllm.attached import Attached, as_hex, attach
+from deltawire.vllm.attached import Attached, as_hex, attach, whole_as_hex
 from deltawire.vllm.loading import AfterLoading
 from deltawire.vllm.staging import Plan
 
@@ -153,9 +153,15 @@ class Replica:
         return {"accepted": True}
 
     def answer_holdings(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Which parts of which tensors this worker holds, and the digest of each as of its last update."""
+        """Which parts of which tensors this worker holds, and the digest of each as of its last update; and the
+        committed digests of frozen tensors of which it holds nothing."""
         attached = self._require_attached()
-        return {"sizes": attached.live.sizes, "parts": attached.live.parts, "digests": as_hex(attached.digests)}
+        return {
+            "sizes": attached.live.sizes,
+            "parts": attached.live.parts,
+            "digests": as_hex(attached.digests),
+            "frozen": whole_as_hex(attached.frozen),
+        }
 
     def answer_stand(self, request: dict[str, Any]) -> dict[str, Any]:
         """Be told which version the workers' digests, taken together, are: {"position"}, None when no committed one."""
@@ -183,11 +189,13 @@ class Replica:
         return {"reverted": reverted}
 
     def answer_placement(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Every box of every tensor of the attached run, and the modules whose weights are made anew at an update."""
+        """Every box of every tensor of the attached run, the frozen tensors of which this worker holds nothing, and
+        the modules whose weights are made anew at an update."""
         live = self._attached.live if self._attached else None
         boxes = live.placement.boxes if live else {}
         return {
             "placement": {name: msgspec.to_builtins(parts) for name, parts in boxes.items()},
+            "frozen": list(self._attached.frozen) if self._attached else [],
             "remade": [step.prefix for step in live.rebuilt()] if live else [],
         }
 

@@ -6,6 +6,7 @@ the digests that it leads to, to be compared with its commit's before it is appl
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from deltawire.bits import UInts
 from deltawire.delta import TensorDelta
 from deltawire.digest import digest_at, moved
-from deltawire.errors import EngineUnsupported
+from deltawire.errors import DtypeMismatch, EngineUnsupported
 from deltawire.manifests import Position
 from deltawire.subscriber import Subscriber
 from deltawire.vllm.boxes import Box
@@ -129,7 +130,7 @@ def stage(
     The way there is the cheapest, folded into one change, forward or back; with None it starts from an anchor. Whether
     the plan's digests are what the commit promises is for the caller to compare, with those of all workers.
 
-    Raises BucketError, FormatError, ChainError.
+    Raises BucketError, FormatError, ChainError; DtypeMismatch for values that the server's dtype cannot hold.
     """
     started = time.monotonic()
     change = subscriber.change(since, version)
@@ -138,15 +139,17 @@ def stage(
     after, changed = dict(digests), change.delta.changed
     if change.anchor is None:
         for name, tensor in change.delta.items():
-            after[name] = _place(live, name, tensor, digests[name], writes)
+            with _naming(name):
+                after[name] = _place(live, name, tensor, digests[name], writes)
         touched = [step for name in change.delta for step in live.steps.get(name, ())]
     else:
         changed = 0
-        for name in live.table:
+        for name in live.placement.boxes:  # of other tensors nothing is here
             wanted = change.anchor[name].copy()
             if name in change.delta:
                 change.delta[name].apply_(wanted.data)
-            after[name], moved_here = _place_whole(live, name, wanted.data, writes)
+            with _naming(name):
+                after[name], moved_here = _place_whole(live, name, wanted.data, writes)
             changed += moved_here
         touched = live.rebuilt()
     swaps = [_remake(step, writes) for step in dict.fromkeys(touched)]
@@ -187,6 +190,15 @@ def undo(writes: Iterable[Write]) -> None:
     with torch.inference_mode():
         for write in writes:
             write.undo()
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Have a DtypeMismatch name the tensor."""
+    try:
+        yield
+    except DtypeMismatch as error:
+        raise DtypeMismatch(f"{name}: {error}") from None
 
 
 def _place(

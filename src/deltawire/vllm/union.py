@@ -19,12 +19,21 @@ class Union:
     """The parts of a run's tensors that the workers of one server hold, in the order of their ranks; `sizes` are the
     tensors' elements.
 
-    Raises EngineUnsupported, naming each tensor of which elements are nowhere or parts overlap without being copies;
-    `hints` says of some what happened to them instead.
+    `frozen` are the committed digests of tensors that the run never changes: one that no worker loads counts with its
+    digest. Raises EngineUnsupported, naming each other tensor of which elements are nowhere or parts overlap without
+    being copies; `hints` says of some what happened to them instead.
     """
 
-    def __init__(self, sizes: Mapping[str, int], workers: Sequence[Parts], hints: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        workers: Sequence[Parts],
+        hints: Mapping[str, str] = {},
+        frozen: Mapping[str, int] = {},
+    ) -> None:
         self._copies: dict[str, list[list[tuple[int, int]]]] = {}
+        loaded = {tensor for parts in workers for tensor, held in parts.items() if held}
+        self._left = {name: digest for name, digest in frozen.items() if name not in loaded}
         faults: dict[str, str] = {}
         for tensor, size in sizes.items():
             copies: dict[Part, list[tuple[int, int]]] = {}
@@ -32,6 +41,8 @@ class Union:
                 for index, part in enumerate(parts.get(tensor, ())):
                     copies.setdefault(part, []).append((rank, index))
             self._copies[tensor] = list(copies.values())
+            if tensor in self._left:
+                continue
             if reason := _fault(size, list(copies)):
                 faults[tensor] = hints.get(tensor, reason)
         refuse(faults)
@@ -44,7 +55,12 @@ class Union:
             if any(len(value) > 1 for value in values):
                 differing.append(name)
             totals[name] = sum(workers[copies[0][0]][name][copies[0][1]] for copies in parts) % MODULUS
-        return totals, differing
+        return totals | self._left, differing
+
+    @property
+    def left_out(self) -> list[str]:
+        """The frozen tensors that no worker loads: their digests are the commit's, of no memory."""
+        return list(self._left)
 
 
 def disagreement(target: Position, wrong: list[str], drifted: list[str]) -> WrongBase | BadDigest:
@@ -55,9 +71,15 @@ def disagreement(target: Position, wrong: list[str], drifted: list[str]) -> Wron
     return BadDigest(f"{target}: {names}; the live weights are sound, what was published is not: publish a new run")
 
 
+_NOT_LOADED = (
+    "the model does not load it: is the run of the model that this server loaded? If it is, leave the tensor out of "
+    "what is published, by Publisher(prepare=[…])"
+)
+
+
 def _fault(size: int, parts: list[Part]) -> str | None:
     if not parts:
-        return "the model does not load it: leave it out by Publisher(prepare=[…])" if size else None
+        return _NOT_LOADED if size else None
     covered = sum(prod(shape) for _, shape, _ in parts)
     if covered != size or not (_is_whole(parts[0], size) or _is_disjoint(parts, size)):
         return f"{covered} of its {size} elements arrive, or some arrive twice"
