@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import reference
 from deltawire import kernels
+from deltawire.errors import WrittenMeanwhile
 from strategies import pairs
 
 WIDTHS = [np.uint8, np.uint16, np.uint32, np.uint64]
@@ -134,3 +135,25 @@ def test_after_warming_up_no_element_width_compiles_anything_more():
         kernels.digest_sweep(new)
         kernels.scatter(old, np.arange(100), kernels.gather(new, np.arange(100)))
     assert [len(loop.signatures) for loop in loops] == compiled
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_does_not_fit_is_not_written_whatever_was_counted(width):
+    old, new = np.zeros(67, width), np.ones(67, width)
+    for room in (0, 3, 8, 30, 66):
+        positions, steps = np.full(80, -7, np.int64), np.full(80, 7, width)
+        arguments = (old, new), (kernels._words(old), kernels._words(new)), positions[:room], steps[:room]
+        assert kernels._collect(*arguments) == -1
+        assert set(positions[room:]) == {-7}
+        assert set(steps[room:]) == {7}
+
+
+@pytest.mark.parametrize(("counted", "size"), [(1, 64), (60, 64), (64, 60), (0, 3), (2, 3)])
+def test_weights_written_while_they_are_compared_are_refused_and_not_written_down_wrongly(counted, size, monkeypatch):
+    monkeypatch.setattr(kernels, "_count_changed", lambda old, new: counted)
+    old, new = np.zeros(size, np.uint16), np.ones(size, np.uint16)
+    if counted:
+        with pytest.raises(WrittenMeanwhile, match="another thread"):
+            kernels.compare_and_collect(old, new)
+    else:
+        assert kernels.compare_and_collect(old, new)[0].size == 0

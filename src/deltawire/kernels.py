@@ -15,6 +15,7 @@ from numba.core.cgutils import get_item_pointer
 from numba.extending import intrinsic
 
 from deltawire.bits import Positions, UInts, unsigned
+from deltawire.errors import WrittenMeanwhile
 
 GOLDEN = 0x9E3779B97F4A7C15
 """2^64 / golden ratio: keeps element 0 from mixing to 0 (MurmurHash3's finaliser has a fixed point at 0)."""
@@ -23,6 +24,8 @@ M2 = 0xC4CEB9FE1A85EC53
 MASK = (1 << 64) - 1
 CHUNK = 4096
 """words of eight bytes that are compared at a time: what is noted of them stays in the nearest cache"""
+WORD = 8
+"""bytes, and the most elements, of a word"""
 AHEAD = 512
 """elements by which a gather or scatter fetches ahead; from 128 to 1,024 made no difference"""
 
@@ -73,7 +76,8 @@ def _count_changed(old, new):  # type: ignore[no-untyped-def]
 def _collect(arrays, words, positions, steps):  # type: ignore[no-untyped-def]
     """`words` are the two `arrays` eight bytes at a time: first the words that differ are listed, then their elements.
     Everything is written down and counted only if it differs, for where something changed is not to be predicted, and
-    a wrong branch costs more than writing. So there must be room for one more than there are changes."""
+    a wrong branch costs more than writing. So there must be room for a word more than there are changes; -1 where
+    there is not, as when another thread writes the arrays after they were counted."""
     (old, new), (old_words, new_words) = arrays, words
     k, lanes = 0, 8 // old.itemsize
     differing = np.empty(CHUNK + 1, np.int64)
@@ -83,11 +87,15 @@ def _collect(arrays, words, positions, steps):  # type: ignore[no-untyped-def]
             differing[found] = i
             found += old_words[i] != new_words[i]
         for i in differing[:found]:
+            if k + lanes > positions.size:
+                return -1
             for j in range(i * lanes, (i + 1) * lanes):
                 positions[k] = j
                 steps[k] = new[j] - old[j]
                 k += old[j] != new[j]
     for j in range(old_words.size * lanes, old.size):
+        if k >= positions.size:
+            return -1
         positions[k] = j
         steps[k] = new[j] - old[j]
         k += old[j] != new[j]
@@ -153,11 +161,16 @@ def digest_at(positions: Positions, bits: UInts) -> int:
 
 
 def compare_and_collect(old: UInts, new: UInts) -> tuple[Positions, UInts]:
-    """Where two equally long arrays differ, and by how much: (positions, steps) with steps = new - old mod 2^bits."""
+    """Where two equally long arrays differ, and by how much: (positions, steps) with steps = new - old mod 2^bits.
+
+    Raises WrittenMeanwhile when an array is seen to change meanwhile; who cannot exclude it passes copies.
+    """
     changed = int(_count_changed(old, new))
-    positions, steps = np.empty(changed + 1, np.int64), np.empty(changed + 1, old.dtype)
-    if changed:
-        _collect((old, new), (_words(old), _words(new)), positions, steps)
+    room = changed + WORD
+    positions, steps = np.empty(room, np.int64), np.empty(room, old.dtype)
+    found = int(_collect((old, new), (_words(old), _words(new)), positions, steps)) if changed else 0
+    if found != changed:
+        raise WrittenMeanwhile("another thread wrote these weights while they were compared: stop it, or pass a copy")
     return positions[:changed], steps[:changed]
 
 

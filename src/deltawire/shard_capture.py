@@ -15,14 +15,15 @@ import numpy as np
 from blake3 import blake3
 
 from deltawire import checkpoint
-from deltawire.baseline import Baseline, require
+from deltawire.baseline import Baseline, Transition, require
 from deltawire.bits import WIDTHS, count
 from deltawire.buckets.base import Bucket
-from deltawire.capture import About, Capture, about_of, cast_of, require_all, require_due, served_as
+from deltawire.capture import About, Capture, about_of, cast_of, require_all, require_due, served_as, warn_of_packed
 from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import MODULUS
-from deltawire.errors import BadDigest, CopiesDiffer, MissingTensor, ShapeMismatch
+from deltawire.errors import BadDigest, CopiesDiffer, DeltaWireError, MissingTensor, ShapeMismatch
 from deltawire.manifests import Run, TensorEntry, anchor_hash, anchor_prefix
+from deltawire.names import require_bare
 from deltawire.pending import Captured, encode
 from deltawire.ranks import Ranks, Sums
 from deltawire.shard_opening import Opening
@@ -59,6 +60,7 @@ class ShardCapturer:
         self._shards: dict[str, Shard] = {}
         self._seeded: dict[str, int] = {}
         self._partial: dict[str, TensorDelta] = {}
+        self.transition = Transition()
         self._known = self._opening.digests
         self._digests = dict(self._known)
 
@@ -84,9 +86,11 @@ class ShardCapturer:
         """This rank's part of the next version. Every rank joins, whatever went wrong on it, so none waits in vain.
 
         Raises what a one-process capture raises on the rank that has the trouble, and RankFailed on the others;
-        CopiesDiffer, BadDigest and MissingTensor on all. Whatever is raised, no rank has moved on, and what each
-        captured goes with the next good call.
+        CopiesDiffer, BadDigest and MissingTensor on all. Whatever of these is raised, no rank has moved on, and what
+        each captured goes with the next good call; the `transition` stays unfinished after anything else, when the
+        other ranks may have moved on. It is the caller's to end, once it has what was captured.
         """
+        self.transition.begin()
         started = time.perf_counter()
         about: About = (None, {})
         named: set[str] = set()
@@ -103,8 +107,11 @@ class ShardCapturer:
                 self._agree(problem, named)
                 self._known = self._opening.add_up_digests(self._table, problem)
             sums = self._add_up(problem, named, captured, cut)
-        except BaseException:
-            self._forget_beginning()
+        except BaseException as error:
+            with self.transition:
+                self._forget_beginning()
+            if error is problem or isinstance(error, DeltaWireError):  # what every rank knows of
+                self.transition.end()
             raise
         assert captured is not None
         return self._move_on(captured, about, sums, seconds)
@@ -127,6 +134,10 @@ class ShardCapturer:
             self._take(name, shard)
             seen.add(name)
         require_all(seen, trainable)
+        if self._decision.empty and self._run is None:
+            require_bare(seen)
+            if self._ranks.rank == 0:
+                warn_of_packed(self._table.values())
         return seen
 
     def _take(self, name: str, shard: Shard) -> None:
@@ -142,14 +153,17 @@ class ShardCapturer:
                 f"{list(shard.box.shape)} at {list(shard.box.offset)}; publish after `model.reshard()`"
             )
         change = self._baseline.compare(name, cast_of(name, shard.tensor, entry.dtype))
-        if shard.owned:
-            self._partial[name] = self._partial[name] + change if name in self._partial else change
-        self._baseline.advance(name, change)
+        total = self._partial[name] + change if name in self._partial else change
+        with self.transition:
+            if shard.owned:
+                self._partial[name] = total
+            self._baseline.advance(name, change)
 
     def _describe(self, about: About, named: set[str]) -> Captured:
         """The next version with this rank's file made; its digests are not known yet."""
-        for name in self._shards.keys() - named:  # by a publish that failed, and not by this one
-            self._forget(name)
+        with self.transition:
+            for name in self._shards.keys() - named:  # by a publish that failed, and not by this one
+                self._forget(name)
         table = tuple(msgspec.structs.replace(entry, trainable=entry.name in named) for entry in self._table.values())
         run = self._run or Run(
             self._decision.run, table, self._clock(), self._decision.base, self._decision.supersedes, self._compactors

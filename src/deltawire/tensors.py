@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ _NUMPY = {
 }  # fmt: skip
 """safetensors' dtype names by numpy's (the last row: numpy with ml_dtypes)."""
 NAMES = {name: spelled for spelled, name in _NUMPY.items()}
+UNREADABLE = (TypeError, ValueError, AttributeError, BufferError, RuntimeError, NotImplementedError)
+"""what torch and numpy raise for a kind of tensor that has no flat bits; nothing derived from these, such as torch's
+OutOfMemoryError"""
 
 
 def is_torch(tensor: object) -> bool:
@@ -31,8 +35,23 @@ def is_sharded(tensor: object) -> bool:
 
 
 def is_dense(tensor: Any) -> bool:
-    """Whether every element of a torch tensor has a place in memory: not sparse, and on a device that holds data."""
-    return not tensor.is_meta and str(tensor.layout) == "torch.strided"
+    """Whether every element of a torch tensor has a place in memory: not sparse or nested, on a device that holds data,
+    and not in memory that was freed, as FSDP2 frees what it gathered for a forward."""
+    if tensor.is_meta or tensor.is_nested or str(tensor.layout) != "torch.strided":
+        return False
+    if is_wrapper(tensor) or not tensor.numel() or tensor.device.type not in {"cpu", "cuda"}:
+        return True
+    freed: bool = tensor.untyped_storage().nbytes() == 0
+    return not freed
+
+
+def is_wrapper(tensor: Any) -> bool:
+    """Whether a torch tensor has no memory of its own, but others inside that do: a DTensor, or a quantized weight."""
+    return hasattr(tensor, "__tensor_flatten__") or type(tensor).__torch_dispatch__ is not _plain_dispatch()
+
+
+def _plain_dispatch() -> Any:
+    return sys.modules["torch"].Tensor.__torch_dispatch__
 
 
 def dtype_of(tensor: Any) -> str:
@@ -57,19 +76,47 @@ def named(pairs: Any) -> Iterator[tuple[str, Any]]:
         name, tensor = pair
         if name == "__metadata__" or not re.fullmatch("[^\0\ud800-\udfff]*", name):
             raise UnknownTensor(f"{name!r} cannot be the name of a tensor in a safetensors file")
-        if not (hasattr(tensor, "dtype") and hasattr(tensor, "shape")):
-            raise DtypeMismatch(f"{name}: {type(tensor).__name__} is no tensor")
-        if is_torch(tensor) and not is_dense(tensor):
-            raise DtypeMismatch(f"{name} is on device {tensor.device} and {tensor.layout}: publish it dense, with data")
-        try:
+        with naming(name):
+            if not (hasattr(tensor, "dtype") and hasattr(tensor, "shape")):
+                raise DtypeMismatch(f"{type(tensor).__name__} is no tensor")
+            dense = not is_torch(tensor) or is_dense(tensor)
+        if not dense:
+            raise DtypeMismatch(f"{name} {_not_dense(tensor)}")
+        with naming(name):
             dtype_of(tensor)
-        except DtypeMismatch as error:
-            raise DtypeMismatch(f"{name}: {error}") from None
         yield name, tensor
 
 
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Have what goes wrong in reading a tensor say which one it was. Raises DtypeMismatch in place of what torch and
+    numpy raise for a kind of tensor that they cannot read; want of memory stays what it is."""
+    try:
+        yield
+    except DtypeMismatch as error:
+        raise DtypeMismatch(f"{name}: {error}") from None
+    except UNREADABLE as error:
+        if type(error) not in UNREADABLE:
+            raise
+        raise DtypeMismatch(
+            f"{name} cannot be read ({type(error).__name__}: {error}): publish it as a plain, dense tensor, a "
+            "quantized one by its dequantize()"
+        ) from error
+
+
+def _not_dense(tensor: Any) -> str:
+    if not tensor.is_meta and not tensor.is_nested and str(tensor.layout) == "torch.strided":
+        return "has no memory any more: of an FSDP2 model publish what named_parameters() gives after model.reshard()"
+    kind = "nested" if tensor.is_nested else tensor.layout
+    return f"is on device {tensor.device} and {kind}: publish it dense, with data"
+
+
 def as_bits(tensor: Any) -> Bits:
-    """A tensor's bits. Shares the memory of a contiguous CPU tensor; copies anything else to contiguous host memory."""
+    """A tensor's bits. Shares the memory of a contiguous CPU tensor; copies anything else to contiguous host memory.
+
+    Torch may still resize or free the memory of a tensor that is shared so, as it may not after `tensor.numpy()`: then
+    the bits are no more to be read.
+    """
     if isinstance(tensor, Bits):
         return tensor
     dtype = dtype_of(tensor)
@@ -84,7 +131,10 @@ def _torch_bits(tensor: Any, dtype: str) -> UInts:
     width = unsigned(dtype).itemsize
     signed = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]  # what .numpy() can carry
     flat = tensor.detach().contiguous().reshape(-1).view(signed).cpu()
-    array: UInts = flat.numpy().view(unsigned(dtype))
+    if is_wrapper(flat):
+        raise DtypeMismatch(f"{type(tensor).__name__} has no memory of its own: publish a plain tensor")
+    # tensor.numpy() forbids torch for good to resize this memory, and the next backward of FSDP2 on a CPU has to
+    array: UInts = np.from_dlpack(flat).view(unsigned(dtype))
     return array
 
 
@@ -131,6 +181,16 @@ def cast(tensor: Any, dtype: str) -> Bits:
     array = _floats(tensor) if isinstance(tensor, Bits) else np.asarray(tensor)
     data = _round_to_bf16(array) if dtype == "BF16" else array.astype(NAMES[dtype]).reshape(-1).view(unsigned(dtype))
     return Bits(dtype, tuple(array.shape), data)
+
+
+def snapshot(tensor: Any, dtype: str) -> Bits:
+    """What `cast` gives, in memory of its own: what another thread writes into the tensor afterwards is not in it."""
+    if dtype_of(tensor) != dtype:
+        return cast(tensor, dtype)
+    if is_torch(tensor) and tensor.device.type == "cpu" and not is_wrapper(tensor):
+        return as_bits(tensor.detach().clone())
+    bits = cast(tensor, dtype)
+    return bits if is_torch(tensor) else bits.copy()
 
 
 def as_float32(tensor: Any) -> Any:
