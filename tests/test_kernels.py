@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 import reference
 from deltawire import kernels
-from deltawire.errors import WrittenMeanwhile
 from strategies import pairs
 
 WIDTHS = [np.uint8, np.uint16, np.uint32, np.uint64]
@@ -148,12 +147,17 @@ def test_what_does_not_fit_is_not_written_whatever_was_counted(width):
         assert set(steps[room:]) == {7}
 
 
-@pytest.mark.parametrize(("counted", "size"), [(1, 64), (60, 64), (64, 60), (0, 3), (2, 3)])
-def test_weights_written_while_they_are_compared_are_refused_and_not_written_down_wrongly(counted, size, monkeypatch):
-    monkeypatch.setattr(kernels, "_count_changed", lambda old, new: counted)
-    old, new = np.zeros(size, np.uint16), np.ones(size, np.uint16)
-    if counted:
-        with pytest.raises(WrittenMeanwhile, match="another thread"):
-            kernels.compare_and_collect(old, new)
-    else:
-        assert kernels.compare_and_collect(old, new)[0].size == 0
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("counted", "size"), [(1, 67), (60, 67), (67, 67), (1, 3)])
+def test_weights_written_after_they_were_counted_are_compared_as_they_then_are(width, counted, size, monkeypatch):
+    old, new = np.zeros(size, width), np.zeros(size, width)
+
+    def count(old, live):
+        live[::2] = 3
+        return counted
+
+    monkeypatch.setattr(kernels, "_count_changed", count)
+    positions, steps = kernels.compare_and_collect(old, new)
+    kernels.apply_with_digest(old, positions, steps)
+    assert np.array_equal(old, new)
+    assert positions.tolist() == list(range(0, size, 2))

@@ -277,23 +277,24 @@ def test_a_tensor_that_changed_its_kind_or_its_shape_is_named_with_the_way_out()
             pub.publish(weights | {"norm": np.zeros(9, np.float32)})
 
 
-def test_a_tensor_that_another_thread_writes_while_it_is_compared_is_published_as_it_was_at_one_moment(monkeypatch):
+def test_a_tensor_that_another_thread_writes_while_it_is_compared_makes_a_version_that_is_true_to_its_digests(
+    monkeypatch,
+):
     bucket, live = fresh(), torch.zeros(99, dtype=torch.bfloat16)
     real = kernels._count_changed
 
     def count(old, new):
         counted = real(old, new)
-        live.add_(1)  # after the changes were counted and before they are written down
+        live[::2] += 1  # after the changes were counted and before they are written down
         return counted
 
     monkeypatch.setattr(kernels, "_count_changed", count)
     with publishing(bucket) as pub:
         for _ in range(3):
             live[::7] += 1
-            before = {"w": live.clone()}
             pub.publish({"w": live})
             pub.flush(timeout=PATIENCE)
-            assert equal(read_weights(bucket), before)
+            assert equal(read_weights(bucket), {"w": live})
 
 
 @pytest.mark.parametrize("part", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from deltawire import Publisher
 from deltawire.bits import WIDTHS, Bits
 from deltawire.errors import DtypeMismatch
-from deltawire.tensors import NAMES, as_bits, as_torch, cast, dtype_of, equal, like, naming, snapshot
+from deltawire.tensors import NAMES, as_bits, as_torch, cast, dtype_of, equal, like, naming
 from runs import PATIENCE, fresh
 from strategies import dtypes, random_bits, seeds, shapes
 
@@ -70,29 +70,12 @@ def test_a_tensor_of_a_dtype_without_a_name_is_refused(tensor):
 
 
 def test_reading_a_tensor_leaves_torch_free_to_resize_its_memory():
-    for read in (as_bits, lambda tensor: cast(tensor, "BF16"), lambda tensor: snapshot(tensor, "BF16")):
+    for read in (as_bits, lambda tensor: cast(tensor, "BF16")):
         tensor = torch.arange(4).bfloat16()
         bits = read(tensor)
         assert bits.data.tolist() == [0, 0x3F80, 0x4000, 0x4040]
         assert bits.data.flags.writeable
         assert tensor.untyped_storage().resizable()
-
-
-@pytest.mark.parametrize("dtype", ["BF16", "F32"])
-@pytest.mark.parametrize("kind", ["torch", "strided", "numpy", "bits"])
-def test_a_snapshot_has_memory_of_its_own(dtype, kind):
-    bits = Bits("F32", (4,), np.arange(4, dtype=np.float32).view(np.uint32))
-    tensor = {
-        "torch": as_torch(bits),
-        "strided": torch.arange(8, dtype=torch.float32)[::2] / 2,
-        "numpy": as_numpy(bits),
-        "bits": bits,
-    }[kind]
-    taken = snapshot(tensor, dtype)
-    expected = cast(tensor, dtype).copy()
-    assert taken == expected
-    (tensor.data if kind == "bits" else tensor)[:] = 9
-    assert taken == expected
 
 
 class Packed(torch.Tensor):

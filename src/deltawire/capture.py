@@ -31,7 +31,7 @@ from deltawire.names import require_bare
 from deltawire.pending import Captured, encode, hash_file
 from deltawire.resuming import require_same_adapter
 from deltawire.subscriber import Subscriber
-from deltawire.tensors import dtype_of, naming, snapshot
+from deltawire.tensors import cast, dtype_of, naming
 
 WIDE = ("F32", "F64")
 """float dtypes that trainers hold and servers do not"""
@@ -323,9 +323,9 @@ def _cast_all(pairs: Iterable[tuple[str, Any]], dtype: str) -> Iterable[tuple[st
 
 
 def cast_of(name: str, tensor: Any, dtype: str) -> Bits:
-    """A tensor as `snapshot` gives it. Raises DtypeMismatch, which names it."""
+    """A tensor as `cast` gives it. Raises DtypeMismatch, which names it."""
     with naming(name):
-        return snapshot(tensor, dtype)
+        return cast(tensor, dtype)
 
 
 def served_as(tensor: Any, dtype: str) -> str:

@@ -25,7 +25,6 @@ DeltaWireError
     ShapeMismatch     another shape than the table's
     DtypeMismatch     another dtype than the table's, and no exact cast
     CopiesDiffer      ranks that hold the same elements hold different bits
-    WrittenMeanwhile  weights that another thread wrote while they were read
     WrongBase         the weights are not the version this delta continues from
     NoView            a checkpoint tensor is no rectangle of the trainer's
   RankFailed        another rank of a sharded job failed, or is gone
@@ -135,10 +134,6 @@ class DtypeMismatch(ApplyError):
 
 class CopiesDiffer(ApplyError):
     """Ranks that hold copies of the same elements hold different bits."""
-
-
-class WrittenMeanwhile(ApplyError):
-    """Another thread wrote these weights while they were read."""
 
 
 class WrongBase(ApplyError):

@@ -143,21 +143,38 @@ class ShardCapturer:
     def _take(self, name: str, shard: Shard) -> None:
         """Move the baseline to what this rank holds of a tensor, and keep the change if it is ours to publish."""
         entry = self._table[name]
+        if name in self._shards:
+            self._keep_place(name, self._shards[name], shard)
         if name not in self._shards:
             self._baseline.seed(name, self._opening.bits(entry, shard.box), shard.box)
             self._seeded[name] = self._baseline.digests[name]
             self._shards[name] = replace(shard, tensor=None)
-        elif (known := self._shards[name]).box != shard.box or known.owned != shard.owned:
-            raise ShapeMismatch(
-                f"{name}: this rank gave {list(known.box.shape)} at {list(known.box.offset)} before, and now "
-                f"{list(shard.box.shape)} at {list(shard.box.offset)}; publish after `model.reshard()`"
-            )
         change = self._baseline.compare(name, cast_of(name, shard.tensor, entry.dtype))
         total = self._partial[name] + change if name in self._partial else change
         with self.transition:
             if shard.owned:
                 self._partial[name] = total
             self._baseline.advance(name, change)
+
+    def _keep_place(self, name: str, known: Shard, shard: Shard) -> None:
+        """Raise ShapeMismatch for another part of a tensor than this rank gave before, and for a whole tensor where it
+        gave a DTensor: on one rank, or where ranks hold copies, the two are one box, and FSDP2's copy is an old one.
+        While the weights at the opening position are at hand, another part begins from them anew."""
+        if known.sharded and not shard.sharded:
+            before, now = "a DTensor", "a whole tensor"
+        elif (known.box, known.owned) != (shard.box, shard.owned):
+            before, now = (f"{list(box.shape)} at {list(box.offset)}" for box in (known.box, shard.box))
+        else:
+            return
+        if not self._opening.open:
+            raise ShapeMismatch(
+                f"{name}: this rank gave {before} before, and now {now}. Publish what the model shows after "
+                "`reshard()` of every FSDPModule, as checkpoint_tensors(model) of deltawire.trainers.state does; a "
+                "model that was sharded another way needs a new Publisher, which reads the new parts from the last "
+                "commit"
+            )
+        with self.transition:
+            self._forget(name)
 
     def _describe(self, about: About, named: set[str]) -> Captured:
         """The next version with this rank's file made; its digests are not known yet."""

@@ -183,16 +183,6 @@ def cast(tensor: Any, dtype: str) -> Bits:
     return Bits(dtype, tuple(array.shape), data)
 
 
-def snapshot(tensor: Any, dtype: str) -> Bits:
-    """What `cast` gives, in memory of its own: what another thread writes into the tensor afterwards is not in it."""
-    if dtype_of(tensor) != dtype:
-        return cast(tensor, dtype)
-    if is_torch(tensor) and tensor.device.type == "cpu" and not is_wrapper(tensor):
-        return as_bits(tensor.detach().clone())
-    bits = cast(tensor, dtype)
-    return bits if is_torch(tensor) else bits.copy()
-
-
 def as_float32(tensor: Any) -> Any:
     """A float tensor as fp32: torch on its device for a torch tensor, else numpy. Raises DtypeMismatch for others."""
     _require_whole(tensor)
