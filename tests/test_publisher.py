@@ -277,7 +277,7 @@ def test_a_tensor_that_changed_its_kind_or_its_shape_is_named_with_the_way_out()
             pub.publish(weights | {"norm": np.zeros(9, np.float32)})
 
 
-def test_a_tensor_that_another_thread_writes_while_it_is_compared_makes_a_version_that_is_true_to_its_digests(
+def test_a_tensor_that_another_thread_writes_while_it_is_compared_makes_a_version_true_to_its_digests(
     monkeypatch,
 ):
     bucket, live = fresh(), torch.zeros(99, dtype=torch.bfloat16)
