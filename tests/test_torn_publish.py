@@ -20,10 +20,10 @@ def run_out(*_):
 
 
 class Watchdog:
-    """Raises at the `number`th line that this thread executes in FILES."""
+    """Raises at the `number`th line that this thread executes in `files`."""
 
-    def __init__(self, number):
-        self.left, self.where = number, None
+    def __init__(self, number, files=FILES):
+        self.left, self.files, self.where = number, files, None
 
     def __enter__(self):
         sys.settrace(self)
@@ -32,7 +32,7 @@ class Watchdog:
         sys.settrace(None)
 
     def __call__(self, frame, event, arg):
-        if frame.f_code.co_filename not in FILES:
+        if frame.f_code.co_filename not in self.files:
             return None
         if event == "line":
             self.left -= 1

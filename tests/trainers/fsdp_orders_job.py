@@ -1,6 +1,7 @@
 """One rank of a real FSDP2 job, for test_fsdp_orders.py: publishes after its verbs in every order; called as
 sharded_job.py. What a version holds must be the shards, whatever the model shows."""
 
+import itertools
 import random
 import sys
 
@@ -14,11 +15,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import deltawire as dw
+from deltawire import shard_capture
 from deltawire.errors import DtypeMismatch, ShapeMismatch
 from deltawire.tensors import as_bits, equal
 from deltawire.trainers.hook import publish_after_step
 from deltawire.trainers.state import checkpoint_tensors
 from runs import read_weights
+from test_torn_publish import FILES, Watchdog
+from test_torn_publish import publish as publish_again
 
 VERBS = ("forward", "evaluate", "backward", "step", "publish", "publish as shown", "state_dict")
 MESHES = {1: [(1,)], 2: [(2,), (2, 1), (1, 2)]}
@@ -134,7 +138,7 @@ def orders(folder):
 def many_orders(folder):
     """Each verb once, in many of their orders."""
     draw = random.Random(2)
-    run(folder, [draw.sample(VERBS, k=len(VERBS)) for _ in range(60)])
+    run(folder, [draw.sample(VERBS, k=len(VERBS)) for _ in range(25)])
 
 
 def hooks(folder):
@@ -180,7 +184,36 @@ def gathered(folder):
         assert pub.publish(model.named_parameters()).version == 2
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (orders, many_orders, hooks, gathered)}
+def torn(folder):
+    """A watchdog's exception at any line of a rank's publish: true weights, or only a new publisher goes on. With one
+    rank, for others would wait."""
+    model, went_on = Small(), []
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    pairs = [*model.named_parameters()]
+    for number in itertools.count(1, 9):
+        bucket = dw.open_bucket(f"file://{folder}/{number}")
+        begun, watchdog = number % 2, Watchdog(number, files=FILES | {shard_capture.__file__})
+        with dw.Publisher(bucket, process_group=dist.group.WORLD) as pub:
+            for move_number in range(begun):
+                move(pairs, move_number)
+                pub.publish(pairs)
+            move(pairs, number, share=0.5)
+            try:
+                with watchdog:
+                    pub.publish(pairs)
+            except TimeoutError:
+                move(pairs, number + 1, share=0.5)
+                went_on.append(publish_again(pub, pairs))
+        if watchdog.where is None:
+            break
+        if not went_on[-1]:
+            with dw.Publisher(bucket, process_group=dist.group.WORLD) as pub:
+                pub.publish(pairs)
+        assert equal(read_weights(bucket), whole(pairs)), watchdog.where
+    assert {True, False} == {*went_on}
+
+
+SCENARIOS = {scenario.__name__: scenario for scenario in (orders, many_orders, hooks, gathered, torn)}
 
 if __name__ == "__main__":
     main(SCENARIOS, sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])
