@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given
 
 from deltawire.baseline import Baseline
+from deltawire.bits import Bits
 from deltawire.digest import digest
 from deltawire.errors import DtypeMismatch, ShapeMismatch, UnknownTensor
 from deltawire.manifests import TensorEntry
+from deltawire.shards import Box
 from deltawire.tensors import as_bits, equal
 from strategies import versions
 
@@ -43,6 +45,23 @@ def test_a_baseline_owns_its_memory():
     baseline = seeded({"w": as_bits(array)})
     array[:] = 9
     assert baseline["w"].data.tolist() == [0, 1, 2, 3]
+
+
+class Written(Bits):
+    """Bits that another thread writes as soon as they are copied."""
+
+    def copy(self):
+        own = super().copy()
+        self.data[:] += 1
+        return own
+
+
+def test_the_digest_is_that_of_what_the_baseline_holds_even_of_a_tensor_that_is_written_meanwhile():
+    data = np.arange(4, dtype=np.uint16)
+    for box in (None, Box.all_of((4,))):
+        baseline = Baseline()
+        baseline.seed("w", Written("BF16", (4,), data), box)
+        assert baseline.digests == digest(baseline.as_mapping())
 
 
 def test_an_unknown_name_is_refused_with_the_names_it_may_have_meant():

@@ -134,3 +134,30 @@ def test_after_warming_up_no_element_width_compiles_anything_more():
         kernels.digest_sweep(new)
         kernels.scatter(old, np.arange(100), kernels.gather(new, np.arange(100)))
     assert [len(loop.signatures) for loop in loops] == compiled
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_does_not_fit_is_not_written_whatever_was_counted(width):
+    old, new = np.zeros(67, width), np.ones(67, width)
+    for room in (0, 3, 8, 30, 66):
+        positions, steps = np.full(80, -7, np.int64), np.full(80, 7, width)
+        arguments = (old, new), (kernels._words(old), kernels._words(new)), positions[:room], steps[:room]
+        assert kernels._collect(*arguments) == -1
+        assert set(positions[room:]) == {-7}
+        assert set(steps[room:]) == {7}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("counted", "size"), [(1, 67), (60, 67), (67, 67), (1, 3)])
+def test_weights_written_after_they_were_counted_are_compared_as_they_then_are(width, counted, size, monkeypatch):
+    old, new = np.zeros(size, width), np.zeros(size, width)
+
+    def count(old, live):
+        live[::2] = 3
+        return counted
+
+    monkeypatch.setattr(kernels, "_count_changed", count)
+    positions, steps = kernels.compare_and_collect(old, new)
+    kernels.apply_with_digest(old, positions, steps)
+    assert np.array_equal(old, new)
+    assert positions.tolist() == list(range(0, size, 2))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltawire import Publisher, Subscriber, open_bucket, publisher
+from deltawire import NameMap, Publisher, Subscriber, kernels, materialize, open_bucket, publisher
 from deltawire.errors import (
     AccessRefused,
     DeltaWireError,
@@ -275,6 +275,58 @@ def test_a_tensor_that_changed_its_kind_or_its_shape_is_named_with_the_way_out()
             pub.publish(weights | {"norm": np.zeros(8, np.int64)})
         with pytest.raises(ShapeMismatch, match=r"norm: shape \[9\].*another bucket, or .*supersede"):
             pub.publish(weights | {"norm": np.zeros(9, np.float32)})
+
+
+def test_a_tensor_that_another_thread_writes_while_it_is_compared_makes_a_version_true_to_its_digests(
+    monkeypatch,
+):
+    bucket, live = fresh(), torch.zeros(99, dtype=torch.bfloat16)
+    real = kernels._count_changed
+
+    def count(old, new):
+        counted = real(old, new)
+        live[::2] += 1  # after the changes were counted and before they are written down
+        return counted
+
+    monkeypatch.setattr(kernels, "_count_changed", count)
+    with publishing(bucket) as pub:
+        for _ in range(3):
+            live[::7] += 1
+            pub.publish({"w": live})
+            pub.flush(timeout=PATIENCE)
+            assert equal(read_weights(bucket), {"w": live})
+
+
+@pytest.mark.parametrize("part", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"])
+def test_names_of_a_wrapped_module_are_refused_at_once_with_what_to_do(part):
+    bucket, weights = fresh(), model()
+    wrapped = {f"{part}.{name}": tensor for name, tensor in weights.items()}
+    with publishing(bucket) as pub:
+        with pytest.raises(UnknownTensor, match=rf"'{part}\.embed.weight'.*is 'embed.weight' in a wrapper.*NameMap"):
+            pub.publish(wrapped)
+        pub.publish(weights)
+        with pytest.raises(UnknownTensor, match=r"in a wrapper.*NameMap"):
+            pub.publish(wrapped)
+    with publishing(fresh(), prepare=[NameMap()]) as pub:
+        pub.publish(wrapped)
+        assert read_after(pub) == weights.keys()
+    with publishing(fresh()) as pub:  # a model may call one of its parts so
+        pub.publish({"module.weight": weights["norm"], "head": weights["norm"]})
+
+
+def read_after(pub):
+    pub.flush(timeout=PATIENCE)
+    return read_weights(pub.bucket).keys()
+
+
+def test_packed_weights_are_warned_of_once_unless_a_base_holds_them_so(tmp_path):
+    bucket, weights = fresh(), {"q_proj": np.zeros((8, 4), np.uint8), "norm": np.zeros(4, np.float32)}
+    with publishing(bucket) as pub:
+        with pytest.warns(UserWarning, match=r"1 tensors of this run hold integers: q_proj \(U8 \[8, 4\]\).*base="):
+            pub.publish(weights)
+        pub.publish(weights)
+    materialize(bucket, tmp_path / "base")
+    publish_all(fresh(), weights, base=tmp_path / "base")
 
 
 def test_a_misspelt_option_or_the_address_of_a_bucket_is_refused_before_anything_opens(tmp_path):

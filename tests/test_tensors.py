@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltawire import Publisher
 from deltawire.bits import WIDTHS, Bits
 from deltawire.errors import DtypeMismatch
-from deltawire.tensors import NAMES, as_bits, as_torch, cast, dtype_of, equal, like
+from deltawire.tensors import NAMES, as_bits, as_torch, cast, dtype_of, equal, like, naming
+from runs import PATIENCE, fresh
 from strategies import dtypes, random_bits, seeds, shapes
 
 NUMPY_DTYPES = sorted(set(WIDTHS) - {"BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0"})
@@ -65,6 +67,67 @@ def test_a_parameter_that_requires_grad_is_read_and_kept():
 def test_a_tensor_of_a_dtype_without_a_name_is_refused(tensor):
     with pytest.raises(DtypeMismatch, match="cannot be shipped"):
         as_bits(tensor)
+
+
+def test_reading_a_tensor_leaves_torch_free_to_resize_its_memory():
+    for read in (as_bits, lambda tensor: cast(tensor, "BF16")):
+        tensor = torch.arange(4).bfloat16()
+        bits = read(tensor)
+        assert bits.data.tolist() == [0, 0x3F80, 0x4000, 0x4040]
+        assert bits.data.flags.writeable
+        assert tensor.untyped_storage().resizable()
+
+
+class Packed(torch.Tensor):
+    """As quantizing libraries make them: bf16 to look at, int8 inside."""
+
+    @staticmethod
+    def __new__(cls, inside):
+        return torch.Tensor._make_wrapper_subclass(cls, inside.shape, dtype=torch.bfloat16)
+
+    def __init__(self, inside):
+        self.inside = inside
+
+    def __tensor_flatten__(self):
+        return ["inside"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.clone.default or function is torch.ops.aten.detach.default:
+            return Packed(args[0].inside)
+        raise NotImplementedError(str(function))
+
+
+def freed():
+    tensor = torch.zeros(3)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        (Packed(torch.zeros(4, dtype=torch.int8)), r"w cannot be read \(NotImplementedError.*dequantize"),
+        (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged), "w is on .* nested"),
+        (freed(), r"w has no memory any more.*reshard\(\)"),
+    ],
+    ids=["a quantized subclass", "nested", "freed"],
+)
+def test_a_tensor_that_cannot_be_read_is_named_with_what_to_do(tensor, says):
+    bucket = fresh()
+    with Publisher(bucket) as pub:
+        with pytest.raises(DtypeMismatch, match=says):
+            pub.publish({"a": torch.zeros(4), "w": tensor})
+        pub.publish({"a": torch.zeros(4)})
+        pub.flush(timeout=PATIENCE)
+        with pytest.raises(DtypeMismatch, match=says.replace("w ", "a ", 1)):
+            pub.publish({"a": tensor})
+
+
+def test_errors_that_are_no_fault_of_a_tensor_stay_what_they_are():
+    for kind in (torch.OutOfMemoryError, MemoryError, TimeoutError, KeyError):
+        with pytest.raises(kind, match="stop"), naming("w"):
+            raise kind("stop")
 
 
 def test_like_gives_back_the_kind_that_was_given():

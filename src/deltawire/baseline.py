@@ -11,8 +11,36 @@ from deltawire.delta import TensorDelta, between_bits
 from deltawire.digest import digest_bits, moved
 from deltawire.errors import ShapeMismatch, UnknownTensor
 from deltawire.manifests import TensorEntry
-from deltawire.names import closest
+from deltawire.names import bare, closest, is_adapters, require_bare
 from deltawire.shards import Box
+
+
+class Transition:
+    """Statements that only together take the state from one that agrees with itself to the next: `with transition: …`,
+    or from `begin` to `end`. An exception in between, which a signal's handler may raise anywhere, leaves the state
+    `unfinished` for good."""
+
+    def __init__(self) -> None:
+        self._open = 0
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether some of the statements may have been done, and others not."""
+        return self._open > 0
+
+    def begin(self) -> None:
+        """Say so before the first of the statements."""
+        self._open += 1
+
+    def end(self) -> None:
+        """Say so after the last."""
+        self._open -= 1
+
+    __enter__ = begin
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.end()
 
 
 class Baseline:
@@ -35,10 +63,11 @@ class Baseline:
 
     def seed(self, name: str, bits: Bits, box: Box | None = None) -> None:
         """Take a tensor, or a box of one, as captured, in memory of our own."""
-        self._weights[name] = bits.copy()
+        own = bits.copy()  # what is given may be written meanwhile, and the digest is that of what we hold
+        self._weights[name] = own
         if box is not None:
             self.boxes[name] = box
-        self.digests[name] = digest_bits(bits.data) if box is None else box.digest(bits.data)
+        self.digests[name] = digest_bits(own.data) if box is None else box.digest(own.data)
 
     def forget(self, name: str) -> None:
         """Let go of a tensor, as if it had never been seeded."""
@@ -73,6 +102,8 @@ class Baseline:
 def require(name: str, shape: tuple[int, ...], table: Mapping[str, Bits] | Mapping[str, TensorEntry]) -> None:
     """Raise UnknownTensor or ShapeMismatch unless the table has such a tensor of this shape."""
     if name not in table:
+        if not is_adapters(name) and bare(name) in table:
+            require_bare([name])
         raise UnknownTensor(
             f"{name!r} is not in this run's tensor table; closest there: {closest(name, table)}. Leave it out by "
             'Publisher(prepare=[…]), or begin a run of other tensors: another bucket, or Publisher(run="supersede")'

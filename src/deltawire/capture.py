@@ -3,13 +3,14 @@
 import secrets
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from deltawire import checkpoint, log
-from deltawire.baseline import Baseline
+from deltawire.baseline import Baseline, Transition
 from deltawire.bases import open_base, resolve_base
 from deltawire.bits import Bits, count
 from deltawire.buckets.atomic import file_system_errors
@@ -27,10 +28,13 @@ from deltawire.manifests import (
     anchor_hash,
     anchor_prefix,
 )
+from deltawire.names import require_bare
 from deltawire.pending import Captured, encode, hash_file
 from deltawire.resuming import require_same_adapter
 from deltawire.subscriber import Subscriber
 
+PACKED = ("U8", "I8", "I32")
+"""dtypes that quantized weights are packed in"""
 About = tuple[int | None, Mapping[str, float]]
 """what the trainer says of a version: its step and metrics"""
 
@@ -76,6 +80,7 @@ class Capturer:
         self._run: Run | None = None
         self._baseline = Baseline()
         self._partial: dict[str, TensorDelta] = {}
+        self.transition = Transition()
         self._next = 0
         self._base: BaseCheckpoint | None = None
         self._base_digests: Mapping[str, int] = {}
@@ -111,7 +116,8 @@ class Capturer:
     ) -> Capture:
         """Compare, and number what changed. `cut` is for the ranks of a sharded job.
 
-        Only the last statement moves the numbers on and lets go of the change, so an error of any kind keeps both.
+        Only the last statement moves the numbers on and lets go of the change, so an error keeps both. The `transition`
+        that it begins is the caller's to end, once it has what was captured.
         Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch, OutOfSpace; a change captured before the
         error stays in the baseline and in what the next version covers.
         """
@@ -131,6 +137,7 @@ class Capturer:
         if delta or not versions:
             captured = self._describe(run, self._next + len(versions), about, delta=delta)
             versions.append(replace(captured, payloads=encode(captured)))
+        self.transition.begin()
         self._run, self._next, self._partial = run, versions[-1].version + 1, {}
         changed = delta.changed if versions[-1].parent is not None else self.total
         return Capture(versions, seconds, changed, versions[-1].payload_bytes)
@@ -145,8 +152,9 @@ class Capturer:
             require_due(name, seen, trainable)
             change = self._baseline.compare(name, self._casting.cast(name, tensor, self._baseline[name].dtype))
             total = self._partial[name] + change if name in self._partial else change
-            self._partial[name] = total
-            self._baseline.advance(name, change)
+            with self.transition:
+                self._partial[name] = total
+                self._baseline.advance(name, change)
             seen.add(name)
         return seen
 
@@ -158,16 +166,20 @@ class Capturer:
             baseline.seed(name, self._casting.cast(name, tensor, self._casting.served_as(name, tensor)))
         require_all(baseline.digests, None)
         self._casting.settle(baseline.digests)
+        require_bare(baseline.digests)
+        warn_of_packed(baseline.table(()))
         run = self._new_run(baseline.table(baseline.digests), None)
         payloads = self._write_anchor(run.table, baseline)
         captured = self._describe(run, 0, about, digests=baseline.digests, payloads=payloads)
+        self.transition.begin()
         self._baseline, self._run, self._next = baseline, run, 1
         return captured
 
     def _begin_on_base(self, trainable: set[str]) -> Run:
         """A run whose version 0 is the base by reference."""
-        for name in self._partial.keys() - trainable:  # named by a publish that failed, and not by this one
-            self._baseline.advance(name, -self._partial.pop(name))
+        with self.transition:
+            for name in self._partial.keys() - trainable:  # named by a publish that failed, and not by this one
+                self._baseline.advance(name, -self._partial.pop(name))
         return self._new_run(self._baseline.table(trainable), self._base)
 
     def _new_run(self, table: tuple[TensorEntry, ...], base: BaseCheckpoint | None) -> Run:
@@ -244,6 +256,19 @@ def require_due(name: str, seen: Container[str], trainable: Container[str] | Non
         raise UnknownTensor(f"{name!r} was given twice")
     if trainable is not None and name not in trainable:
         raise UnknownTensor(f"{name!r} is frozen in this run: its first publish did not name it")
+
+
+def warn_of_packed(table: Iterable[TensorEntry]) -> None:
+    """Warn of matrices of integers in a run that begins without a base: most likely quantized weights."""
+    packed = [entry for entry in table if entry.dtype in PACKED and len(entry.shape) > 1]
+    if packed:
+        named = ", ".join(f"{entry.name} ({entry.dtype} {list(entry.shape)})" for entry in packed[:3])
+        warnings.warn(
+            f"{len(packed)} tensors of this run hold integers: {named}. Quantized weights (bitsandbytes, GPTQ) go bit "
+            "for bit, and without what they are unpacked by, which is no parameter: publish them dequantized, or begin "
+            "the run with Publisher(base=…), the checkpoint that holds them so",
+            stacklevel=2,
+        )
 
 
 def require_all(seen: Iterable[str], trainable: set[str] | None) -> None:

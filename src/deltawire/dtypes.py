@@ -8,7 +8,7 @@ from typing import Any
 
 from deltawire.bits import Bits
 from deltawire.errors import DtypeMismatch
-from deltawire.tensors import FLOATS, cast, dtype_of, mark_of
+from deltawire.tensors import FLOATS, cast, dtype_of, mark_of, naming
 
 WIDE = ("F32", "F64")
 """float dtypes that trainers hold and servers do not"""
@@ -66,10 +66,8 @@ class Casting:
                 f"{name}: dtype= asks for {asked}, and this run has it in {held}, as its base or its first publish had "
                 'it. Leave the pattern out, or begin another run: without that base, or Publisher(run="supersede")'
             )
-        try:
+        with naming(name):
             return cast(here if asked is None else cast(here, asked), held)
-        except DtypeMismatch as error:
-            raise DtypeMismatch(f"{name}: {error}") from None
 
     def settle(self, names: Iterable[str], *, warn: bool = True) -> None:
         """After the first publish gave all its tensors, `names`: warn of fp32 ones that were rounded unasked, beside

@@ -21,8 +21,10 @@ GOLDEN = 0x9E3779B97F4A7C15
 M1 = 0xFF51AFD7ED558CCD
 M2 = 0xC4CEB9FE1A85EC53
 MASK = (1 << 64) - 1
-CHUNK = 4096
-"""words of eight bytes that are compared at a time: what is noted of them stays in the nearest cache"""
+CHUNK = 1024
+"""words of eight bytes that are compared at a time: what is noted of them, and their copy, stay in the nearest cache"""
+WORD = 8
+"""bytes, and the most elements, of a word"""
 AHEAD = 512
 """elements by which a gather or scatter fetches ahead; from 128 to 1,024 made no difference"""
 
@@ -73,24 +75,33 @@ def _count_changed(old, new):  # type: ignore[no-untyped-def]
 def _collect(arrays, words, positions, steps):  # type: ignore[no-untyped-def]
     """`words` are the two `arrays` eight bytes at a time: first the words that differ are listed, then their elements.
     Everything is written down and counted only if it differs, for where something changed is not to be predicted, and
-    a wrong branch costs more than writing. So there must be room for one more than there are changes."""
+    a wrong branch costs more than writing. So there must be room for a word more than there are changes; -1 where
+    there is not, as when another thread writes `new` after it was counted. It is read once, into a copy in the nearest
+    cache, and the steps lead to that copy."""
     (old, new), (old_words, new_words) = arrays, words
     k, lanes = 0, 8 // old.itemsize
-    differing = np.empty(CHUNK + 1, np.int64)
+    differing, own = np.empty(CHUNK + 1, np.int64), np.empty(CHUNK * lanes, old.dtype)
+    own_words = own.view(np.uint64)
     for start in range(0, old_words.size, CHUNK):
-        found = 0
-        for i in range(start, min(start + CHUNK, old_words.size)):
+        found, size, first = 0, min(CHUNK, old_words.size - start), start * lanes
+        own_words[:size] = new_words[start : start + size]
+        for i in range(size):
             differing[found] = i
-            found += old_words[i] != new_words[i]
+            found += old_words[start + i] != own_words[i]
         for i in differing[:found]:
+            if k + lanes > positions.size:
+                return -1
             for j in range(i * lanes, (i + 1) * lanes):
-                positions[k] = j
-                steps[k] = new[j] - old[j]
-                k += old[j] != new[j]
+                positions[k] = first + j
+                steps[k] = own[j] - old[first + j]
+                k += old[first + j] != own[j]
     for j in range(old_words.size * lanes, old.size):
+        if k >= positions.size:
+            return -1
+        own[0] = new[j]
         positions[k] = j
-        steps[k] = new[j] - old[j]
-        k += old[j] != new[j]
+        steps[k] = own[0] - old[j]
+        k += old[j] != own[0]
     return k
 
 
@@ -153,12 +164,19 @@ def digest_at(positions: Positions, bits: UInts) -> int:
 
 
 def compare_and_collect(old: UInts, new: UInts) -> tuple[Positions, UInts]:
-    """Where two equally long arrays differ, and by how much: (positions, steps) with steps = new - old mod 2^bits."""
+    """Where two equally long arrays differ, and by how much: (positions, steps) with steps = new - old mod 2^bits.
+
+    Another thread may write `new` meanwhile: `old` plus the steps is what each element was at some moment.
+    """
     changed = int(_count_changed(old, new))
-    positions, steps = np.empty(changed + 1, np.int64), np.empty(changed + 1, old.dtype)
-    if changed:
-        _collect((old, new), (_words(old), _words(new)), positions, steps)
-    return positions[:changed], steps[:changed]
+    if not changed:
+        return np.empty(0, np.int64), np.empty(0, old.dtype)
+    for room in (changed, old.size):  # the second time only if more was written since it was counted: all of it fits
+        positions, steps = np.empty(room + WORD, np.int64), np.empty(room + WORD, old.dtype)
+        found = int(_collect((old, new), (_words(old), _words(new)), positions, steps))
+        if found >= 0:
+            break
+    return positions[:found], steps[:found]
 
 
 def _words(data: UInts) -> UInts:

@@ -15,8 +15,10 @@ import numpy as np
 from deltawire.errors import ShapeMismatch, UnknownTensor
 from deltawire.tensors import is_sharded, is_torch, mark_of, marked
 
-WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
-"""parts of a name that torch.compile, FSDP, activation checkpointing and PEFT put in, wherever they stand"""
+COMPUTING = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""parts of a name that torch.compile, FSDP1 and activation checkpointing put in, wherever they stand"""
+WRAPPERS = COMPUTING | {"base_layer"}
+"""and PEFT"""
 ADAPTERS = ("lora_", "modules_to_save", "original_module")
 """how the parts of a name begin that only an adapter's tensors have"""
 
@@ -157,6 +159,26 @@ def bare(name: str) -> str:
     if parts[:2] == ["base_model", "model"]:
         parts = parts[2:]
     return ".".join(parts)
+
+
+def without_wrappers(name: str) -> str:
+    """A tensor's name without what torch.compile, FSDP1 and activation checkpointing put into it."""
+    return ".".join(part for part in name.split(".") if part not in COMPUTING)
+
+
+def require_bare(names: Iterable[str]) -> None:
+    """Raise UnknownTensor for names of which no checkpoint has such: with a wrapper's part, or `module.` before all."""
+    given = list(names)
+    wrapped = [name for name in given if name != without_wrappers(name)]
+    if not wrapped and all(name.startswith("module.") for name in given):
+        wrapped = given
+    if wrapped:
+        inside = without_wrappers(wrapped[0]).removeprefix("module.")
+        raise UnknownTensor(
+            f"{wrapped[0]!r}, one of {len(wrapped)} such names, is {inside!r} in a wrapper (torch.compile, DDP, FSDP1, "
+            "activation checkpointing), and no server knows it so: publish the bare module, or "
+            "checkpoint_tensors(model) of deltawire.trainers.state, or pass Publisher(prepare=[deltawire.NameMap()])"
+        )
 
 
 def is_adapters(name: str) -> bool:

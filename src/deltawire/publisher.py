@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from deltawire import pending, resuming, signing
+from deltawire import fsdp, pending, resuming, signing
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
 from deltawire.capture import Capture, Capturer
@@ -129,7 +129,8 @@ class Publisher:
         except BaseException:
             shutil.rmtree(self._spool, ignore_errors=True)
             raise
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # entered by itself: a signal's exception in Condition.__exit__ would keep it
+        self._changed = threading.Condition(self._lock)
         self._waiting: list[Captured] = []
         self._work: Captured | None = None
         self._committed: Position | None = self._capturer.resumed
@@ -209,24 +210,27 @@ class Publisher:
         too, once another writer has taken the run. In a sharded job all ranks raise together: those without trouble of
         their own RankFailed, CopiesDiffer where ranks disagree, MissingTensor where they give other names or another
         `step`. Raises WrongBase where resume="require" refuses the first publish; only a new publisher goes on then.
-        After an interrupt (Ctrl-C, no memory) in here only a new publisher goes on.
+        So it is after an interrupt (Ctrl-C, no memory), and when an exception that is none of ours, such as a
+        watchdog's, comes between steps that go together.
         """
         started = time.perf_counter()
-        with self._changed:
+        with self._lock:
             self._summing, cut = self._sharded, self._cut
+            self._torn = self._torn or self._capturer.transition.unfinished
         try:
             capture = self._capturer.capture(self._pairs(tensors), step=step, metrics=metrics, cut=cut)
             jump = self._jump(capture)
-            with self._changed:
+            with self._lock:
                 self._cut = max(self._cut, capture.cut)
                 for captured in capture.versions:
                     self._enqueue(captured)
+                self._capturer.transition.end()
                 report = self._report(capture, started)
         except (KeyboardInterrupt, SystemExit, MemoryError):
-            self._torn = True  # anywhere, maybe between the baseline and what waits
+            self._torn = True
             raise
         finally:
-            with self._changed:
+            with self._lock:
                 self._summing = False
                 self._changed.notify_all()
         if jump is not None:  # not before it is enqueued: a filter may make an error of it
@@ -246,6 +250,8 @@ class Publisher:
                 "and open a new one, which publishes the difference from the last commit"
             )
         pairs: Pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+        if isinstance(pairs, Iterable):
+            pairs = fsdp.owned(pairs)  # before `prepare`, which may compute from them
         for prepare in self._prepare:
             pairs = prepare(pairs)
         yield from named(pairs)
@@ -306,8 +312,8 @@ class Publisher:
         when `timeout` seconds were not enough. Nothing is forgotten: call again, or publish on.
         """
         self._require_owner()
-        with self._changed:
-            before, self._hurry = self._failures, True
+        with self._lock:
+            before, self._hurry, self._summing = self._failures, True, False
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._idle() or self._is_hopeless(before), timeout)
             if self._idle() and not self._died:
@@ -328,7 +334,7 @@ class Publisher:
                 left = GOODBYE if timeout is None else started + timeout - time.monotonic()
                 patience = min(GOODBYE, max(left, 0.0))
         finally:
-            with self._changed:
+            with self._lock:
                 self._closing = True
                 self._changed.notify_all()
             atexit.unregister(self._close_at_exit)

@@ -131,7 +131,7 @@ class Ranks:
         first = self._members[0] in mesh.mesh.flatten().tolist()
         copies = prod(mesh.size(dim) for dim in copied) * (self.size // mesh.size())
         owned = first and all(mesh.get_coordinate()[dim] == 0 for dim in copied)
-        return Shard(Box(whole, tuple(offset), tuple(shape)), None, owned, copies)
+        return Shard(Box(whole, tuple(offset), tuple(shape)), None, owned, copies, sharded=True)
 
     def close(self, timeout: float) -> None:
         """Say goodbye. Rank 0, which serves the notes, stays until all have said it, at most `timeout` seconds."""

@@ -15,15 +15,16 @@ import numpy as np
 from blake3 import blake3
 
 from deltawire import checkpoint
-from deltawire.baseline import Baseline, require
+from deltawire.baseline import Baseline, Transition, require
 from deltawire.bits import WIDTHS, count
 from deltawire.buckets.base import Bucket
-from deltawire.capture import About, Capture, about_of, require_all, require_due
+from deltawire.capture import About, Capture, about_of, require_all, require_due, warn_of_packed
 from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import MODULUS
 from deltawire.dtypes import Casting
-from deltawire.errors import BadDigest, CopiesDiffer, MissingTensor, ShapeMismatch
+from deltawire.errors import BadDigest, CopiesDiffer, DeltaWireError, MissingTensor, ShapeMismatch
 from deltawire.manifests import Run, TensorEntry, anchor_hash, anchor_prefix
+from deltawire.names import require_bare
 from deltawire.pending import Captured, encode
 from deltawire.ranks import Ranks, Sums
 from deltawire.shard_opening import Opening
@@ -60,6 +61,7 @@ class ShardCapturer:
         self._shards: dict[str, Shard] = {}
         self._seeded: dict[str, int] = {}
         self._partial: dict[str, TensorDelta] = {}
+        self.transition = Transition()
         self._known = self._opening.digests
         self._digests = dict(self._known)
 
@@ -85,9 +87,11 @@ class ShardCapturer:
         """This rank's part of the next version. Every rank joins, whatever went wrong on it, so none waits in vain.
 
         Raises what a one-process capture raises on the rank that has the trouble, and RankFailed on the others;
-        CopiesDiffer, BadDigest and MissingTensor on all. Whatever is raised, no rank has moved on, and what each
-        captured goes with the next good call.
+        CopiesDiffer, BadDigest and MissingTensor on all. Whatever of these is raised, no rank has moved on, and what
+        each captured goes with the next good call; the `transition` stays unfinished after anything else, when the
+        other ranks may have moved on. It is the caller's to end, once it has what was captured.
         """
+        self.transition.begin()
         started = time.perf_counter()
         about: About = (None, {})
         named: set[str] = set()
@@ -104,8 +108,11 @@ class ShardCapturer:
                 self._agree(problem, named)
                 self._known = self._opening.add_up_digests(self._table, problem)
             sums = self._add_up(problem, named, captured, cut)
-        except BaseException:
-            self._forget_beginning()
+        except BaseException as error:
+            with self.transition:
+                self._forget_beginning()
+            if error is problem or isinstance(error, DeltaWireError):  # what every rank knows of
+                self.transition.end()
             raise
         assert captured is not None
         return self._move_on(captured, about, sums, seconds)
@@ -129,29 +136,53 @@ class ShardCapturer:
             seen.add(name)
         require_all(seen, trainable)
         self._casting.settle(seen, warn=self._ranks.rank == 0)
+        if self._decision.empty and self._run is None:
+            require_bare(seen)
+            if self._ranks.rank == 0:
+                warn_of_packed(self._table.values())
         return seen
 
     def _take(self, name: str, tensor: Any, shard: Shard) -> None:
         """Move the baseline to what this rank holds of a tensor, and keep the change if it is ours to publish."""
         entry = self._table[name]
+        if name in self._shards:
+            self._keep_place(name, self._shards[name], shard)
         if name not in self._shards:
             self._baseline.seed(name, self._opening.bits(entry, shard.box), shard.box)
             self._seeded[name] = self._baseline.digests[name]
             self._shards[name] = replace(shard, tensor=None)
-        elif (known := self._shards[name]).box != shard.box or known.owned != shard.owned:
-            raise ShapeMismatch(
-                f"{name}: this rank gave {list(known.box.shape)} at {list(known.box.offset)} before, and now "
-                f"{list(shard.box.shape)} at {list(shard.box.offset)}; publish after `model.reshard()`"
-            )
         change = self._baseline.compare(name, self._casting.cast(name, tensor, entry.dtype, shard=shard.tensor))
-        if shard.owned:
-            self._partial[name] = self._partial[name] + change if name in self._partial else change
-        self._baseline.advance(name, change)
+        total = self._partial[name] + change if name in self._partial else change
+        with self.transition:
+            if shard.owned:
+                self._partial[name] = total
+            self._baseline.advance(name, change)
+
+    def _keep_place(self, name: str, known: Shard, shard: Shard) -> None:
+        """Raise ShapeMismatch for another part of a tensor than this rank gave before, and for a whole tensor where it
+        gave a DTensor: on one rank, or where ranks hold copies, the two are one box, and FSDP2's copy is an old one.
+        While the weights at the opening position are at hand, another part begins from them anew."""
+        if known.sharded and not shard.sharded:
+            before, now = "a DTensor", "a whole tensor"
+        elif (known.box, known.owned) != (shard.box, shard.owned):
+            before, now = (f"{list(box.shape)} at {list(box.offset)}" for box in (known.box, shard.box))
+        else:
+            return
+        if not self._opening.open:
+            raise ShapeMismatch(
+                f"{name}: this rank gave {before} before, and now {now}. Publish what the model shows after "
+                "`reshard()` of every FSDPModule, as checkpoint_tensors(model) of deltawire.trainers.state does; a "
+                "model that was sharded another way needs a new Publisher, which reads the new parts from the last "
+                "commit"
+            )
+        with self.transition:
+            self._forget(name)
 
     def _describe(self, about: About, named: set[str]) -> Captured:
         """The next version with this rank's file made; its digests are not known yet."""
-        for name in self._shards.keys() - named:  # by a publish that failed, and not by this one
-            self._forget(name)
+        with self.transition:
+            for name in self._shards.keys() - named:  # by a publish that failed, and not by this one
+                self._forget(name)
         table = tuple(msgspec.structs.replace(entry, trainable=entry.name in named) for entry in self._table.values())
         run = self._run or Run(
             self._decision.run, table, self._clock(), self._decision.base, self._decision.supersedes, self._compactors

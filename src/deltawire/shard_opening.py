@@ -43,6 +43,7 @@ class Opening:
     """The weights at the position where the run opens, on this rank. Opening is done by every rank; all raise, or none.
 
     `run` and `table` are those of the run that is continued; `table` that of the base; both are empty without either.
+    It is `open` until `close`: any box can be read.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Opening:
         self._reader: Subscriber | None = None
         self._weights: Mapping[str, Bits] = {}
         self._since = Delta()
+        self.open = True
         problem: Exception | None = None
         try:
             self._open()
@@ -71,7 +73,7 @@ class Opening:
         """Remove what was downloaded; every box has been read."""
         if self._reader is not None:
             self._reader.close()
-        self._reader, self._weights, self._since = None, {}, Delta()
+        self._reader, self._weights, self._since, self.open = None, {}, Delta(), False
 
     def bits(self, entry: TensorEntry, box: Box) -> Bits:
         """A box of a tensor at the opening position."""

@@ -121,12 +121,13 @@ def _copied(data: UInts, box: Box) -> UInts:
 @dataclass(frozen=True, slots=True, eq=False)
 class Shard:
     """What one rank holds of one tensor: `tensor`, the elements in `box`. `copies` ranks hold these same elements, and
-    exactly one of them has it `owned`: that one publishes it."""
+    exactly one of them has it `owned`: that one publishes it. `sharded`: it came as a DTensor, not as a plain one."""
 
     box: Box
     tensor: Any
     owned: bool
     copies: int
+    sharded: bool = False
 
     def through(self, view: View) -> "Shard":
         """What it holds of a view of the tensor, in the view's own coordinates and over the same memory; an empty box

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,9 @@ NAMES = {name: spelled for spelled, name in _NUMPY.items()}
 Mark = Literal["kept", "made"]
 """what is said of an fp32 tensor: its model keeps it in fp32 beside 16-bit ones, or its class makes it so"""
 _MARK = "_deltawire_mark"
+UNREADABLE = (TypeError, ValueError, AttributeError, BufferError, RuntimeError, NotImplementedError)
+"""what torch and numpy raise for a kind of tensor that has no flat bits; nothing derived from these, such as torch's
+OutOfMemoryError"""
 
 
 def is_torch(tensor: object) -> bool:
@@ -34,8 +38,23 @@ def is_sharded(tensor: object) -> bool:
 
 
 def is_dense(tensor: Any) -> bool:
-    """Whether every element of a torch tensor has a place in memory: not sparse, and on a device that holds data."""
-    return not tensor.is_meta and str(tensor.layout) == "torch.strided"
+    """Whether every element of a torch tensor has a place in memory: not sparse or nested, on a device that holds data,
+    and not in memory that was freed, as FSDP2 frees what it gathered for a forward."""
+    if tensor.is_meta or tensor.is_nested or str(tensor.layout) != "torch.strided":
+        return False
+    if is_wrapper(tensor) or not tensor.numel() or tensor.device.type not in {"cpu", "cuda"}:
+        return True
+    freed: bool = tensor.untyped_storage().nbytes() == 0
+    return not freed
+
+
+def is_wrapper(tensor: Any) -> bool:
+    """Whether a torch tensor has no memory of its own, but others inside that do: a DTensor, or a quantized weight."""
+    return hasattr(tensor, "__tensor_flatten__") or type(tensor).__torch_dispatch__ is not _plain_dispatch()
+
+
+def _plain_dispatch() -> Any:
+    return sys.modules["torch"].Tensor.__torch_dispatch__
 
 
 def marked(tensor: Any, mark: Mark | None) -> Any:
@@ -75,19 +94,47 @@ def named(pairs: Any) -> Iterator[tuple[str, Any]]:
         name, tensor = pair
         if name == "__metadata__" or not re.fullmatch("[^\0\ud800-\udfff]*", name):
             raise UnknownTensor(f"{name!r} cannot be the name of a tensor in a safetensors file")
-        if not (hasattr(tensor, "dtype") and hasattr(tensor, "shape")):
-            raise DtypeMismatch(f"{name}: {type(tensor).__name__} is no tensor")
-        if is_torch(tensor) and not is_dense(tensor):
-            raise DtypeMismatch(f"{name} is on device {tensor.device} and {tensor.layout}: publish it dense, with data")
-        try:
+        with naming(name):
+            if not (hasattr(tensor, "dtype") and hasattr(tensor, "shape")):
+                raise DtypeMismatch(f"{type(tensor).__name__} is no tensor")
+            dense = not is_torch(tensor) or is_dense(tensor)
+        if not dense:
+            raise DtypeMismatch(f"{name} {_not_dense(tensor)}")
+        with naming(name):
             dtype_of(tensor)
-        except DtypeMismatch as error:
-            raise DtypeMismatch(f"{name}: {error}") from None
         yield name, tensor
 
 
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Have what goes wrong in reading a tensor say which one it was. Raises DtypeMismatch in place of what torch and
+    numpy raise for a kind of tensor that they cannot read; want of memory stays what it is."""
+    try:
+        yield
+    except DtypeMismatch as error:
+        raise DtypeMismatch(f"{name}: {error}") from None
+    except UNREADABLE as error:
+        if type(error) not in UNREADABLE:
+            raise
+        raise DtypeMismatch(
+            f"{name} cannot be read ({type(error).__name__}: {error}): publish it as a plain, dense tensor, a "
+            "quantized one by its dequantize()"
+        ) from error
+
+
+def _not_dense(tensor: Any) -> str:
+    if not tensor.is_meta and not tensor.is_nested and str(tensor.layout) == "torch.strided":
+        return "has no memory any more: of an FSDP2 model publish what named_parameters() gives after model.reshard()"
+    kind = "nested" if tensor.is_nested else tensor.layout
+    return f"is on device {tensor.device} and {kind}: publish it dense, with data"
+
+
 def as_bits(tensor: Any) -> Bits:
-    """A tensor's bits. Shares the memory of a contiguous CPU tensor; copies anything else to contiguous host memory."""
+    """A tensor's bits. Shares the memory of a contiguous CPU tensor; copies anything else to contiguous host memory.
+
+    Torch may still resize or free the memory of a tensor that is shared so, as it may not after `tensor.numpy()`: then
+    the bits are no more to be read.
+    """
     if isinstance(tensor, Bits):
         return tensor
     dtype = dtype_of(tensor)
@@ -102,7 +149,10 @@ def _torch_bits(tensor: Any, dtype: str) -> UInts:
     width = unsigned(dtype).itemsize
     signed = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]  # what .numpy() can carry
     flat = tensor.detach().contiguous().reshape(-1).view(signed).cpu()
-    array: UInts = flat.numpy().view(unsigned(dtype))
+    if is_wrapper(flat):
+        raise DtypeMismatch(f"{type(tensor).__name__} has no memory of its own: publish a plain tensor")
+    # tensor.numpy() forbids torch for good to resize this memory, and the next backward of FSDP2 on a CPU has to
+    array: UInts = np.from_dlpack(flat).view(unsigned(dtype))
     return array
 
 

@@ -4,12 +4,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from learners import samples, small_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import deltawire as dw
 from deltawire.errors import DtypeMismatch, MissingTensor
 from deltawire.tensors import as_bits
 from deltawire.trainers.hook import publish_after_step
+from deltawire.trainers.state import checkpoint_tensors
 from runs import PATIENCE, commits, fresh, publishing, read_weights, served
+
+COMPILES = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+"""torch 2.13's own, when its compiler is imported"""
 
 
 def loss_of(model):
@@ -118,3 +123,32 @@ def test_sharded_weights_are_refused_before_anything_is_published(mark):
         with pytest.raises(DtypeMismatch, match=r"norm\.weight is sharded over processes"):
             publish_after_step(publisher, model, adamw(model))
         assert publisher.flush(PATIENCE) is None
+
+
+@COMPILES
+def test_a_compiled_step_publishes_and_so_does_a_compiled_model_under_the_checkpoints_names():
+    bucket, model = fresh(), small_model()
+    names = dict(model.named_parameters()).keys()
+    model.model.norm = checkpoint_wrapper(model.model.norm)
+    whole = torch.compile(model, backend="eager")
+    optimizer = adamw(whole)
+    step = torch.compile(optimizer.step, backend="eager")
+    with publishing(bucket) as publisher:
+        publish_after_step(publisher, whole, optimizer)
+        for _ in range(2):
+            loss_of(model).backward()
+            step()
+        publisher.flush(PATIENCE)
+    assert [commit.step for commit in commits(bucket)] == [0, 1, 2]
+    policy = dict(zip(names, model.parameters(), strict=True))
+    assert dw.equal(read_weights(bucket), served(policy))
+
+
+@COMPILES
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile])
+def test_what_a_wrapper_calls_the_weights_is_never_published(wrap):
+    model = torch.nn.ModuleDict({"module": torch.nn.BatchNorm1d(3), "head": torch.compile(torch.nn.Linear(3, 2))})
+    assert dict(checkpoint_tensors(wrap(model))).keys() == {
+        *("module.weight", "module.bias", "module.running_mean", "module.running_var", "module.num_batches_tracked"),
+        *("head.weight", "head.bias"),
+    }

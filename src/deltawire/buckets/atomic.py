@@ -47,5 +47,7 @@ def file_system_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(error, TimeoutError) and error.errno is None:
+            raise  # by a signal's handler, a watchdog's say, and no file's fault
         kind, next_step = _KINDS.get(error.errno, (BucketError, ""))
         raise kind(f"{what}: {error.strerror or error}{next_step}") from error

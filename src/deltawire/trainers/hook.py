@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from deltawire.errors import DtypeMismatch, MissingTensor
+from deltawire.fsdp import modules_of
 from deltawire.publisher import Publisher
 from deltawire.trainers.optimizers import unwrap
 from deltawire.trainers.rounding import RoundingWatch
@@ -28,9 +29,10 @@ SHARDED = ("full_tensor", "_fsdp_flattened", "ds_id")
 def publish_after_step(publisher: Publisher, model: nn.Module, optimizer: Any, *, step: int = 0) -> Any:
     """Publish the model's weights now, as of `step`, and after every `optimizer.step()`; call `.remove()` to stop.
 
-    `model` is the bare module, as it was before `accelerator.prepare`, DDP or `torch.compile`, so that its parameters
-    have the checkpoint's names. `optimizer` may be accelerate's: the one inside is hooked, which steps only once the
-    gradients of a batch are all there. In a job of several processes the first one publishes; the others do nothing.
+    `model` may be wrapped by DDP or `torch.compile`, and `optimizer.step` may be compiled: what the hook does stays out
+    of the graph, so not with `fullgraph=True`. `optimizer` may be accelerate's: the one inside is hooked, which steps
+    only once the gradients of a batch are all there. In a job of several processes the first one publishes; the others
+    do nothing.
     Warns once where rounding undoes most of an update (`trainers.rounding`).
 
     Raises MissingTensor when other optimizers step some of the weights (publish yourself, after the last of them), and
@@ -41,6 +43,7 @@ def publish_after_step(publisher: Publisher, model: nn.Module, optimizer: Any, *
     require_whole(model)
     done, watch = step, RoundingWatch()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def publish(*_: object) -> None:
         nonlocal done
         done += 1
@@ -61,8 +64,9 @@ def is_first_process() -> bool:
 def require_whole(model: nn.Module) -> None:
     """Raise DtypeMismatch unless this process holds every weight whole. Ask on every process: where one alone stopped,
     the others would wait for it."""
+    fsdp2 = bool(modules_of(model))  # whose parameters are plain tensors after a forward
     for name, parameter in model.named_parameters():
-        if any(hasattr(parameter, mark) for mark in SHARDED):
+        if fsdp2 or any(hasattr(parameter, mark) for mark in SHARDED):
             raise DtypeMismatch(
                 f"{name} is sharded over processes, and one of them alone cannot publish it: for FSDP2 and tensor "
                 "parallel open Publisher(process_group=…) on every rank and call its publish there; for FSDP1 and "

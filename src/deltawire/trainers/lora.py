@@ -14,6 +14,7 @@ from typing import Any
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.checkpoint import ADAPTER_CONFIG
 from deltawire.errors import UnknownTensor
+from deltawire.fsdp import reshard
 
 try:
     import peft
@@ -29,6 +30,7 @@ def adapter_tensors(model: Any, *, adapter: str = "default") -> Iterator[tuple[s
     Raises UnknownTensor for an adapter the model does not have.
     """
     _require(model, adapter)
+    reshard(model)
     # not "auto": it asks the Hub whether the vocabulary was resized, at every publish
     state = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     yield from state.items()

@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from deltawire.names import bare, is_adapters
+from deltawire.fsdp import reshard
+from deltawire.names import bare, is_adapters, without_wrappers
 from deltawire.tensors import FLOATS, NAMES, Mark, as_bits, is_dense, is_sharded, marked
 
 CAST = tuple(getattr(torch, NAMES[name]) for name in FLOATS)
@@ -22,6 +23,9 @@ _DECLARED: WeakKeyDictionary[nn.Module, dict[str, Mark]] = WeakKeyDictionary()
 
 def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, tensor) of what `save_pretrained` writes of a model: every parameter, a tied one once, and its buffers.
+
+    Names come without what torch.compile, DDP and activation checkpointing put into them. A model of FSDP2 is resharded
+    first: after a forward it shows whole copies of what some weights were before the last optimizer step.
 
     The bias by which routers of GLM-4-MoE or DeepSeek-V3 balance their experts is a buffer, which no optimizer steps
     and servers hold in fp32. So buffers come as Bits, which a Publisher ships in their own dtype unless its base holds
@@ -35,16 +39,27 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
     routers, comes under another mark: servers differ, so it is rounded like the rest, with a warning. Either way
     `Publisher(dtype={"NAME": …})` says what servers hold.
     """
+    reshard(model)
+    model = _unwrapped(model)
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
     marks = fp32_marks(model)
     for name, parameter in model.named_parameters():
         if bare(name) not in ignored:
-            yield name, marked(parameter, marks.get(name))
+            yield without_wrappers(name), marked(parameter, marks.get(name))
     for prefix, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
             name = f"{prefix}.{leaf}" if prefix else leaf
             if buffer is not None and leaf not in module._non_persistent_buffers_set and bare(name) not in ignored:
-                yield name, _in_its_dtype(buffer)
+                yield without_wrappers(name), _in_its_dtype(buffer)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DDP or torch.compile, which hold it under one of these names and nothing beside it."""
+    while [name for name, _ in model.named_children()] in (["module"], ["_orig_mod"]):
+        if model._parameters or model._buffers:
+            break
+        (model,) = model.children()
+    return model
 
 
 def fp32_marks(model: nn.Module) -> dict[str, Mark]:
