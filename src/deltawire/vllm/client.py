@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deltawire.errors import BadAnswer, EngineError, EngineUnavailable, EngineUnsupported
+from deltawire.errors import BadAnswer, EngineError, EngineUnavailable, EngineUnsupported, Quarantined
 from deltawire.manifests import Position
 from deltawire.vllm.answers import Done, Models, Paused, Results, WeightInfo, decoded
 from deltawire.vllm.protocol import Engine, PauseMode, WorkerStatus
@@ -53,8 +53,8 @@ class EngineClient(Engine):
         body = self._send("POST", "/collective_rpc", {"method": method, "args": [argument]})
         try:
             return decoded(body, Results, method).results
-        except BadAnswer:  # without a nonce it is the answer to another question
-            return []
+        except BadAnswer as error:  # without a nonce it is an answer to another question
+            raise Quarantined(f"{self.url} answered another question than was asked: {error}") from None
 
     def init(self, bucket: str, trusted: Iterable[str] = ()) -> WorkerStatus:
         info = {"bucket": bucket, **({"trusted": sorted(trusted)} if trusted else {})}

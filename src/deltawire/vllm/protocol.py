@@ -13,6 +13,7 @@ from deltawire.errors import BadAnswer, DeltaWireError, EngineError, Quarantined
 from deltawire.manifests import Position
 from deltawire.subscriber import Subscriber
 from deltawire.vllm.answers import (
+    SHOWN,
     Accepted,
     Applied,
     Audited,
@@ -229,7 +230,8 @@ class Engine(ABC):
         answers = self.call_workers(f"deltawire_{method}", json.dumps({**request, "nonce": nonce})) or [None]
         for answer in answers:
             if not isinstance(answer, dict) or answer.get("nonce") != nonce:
-                raise Quarantined(f"{self.url} answered another question than was asked: restart it")
+                shown = ascii(repr(answer)[:SHOWN])
+                raise Quarantined(f"{self.url} answered another question than was asked ({shown}): restart it")
         for answer in answers:
             if (refused := answer.get("refused")) is not None:
                 raise named_error(msgspec.to_builtins(converted(refused, Refusal, asked)))
