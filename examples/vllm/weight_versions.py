@@ -1,29 +1,54 @@
 """Which policy made which token: vLLM's own account of a request, while `deltawire follow` updates the server.
 
-Start vLLM with `--enable-scale-out` beside the options of the README; then `python weight_versions.py --prompt 1 2 3`.
+vLLM 0.33 tells with every completion (and chat completion) that asks for `return_weight_versions`; before that, its
+`/inference/v1/generate` does, if started with `--enable-scale-out`. Run `python weight_versions.py --prompt 1 2`.
 Versions read `<run>:<version>`, and a request that lives through an update shows both.
 """
 
 import argparse
 import json
+import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 
 STALLED = 120.0
-"""seconds without a token after which a request is given up"""
+"""seconds without a token, or without being let in, after which a request is given up"""
+ASK_AGAIN = 0.1
+"""seconds between requests to a server that answers 503, as vLLM 0.33 does in a pause of `--pause wait` or `abort`"""
 
 
 def generate(engine: str, prompt: list[int], tokens: int) -> Iterator[dict[str, Any]]:
     """The answer to a prompt of token ids as it is made: chunks with new `token_ids`, the last of them with the
     `weight_versions` that made all of them."""
-    body = {"token_ids": prompt, "sampling_params": {"max_tokens": tokens, "ignore_eos": True}, "stream": True}
-    with httpx.stream("POST", f"{engine}/inference/v1/generate", json=body, timeout=STALLED) as answer:
-        answer.raise_for_status()
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                yield from json.loads(line.removeprefix("data: "))["choices"]
+    path, body = request(prompt, tokens, tells=_tells(engine))
+    deadline = time.monotonic() + STALLED
+    while True:
+        with httpx.stream("POST", engine + path, json=body, timeout=STALLED) as answer:
+            if answer.status_code != 503 or time.monotonic() >= deadline:
+                answer.raise_for_status()
+                for line in answer.iter_lines():
+                    if line.startswith("data: {"):
+                        yield from json.loads(line.removeprefix("data: ")).get("choices", ())
+                return
+        time.sleep(ASK_AGAIN)
+
+
+def request(prompt: list[int], tokens: int, *, tells: bool) -> tuple[str, dict[str, Any]]:
+    """Path and body of the request; `tells` is whether `/v1/completions` tells which weights made its tokens."""
+    sampling = {"max_tokens": tokens, "ignore_eos": True}
+    if tells:
+        asked = {"return_token_ids": True, "return_weight_versions": True}
+        return "/v1/completions", {"prompt": prompt, "stream": True, **asked, **sampling}
+    return "/inference/v1/generate", {"token_ids": prompt, "stream": True, "sampling_params": sampling}
+
+
+def _tells(engine: str) -> bool:
+    """Whether this vLLM is 0.33 or newer."""
+    version = re.match(r"(\d+)\.(\d+)", str(httpx.get(f"{engine}/version", timeout=STALLED).json().get("version")))
+    return version is not None and tuple(map(int, version.groups())) >= (0, 33)
 
 
 def main() -> None:

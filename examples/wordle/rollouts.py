@@ -1,14 +1,15 @@
 """Episodes played by vLLM against the environment, with all that GRPO needs of each, and which weights played them.
 
 A turn is one batched request to `/v1/completions`: token ids in, token ids and their log-probabilities out, so nothing
-is lost to re-tokenising. Each episode is one OpenEnv session over WebSocket. `/v1/completions` does not tell which
-version of the weights answered, so a rollout is bracketed by two looks at `/weight_info`.
+is lost to re-tokenising. Each episode is one OpenEnv session over WebSocket. Which weights played, vLLM tells with each
+answer since 0.33; a rollout is bracketed by two looks at `/weight_info`, too, for older ones.
 """
 
 import asyncio
+import base64
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -17,12 +18,17 @@ import aiohttp
 from openenv.core.client_types import StepResult
 from openenv.core.generic_client import GenericEnvClient
 from websockets.exceptions import WebSocketException
+from yarl import URL
 
 END_OF_LINE = "\n"
 LOOK_AGAIN = 1.0
 """seconds between looks at a server that is not there yet"""
-ONLY_A_GATEWAY = {502, 503, 504}
+ONLY_A_GATEWAY = {502, 504}
 """what is answered in place of a server that is starting"""
+BUSY = 503
+"""what vLLM 0.33 answers new requests while a follower with `--pause wait` or `abort` writes; a gateway may, too"""
+ASK_AGAIN = 0.1
+"""seconds between requests to a server that is busy"""
 T = TypeVar("T")
 
 
@@ -32,6 +38,10 @@ class ServerError(RuntimeError):
 
 class NotThereYet(ServerError):
     """Nobody answers, or only a gateway does: the one that waiting may help."""
+
+
+class Busy(NotThereYet):
+    """It is there, and takes no requests just now."""
 
 
 class Tokenizer(Protocol):
@@ -72,7 +82,8 @@ class Episode:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """Groups of episodes, each group about one secret, and vLLM's weight version label before and after."""
+    """Groups of episodes, each group about one secret, and vLLM's labels of the oldest and the newest weights that may
+    have played: those that did, where vLLM tells, else those before and after."""
 
     groups: tuple[tuple[Episode, ...], ...]
     version_before: str
@@ -81,7 +92,8 @@ class Rollout:
 
 
 class Player:
-    """Plays rollouts: `groups` secrets at a time, `members` games about each, all at once.
+    """Plays rollouts: `groups` secrets at a time, `members` games about each, all at once. A server that is busy is
+    asked again for `timeout` seconds. An address may hold a name and password; errors leave them out.
 
     Use as an async context manager; entering opens the sessions. Raises ServerError when vLLM or the environment cannot
     be reached, answers with an error, or hides `/weight_info`; entering waits `wait` seconds for both to be there.
@@ -100,7 +112,10 @@ class Player:
         timeout: float = 60.0,
         wait: float = 0.0,
     ) -> None:
-        self.engine_url = engine_url.rstrip("/")
+        address = URL(engine_url.rstrip("/"))
+        self.engine_url = str(address.with_user(None) if address.user else address).rstrip("/")
+        login = f"{address.user}:{address.password or ''}".encode()
+        self._login = f"Basic {base64.b64encode(login).decode()}" if address.user else None
         self.environment_url = environment_url.rstrip("/")
         self._tokenizer = tokenizer
         self._model = model
@@ -111,8 +126,9 @@ class Player:
 
     async def __aenter__(self) -> "Player":
         key = os.environ.get("VLLM_API_KEY")
+        named = self._login or (f"Bearer {key}" if key else None)
         self._http = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Authorization": named} if named else {},
             timeout=aiohttp.ClientTimeout(total=self._timeout),
             connector=aiohttp.TCPConnector(force_close=True),  # vLLM may close an idle connection under a request
         )
@@ -145,6 +161,16 @@ class Player:
                     raise
                 await asyncio.sleep(LOOK_AGAIN)
 
+    async def _once_free(self, ask: Callable[[], Awaitable[T]]) -> T:
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                return await ask()
+            except Busy:
+                if time.monotonic() >= deadline:
+                    raise
+                await asyncio.sleep(ASK_AGAIN)
+
     async def _new_session(self) -> GenericEnvClient:
         session = GenericEnvClient(self.environment_url, message_timeout_s=self._timeout)
         await self._environment(session.connect())
@@ -159,14 +185,17 @@ class Player:
         """One game in every session; group g is about the secret of seed `first_seed + g`."""
         started = time.monotonic()
         before = await self.weight_version()
-        episodes = await self._episodes(first_seed)
+        episodes, told = await self._episodes(first_seed)
         after = await self.weight_version()
+        before, after = oldest_and_newest(told) or (before, after)
         groups = tuple(
             tuple(episodes[start : start + self._members]) for start in range(0, len(episodes), self._members)
         )
         return Rollout(groups, before, after, time.monotonic() - started)
 
-    async def _episodes(self, first_seed: int) -> list[Episode]:
+    async def _episodes(self, first_seed: int) -> tuple[list[Episode], set[str]]:
+        """What was played, and the labels of the weights that vLLM says played it, if it says."""
+        told: set[str] = set()
         episodes = [Episode([self._tokenizer.bos_token_id]) for _ in self._sessions]
         answers = await self._environment(
             asyncio.gather(
@@ -176,35 +205,34 @@ class Player:
         length = answers[0].observation["length"]
         live = list(range(len(episodes)))
         while live:
-            await self._sample([episodes[i] for i in live], max_tokens=length + 1)
+            told |= await self._sample([episodes[i] for i in live], max_tokens=length + 1)
             answers = await self._environment(
                 asyncio.gather(*(self._sessions[i].step({"guess": self._guess(episodes[i])}) for i in live))
             )
             for i, answer in zip(live, answers, strict=True):
                 self._record(episodes[i], answer)
             live = [i for i, answer in zip(live, answers, strict=True) if not answer.done]
-        return episodes
+        return episodes, told
 
-    async def _sample(self, episodes: Sequence[Episode], max_tokens: int) -> None:
-        """Let the policy write one line in each episode."""
-        answer = await self._engine(
-            "POST",
-            "/v1/completions",
-            json={
-                "model": self._model,
-                "prompt": [episode.tokens for episode in episodes],
-                "max_tokens": max_tokens,
-                "stop_token_ids": [self._tokenizer.eos_token_id],
-                "temperature": 1.0,  # the untouched distribution: its log-probabilities are GRPO's behaviour policy
-                "top_p": 1.0,
-                "top_k": 0,
-                "logprobs": 0,
-                "return_token_ids": True,
-            },
-        )
+    async def _sample(self, episodes: Sequence[Episode], max_tokens: int) -> set[str]:
+        """Let the policy write one line in each episode. The labels of the weights that did, if vLLM tells."""
+        request = {
+            "model": self._model,
+            "prompt": [episode.tokens for episode in episodes],
+            "max_tokens": max_tokens,
+            "stop_token_ids": [self._tokenizer.eos_token_id],
+            "temperature": 1.0,  # the untouched distribution: its log-probabilities are GRPO's behaviour policy
+            "top_p": 1.0,
+            "top_k": 0,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "return_weight_versions": True,  # passed over by vLLM before 0.33
+        }
+        answer = await self._once_free(lambda: self._engine("POST", "/v1/completions", json=request))
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         for episode, choice in zip(episodes, choices, strict=True):
             episode.wrote(choice["token_ids"], choice["logprobs"]["token_logprobs"])
+        return {span["version"] for choice in choices for span in choice.get("weight_versions") or ()}
 
     def _guess(self, episode: Episode) -> str:
         """The line the policy wrote last."""
@@ -226,6 +254,8 @@ class Player:
             async with self._http.request(method, url, **options) as response:
                 if response.status == 404 and path == "/weight_info":
                     raise ServerError(f"{url}: not found; start vLLM with VLLM_SERVER_DEV_MODE=1")
+                if response.status == BUSY:
+                    raise Busy(f"{url}: HTTP {response.status}: {(await response.text())[:300]}")
                 if response.status in ONLY_A_GATEWAY:
                     raise NotThereYet(f"{url}: HTTP {response.status}: vLLM is not ready behind it")
                 if response.status != 200:
@@ -245,3 +275,12 @@ class Player:
                 f"{self.environment_url}: {error or 'no answer in time'}; is the environment running there? "
                 "Start it with `python -m examples.wordle.environment`"
             ) from error
+
+
+def oldest_and_newest(labels: Iterable[str]) -> tuple[str, str] | None:
+    """Of labels "<run>:<version>" of one run; None of any others."""
+    parted = [label.rpartition(":") for label in labels]
+    if len({run for run, _, _ in parted}) != 1 or not all(version.isdecimal() for _, _, version in parted):
+        return None
+    ordered = sorted(parted, key=lambda label: int(label[2]))
+    return "".join(ordered[0]), "".join(ordered[-1])

@@ -123,6 +123,7 @@ class Capturer:
         """
         started = time.perf_counter()
         about = about_of(step, metrics)
+        self._casting.begin()
         if self._run is None and self._base is None:
             first = self._begin(pairs, about)
             return Capture([first], time.perf_counter() - started, self.total, first.payload_bytes)

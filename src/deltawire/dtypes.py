@@ -49,6 +49,10 @@ class Casting:
             return own
         return self._rest if own in WIDE or (own, self._rest) == ("BF16", "F16") else own
 
+    def begin(self) -> None:
+        """A publish begins: what one that failed gave says nothing of the tensors that this one gives."""
+        self._rounded, self._is_mixed = {}, False
+
     def cast(self, name: str, tensor: Any, held: str, *, shard: Any = None) -> Bits:
         """A tensor, or the `shard` of it that is here, as `held`, the dtype in the run's table.
 

@@ -30,6 +30,7 @@ DeltaWireError
   RankFailed        another rank of a sharded job failed, or is gone
   EngineError       the inference server
     EngineUnavailable   it does not answer
+    BadAnswer           what it answers is no answer to what was asked
     EngineUnsupported   it lacks the plugin, its weight endpoints, or a layout we can prove right
     Quarantined         it can no longer say what it serves; restart it
     NotServed           nobody serves a published version in time; it is safe in the bucket
@@ -154,6 +155,10 @@ class EngineError(DeltaWireError):
 
 class EngineUnavailable(EngineError):
     """The inference server does not answer."""
+
+
+class BadAnswer(EngineError):
+    """What came back is no answer to what was asked: not JSON, or a field is missing or of another type."""
 
 
 class EngineUnsupported(EngineError):

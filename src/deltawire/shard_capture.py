@@ -98,6 +98,7 @@ class ShardCapturer:
         captured, problem = None, None
         try:
             about = about_of(step, metrics)
+            self._casting.begin()
             named = self._compare(pairs)
             seconds = time.perf_counter() - started
             captured = self._describe(about, named)

@@ -14,7 +14,8 @@ Script = Callable[[Sequence[int]], str]
 class Completions:
     """Answers `/v1/completions` with the lines of `script`, which sees each prompt, cut to `max_tokens`.
 
-    Token n of a line has log-probability -n. `/weight_info` tells `versions` one by one, the last forever.
+    Token n of a line has log-probability -n. `/weight_info` tells `versions` one by one, the last forever. `made_by`,
+    if there are any, are the versions that vLLM 0.33 tells with each choice. The next `pauses` requests get a 503.
     """
 
     def __init__(self, script: Script, versions: Sequence[str] = ("default",)) -> None:
@@ -23,6 +24,8 @@ class Completions:
         self.requests: list[dict[str, Any]] = []
         self.fault: int | None = None
         self.dev_mode = True
+        self.made_by: list[str] = []
+        self.pauses = 0
 
     async def weight_info(self, request: web.Request) -> web.Response:
         if not self.dev_mode:
@@ -35,11 +38,19 @@ class Completions:
         self.requests.append(asked)
         if self.fault is not None:
             return web.json_response({"error": {"message": "the engine is dead"}}, status=self.fault)
+        if self.pauses:
+            self.pauses -= 1
+            return web.json_response({"error": {"message": "Generation is paused.", "code": 503}}, status=503)
         lines = [TOKENIZER.encode(self.script(prompt))[: asked["max_tokens"]] for prompt in asked["prompt"]]
         choices = [
             {"index": i, "token_ids": line, "logprobs": {"token_logprobs": [-float(n) for n in range(len(line))]}}
             for i, line in enumerate(lines)
         ]
+        if self.made_by and asked.get("return_weight_versions"):
+            for choice in choices:
+                choice["weight_versions"] = [
+                    {"version": v, "start": n, "end": n + 1} for n, v in enumerate(self.made_by)
+                ]
         return web.json_response({"choices": choices[::-1]})  # vLLM promises no order
 
     @asynccontextmanager

@@ -18,12 +18,15 @@ NAMED = {"Authorization": f"Bearer {KEY}"}
 
 
 class Open(BaseHTTPRequestHandler):
-    """Like vLLM in dev mode on every path: does what it is asked, and tells what that was."""
+    """Like vLLM in dev mode on every path: does what it is asked, and tells what that was; 503 `pauses` times first."""
+
+    pauses = 0
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         told = json.dumps({"path": self.path, "body": body, "key": self.headers["Authorization"]}).encode()
-        self.send_response(200)
+        self.send_response(503 if Open.pauses else 200)
+        Open.pauses = max(0, Open.pauses - 1)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(told)))
         self.end_headers()
@@ -81,3 +84,13 @@ def test_health_is_the_followers_for_everybody_and_503_while_there_is_none(gate:
         assert early.get("/health").status_code == 503
     with TestClient(build_app("http://127.0.0.1:9", engine, KEY)) as early:
         assert early.get("/weight_info", headers=NAMED).status_code == 503
+
+
+def test_a_vllm_that_pauses_is_asked_again_and_not_for_ever(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gate.ASK_AGAIN", 0.001)
+    monkeypatch.setattr(Open, "pauses", 3)
+    with TestClient(build_app(engine, engine, KEY)) as gate:
+        assert gate.post("/v1/completions", headers=NAMED, json={}).status_code == 200
+    monkeypatch.setattr(Open, "pauses", 3)
+    with TestClient(build_app(engine, engine, KEY, patience=0.0)) as gate:
+        assert gate.post("/v1/completions", headers=NAMED, json={}).status_code == 503

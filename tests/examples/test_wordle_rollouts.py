@@ -2,6 +2,7 @@
 when a server is not as it should be."""
 
 import asyncio
+import traceback
 from collections.abc import Sequence
 
 import pytest
@@ -57,6 +58,38 @@ def test_a_rollout_tells_the_versions_before_and_after_it(environment_url: str) 
     rollout = play(vllm, environment_url)
     assert (rollout.version_before, rollout.version_after) == ("run:4", "run:6")
     assert rollout.seconds > 0
+
+
+def test_where_vllm_tells_which_weights_made_which_token_the_rollout_says_so(environment_url: str) -> None:
+    vllm = Completions(cat_then_dog, versions=["run:4", "run:4", "run:12"])
+    vllm.made_by = ["run:9", "run:10"]
+    rollout = play(vllm, environment_url)
+    assert (rollout.version_before, rollout.version_after) == ("run:9", "run:10")
+    vllm.versions, vllm.made_by = ["run:4", "run:4", "run:12"], ["default", "run:5"]
+    rollout = play(vllm, environment_url)
+    assert (rollout.version_before, rollout.version_after) == ("run:4", "run:12")
+
+
+def test_a_vllm_that_pauses_is_asked_again_and_nothing_is_sampled_twice(environment_url: str, monkeypatch) -> None:
+    monkeypatch.setattr("examples.wordle.rollouts.ASK_AGAIN", 0.001)
+    vllm = Completions(cat_then_dog)
+    vllm.pauses = 3
+    cats, dogs = play(vllm, environment_url).groups
+    assert [(game.won, game.turns) for game in cats + dogs] == [(True, 1)] * 3 + [(True, 2)] * 3
+    assert len(vllm.requests) == 2 + 3
+
+
+def test_a_password_in_the_address_is_sent_and_in_no_error(environment_url: str) -> None:
+    player = Player("http://someone:hunter2@127.0.0.1:9/", environment_url, TOKENIZER)
+    assert (player.engine_url, player._login) == ("http://127.0.0.1:9", "Basic c29tZW9uZTpodW50ZXIy")
+
+    async def enter() -> None:
+        async with player:
+            pass
+
+    with pytest.raises(ServerError) as gone:
+        asyncio.run(enter())
+    assert "hunter2" not in "".join(traceback.format_exception(gone.value))
 
 
 def test_a_turn_is_one_request_of_token_ids_for_the_untouched_distribution(environment_url: str) -> None:

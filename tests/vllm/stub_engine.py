@@ -128,6 +128,7 @@ class StubEngine:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else every answer waits 40 ms for its second half
 
             def do_POST(self) -> None:
                 _, _, path, query, _ = urlsplit(self.path)

@@ -104,11 +104,83 @@ class Once(Method):
         layer.weight.data = layer.weight.data + 1
 
 
+def rebinds(layer, name, new, **marks):
+    """How vLLM's `replace_parameter` puts a result in place up to 0.32: as a new parameter."""
+    parameter = nn.Parameter(new, requires_grad=False)
+    parameter.__dict__.update(marks)
+    setattr(layer, name, parameter)
+
+
+def copies_in_place(layer, name, new, **marks):
+    """And since 0.33: into the parameter there is, which keeps its marks, or under it."""
+    old = getattr(layer, name)
+    if (old.shape, old.stride(), old.dtype) == (new.shape, new.stride(), new.dtype):
+        old.data.copy_(new)
+    else:
+        old.data = new
+    old.__dict__.update(marks)
+
+
+class Strided(Method):
+    """Puts the weight into rows that are wider than they look, as vLLM 0.33 does on gfx11."""
+
+    def process_weights_after_loading(self, layer):
+        layer.weight.data = nn.functional.pad(layer.weight.data, (0, 2))[..., :-2]
+
+
+class Replacing(Method):
+    def __init__(self, replace):
+        self.replace = replace
+
+
+class Doubled(Replacing):
+    def process_weights_after_loading(self, layer):
+        self.replace(layer, "weight", layer.weight.data * 2)
+
+
+class Marked(Replacing):
+    """Leaves a mark on the weight and one on the layer, and does nothing where it finds one."""
+
+    def process_weights_after_loading(self, layer):
+        if getattr(layer.weight, "is_doubled", False) or getattr(layer, "is_done", False):
+            return
+        self.replace(layer, "weight", layer.weight.data * 2, is_doubled=True)
+        layer.is_done = True
+
+
+class Wider(Replacing):
+    def process_weights_after_loading(self, layer):
+        self.replace(layer, "weight", layer.weight.data.float() * 3)
+
+
+class Measured(Replacing):
+    """Keeps a number that is computed from the weight, beside a weight that only moves."""
+
+    def process_weights_after_loading(self, layer):
+        layer.largest = float(layer.weight.data.abs().max())
+        self.replace(layer, "weight", layer.weight.data.flip(0))
+
+
+class Accumulating(Replacing):
+    """Writes into tensors that it finds, in a list of the layer's and in one of its own."""
+
+    def __init__(self, replace):
+        super().__init__(replace)
+        self.totals = [torch.zeros(())]
+
+    def process_weights_after_loading(self, layer):
+        scale = 2 + self.totals[0] + layer.totals[0]
+        self.replace(layer, "weight", layer.weight.data * scale.bfloat16())
+        self.totals[0] += 1
+        layer.totals[0] += 1
+
+
 class Layer(nn.Module):
     def __init__(self, method, shape):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16), requires_grad=False)
         self.quant_method = method
+        self.totals = [torch.zeros(())]
 
 
 class Model(nn.Module):
@@ -180,9 +252,25 @@ def test_what_any_other_step_made_of_new_weights_is_what_it_makes_of_them_when_l
         assert torch.equal(shadow.linear(inputs), fresh.layer.linear(inputs))
 
 
-@pytest.mark.parametrize("method", [Method, Blocks, Halves, Padded, Rounded, Scaled, Hidden, Derived])
+@pytest.mark.parametrize("method", [Method, Strided, Blocks, Halves, Padded, Rounded, Scaled, Hidden, Derived])
 def test_an_update_leaves_a_module_as_one_that_loaded_the_new_weights_and_so_does_the_way_back(method):
-    shape = (8, 6) if method in (Scaled, Hidden, Derived) else SHAPE
+    assert_updated_as_loaded(method, (8, 6) if method in (Scaled, Hidden, Derived) else SHAPE)
+
+
+@pytest.mark.parametrize("replace", [rebinds, copies_in_place])
+@pytest.mark.parametrize("method", [Doubled, Marked, Wider, Measured, Accumulating])
+def test_a_step_is_done_again_alike_whichever_way_it_puts_its_result_in_place(method, replace):
+    model, weights = Model(method(replace)), weights_of()
+    live, _ = model.loaded(weights)
+    (step,) = live.rebuilt()
+    for _ in range(3):
+        assert step.is_current()
+    assert totals(live) == digests(weights)
+    assert_updated_as_loaded(lambda: method(replace), SHAPE)
+
+
+def assert_updated_as_loaded(method, shape):
+    """After each update, forward and back, a module is what one is that loaded those weights."""
     model, weights = Model(method(), shape), weights_of(shape)
     _, loading = model.loaded(weights)
     url = f"memory://{uuid.uuid4()}"
@@ -206,6 +294,7 @@ def test_an_update_leaves_a_module_as_one_that_loaded_the_new_weights_and_so_doe
         mine, right = held(model.layer), held(fresh.layer)
         assert mine.keys() == right.keys()
         assert all(same_bits(mine[name], right[name]) for name in mine)
+        assert vars(model.layer).get("largest") == vars(fresh.layer).get("largest")
         assert same_bits(model.norm.weight, fresh.norm.weight)
         if hasattr(model.layer, "linear"):
             inputs = torch.ones(2, shape[-1], dtype=torch.bfloat16)

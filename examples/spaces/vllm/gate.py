@@ -3,13 +3,16 @@
     VLLM_API_KEY=… python gate.py --port 7860
 
 vLLM's own key guards /v1, /v2, /inference and /cohere only: /collective_rpc, /update_weights, /pause and the other
-endpoints of dev mode answer whoever reaches the port. Here a path is either in `ROUTES` or 404.
+endpoints of dev mode answer whoever reaches the port. Here a path is either in `ROUTES` or 404. While a follower with
+`--pause wait` or `abort` writes, vLLM 0.33 answers new requests 503: they are asked again here.
 """
 
 import argparse
+import asyncio
 import hmac
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -28,10 +31,14 @@ ROUTES = {
 }
 """what leaves this host: answers to prompts, and which weights give them"""
 TIMEOUT = httpx.Timeout(300.0, connect=5.0)
+BUSY = 503
+ASK_AGAIN = 0.1
+"""seconds between requests to a vLLM that is busy"""
 
 
-def build_app(engine: str, health: str, key: str) -> Starlette:
-    """The gate before `engine`; /health answers what the follower says at `health`, to everybody."""
+def build_app(engine: str, health: str, key: str, *, patience: float = 30.0) -> Starlette:
+    """The gate before `engine`, which is asked again for `patience` seconds while it is busy; /health answers what the
+    follower says at `health`, to everybody."""
     http = httpx.AsyncClient(timeout=TIMEOUT, trust_env=False, limits=httpx.Limits(keepalive_expiry=2.0))
     wanted = f"Bearer {key}".encode()
 
@@ -47,7 +54,12 @@ def build_app(engine: str, health: str, key: str) -> Starlette:
         async def handle(request: Request) -> Response:
             if not hmac.compare_digest(request.headers.get("Authorization", "").encode(), wanted):
                 return PlainTextResponse("the key is missing or wrong", 401)
-            return await ask(request.method, engine + path, await request.body())
+            body, deadline = await request.body(), time.monotonic() + patience
+            while True:
+                answer = await ask(request.method, engine + path, body)
+                if answer.status_code != BUSY or answer.media_type == "text/plain" or time.monotonic() >= deadline:
+                    return answer
+                await asyncio.sleep(ASK_AGAIN)
 
         return handle
 

@@ -16,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
+    pretty_exceptions_show_locals=False,  # an address may hold a password
 )
 for verb in (serve, follow, audit, log, inspect, verify, materialize, compact, prune, keygen, demo):
     app.command()(verb)

@@ -47,6 +47,8 @@ def follow(
     vLLM runs on this host with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{"backend":"deltawire"}'. Its API
     key, if it has one, is read from VLLM_API_KEY.
 
+    With --pause wait or abort, vLLM 0.33 answers new requests 503 during an update; with keep they wait.
+
     With --adapter it runs with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora instead. It then holds the two
     newest versions of the adapter, and nothing is paused, kept or audited.
     """

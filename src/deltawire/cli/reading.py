@@ -117,12 +117,12 @@ def _show_placement(engine: str, as_json: bool) -> None:
     from deltawire.vllm.client import EngineClient
 
     with EngineClient(engine) as client:
-        workers = client.placement()
+        workers, shown = client.placement(), client.url
     if as_json:
         for worker in workers:
             emit(worker, "", as_json)
         return
-    table = Table("tensor", "worker", "parameter", "elements", "from", title=engine)
+    table = Table("tensor", "worker", "parameter", "elements", "from", title=shown)
     for worker in workers:
         for name, boxes in worker["placement"].items():
             for box in boxes:

@@ -61,7 +61,7 @@ class DeltaWeightTransfer:
         if wait_for not in ("served", "commit"):
             raise ValueError(f'wait_for={wait_for!r}: "served" or "commit"')
         if isinstance(engine_urls, str):
-            raise TypeError(f"engine_urls={engine_urls!r}: a list of addresses, [{engine_urls!r}]")
+            raise TypeError("engine_urls: a list of addresses, ['http://127.0.0.1:8000'], and not one by itself")
         if poll is not None and poll < 0:
             raise ValueError(f"poll={poll!r}: seconds, at least 0")
         inspect.signature(Publisher).bind("bucket", **publisher)  # a misspelt option now, not when training begins

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from deltawire.errors import EngineError, EngineUnavailable, EngineUnsupported
+from deltawire.errors import BadAnswer, EngineError, EngineUnavailable, EngineUnsupported, Quarantined
 from deltawire.manifests import Position
+from deltawire.vllm.answers import Done, Models, Paused, Results, WeightInfo, decoded
 from deltawire.vllm.protocol import Engine, PauseMode, WorkerStatus
 
 try:
@@ -14,10 +15,13 @@ try:
 except ImportError:
     raise ImportError("speaking to vLLM needs httpx: pip install 'deltawire[follow]'") from None
 
+T = TypeVar("T")
 TIMEOUT = httpx.Timeout(120.0, connect=5.0)
 """seconds; a call waits for the scheduler's current step, and for a first compile"""
 LIMITS = httpx.Limits(keepalive_expiry=2.0)
 """seconds an idle connection is used again: fewer than the 5 after which vLLM closes it"""
+BROKEN_OFF = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+"""a connection that ended under a request: an idle one that vLLM closed, or vLLM going away"""
 DIRECT = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
 """hosts that are never reached through a proxy, whatever the environment says"""
 
@@ -25,16 +29,16 @@ DIRECT = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
 class EngineClient(Engine):
     """One vLLM server, over HTTP. Its API key, when it has one, is read from VLLM_API_KEY.
 
+    A name and password in the address ("http://name:password@host") are sent, and are not in `url` or any error.
     Raises EngineUnsupported for what is not the address of a server."""
 
     def __init__(self, url: str, *, timeout: httpx.Timeout | float = TIMEOUT) -> None:
-        self.url = url.rstrip("/")
-        if not _is_address(self.url):
-            given = "what was given" if "@" in url else repr(url)  # a password may stand before an "@"
-            raise EngineUnsupported(f"{given} is not the address of a server, as http://127.0.0.1:8000")
+        self.url, login = _address(url)
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=LIMITS, mounts=DIRECT)
+        self._http = httpx.Client(
+            base_url=self.url, auth=login, headers=headers, timeout=timeout, limits=LIMITS, mounts=DIRECT
+        )
 
     def __enter__(self) -> "EngineClient":
         return self
@@ -46,7 +50,11 @@ class EngineClient(Engine):
         self._http.close()
 
     def call_workers(self, method: str, argument: str) -> list[Any]:
-        return list(self._post("/collective_rpc", {"method": method, "args": [argument]}).get("results") or [])
+        body = self._send("POST", "/collective_rpc", {"method": method, "args": [argument]})
+        try:
+            return decoded(body, Results, method).results
+        except BadAnswer as error:  # without a nonce it is an answer to another question
+            raise Quarantined(f"{self.url} answered another question than was asked: {error}") from None
 
     def init(self, bucket: str, trusted: Iterable[str] = ()) -> WorkerStatus:
         info = {"bucket": bucket, **({"trusted": sorted(trusted)} if trusted else {})}
@@ -54,14 +62,14 @@ class EngineClient(Engine):
         return self.status()
 
     def start(self) -> None:
-        self._post("/start_weight_update", {})
+        self._post("/start_weight_update", {}, again=False)
 
     def update(self, bucket: str, target: Position) -> None:
         info = {"bucket": bucket, "version": target.version, "root": target.root}
-        self._post("/update_weights", {"update_info": info})
+        self._post("/update_weights", {"update_info": info}, again=False)
 
     def finish(self, weight_version: str | None) -> None:
-        self._post("/finish_weight_update", {"weight_version": weight_version} if weight_version else {})
+        self._post("/finish_weight_update", {"weight_version": weight_version} if weight_version else {}, again=False)
 
     def pause(self, mode: PauseMode, *, clear_cache: bool) -> None:
         self._post("/pause", None, params={"mode": mode, "clear_cache": str(clear_cache).lower()})
@@ -70,64 +78,86 @@ class EngineClient(Engine):
         self._post("/resume", None)
 
     def is_paused(self) -> bool:
-        return bool(self._send("GET", "/is_paused", None, {}).get("is_paused"))
+        return self._get("/is_paused", Paused).is_paused
 
     def label(self, weight_version: str) -> None:
         self._post("/update_weight_version", {"new_version": weight_version})
 
     def weight_version(self) -> str:
-        answer = self._send("GET", "/weight_info", None, {})
-        return str(answer.get("weight_version"))
+        return self._get("/weight_info", WeightInfo).weight_version
 
     def models(self) -> dict[str, str]:
         """Every model and adapter that a request may name, in order of loading, and the folder it was loaded from."""
-        cards = self._send("GET", "/v1/models", None, {}).get("data") or []
-        return {str(card.get("id")): str(card.get("root")) for card in cards}
+        return {card.id: str(card.root) for card in self._get("/v1/models", Models).data}
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Have the server answer requests that name an adapter with the one in a folder of its host."""
-        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        body = {"lora_name": name, "lora_path": str(folder)}
+        self._send("POST", "/v1/load_lora_adapter", body, again=False)  # it answers a sentence
 
     def unload_adapter(self, name: str) -> None:
         """Requests that name an adapter are refused from now on; those in flight go on."""
-        self._post("/v1/unload_lora_adapter", {"lora_name": name})
+        self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name}, again=False)
 
-    def _post(self, path: str, body: Any, params: dict[str, str] | None = None) -> dict[str, Any]:
-        return self._send("POST", path, body, params or {})
+    def _get(self, path: str, kind: type[T]) -> T:
+        return decoded(self._send("GET", path), kind, f"{self.url}{path}")
 
-    def _send(self, verb: str, path: str, body: Any, params: dict[str, str]) -> dict[str, Any]:
+    def _post(self, path: str, body: Any, *, params: dict[str, str] | None = None, again: bool = True) -> None:
+        decoded(self._send("POST", path, body, params, again=again), Done, f"{self.url}{path}")
+
+    def _send(
+        self, verb: str, path: str, body: Any = None, params: dict[str, str] | None = None, *, again: bool = True
+    ) -> bytes:
+        """The body of the answer. With `again`, what may be asked twice is, if the connection ended under it."""
         try:
-            response = self._http.request(verb, path, json=body, params=params)
+            status, answer = self._once(verb, path, body, params)
+        except BROKEN_OFF as error:
+            if again:
+                return self._send(verb, path, body, params, again=False)
+            raise EngineUnavailable(
+                f"{self.url} broke off before it answered {path} ({error or 'no reason'})"
+            ) from None
         except httpx.HTTPError as error:
             raise EngineUnavailable(f"{self.url} does not answer ({error}): is vLLM running there?") from None
-        if response.status_code in (401, 403):
-            raise EngineUnsupported(f"{self.url}{path} refused us ({response.status_code}): set VLLM_API_KEY")
-        if response.status_code == 404 and "NotFoundError" not in response.text:  # else it is an endpoint that says no
-            setting = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" if "lora" in path else "VLLM_SERVER_DEV_MODE=1"
-            raise EngineUnsupported(f"{self.url} has no {path}: start vLLM 0.32 or newer with {setting}")
-        if response.status_code >= 400:
-            raise self._refusal(path, response)
-        try:
-            answer = response.json()
-        except (ValueError, RecursionError):
-            return {}
-        return answer if isinstance(answer, dict) else {}
+        if status >= 400:
+            raise self._refusal(path, status, answer.decode(errors="replace"))
+        return answer
 
-    def _refusal(self, path: str, response: httpx.Response) -> EngineError:
-        text = response.text[:300]
+    def _once(self, verb: str, path: str, body: Any, params: dict[str, str] | None) -> tuple[int, bytes]:
+        """Status and body of one request. A connection that brought 500 or above is not used again, for the server may
+        be closing it: leaving such an answer before its end is what drops it from the pool."""
+        with self._http.stream(verb, path, json=body, params=params) as response:
+            if response.status_code >= 500:
+                return response.status_code, next(response.iter_bytes(), b"")
+            return response.status_code, response.read()
+
+    def _refusal(self, path: str, status: int, answer: str) -> EngineError:
+        if status in (401, 403):
+            return EngineUnsupported(f"{self.url}{path} refused us ({status}): set VLLM_API_KEY")
+        if status == 404 and "NotFoundError" not in answer:  # else it is an endpoint that says no
+            setting = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" if "lora" in path else "VLLM_SERVER_DEV_MODE=1"
+            return EngineUnsupported(f"{self.url} has no {path}: start vLLM 0.32 or newer with {setting}")
+        text = answer[:300]
         if "LoRA is not enabled" in text:
             return EngineUnsupported(f"{self.url} takes no adapters: start vLLM with --enable-lora")
         if path == "/collective_rpc" or "not configured" in text:
             return EngineUnsupported(
-                f"{self.url} has no deltawire engine ({response.status_code}): install deltawire beside vLLM and start "
+                f"{self.url} has no deltawire engine ({status}): install deltawire beside vLLM and start "
                 """it with --weight-transfer-config '{"backend":"deltawire"}'"""
             )
-        return EngineError(f"{self.url}{path} answered {response.status_code}: {text}")
+        return EngineError(f"{self.url}{path} answered {status}: {text}")
 
 
-def _is_address(url: str) -> bool:
+def _address(url: str) -> tuple[str, tuple[str, str] | None]:
+    """The address of a server as it may be shown, and the name and password that were in it."""
     try:
-        parsed = httpx.URL(url)
+        parsed = httpx.URL(url.rstrip("/"))
     except httpx.InvalidURL:
-        return False
-    return parsed.scheme in ("http", "https") and bool(parsed.host)
+        parsed = httpx.URL("")
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        given = "what was given" if "@" in url else repr(url)  # a password may stand before an "@"
+        raise EngineUnsupported(f"{given} is not the address of a server, as http://127.0.0.1:8000")
+    if not parsed.userinfo:
+        return url.rstrip("/"), None
+    shown = parsed.copy_with(username=None, password=None)
+    return str(shown).rstrip("/"), (parsed.username, parsed.password)

@@ -191,16 +191,21 @@ class Follower(Following[Engine, UpdateReport]):
         if status.position != target:
             self._subscriber.refresh()  # our copy of the commit may have been damaged on its way
             target = self._subscriber.chain.commit(target.version).record.position
-        if status.position != target or status.applied is None:
+        applied = status.applied
+        if status.position != target or applied is None:
             raise Quarantined(f"{self._engine.url} took {target} without an error and does not serve it: restart it")
-        applied = {name: status.applied[name] for name in _APPLIED}
         report = UpdateReport(
             run=target.run,
             version=target.version,
+            from_version=applied["from_version"],
+            changed=applied["changed"],
+            wire_bytes=applied["wire_bytes"],
+            fetch_s=applied["fetch_s"],
+            stage_s=applied["stage_s"],
             pause_ms=pause_ms,
+            write_ms=applied["write_ms"],
             verified=True,
-            publish_to_served_s=self._clock() - status.applied["created"],
-            **applied,
+            publish_to_served_s=self._clock() - applied["created"],
         )
         self._on_update(report)
         return report
@@ -243,10 +248,6 @@ class Follower(Following[Engine, UpdateReport]):
         if self._labelled != position and self._engine.weight_version() != str(position):
             self._engine.label(str(position))
         self._labelled = position
-
-
-_APPLIED = ("from_version", "changed", "wire_bytes", "fetch_s", "stage_s", "write_ms")
-"""what a report takes over from the worker's own record"""
 
 
 def _require(status: WorkerStatus) -> None:

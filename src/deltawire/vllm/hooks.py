@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from deltawire.errors import EngineUnsupported
+from deltawire.vllm import versions
 from deltawire.vllm.live import watch_loading
 
 ENGINE = "deltawire"
@@ -22,7 +23,14 @@ _INSTALLED = "_deltawire_installed"
 
 
 def install() -> None:
-    """Change this process's vLLM; doing it twice changes nothing."""
+    """Change this process's vLLM; doing it twice changes nothing. One that lacks a name we use is left as it is, with a
+    warning that says which: vLLM may be serving something else."""
+    import vllm
+
+    lacking = versions.missing(versions.NAMES)
+    versions.warn(vllm.__version__, lacking)
+    if lacking:
+        return
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.v1.worker.gpu_worker import Worker
 
@@ -75,7 +83,10 @@ def _keep_linear_weights_unpacked() -> None:
     from vllm.model_executor.layers import utils
     from vllm.platforms import current_platform
 
+    import vllm
+
     if current_platform.is_cpu() and os.environ.get(PREPACK) != "keep":
+        versions.warn(vllm.__version__, versions.missing(versions.NAMES_ON_CPU))
         ops._supports_onednn = False
         utils.check_cpu_sgl_kernel = lambda *shape_and_dtype: False
 

@@ -31,6 +31,9 @@ class Step:
 
     With `layouts` the step only moves elements: `loaded` are placeholders of the right shapes, and the weights live in
     the module, each rearranged by its layout. Without, `loaded` holds the weights and the live module is made of them.
+
+    `before` is the module's state from before the step, of which every tensor is a copy. The step left functions that
+    may hold weights in the attributes `hidden`, and set the attributes `plain` to numbers, flags or names.
     """
 
     prefix: str
@@ -38,15 +41,20 @@ class Step:
     loaded: dict[str, nn.Parameter]
     before: dict[str, Any]
     hidden: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
     layouts: dict[str, Layout] = field(default_factory=dict)
 
     def parameter(self, leaf: str) -> str:
         """A parameter's name in the model."""
         return f"{self.prefix}.{leaf}" if self.prefix else leaf
 
+    def copies(self) -> dict[str, torch.Tensor]:
+        """The loaded values, for a shadow to own."""
+        return {leaf: old.detach().clone() for leaf, old in self.loaded.items()}
+
     def shadow(self, values: Mapping[str, torch.Tensor]) -> nn.Module:
-        """A module that is to these loaded values what the live one is to its own. Raises EngineUnsupported when the
-        step cannot be done again."""
+        """A module that is to these loaded values what the live one is to its own. It owns them: the step may write its
+        result there, as vLLM's `replace_parameter` does since 0.33. Raises EngineUnsupported when the step fails."""
         shadow = _revive(self.before, type(self.module))
         shadow._parameters = {leaf: _parameter_like(old, values[leaf]) for leaf, old in self.loaded.items()}
         try:
@@ -69,11 +77,18 @@ class Step:
     def is_current(self) -> bool:
         """Whether the live module is what its loaded values make, bit for bit (what it keeps out of sight: as far as
         the same input gives the same output)."""
-        shadow = self.shadow(self.loaded)
+        shadow = self.shadow(self.copies())
+        if not self.is_plainly(shadow):
+            return False
         mine, right = self.results(self.module), self.results(shadow)
         if mine.keys() != right.keys() or not all(same_bits(mine[name], right[name]) for name in mine):
             return False
         return not self.hidden or torch.equal(self._answer(self.module), self._answer(shadow))
+
+    def is_plainly(self, shadow: nn.Module) -> bool:
+        """Whether the step set the same numbers, flags and names on a shadow as on the live module."""
+        mine, right = _plain(self.module), _plain(shadow)
+        return all(repr(mine.get(name)) == repr(right.get(name)) for name in self.plain)
 
     def _answer(self, module: nn.Module) -> torch.Tensor:
         weight = next((tensor for tensor in self.loaded.values() if tensor.dim() == 2), None)
@@ -112,7 +127,7 @@ class Watch:
             if callable(getattr(method, "process_weights_after_loading", None)):
                 methods[id(method)] = method
         for method in methods.values():
-            step, pristine = method.process_weights_after_loading, copy.copy(method)
+            step, pristine = method.process_weights_after_loading, _copied(method)
             run = functools.partial(self.run, step=step, method=pristine)
             object.__setattr__(method, "process_weights_after_loading", run)
         try:
@@ -126,7 +141,10 @@ class Watch:
         before = _frozen(module, method)
         tensors, callables = held(module), _closures(module)
         copies = {leaf: tensor.detach().clone() for leaf, tensor in tensors.items()}
-        parameters = {leaf: old for leaf, old in module._parameters.items() if old is not None}
+        parameters = {
+            leaf: _parameter_like(old, copies[leaf]) for leaf, old in module._parameters.items() if old is not None
+        }  # as they are now: since vLLM 0.33 a step changes the objects themselves
+        plain = _plain(module)
         result = step(module)
         hidden = tuple(name for name, made in _closures(module).items() if callables.get(name) is not made)
         now = held(module)
@@ -135,10 +153,11 @@ class Watch:
         )
         if parameters and (changed or hidden):
             loaded = {
-                leaf: _parameter_like(old, copies[leaf] if leaf in changed else old.data)
+                leaf: old if leaf in changed else _parameter_like(old, now[leaf].data)
                 for leaf, old in parameters.items()
             }
-            found = Step(self._prefixes.get(id(module), ""), module, loaded, before, hidden)
+            made = tuple(name for name, value in _plain(module).items() if repr(value) != repr(plain.get(name, ...)))
+            found = Step(self._prefixes.get(id(module), ""), module, loaded, before, hidden, made)
             if not hidden:
                 found.layouts = self._layouts(found, copies)
             if found.layouts:
@@ -176,6 +195,8 @@ def learn(step: Step) -> dict[str, Layout]:
             values[leaf] = carrier.view(old.dtype).to(old.device)
             start += sizes[leaf]
         made = step.shadow(values)
+        if not step.is_plainly(made):  # a number that is computed from the weights
+            return {}
         for leaf, tensor in held(made).items():
             if leaf in made._parameters or leaf not in step.before:
                 flat = tensor.detach().contiguous().reshape(-1).view(CARRIER[tensor.element_size()])
@@ -229,25 +250,46 @@ def held(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _frozen(module: nn.Module, method: object) -> dict[str, Any]:
     """A module's state but for its parameters, to make shadows of."""
-    state = {name: value for name, value in vars(module).items() if name != "_parameters"}
-    state["_buffers"] = {
-        name: None if value is None else value.detach().clone() for name, value in module._buffers.items()
-    }
-    if "quant_method" in state:
-        state["quant_method"] = method
-    else:  # held as a submodule
-        state["_modules"] = {**state["_modules"], "quant_method": method}
-        state["quant_method"] = method
+    state = {name: _owned(value) for name, value in vars(module).items() if name != "_parameters"}
+    state["quant_method"] = _copied(method)
+    if "quant_method" in state["_modules"]:  # held as a submodule
+        state["_modules"]["quant_method"] = state["quant_method"]
     return state
 
 
 def _revive(before: Mapping[str, Any], kind: type[nn.Module]) -> nn.Module:
     shadow = object.__new__(kind)
-    buffers = {name: None if value is None else value.clone() for name, value in before["_buffers"].items()}
-    method = copy.copy(before["quant_method"])
-    state = {**before, "_buffers": buffers, "_modules": dict(before["_modules"]), "quant_method": method}
-    shadow.__dict__.update(state)
+    shadow.__dict__.update({name: _owned(value) for name, value in before.items()})
+    shadow.__dict__["quant_method"] = _copied(before["quant_method"])
     return shadow
+
+
+def _copied(method: object) -> object:
+    """An object like this one, over tensors of its own."""
+    copied = copy.copy(method)
+    for name, value in getattr(method, "__dict__", {}).items():
+        copied.__dict__[name] = _owned(value)
+    return copied
+
+
+def _owned(value: Any) -> Any:
+    """A value, and the tensors in it copied: a step may write into what it finds."""
+    if isinstance(value, nn.Parameter):
+        return _parameter_like(value, value.detach().clone())
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if type(value) is set:
+        return set(value)
+    if type(value) in (dict, list, tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        owned = {key: _owned(item) for key, item in items}
+        return owned if isinstance(value, dict) else type(value)(owned.values())
+    return value
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """The numbers, flags and names among a module's attributes."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
 
 
 def _parameter_like(old: torch.Tensor, data: torch.Tensor) -> nn.Parameter:
@@ -282,4 +324,5 @@ def _closures(module: nn.Module) -> dict[str, Any]:
     }
 
 
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _HARMLESS = (int, float, str, type(None), type, types.FunctionType, types.ModuleType, torch.dtype)

@@ -3,16 +3,31 @@
 import json
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from deltawire.digest import root as root_of
-from deltawire.errors import DeltaWireError, EngineError, Quarantined, made_again
+from deltawire.errors import BadAnswer, DeltaWireError, EngineError, Quarantined, made_again
 from deltawire.manifests import Position
 from deltawire.subscriber import Subscriber
-from deltawire.vllm.boxes import Part
+from deltawire.vllm.answers import (
+    SHOWN,
+    Accepted,
+    Applied,
+    Audited,
+    Blamed,
+    Digested,
+    Holding,
+    Placed,
+    Problem,
+    Refusal,
+    Staged,
+    Worker,
+    converted,
+    require_digests,
+)
 from deltawire.vllm.union import Union, disagreement
 
 T = TypeVar("T")
@@ -33,11 +48,11 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     position: Position | None
     joined: bool
     staging: bool
-    staged: dict[str, Any] | None
-    applied: dict[str, Any] | None
+    staged: Staged | None
+    applied: Applied | None
     quarantined: bool
     session_open: bool
-    error: dict[str, str] | None
+    error: Problem | None
     rank: int = 0
     workers: int = 1
     torn: bool = False
@@ -49,9 +64,7 @@ def as_one(workers: list[WorkerStatus]) -> WorkerStatus:
     if len(workers) == 1:
         return first
     applied = [worker.applied for worker in workers if worker.applied]
-    slowest = {name: max(facts[name] for facts in applied) for name in ("fetch_s", "stage_s", "write_ms") if applied}
     failed = next((worker for worker in workers if worker.error), first)
-    error = failed.error and {**failed.error, "message": f"worker {failed.rank}: {failed.error['message']}"}
     positions = [worker.position for worker in workers]
     return WorkerStatus(
         attached=_agreed(worker.attached for worker in workers),
@@ -59,14 +72,24 @@ def as_one(workers: list[WorkerStatus]) -> WorkerStatus:
         position=_agreed(positions),
         joined=all(worker.joined for worker in workers),
         staging=any(worker.staging for worker in workers),
-        staged=_agreed(worker.staged and {"version": worker.staged["version"]} for worker in workers),
-        applied={**applied[0], **slowest} if applied else None,
+        staged=_agreed(worker.staged for worker in workers),
+        applied=_slowest(applied) if applied else None,
         quarantined=any(worker.quarantined for worker in workers),
         session_open=any(worker.session_open for worker in workers),
-        error=error,
+        error=failed.error and {**failed.error, "message": f"worker {failed.rank}: {failed.error['message']}"},
         workers=len(workers),
         torn=any(position != positions[0] for position in positions),
     )
+
+
+def _slowest(applied: list[Applied]) -> Applied:
+    """An update that all workers wrote: as long as the slowest took."""
+    return {
+        **applied[0],
+        "fetch_s": max(worker["fetch_s"] for worker in applied),
+        "stage_s": max(worker["stage_s"] for worker in applied),
+        "write_ms": max(worker["write_ms"] for worker in applied),
+    }
 
 
 class AuditReport(msgspec.Struct, frozen=True):
@@ -86,20 +109,20 @@ class AuditReport(msgspec.Struct, frozen=True):
         return len(self.digests)
 
 
-def audited(answers: list[dict[str, Any]]) -> AuditReport:
-    """What the workers of a server found, taken together: every copy compared, one counted, the union complete."""
-    first = answers[0]
-    union = _union(answers)
-    digests, differing = union.digests([_digests(answer) for answer in answers])
-    promised = {name: int(value, 16) for name, value in first["promised"].items()}
-    wrong = {name for answer in answers for name in answer["drifted"]} | set(differing)
-    wrong |= {name for name, value in promised.items() if digests[name] != value}
-    position = _agreed(json.dumps(answer["position"]) for answer in answers)
+def audited(answers: Sequence[object]) -> AuditReport:
+    """What the workers of a server found, taken together: every copy compared, one counted, the union complete. Raises
+    BadAnswer."""
+    found = [converted(answer, Audited, "audit") for answer in answers]
+    union = _union(found, found)
+    digests, differing = union.digests([worker.values for worker in found])
+    promised = {name: int(value, 16) for name, value in found[0].promised.items()}
+    wrong = {name for worker in found for name in worker.drifted} | set(differing)
+    wrong |= {name for name, value in promised.items() if digests.get(name) != value}
     return AuditReport(
-        msgspec.json.decode(position or "null", type=Position | None),
+        _agreed(worker.position for worker in found),
         {name: f"{value:016x}" for name, value in digests.items() if name not in union.left_out},
         [name for name in promised if name in wrong],
-        len(answers),
+        len(found),
         union.left_out,
     )
 
@@ -107,8 +130,8 @@ def audited(answers: list[dict[str, Any]]) -> AuditReport:
 class Engine(ABC):
     """One vLLM engine and all its workers.
 
-    Every call raises EngineUnavailable when nobody answers, EngineUnsupported when the engine lacks what it takes, and
-    Quarantined when an answer is not to the question asked.
+    Every call raises EngineUnavailable when nobody answers, BadAnswer when what is answered is no answer to it,
+    EngineUnsupported when the engine lacks what it takes, and Quarantined when an answer is to another question.
     """
 
     url: str
@@ -160,73 +183,85 @@ class Engine(ABC):
 
     def status(self) -> WorkerStatus:
         """Where the workers stand."""
-        return as_one([msgspec.convert(answer, WorkerStatus) for answer in self._ask("status", {})])
+        return as_one(self._ask("status", {}, WorkerStatus))
 
     def join(self, subscriber: Subscriber) -> None:
         """Find out which version several workers' weights are, taken together, and tell them. Raises EngineUnsupported
         when together they do not hold the run's tensors whole."""
-        answers = self._ask("holdings", {})
-        digests, differing = _union(answers).digests([_digests(answer) for answer in answers])
+        held = self._ask("holdings", {}, Holding)
+        digests, differing = _summed(held, held)
         position = None if differing else subscriber.position_of(root_of(subscriber.run.table, digests))
-        self._ask("stand", {"position": msgspec.to_builtins(position)})
+        self._ask("stand", {"position": msgspec.to_builtins(position)}, Worker)
 
     def stage(self, bucket: str, version: int) -> bool:
         """Ask the workers to stage a version on threads of their own; False while one is staging another. The outcome
         is in `status`."""
-        return all(answer["accepted"] for answer in self._ask("stage", {"bucket": bucket, "version": version}))
+        return all(answer.accepted for answer in self._ask("stage", {"bucket": bucket, "version": version}, Accepted))
 
     def vouch(self, subscriber: Subscriber, target: Position) -> None:
         """Compare what several workers have staged, taken together, with the commit; one that holds the whole model did
         so by itself. Raises WrongBase when live weights
         drifted (that worker is quarantined), BadDigest when the change does not lead there."""
-        staged = self._ask("staged", {})
-        digests, differing = _union(self._ask("holdings", {})).digests([_digests(answer) for answer in staged])
+        staged = self._ask("staged", {}, Digested)
+        digests, differing = _summed(self._ask("holdings", {}, Holding), staged)
         promised = subscriber.digests_at(target.version)
-        wrong = [name for name, value in promised.items() if digests[name] != value or name in differing]
+        wrong = [name for name, value in promised.items() if digests.get(name) != value or name in differing]
         if wrong:
-            blamed = self._ask("blame", {"names": wrong})
-            raise disagreement(target, wrong, sorted({name for answer in blamed for name in answer["drifted"]}))
+            blamed = self._ask("blame", {"names": wrong}, Blamed)
+            raise disagreement(target, wrong, sorted({name for answer in blamed for name in answer.drifted}))
 
     def revert(self) -> None:
         """Take back an update that not every worker could write."""
-        self._ask("revert", {})
+        self._ask("revert", {}, Worker)
 
     def audit(self, bucket: str | None = None) -> AuditReport:
         """Recompute every digest from live memory, and compare with the version the server says it serves, or (when it
         serves none) with the newest. `bucket` compares with another bucket than the one followed. Raises what kept a
         worker from it."""
-        return audited(self._ask("audit", {"bucket": bucket} if bucket else {}))
+        return audited(self._ask("audit", {"bucket": bucket} if bucket else {}, dict[str, Any]))
 
     def placement(self) -> list[dict[str, Any]]:
         """Of each worker, where each checkpoint tensor lives in its parameters (`placement`), the tensors that the run
         never changes of which it holds nothing (`frozen`), and the modules whose weights are made anew at an update
         (`remade`)."""
-        return self._ask("placement", {})
+        answers = self._ask("placement", {}, dict[str, Any])
+        for answer in answers:
+            converted(answer, Placed, f"{self.url} placement")
+        return answers
 
-    def _ask(self, method: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+    def _ask(self, method: str, request: dict[str, Any], kind: type[T]) -> list[T]:
         """What every worker answers, by rank; the nonce must come back from each."""
-        nonce = secrets.token_hex(8)
+        nonce, asked = secrets.token_hex(8), f"{self.url} {method}"
         answers = self.call_workers(f"deltawire_{method}", json.dumps({**request, "nonce": nonce})) or [None]
         for answer in answers:
             if not isinstance(answer, dict) or answer.get("nonce") != nonce:
-                raise Quarantined(f"{self.url} answered another question than was asked: restart it")
+                shown = ascii(repr(answer)[:SHOWN])
+                raise Quarantined(f"{self.url} answered another question than was asked ({shown}): restart it")
         for answer in answers:
-            if refused := answer.get("refused"):
-                raise named_error(refused)
-        return sorted(answers, key=lambda answer: int(answer["rank"]))
+            if (refused := answer.get("refused")) is not None:
+                raise named_error(msgspec.to_builtins(converted(refused, Refusal, asked)))
+        ranked = sorted(answers, key=lambda answer: converted(answer, Worker, asked).rank)
+        return [converted(answer, kind, asked) for answer in ranked]
 
 
-def _union(holdings: list[dict[str, Any]]) -> Union:
-    frozen = {name: int(value, 16) for name, value in holdings[0]["frozen"].items()}
-    return Union(holdings[0]["sizes"], [_parts(answer) for answer in holdings], frozen=frozen)
+def _union(held: Sequence[Holding], digested: Sequence[Digested]) -> Union:
+    """What several workers hold together, each digest of it at hand. Raises BadAnswer when they do not speak of the
+    same tensors and parts."""
+    if len(held) != len(digested) or any(worker.sizes != held[0].sizes for worker in held):
+        raise BadAnswer("the workers of a server do not agree which tensors there are: restart it")
+    try:
+        for worker, digests in zip(held, digested, strict=True):
+            require_digests(worker.parts, digests.digests)
+    except ValueError as error:
+        raise BadAnswer(f"a worker did not digest what it holds ({error}): restart the server") from None
+    frozen = {name: int(value, 16) for name, value in held[0].frozen.items()}
+    return Union(held[0].sizes, [worker.parts for worker in held], frozen=frozen)
 
 
-def _parts(answer: dict[str, Any]) -> dict[str, list[Part]]:
-    return msgspec.convert(answer["parts"], dict[str, list[Part]])
-
-
-def _digests(answer: dict[str, Any]) -> dict[str, list[int]]:
-    return {name: [int(value, 16) for value in values] for name, values in answer["digests"].items()}
+def _summed(held: Sequence[Holding], digested: Sequence[Digested]) -> tuple[dict[str, int], list[str]]:
+    """Every tensor's digest, of what several workers hold together, and the names whose copies differ. Raises
+    BadAnswer."""
+    return _union(held, digested).digests([worker.values for worker in digested])
 
 
 def _agreed(values: Iterable[T | None]) -> T | None:
@@ -234,7 +269,7 @@ def _agreed(values: Iterable[T | None]) -> T | None:
     return first if all(other == first for other in others) else None
 
 
-def named_error(record: dict[str, Any]) -> DeltaWireError:
+def named_error(record: Mapping[str, Any]) -> DeltaWireError:
     """The typed error a worker recorded, made again on this side."""
     kind, message = str(record.get("kind")), str(record.get("message", "the worker gave no reason"))
     return made_again(kind, message) or EngineError(f"{kind}: {message}")

@@ -255,7 +255,7 @@ def _fill(memory: Memory, box: Box, new: UInts, writes: list[Scatter | Fill]) ->
 
 def _remake(step: Step, writes: Iterable[Scatter | Fill]) -> Swap:
     """Run a module's step on a shadow of it with its new weights."""
-    values = {leaf: old.detach().clone() for leaf, old in step.loaded.items()}
+    values = step.copies()
     storages = {old.untyped_storage().data_ptr(): values[leaf] for leaf, old in step.loaded.items()}
     for write in writes:
         if (copied := storages.get(write.memory.flat.untyped_storage().data_ptr())) is not None:
@@ -264,8 +264,9 @@ def _remake(step: Step, writes: Iterable[Scatter | Fill]) -> Swap:
     live, made = step.results(step.module), step.results(shadow)
     if any(name not in made or made[name].shape != tensor.shape for name, tensor in live.items()):
         raise EngineUnsupported(f"what vLLM makes of {step.prefix} after loading does not fit in its place")
+    attributes = (*step.hidden, *(name for name in step.plain if name in vars(shadow)))
     return Swap(
         step.module,
         tuple((tensor, tensor.detach().clone(), made[name].detach()) for name, tensor in live.items()),
-        tuple((name, getattr(step.module, name), getattr(shadow, name)) for name in step.hidden),
+        tuple((name, getattr(step.module, name), getattr(shadow, name)) for name in attributes),
     )

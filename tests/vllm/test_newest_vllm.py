@@ -1,0 +1,152 @@
+"""The newest vLLM this is tested with, of which there is no build for CPU: its own Python source, out of PyPI's wheel
+(320 MB), imported over the compiled parts of the build that is installed. No server is started."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltawire.vllm.versions import TESTED
+
+ROOM = 2 << 30
+"""bytes of disk that the wheel and its source need, with some to spare"""
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to put before all others on Python's path."""
+    folder = tmp_path_factory.mktemp("vllm")
+    installed = importlib.util.find_spec("vllm")
+    if installed is None or installed.origin is None:
+        pytest.skip("no vLLM is installed whose compiled parts could be used")
+    if shutil.disk_usage(folder).free < ROOM:
+        pytest.skip(f"{folder} has no room for vLLM's wheel")
+    wanted = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), f"vllm=={TESTED[1]}.*"]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", *wanted]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=1200)
+    if done.returncode:
+        pytest.skip(f"the wheel of vLLM {TESTED[1]} cannot be had: {done.stderr.strip()[-300:]}")
+    (wheel,) = folder.glob("vllm-*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(folder, [name for name in packed.namelist() if name.endswith((".py", "/METADATA"))])
+    wheel.unlink()
+    for library in Path(installed.origin).parent.glob("*.so"):
+        (folder / "vllm" / library.name).symlink_to(library)
+    (about,) = folder.glob("vllm-*.dist-info")
+    version = about.name.removeprefix("vllm-").removesuffix(".dist-info")
+    text = (about / "METADATA").read_text().replace(f"Version: {version}", f"Version: {version}+cpu", 1)
+    shutil.rmtree(about)
+    (folder / f"vllm-{version}+cpu.dist-info").mkdir()
+    (folder / f"vllm-{version}+cpu.dist-info" / "METADATA").write_text(text)
+    return folder
+
+
+def run(source: Path, code: str) -> Any:
+    """What `code` prints last, as JSON, run by a Python that finds this vLLM."""
+    path = os.pathsep.join([str(source), str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_name_is_there_and_the_plugin_installs_itself_without_a_word(source):
+    version, said, lacking, abstract = run(
+        source,
+        """
+import inspect, json, warnings
+import deltawire.vllm as plugin
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    plugin.register()
+import vllm
+from deltawire.vllm import versions
+from deltawire.vllm.engine import DeltaWireEngine
+from vllm.v1.worker.gpu_worker import Worker
+assert hasattr(Worker, "deltawire_status")
+held = inspect.getsource(Worker) + inspect.getsource(Worker.__mro__[1])
+assert "self._weight_update_active" in held and "self.weight_transfer_engine" in held and "self.rank" in held
+said = [str(one.message) for one in told if "deltawire" in str(one.message)]
+lacking = versions.missing({**versions.NAMES, **versions.NAMES_ON_CPU})
+print(json.dumps([vllm.__version__, said, lacking, sorted(DeltaWireEngine.__abstractmethods__)]))
+""",
+    )
+    assert version.startswith(TESTED[1] + ".")
+    assert (said, lacking, abstract) == ([], [], [])
+
+
+def test_every_endpoint_that_a_follower_asks_is_there(source):
+    routes = run(
+        source,
+        """
+import json, os
+os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+from fastapi import FastAPI
+from vllm.entrypoints.rl.online.api_router import router as online
+from vllm.entrypoints.serve.dev.rpc.api_router import router as rpc
+from vllm.entrypoints.serve.instrumentator.basic import router as basic
+from vllm.entrypoints.serve.lora.api_router import attach_router
+app = FastAPI()
+attach_router(app)
+routers = [online, rpc, basic, app]
+print(json.dumps([[route.path, sorted(route.methods or ())] for router in routers for route in router.routes]))
+""",
+    )
+    offered = {(method, path) for path, methods in routes for method in methods}
+    asked = {
+        ("GET", "/is_paused"), ("GET", "/version"), ("GET", "/weight_info"), ("POST", "/collective_rpc"),
+        ("POST", "/finish_weight_update"), ("POST", "/init_weight_transfer_engine"), ("POST", "/pause"),
+        ("POST", "/resume"), ("POST", "/start_weight_update"), ("POST", "/update_weight_version"),
+        ("POST", "/update_weights"), ("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter"),
+    }  # fmt: skip
+    assert asked - offered == set()
+
+
+def test_completions_and_chat_tell_which_weights_made_which_token_when_asked(source):
+    assert (
+        run(
+            source,
+            """
+import json
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponseChoice
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponseChoice
+asked = ["return_weight_versions" in kind.model_fields for kind in (CompletionRequest, ChatCompletionRequest)]
+told = ["weight_versions" in kind.model_fields for kind in (CompletionResponseChoice, ChatCompletionResponseChoice)]
+print(json.dumps(asked + told))
+""",
+        )
+        == [True] * 4
+    )
+
+
+def test_steps_that_use_its_own_replace_parameter_are_done_again_alike(source):
+    kept = run(
+        source,
+        """
+import json
+import test_loading
+from vllm.model_executor.utils import replace_parameter
+
+def replace(layer, name, new, **marks):
+    new.__dict__.update(marks)
+    before = getattr(layer, name)
+    replace_parameter(layer, name, new)
+    kept.add(getattr(layer, name) is before)
+
+kept = set()
+for method in (test_loading.Doubled, test_loading.Marked, test_loading.Wider, test_loading.Measured):
+    test_loading.assert_updated_as_loaded(lambda: method(replace), test_loading.SHAPE)
+print(json.dumps(sorted(kept)))
+""",
+    )
+    assert kept == [True]  # the parameter is the same after a step, whatever became of its shape and dtype
