@@ -1,5 +1,6 @@
 """The command line: every verb has help, the reference is current, and an error is one typed line and exit code 1."""
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -112,3 +113,7 @@ def test_a_url_that_is_none_names_the_known_kinds():
 def test_following_without_a_server_says_so(published):
     done = run_verb("follow", "--bucket", published, "--engine", "http://127.0.0.1:9", "--once", code=1)
     assert "EngineUnavailable" in done.stderr
+
+
+def test_the_version_is_told():
+    assert run_verb("--version").stdout == f"deltawire {importlib.metadata.version('deltawire')}\n"

@@ -45,3 +45,10 @@ def test_an_audit_of_weights_that_drifted_names_them_and_ends_with_1(place):
     engine.replica._model.v.data[3] = 42.0
     (audit,) = told("audit", "--engine", engine.url, code=1)
     assert audit["mismatched"] == ["v"]
+
+
+def test_a_server_that_follows_nothing_yet_is_told_apart_from_one_without_weights(place):
+    _, engine = place
+    for verb in ("inspect", "audit"):
+        done = run_verb(verb, "--engine", engine.url, code=1)
+        assert done.stderr.startswith("deltawire: EngineUnsupported:") and "start `deltawire follow" in done.stderr

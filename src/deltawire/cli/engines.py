@@ -10,6 +10,7 @@ import typer
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, EngineUrl, Trusted
 from deltawire.cli.printing import emit, named, size
+from deltawire.errors import some
 
 if TYPE_CHECKING:
     from deltawire.vllm.adapters import AdapterReport
@@ -100,7 +101,7 @@ def audit(
         result = client.audit(bucket)
     wrong = result.mismatched
     text = f"{result.position}: {result.tensors} tensors, " + (
-        f"{len(wrong)} differ: {', '.join(wrong[:5])}" if wrong else "all equal"
+        f"{len(wrong)} differ: {some(wrong)}" if wrong else "all equal"
     )
     if result.frozen:
         text += f"; {len(result.frozen)} that the run never changes are not loaded by this server"

@@ -15,6 +15,7 @@ from deltawire.buckets import open_bucket
 from deltawire.changes import Update
 from deltawire.cli.options import AsJson, BaseFolder, BucketUrl, Trusted
 from deltawire.cli.printing import emit, size
+from deltawire.errors import EngineUnsupported
 from deltawire.materialize import materialize as materialize_version
 from deltawire.paths import Edge
 from deltawire.subscriber import Subscriber
@@ -118,6 +119,11 @@ def _show_placement(engine: str, as_json: bool) -> None:
 
     with EngineClient(engine) as client:
         workers = client.placement()
+    if not any(worker["placement"] for worker in workers):
+        raise EngineUnsupported(
+            f"{engine} follows no bucket yet, and where its weights live is found out when it does: start `deltawire "
+            f"follow --bucket … --engine {engine}` first"
+        )
     if as_json:
         for worker in workers:
             emit(worker, "", as_json)

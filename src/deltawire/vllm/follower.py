@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from deltawire.checkpoint import is_adapter
-from deltawire.errors import EngineError, EngineUnsupported, NotFound, Quarantined, WrongBase
+from deltawire.errors import EngineError, EngineUnsupported, NotFound, Quarantined, WrongBase, some
 from deltawire.manifests import Position
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.following import Following
@@ -137,9 +137,7 @@ class Follower(Following[Engine, UpdateReport]):
         """Whether live memory is what it should be; if not, the workers have quarantined themselves."""
         found, self._unaudited = self._engine.audit(), 0
         self.standing.audit = f"version {found.position.version if found.position else None}: " + (
-            f"{len(found.mismatched)} tensors differ: {', '.join(found.mismatched[:4])}"
-            if found.mismatched
-            else "equal"
+            f"{len(found.mismatched)} tensors differ: {some(found.mismatched)}" if found.mismatched else "equal"
         )
         if found.mismatched:
             self._on_problem(WrongBase(f"{self._engine.url}, {self.standing.audit}; they are made anew"))

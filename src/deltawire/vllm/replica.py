@@ -298,7 +298,9 @@ class Replica:
 
     def _require_attached(self) -> Attached:
         if self._attached is None:
-            raise EngineUnsupported("nothing is followed yet: name a bucket")
+            raise EngineUnsupported(
+                "no bucket is followed here yet: start `deltawire follow` first, or name a --bucket"
+            )
         return self._attached
 
     @contextmanager
