@@ -11,10 +11,11 @@ from pathlib import Path
 import msgspec
 
 from deltawire.checkpoint import is_adapter
-from deltawire.errors import EngineError, EngineUnsupported, NotFound, Quarantined, WrongBase, some
+from deltawire.errors import EngineError, EngineUnsupported, Quarantined, WrongBase, some
 from deltawire.manifests import Position
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.following import Following
+from deltawire.vllm.news import Fetching, News
 from deltawire.vllm.protocol import AuditReport, Engine, PauseMode, WorkerStatus, named_error
 
 ASK_AGAIN = 0.02
@@ -78,6 +79,7 @@ class Follower(Following[Engine, UpdateReport]):
         replica: str | None = None,
         on_update: Callable[[UpdateReport], None] = lambda report: None,
         on_problem: Callable[[Exception], None] = lambda error: None,
+        on_news: Callable[[News], None] = lambda news: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(
@@ -89,6 +91,7 @@ class Follower(Following[Engine, UpdateReport]):
             replica=replica,
             on_update=on_update,
             on_problem=on_problem,
+            on_news=on_news,
             clock=clock,
         )
         self._pause: PauseMode = pause
@@ -101,36 +104,34 @@ class Follower(Following[Engine, UpdateReport]):
         with self._stepping:
             return self._engine.audit()
 
-    def _advance(self) -> UpdateReport | None:
-        report = self._update()
+    def _advance(self, target: Position) -> UpdateReport | None:
+        report = self._update(target)
         self._unaudited += report is not None
         if self._audit_every and self._unaudited >= self._audit_every and not self._audit():
-            report = self._update() or report
+            report = self._update(target) or report
         return report
 
-    def _update(self) -> UpdateReport | None:
+    def _ask_server(self) -> Position | None:
+        return self._engine.status().position
+
+    def _update(self, target: Position) -> UpdateReport | None:
         standing = self.standing
-        try:
-            target = self._target()
-        except NotFound:
-            return None
         if is_adapter(self._subscriber.run.table):
             raise EngineUnsupported(
                 f"{self.bucket.url}: run {target.run} is of an adapter: follow it with --adapter NAME"
             )
-        standing.newest, standing.staged = target.version, None
+        standing.staged = None
         status = self._ready(target.run)
-        standing.served, standing.looked, standing.problem = status.position, time.monotonic(), None
+        standing.server_says(status.position)
         if status.position == target:
             self._label(target)
-            standing.joined = True
+            standing.is_current(target)
             return None
         if not self._stage(target):
             return None
         standing.staged = target.version
         report = self._commit(target)
-        standing.served, standing.staged, standing.looked = target, None, time.monotonic()
-        standing.joined = True
+        standing.is_current(target)
         return report
 
     def _audit(self) -> bool:
@@ -167,9 +168,13 @@ class Follower(Following[Engine, UpdateReport]):
     def _stage(self, target: Position) -> bool:
         """Have the worker prepare the update while the server generates; False when we were closed meanwhile."""
         self._keep_what_is_needed()
-        accepted = self._engine.stage(self._url, target.version)
+        accepted, fetched = self._engine.stage(self._url, target.version), None
         while not self._stopping.is_set():
             status = self._engine.status()
+            self.standing.server_says(status.position)
+            if status.fetching is not None and status.fetching != fetched:
+                fetched = status.fetching
+                self._on_news(Fetching(target.run, target.version, *fetched))
             if not status.staging and accepted:
                 _require(status)
                 if status.workers > 1:

@@ -135,6 +135,7 @@ class Replica:
             "applied": self._applied,
             "quarantined": self._quarantined,
             "error": self._problem,
+            "fetching": attached.subscriber.fetching if attached else None,
         }
 
     def answer_stage(self, request: dict[str, Any]) -> dict[str, Any]:
