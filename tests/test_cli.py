@@ -117,3 +117,11 @@ def test_following_without_a_server_says_so(published):
 
 def test_the_version_is_told():
     assert run_verb("--version").stdout == f"deltawire {importlib.metadata.version('deltawire')}\n"
+
+
+def test_log_lists_as_many_of_the_newest_as_asked_for(published):
+    said = run_verb("log", published, "-n", 1).stdout
+    assert "2 older" in said and "anchor" not in said
+    two = [json.loads(line) for line in run_verb("log", published, "-n", 2, "--json").stdout.splitlines()]
+    assert [commit["version"] for commit in two] == [1, 2]
+    assert "older" not in run_verb("log", published, "-n", 0).stdout

@@ -483,3 +483,18 @@ def test_a_bucket_without_versions_is_waited_for_aloud(engine):
         follower.run()
     assert "nothing is published there yet" in said[0].reason
     assert 60 <= said[1].seconds - said[0].seconds < 90
+
+
+def test_between_looks_as_many_seconds_pass_as_asked_for(run, engine):
+    waits = []
+
+    class Waited(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            self.set()
+            return True
+
+    with Follower(run.url, engine.url, poll=60) as follower:
+        follower._stopping = Waited()
+        follower.run()
+    assert waits == [60 - run.publisher.bucket.poll_seconds]

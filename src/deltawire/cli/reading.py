@@ -21,11 +21,27 @@ from deltawire.paths import Edge
 from deltawire.subscriber import Subscriber
 from deltawire.verify import verify as verify_run
 
+LISTED = 20
+"""versions that `deltawire log` lists unless told otherwise"""
 
-def log(bucket: BucketUrl, trust: Trusted = None, json: AsJson = False) -> None:
-    """List the versions of the bucket's run: bytes, step and root of each commit."""
+
+def log(
+    bucket: BucketUrl,
+    number: Annotated[
+        int | None,
+        typer.Option("--number", "-n", min=0, help="How many, 0: all; default: 20, with --json all."),
+    ] = None,
+    trust: Trusted = None,
+    json: AsJson = False,
+) -> None:
+    """List the newest versions of the bucket's run, the newest last: bytes, step and root of each commit.
+
+    Only what is listed is read, and checked to be a chain; all together are checked to the roots, too.
+    """
+    count = number if number is not None else 0 if json else LISTED
     with Subscriber(open_bucket(bucket), trusted=trust or ()) as subscriber:
-        commits = subscriber.commits()
+        commits = subscriber.recent(count) if count else subscriber.commits()
+        older = len(subscriber.chain.versions()) - len(commits) if count and not json else 0
     if json:
         for commit in commits:
             emit(msgspec.to_builtins(commit), "", json)
@@ -37,6 +53,8 @@ def log(bucket: BucketUrl, trust: Trusted = None, json: AsJson = False) -> None:
         row = (str(commit.version), parent, step, size(commit.wire_bytes), str(len(commit.digests)), commit.root[:12])
         table.add_row(*row)
     Console().print(table)
+    if older:
+        print(f"{older:,} older: -n NUMBER lists more, -n 0 all")
 
 
 def inspect(
