@@ -2,6 +2,10 @@
 
 import importlib.metadata
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +129,20 @@ def test_log_lists_as_many_of_the_newest_as_asked_for(published):
     two = [json.loads(line) for line in run_verb("log", published, "-n", 2, "--json").stdout.splitlines()]
     assert [commit["version"] for commit in two] == [1, 2]
     assert "older" not in run_verb("log", published, "-n", 0).stdout
+
+
+def test_what_needs_the_repository_is_offered_only_there(tmp_path):
+    """The package alone, as a wheel installs it: `demo` and `spaces` are not listed, and say what they need."""
+    shutil.copytree(ROOT / "src" / "deltawire", tmp_path / "deltawire", ignore=shutil.ignore_patterns("__pycache__"))
+    alone = [sys.executable, "-c", "from deltawire.cli import main; main()"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def say(*arguments):
+        command = [*alone, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    assert " demo " in run_verb("--help").stdout and " spaces " in run_verb("--help").stdout
+    listed = say("--help").stdout
+    assert " follow " in listed and " demo " not in listed and " spaces " not in listed
+    for arguments in (["spaces", "render", "--user", "me"], ["demo"]):
+        assert "run it in a checkout" in say(*arguments).stderr

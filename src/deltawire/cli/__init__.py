@@ -12,6 +12,7 @@ from deltawire.cli.reading import inspect, log, materialize, verify
 from deltawire.cli.starting import demo, render, serve
 from deltawire.cli.upkeep import compact, keygen, prune
 from deltawire.errors import DeltaWireError
+from deltawire.ops.cast import in_checkout
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,11 +36,12 @@ def deltawire(
     """Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket."""
 
 
-for verb in (serve, follow, audit, log, inspect, verify, materialize, compact, prune, keygen, demo):
+for verb in (serve, follow, audit, log, inspect, verify, materialize, compact, prune, keygen):
     app.command()(verb)
+app.command(hidden=not in_checkout())(demo)  # a wheel has no examples to run
 spaces = typer.Typer(help="An RL run as three Spaces of the Hub.", no_args_is_help=True, rich_markup_mode=None)
 spaces.command()(render)
-app.add_typer(spaces, name="spaces")
+app.add_typer(spaces, name="spaces", hidden=not in_checkout())
 
 
 def main() -> None:
