@@ -21,7 +21,7 @@ from deltawire.errors import (
     Quarantined,
     Unavailable,
 )
-from deltawire.vllm import staging
+from deltawire.vllm import replica, staging
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.follower import Follower
 from deltawire.vllm.loading import AfterLoading
@@ -498,3 +498,34 @@ def test_between_looks_as_many_seconds_pass_as_asked_for(run, engine):
         follower._stopping = Waited()
         follower.run()
     assert waits == [60 - run.publisher.bucket.poll_seconds]
+
+
+def test_what_the_store_refuses_the_server_is_told_apart_from_what_it_refuses_the_follower(run, engine, monkeypatch):
+    def refused(*arguments):
+        raise AccessRefused("hf://buckets/me/wordle: the token may not read")
+
+    monkeypatch.setattr(replica, "attach", refused)
+    with Follower(run.url, engine.url) as follower, pytest.raises(AccessRefused) as caught:
+        follower.step()
+    assert f"the token may not read (said by the server at {engine.url}, which reads the bucket itself" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["misspelt", "gone"])
+def test_a_follower_never_makes_the_bucket_it_follows(gone, tmp_path, engine):
+    with SmallRun(tmp_path / "bucket") as run:
+        pass
+    follower = Follower(
+        run.url if gone else (tmp_path / "bukcet").as_uri(),
+        engine.url,
+        poll=0.01,
+        on_problem=lambda error: follower.stop(),
+        on_news=lambda news: follower.stop(),
+    )
+    with follower:
+        if gone:
+            follower.step()
+            (tmp_path / "bucket").rename(tmp_path / "elsewhere")
+        follower.run()
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere" if gone else "bucket"]

@@ -99,10 +99,9 @@ class Teller:
             signal.signal(signal.SIGTERM, before)
             if ended_by:
                 served = None if standing.served is None else standing.served.version
-                on = "it serves no version of this bucket" if served is None else f"it goes on serving version {served}"
-                self.line(
-                    "stopped", f"stopped by {ended_by[0]}; the server runs on: {on}", by=ended_by[0], version=served
-                )
+                kept = "what it serves" if served is None else f"version {served}"
+                text = f"stopped by {ended_by[0]}; the server keeps {kept}"
+                self.line("stopped", text, by=ended_by[0], version=served)
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from deltawire.checkpoint import is_adapter
-from deltawire.errors import EngineError, EngineUnsupported, Quarantined, WrongBase, some
+from deltawire.errors import BucketError, EngineError, EngineUnsupported, Quarantined, WrongBase, some
 from deltawire.manifests import Position
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.following import Following
@@ -150,7 +150,7 @@ class Follower(Following[Engine, UpdateReport]):
         if (status.attached, status.run) != (self.bucket.url, run):
             self._labelled = None
             status = self._engine.init(self._url, self._trust.keys)
-            _require(status)
+            self._require(status)
         if not status.joined:
             self._engine.join(self._subscriber)
             status = self._engine.status()
@@ -176,7 +176,7 @@ class Follower(Following[Engine, UpdateReport]):
                 fetched = status.fetching
                 self._on_news(Fetching(target.run, target.version, *fetched))
             if not status.staging and accepted:
-                _require(status)
+                self._require(status)
                 if status.workers > 1:
                     self._engine.vouch(self._subscriber, target)
                 return True
@@ -190,7 +190,7 @@ class Follower(Following[Engine, UpdateReport]):
         paused = time.perf_counter()
         status = self._swap(target)
         pause_ms = 1e3 * (time.perf_counter() - paused)
-        _require(status)
+        self._require(status)
         if status.position != target:
             self._subscriber.refresh()  # our copy of the commit may have been damaged on its way
             target = self._subscriber.chain.commit(target.version).record.position
@@ -234,6 +234,16 @@ class Follower(Following[Engine, UpdateReport]):
         with suppress(EngineError):
             self._engine.resume()
 
+    def _require(self, status: WorkerStatus) -> None:
+        """Raise what a worker recorded. What the bucket refused it may be open to us: it reads by itself."""
+        if status.error is None:
+            return
+        error = named_error(status.error)
+        if isinstance(error, BucketError):
+            said = f"said by the server at {self._engine.url}, which reads the bucket itself, by its own environment"
+            raise type(error)(f"{error} ({said})")
+        raise error
+
     def _disown(self) -> None:
         """Have a server whose weights are in doubt stop naming a version, until an anchor has made them sure again."""
         self._labelled = None
@@ -250,8 +260,3 @@ class Follower(Following[Engine, UpdateReport]):
 
 _APPLIED = ("from_version", "changed", "wire_bytes", "fetch_s", "stage_s", "write_ms")
 """what a report takes over from the worker's own record"""
-
-
-def _require(status: WorkerStatus) -> None:
-    if status.error is not None:
-        raise named_error(status.error)

@@ -111,16 +111,18 @@ class Following(ABC, Generic[E, R]):
                 if tag != seen or time.monotonic() >= looked + LOOK_ANYWAY:
                     self._tell(self.step())
                     seen, looked = tag, time.monotonic()
-                    self._beat()
+                    if self.standing.waiting is None:  # an entry would make a bucket of what may be a misspelt name
+                        self._beat()
                 self._stopping.wait(max(0.0, self._poll - self.bucket.poll_seconds))
             except (EngineUnsupported, Quarantined):
                 raise
             except (BucketError, FormatError, ChainError, EngineError) as error:
                 self._subscriber.refresh()
-                self.standing.fails(str(error))
+                self.standing.fails(error)
                 if self._is_due(type(error).__name__):
                     self._on_problem(error)
-                self._beat(error=f"{type(error).__name__}: {error}")
+                if not isinstance(error, NotFound):  # nor make one anew that is gone
+                    self._beat(error=f"{type(error).__name__}: {error}")
                 self._stopping.wait(self._poll)
 
     @contextmanager
@@ -211,7 +213,7 @@ class Following(ABC, Generic[E, R]):
                 return None
             self.standing.bucket_says(target.version)
             report = self._advance(target)
-            self.standing.fails(None)
+            self.standing.problem = None
             return report
 
     def _keep_what_is_needed(self) -> None:

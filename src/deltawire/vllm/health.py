@@ -31,6 +31,7 @@ class Standing:
     """why there is nothing to serve yet"""
     waiting_since: float = 0.0
     problem: str | None = None
+    problem_kind: str | None = None
     problem_since: float = 0.0
     joined: bool = False
     """whether what should be served was served, once since the follower began"""
@@ -81,11 +82,12 @@ class Standing:
             self.waiting_since = self.clock()
         self.waiting, self.problem = reason, None
 
-    def fails(self, problem: str | None) -> None:
-        """Something stands in the way, or (None) nothing does any more."""
-        if problem is not None and self.problem is None:
+    def fails(self, error: Exception) -> None:
+        """Something stands in the way; of the same kind as before, it still does."""
+        kind = type(error).__name__
+        if self.problem is None or kind != self.problem_kind:
             self.problem_since = self.clock()
-        self.problem = problem
+        self.problem, self.problem_kind = str(error), kind
 
     def why_unready(self, max_staleness: int | None = None, max_age: float | None = None) -> str | None:
         """Why no request should be sent to the server, or None. `max_staleness` counts versions, `max_age` seconds.
