@@ -86,7 +86,7 @@ class Teller:
 
         def end(number: int, frame: object) -> None:
             ended_by.append(signal.Signals(number).name)
-            signal.signal(number, before)  # the second one ends it as it would any program
+            signal.signal(number, before or signal.SIG_DFL)  # the second one ends it as it would any program
             stop()
 
         before = signal.signal(signal.SIGTERM, end)
@@ -96,7 +96,7 @@ class Teller:
             ended_by.append("Ctrl-C")
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
             if ended_by:
                 served = None if standing.served is None else standing.served.version
                 kept = "what it serves" if served is None else f"version {served}"

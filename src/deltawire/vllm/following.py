@@ -48,7 +48,7 @@ class Following(ABC, Generic[E, R]):
 
     `E` is how the server is reached, `R` what an update is reported as. `poll` is seconds between looks at the bucket,
     by default what suits the store; `trusted` are public keys, or files of them; `replica` names the entry under
-    `replicas/`.
+    `replicas/`. `on_news` hears what is waited for and fetched, and when the server is current without an update.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class Following(ABC, Generic[E, R]):
             try:
                 found = self.bucket.watch(HEAD_KEY, tag=seen, timeout=min(self._poll, self.bucket.poll_seconds))
                 tag = found.tag if found else seen
-                if tag != seen or time.monotonic() >= looked + LOOK_ANYWAY:
+                if tag != seen or self.standing.clock() >= looked + LOOK_ANYWAY:
                     self._tell(self.step())
-                    seen, looked = tag, time.monotonic()
+                    seen, looked = tag, self.standing.clock()
                     if self.standing.waiting is None:  # an entry would make a bucket of what may be a misspelt name
                         self._beat()
                 self._stopping.wait(max(0.0, self._poll - self.bucket.poll_seconds))
