@@ -87,24 +87,26 @@ def test_the_ledger_tells_lag_and_what_the_last_audit_found(run):
 
 @pytest.fixture
 def place(tmp_path):
-    """A server that follows a folder, by a clock that the test moves; and what its health says to one limit."""
-    now = [1000.0]
+    """A server that follows a folder, by a clock that the test moves; and what its health says, by some limits."""
+    now, limits = [1000.0], {}
     with (
         SmallRun(tmp_path / "bucket") as run,
         StubEngine(run.model()) as engine,
         Follower(run.url, engine.url) as follower,
+        HealthServer(0, lambda: follower.standing.why_unready(**limits), follower.standing) as server,
+        httpx.Client(timeout=10) as http,
     ):
         follower.standing.clock = lambda: now[0]
         follower.step()
 
-        def ask(seconds, **limits):
+        def ask(seconds, **given):
             now[0] += seconds
-            standing = follower.standing
-            with HealthServer(0, lambda: standing.why_unready(**limits), standing) as server:
-                assert httpx.get(server.url.replace("/health", "/live"), timeout=10).status_code == 200
-                answer = httpx.get(server.url, timeout=10)
-                assert httpx.head(server.url, timeout=10).status_code == answer.status_code
-                assert httpx.get(server.url + "z", timeout=10).status_code == 404
+            limits.clear()
+            limits.update(given)
+            assert http.get(server.url.replace("/health", "/live")).status_code == 200
+            answer = http.get(server.url)
+            assert http.head(server.url).status_code == answer.status_code
+            assert http.get(server.url + "z").status_code == 404
             return answer.status_code, answer.json()
 
         yield run, engine, follower, ask
