@@ -146,3 +146,12 @@ def test_what_needs_the_repository_is_offered_only_there(tmp_path):
     assert " follow " in listed and " demo " not in listed and " spaces " not in listed
     for arguments in (["spaces", "render", "--user", "me"], ["demo"]):
         assert "run it in a checkout" in say(*arguments).stderr
+
+
+def test_a_table_cuts_no_name(tmp_path):
+    name = "model.layers.0.self_attn." + 5 * "a_very_long_name." + "weight"
+    delta = dw.Delta.between({name: np.zeros(3, np.float16)}, {name: np.ones(3, np.float16)})
+    (tmp_path / "delta.safetensors").write_bytes(dw.encode(delta))
+    shown = run_verb("inspect", tmp_path / "delta.safetensors").stdout
+    rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")]
+    assert "".join(rows) == name

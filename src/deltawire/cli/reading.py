@@ -52,7 +52,7 @@ def log(
         step = "" if commit.step is None else str(commit.step)
         row = (str(commit.version), parent, step, size(commit.wire_bytes), str(len(commit.digests)), commit.root[:12])
         table.add_row(*row)
-    Console().print(table)
+    _show(table)
     if older:
         print(f"{older:,} older: -n NUMBER lists more, -n 0 all")
 
@@ -82,7 +82,7 @@ def inspect(
     for spec, encoding in zip(header.tensors, header.encodings, strict=True):
         share = f"{spec.changed / spec.total:.3%}" if header.sealed else ""
         table.add_row(spec.name, spec.dtype, str(list(spec.shape)), f"{spec.changed:,}", share, encoding)
-    Console().print(table)
+    _show(table)
 
 
 def verify(
@@ -156,6 +156,13 @@ def _show_placement(engine: str, as_json: bool) -> None:
             table.add_row(name, str(worker["rank"]), "not loaded here; the run never changes it", "", "")
         for module in worker["remade"]:
             table.add_row(f"({module})", str(worker["rank"]), "made anew at each update", "", "")
+    _show(table)
+
+
+def _show(table: Table) -> None:
+    """Print a table whole: where it is too wide, names go on in the next line, and none is cut to look like another."""
+    for column in table.columns:
+        column.overflow = "fold"
     Console().print(table)
 
 
