@@ -1,6 +1,11 @@
 """The command line: every verb has help, the reference is current, and an error is one typed line and exit code 1."""
 
+import importlib.metadata
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +117,41 @@ def test_a_url_that_is_none_names_the_known_kinds():
 def test_following_without_a_server_says_so(published):
     done = run_verb("follow", "--bucket", published, "--engine", "http://127.0.0.1:9", "--once", code=1)
     assert "EngineUnavailable" in done.stderr
+
+
+def test_the_version_is_told():
+    assert run_verb("--version").stdout == f"deltawire {importlib.metadata.version('deltawire')}\n"
+
+
+def test_log_lists_as_many_of_the_newest_as_asked_for(published):
+    said = run_verb("log", published, "-n", 1).stdout
+    assert "2 older" in said and "anchor" not in said
+    two = [json.loads(line) for line in run_verb("log", published, "-n", 2, "--json").stdout.splitlines()]
+    assert [commit["version"] for commit in two] == [1, 2]
+    assert "older" not in run_verb("log", published, "-n", 0).stdout
+
+
+def test_what_needs_the_repository_is_offered_only_there(tmp_path):
+    """The package alone, as a wheel installs it: `demo` and `spaces` are not listed, and say what they need."""
+    shutil.copytree(ROOT / "src" / "deltawire", tmp_path / "deltawire", ignore=shutil.ignore_patterns("__pycache__"))
+    alone = [sys.executable, "-c", "from deltawire.cli import main; main()"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def say(*arguments):
+        command = [*alone, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    assert " demo " in run_verb("--help").stdout and " spaces " in run_verb("--help").stdout
+    listed = say("--help").stdout
+    assert " follow " in listed and " demo " not in listed and " spaces " not in listed
+    for arguments in (["spaces", "render", "--user", "me"], ["demo"]):
+        assert "run it in a checkout" in say(*arguments).stderr
+
+
+def test_a_table_cuts_no_name(tmp_path):
+    name = "model.layers.0.self_attn." + 5 * "a_very_long_name." + "weight"
+    delta = dw.Delta.between({name: np.zeros(3, np.float16)}, {name: np.ones(3, np.float16)})
+    (tmp_path / "delta.safetensors").write_bytes(dw.encode(delta))
+    shown = run_verb("inspect", tmp_path / "delta.safetensors").stdout
+    rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")]
+    assert "".join(rows) == name

@@ -12,6 +12,7 @@ from deltawire.errors import (
     AccessRefused,
     DeltaWireError,
     DtypeMismatch,
+    MissingTensor,
     NotFound,
     OutOfSpace,
     ShapeMismatch,
@@ -375,3 +376,14 @@ def test_after_an_interrupt_in_a_publish_only_a_new_publisher_goes_on_and_nothin
 
 def interrupted(*_):
     raise KeyboardInterrupt
+
+
+def test_tensors_of_another_model_are_named_together_three_of_them_and_a_count():
+    weights = model()
+    with publishing(fresh()) as pub:
+        pub.publish(weights)
+        with pytest.raises(UnknownTensor, match=r"'x0', 'x1', 'x2' and 4 more are not in this run's tensor table"):
+            pub.publish({f"x{number}": np.zeros(3, np.float32) for number in range(7)} | weights)
+        names = r"embed\.weight, layer\.0\.bias, layer\.0\.weight and 1 more;"
+        with pytest.raises(MissingTensor, match=rf"^4 tensors of this run were not given: {names}"):
+            pub.publish({"scale": weights["scale"]})

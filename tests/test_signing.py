@@ -5,7 +5,7 @@ import stat
 import msgspec
 import pytest
 
-from deltawire import Subscriber, materialize, signing
+from deltawire import Publisher, Subscriber, materialize, signing
 from deltawire.errors import AlreadyExists, BadSignature, ChainError, Forked, FormatError
 from deltawire.log import list_versions
 from deltawire.manifests import HEAD_KEY, Commit, Derived, Head, Run, commit_key, read, run_key, signed, write
@@ -140,6 +140,34 @@ def test_a_restarted_trainer_goes_on_signing(run, key):
     publish_all(bucket, model(9), signing_key=key[0])
     assert list_versions(bucket, commits(bucket)[0].run) == [0, 1, 2, 3]
     assert len(follow(bucket, private.public)[0]) == 4
+
+
+def test_a_trainer_restarted_without_the_key_of_its_run_or_with_another_is_refused_when_it_opens(run, tmp_path):
+    bucket, key, _ = run
+    other = signing.generate_key(tmp_path / "other.key")
+    before = [stat.key for stat in bucket.list()]
+    another = {"signing_key": tmp_path / "other.key"}
+    for options, says in [({}, "no signing_key was given"), (another, other.public[:16])]:
+        with pytest.raises(BadSignature, match=rf"(?s)signed by {key.public[:16]}.*{says}.*--trust.*signing_key=…"):
+            Publisher(bucket, **options)
+    assert [stat.key for stat in bucket.list()] == before
+    publish_all(bucket, model(9), run="supersede")
+    assert commits(bucket)[0].signer is None
+
+
+def test_a_private_key_given_as_one_to_trust_is_named_as_such_and_never_shown(tmp_path):
+    public = signing.generate_key(tmp_path / "a.key").public
+    secret = (tmp_path / "a.key").read_text()
+    for given in (tmp_path / "a.key", secret):
+        with pytest.raises(FormatError, match="is a private key: trust its public half") as caught:
+            signing.trust([given])
+        assert not any(line in str(caught.value) for line in secret.splitlines())
+        assert isinstance(given, str) or public in str(caught.value)
+    with pytest.raises(FormatError, match="the private key itself") as caught:
+        signing.read_key(secret)
+    assert secret.splitlines()[1] not in str(caught.value)
+    with pytest.raises(FormatError, match="is a public key"):
+        signing.read_key(public)
 
 
 def test_a_key_file_is_private_and_never_overwritten_and_its_key_never_shown(tmp_path):

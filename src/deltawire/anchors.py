@@ -30,6 +30,8 @@ class Anchors:
         self._bucket, self._base, self._owner = bucket, base, os.getpid()
         self._cache: Path | None = None
         self._sound: set[tuple[Position, Path]] = set()
+        self.fetching: tuple[int, int] | None = None
+        """bytes of an anchor that are here, and of how many, while one is downloaded"""
 
     def close(self) -> None:
         """Remove what was downloaded; checkpoints handed out before stop being usable."""
@@ -71,16 +73,25 @@ class Anchors:
             return whole
         with file_system_errors(str(folder)):
             folder.mkdir(exist_ok=True)
-        for payload in record.payloads:
-            path = folder / payload.key.rsplit("/", 1)[-1]
-            if not path.is_file():
-                key = f"runs/{record.run}/{payload.key}"
-                download_verified(self._bucket, key, path, size=payload.size, blake3=payload.blake3)
+        self._download(record, folder)
         files = sorted(folder.glob("*.safetensors"))
         parts = [path for path in files if wire.is_delta(checkpoint.metadata_of(path))]
         if parts and parts != files:
             raise FormatError(f"anchor {record.position} is both a checkpoint and changes from all-zero bits")
         return _put_together(folder, parts, record, run) if parts else folder
+
+    def _download(self, record: Commit | Derived, folder: Path) -> None:
+        done, total = 0, sum(payload.size for payload in record.payloads)
+        try:
+            for payload in record.payloads:
+                self.fetching = done, total
+                path = folder / payload.key.rsplit("/", 1)[-1]
+                if not path.is_file():
+                    key = f"runs/{record.run}/{payload.key}"
+                    download_verified(self._bucket, key, path, size=payload.size, blake3=payload.blake3)
+                done += payload.size
+        finally:
+            self.fetching = None
 
 
 def _put_together(folder: Path, parts: list[Path], record: Commit | Derived, run: Run) -> Path:

@@ -4,12 +4,13 @@ It costs two bytes of host memory per bf16 element. It is scratch: after a crash
 never trusted.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from deltawire.bits import Bits
 from deltawire.delta import TensorDelta, between_bits
 from deltawire.digest import digest_bits, moved
-from deltawire.errors import ShapeMismatch, UnknownTensor
+from deltawire.errors import ShapeMismatch, UnknownTensor, some
 from deltawire.manifests import TensorEntry
 from deltawire.names import bare, closest, is_adapters, require_bare
 from deltawire.shards import Box
@@ -99,15 +100,38 @@ class Baseline:
         return tuple(TensorEntry(name, bits.dtype, bits.shape, name in names) for name, bits in self._weights.items())
 
 
+def among(
+    pairs: Iterable[tuple[str, Any]], table: Mapping[str, Bits] | Mapping[str, TensorEntry]
+) -> Iterator[tuple[str, Any]]:
+    """The pairs whose names the table has. Raises UnknownTensor for all others at once, at the end."""
+    unknown = []
+    for name, tensor in pairs:
+        if name in table:
+            yield name, tensor
+        else:
+            unknown.append(name)
+    if unknown:
+        require_bare(name for name in unknown if not is_adapters(name) and bare(name) in table)
+        raise foreign(unknown, table)
+
+
+def foreign(names: list[str], table: Iterable[str]) -> UnknownTensor:
+    """The error for tensors that a run does not have."""
+    are, to = ("is", "") if len(names) == 1 else ("are", " to the first")
+    near = closest(names[0], table)
+    return UnknownTensor(
+        f"{some(map(repr, names))} {are} not in this run's tensor table; closest there{to}: {near}. Leave out what is "
+        "not to be published by Publisher(prepare=[…]), or begin a run of other tensors: another "
+        'bucket, or Publisher(run="supersede")'
+    )
+
+
 def require(name: str, shape: tuple[int, ...], table: Mapping[str, Bits] | Mapping[str, TensorEntry]) -> None:
     """Raise UnknownTensor or ShapeMismatch unless the table has such a tensor of this shape."""
     if name not in table:
         if not is_adapters(name) and bare(name) in table:
             require_bare([name])
-        raise UnknownTensor(
-            f"{name!r} is not in this run's tensor table; closest there: {closest(name, table)}. Leave it out by "
-            'Publisher(prepare=[…]), or begin a run of other tensors: another bucket, or Publisher(run="supersede")'
-        )
+        raise foreign([name], table)
     if shape != table[name].shape:
         raise ShapeMismatch(
             f"{name}: shape {list(shape)}, but this run has {list(table[name].shape)}; another model begins a run of "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deltawire import checkpoint, log
-from deltawire.baseline import Baseline, Transition
+from deltawire.baseline import Baseline, Transition, among
 from deltawire.bases import open_base, resolve_base
 from deltawire.bits import Bits, count
 from deltawire.buckets.atomic import file_system_errors
@@ -19,7 +19,7 @@ from deltawire.checkpoint import Checkpoint
 from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import root as root_of
 from deltawire.dtypes import Casting
-from deltawire.errors import BadDigest, MissingTensor, NotFound, UnknownTensor
+from deltawire.errors import BadDigest, BadSignature, MissingTensor, NotFound, UnknownTensor, some
 from deltawire.manifests import (
     BaseCheckpoint,
     Position,
@@ -148,7 +148,7 @@ class Capturer:
 
     def _compare(self, pairs: Iterable[tuple[str, Any]], trainable: set[str] | None) -> set[str]:
         seen: set[str] = set()
-        for name, tensor in pairs:
+        for name, tensor in among(pairs, self._baseline.as_mapping()):
             self._baseline.require(name, tuple(tensor.shape))
             require_due(name, seen, trainable)
             change = self._baseline.compare(name, self._casting.cast(name, tensor, self._baseline[name].dtype))
@@ -278,8 +278,8 @@ def require_all(seen: Iterable[str], trainable: set[str] | None) -> None:
         raise MissingTensor("no tensors were given: pass model.named_parameters()")
     if trainable is not None and (missing := trainable - given):
         raise MissingTensor(
-            f"{len(missing)} tensors of this run were not given, among them {min(missing)!r}; every publish names "
-            "exactly the tensors the first one did"
+            f"{len(missing)} tensors of this run were not given: {some(sorted(missing))}; every publish names exactly "
+            "the tensors the first one did"
         )
 
 
@@ -290,6 +290,22 @@ def holds_run(bucket: Bucket) -> bool:
     except NotFound:
         return False
     return True
+
+
+def require_signer(bucket: Bucket, signer: str | None) -> None:
+    """Raise BadSignature when the run that is there began with a key, and `signer`, a public key, is another or none:
+    what is committed then is refused by every reader who trusts that key."""
+    try:
+        run = log.read_run(bucket, log.current_run(bucket))
+    except NotFound:
+        return
+    if run.signer not in (None, signer):
+        ours = "no signing_key was given" if signer is None else f"signing_key= is {signer[:16]}…"
+        raise BadSignature(
+            f"{bucket.url}: run {run.run} is signed by {run.signer[:16]}…, and {ours}: followers that --trust that key "
+            'would be left behind. Give its file to Publisher(signing_key=…); Publisher(run="supersede") begins a new '
+            "run without it"
+        )
 
 
 def near_base(base: str | Path | None) -> str | Path | None:

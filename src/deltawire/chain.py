@@ -10,7 +10,7 @@ from contextlib import suppress
 from deltawire import log, paths
 from deltawire.buckets.base import Bucket
 from deltawire.digest import root as root_of
-from deltawire.errors import BadDigest, ChainError, Forked, FormatError, Gap, NotFound, UnknownTensor
+from deltawire.errors import BadDigest, ChainError, Forked, FormatError, Gap, NotFound, UnknownTensor, some
 from deltawire.log import Filed
 from deltawire.manifests import MAX_RECORD, Commit, Derived, Head, Run, Way, commit_key, commit_version, read, way_key
 from deltawire.paths import Edge
@@ -428,9 +428,8 @@ class Chain:
 
     def _require_known(self, digests: dict[str, str], what: str) -> None:
         if foreign := digests.keys() - self.entries.keys():
-            raise UnknownTensor(
-                f"{self.bucket.url}: {what} changes {min(foreign)!r}, which is not in the run's tensor table"
-            )
+            names, are = some(map(repr, sorted(foreign))), "is" if len(foreign) == 1 else "are"
+            raise UnknownTensor(f"{self.bucket.url}: {what} changes {names}, which {are} not in the run's tensor table")
 
     def _name(self, record: Commit | Derived) -> str:
         kind = "commit" if isinstance(record, Commit) else "fold" if record.parent is not None else "anchor"

@@ -14,7 +14,7 @@ from deltawire.bits import Bits
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import is_key
 from deltawire.digest import digest_bits
-from deltawire.errors import BadDigest, FormatError, NotFound, TooLarge, Truncated
+from deltawire.errors import BadDigest, FormatError, NotFound, TooLarge, Truncated, some
 from deltawire.manifests import TensorEntry
 
 INDEX = "model.safetensors.index.json"
@@ -66,7 +66,7 @@ class Checkpoint(Mapping[str, Bits]):
         """Recompute every tensor's digest and compare. Raises BadDigest naming each tensor that differs."""
         wrong = [name for name, value in digests.items() if digest_bits(self[name].data) != value]
         if wrong:
-            raise BadDigest(f"{where}: {len(wrong)} tensors differ from the commit: {', '.join(wrong[:5])}")
+            raise BadDigest(f"{where}: {len(wrong)} tensors differ from the commit: {some(wrong)}")
 
     def flush(self) -> None:
         """Make what was written durable. Raises OutOfSpace, BucketError."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from deltawire.bits import Bits, Positions, UInts, count, unsigned
 from deltawire.digest import digest_at, moved
-from deltawire.errors import DtypeMismatch, FormatError, MissingTensor, ShapeMismatch, UnknownTensor
+from deltawire.errors import DtypeMismatch, FormatError, MissingTensor, ShapeMismatch, UnknownTensor, some
 from deltawire.tensors import as_bits, like
 
 POSITION_BYTES = 8
@@ -255,9 +255,9 @@ class Delta(Mapping[str, TensorDelta]):
 
     def check(self, tensors: Mapping[str, Any]) -> None:
         """Raise what `apply_` would raise, and change nothing."""
+        if unknown := [name for name in self._tensors if name not in tensors]:
+            raise UnknownTensor(f"the delta changes what these tensors do not have: {some(unknown)}")
         for name, tensor in self._tensors.items():
-            if name not in tensors:
-                raise UnknownTensor(f"the delta changes {name!r}, which these tensors do not have")
             _check_same(name, tensor, as_bits(tensors[name]))
 
     def split(self, name: str, bounds: list[int]) -> list[TensorDelta]:
@@ -270,9 +270,9 @@ class Delta(Mapping[str, TensorDelta]):
 
 def _check_names(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     if extra := sorted(new.keys() - old.keys()):
-        raise UnknownTensor(f"only the new weights have {extra[0]!r} (and {len(extra) - 1} more such names)")
+        raise UnknownTensor(f"only the new weights have {some(extra)}")
     if missing := sorted(old.keys() - new.keys()):
-        raise MissingTensor(f"the new weights lack {missing[0]!r} (and {len(missing) - 1} more such names)")
+        raise MissingTensor(f"the new weights lack {some(missing)}")
 
 
 def _in_place(name: str, tensor: Any) -> UInts:

@@ -36,6 +36,11 @@ DeltaWireError
     NotServed           nobody serves a published version in time; it is safe in the bucket
 """
 
+from collections.abc import Iterable
+
+NAMED = 3
+"""names that an error lists before it only counts"""
+
 
 class DeltaWireError(Exception):
     """Everything deltawire raises on purpose."""
@@ -171,6 +176,13 @@ class Quarantined(EngineError):
 
 class NotServed(EngineError):
     """No replica served a published version in time. The version is committed: look at the followers, or wait on."""
+
+
+def some(names: Iterable[str]) -> str:
+    """Three of these names, and how many more there are: "a, b, c and 4 more"."""
+    listed = list(names)
+    more = f" and {len(listed) - NAMED:,} more" if len(listed) > NAMED else ""
+    return ", ".join(listed[:NAMED]) + more
 
 
 def made_again(kind: str, message: str) -> DeltaWireError | None:

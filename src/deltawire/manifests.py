@@ -12,7 +12,7 @@ from deltawire.bits import WIDTHS, count
 from deltawire.buckets.base import is_key
 from deltawire.codecs.base import TensorSpec
 from deltawire.container import MAX_RANK
-from deltawire.errors import FormatError, ShapeMismatch, UnknownTensor, UnknownVersion
+from deltawire.errors import FormatError, ShapeMismatch, UnknownTensor, UnknownVersion, some
 from deltawire.signing import UNSIGNED, SigningKey, is_public_key
 
 FORMAT = 1
@@ -174,10 +174,12 @@ Signable = TypeVar("Signable", Run, Commit, Derived)
 
 def require_in_table(specs: Iterable[TensorSpec], entries: Mapping[str, TensorEntry], where: str) -> None:
     """Raise UnknownTensor or ShapeMismatch unless a delta file changes only what the run trains, and as it is there."""
-    for spec in specs:
-        entry = entries.get(spec.name)
-        if entry is None or not entry.trainable:
-            raise UnknownTensor(f"{where} changes {spec.name!r}, which the run does not train")
+    listed = list(specs)
+    trainable = {entry.name for entry in entries.values() if entry.trainable}
+    if unknown := [spec.name for spec in listed if spec.name not in trainable]:
+        raise UnknownTensor(f"{where} changes {some(map(repr, unknown))}, which the run does not train")
+    for spec in listed:
+        entry = entries[spec.name]
         if (spec.dtype, spec.shape) != (entry.dtype, entry.shape):
             raise ShapeMismatch(f"{where}: {spec.name} is {spec.dtype} {list(spec.shape)}, not as in the run's table")
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from deltawire import fsdp, pending, resuming, signing
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
-from deltawire.capture import Capture, Capturer
+from deltawire.capture import Capture, Capturer, require_signer
 from deltawire.digest import root as root_of
 from deltawire.errors import (
     BucketError,
@@ -84,8 +84,8 @@ class Publisher:
     it holds, as DTensors or plain tensors, and nothing is gathered. Rank 0 alone reads `signing_key` and `assets`, and
     commits once every rank's file is durable. A run that begins without a base starts as a delta from all-zero bits.
 
-    `signing_key`, a file written by `deltawire keygen`, signs every record; `compactors` are public keys that may sign
-    folds and anchors of a run that begins here.
+    `signing_key`, a file written by `deltawire keygen`, signs every record; a run that began with a key continues with
+    it only (BadSignature). `compactors` are public keys that may sign folds and anchors of a run that begins here.
 
     A process that ends without `close` waits up to 30 seconds for what is on its way, 10 after an error; one that a
     signal ends, not at all. Not for several threads at once: one trainer, one publisher. Raises BucketError,
@@ -152,6 +152,8 @@ class Publisher:
         def read_keys() -> tuple[str, ...]:
             if key_file is not None:
                 key.append(signing.read_key(key_file))
+            if not begin["supersede"]:
+                require_signer(self.bucket, key[0].public if key else None)
             return tuple(sorted(signing.trust(compactors).keys))
 
         ranks = None if process_group is None else Ranks(process_group)

@@ -15,7 +15,7 @@ import numpy as np
 from blake3 import blake3
 
 from deltawire import checkpoint
-from deltawire.baseline import Baseline, Transition, require
+from deltawire.baseline import Baseline, Transition, among, require
 from deltawire.bits import WIDTHS, count
 from deltawire.buckets.base import Bucket
 from deltawire.capture import About, Capture, about_of, require_all, require_due, warn_of_packed
@@ -127,9 +127,10 @@ class ShardCapturer:
     def _compare(self, pairs: Iterable[tuple[str, Any]]) -> set[str]:
         trainable = {entry.name for entry in self._table.values() if entry.trainable} if self._run else None
         seen: set[str] = set()
-        for name, tensor in pairs:
+        begins = self._decision.empty and self._run is None
+        for name, tensor in pairs if begins else among(pairs, self._table):
             shard = self._ranks.hold(name, tensor)
-            if self._decision.empty and self._run is None and name not in self._table:
+            if begins and name not in self._table:
                 self._table[name] = TensorEntry(name, self._casting.served_as(name, tensor), shard.box.whole)
             require(name, shard.box.whole, self._table)
             require_due(name, seen, trainable)

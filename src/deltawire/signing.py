@@ -24,6 +24,8 @@ UNSIGNED = "0" * 128
 """what stands in the signature's place while a record is signed or checked"""
 _FIELD = b'"signature":"%s"'
 _KEY_DIGITS = 64
+_PRIVATE = "PRIVATE KEY-----"
+"""what stands in every private key's PEM, and in no public key: nothing that holds it is ever repeated"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,10 @@ def generate_key(path: Path) -> SigningKey:
 
 def read_key(path: Path | str) -> SigningKey:
     """The private key in a file that `generate_key` wrote. Raises NotFound, FormatError."""
+    if _PRIVATE in str(path):
+        raise FormatError("a signing key is named by its file: what was given is the private key itself")
+    if _is_key(str(path)):
+        raise FormatError(f"{path} is a public key: records are signed with the file that `deltawire keygen` wrote")
     try:
         key = load_pem_private_key(Path(path).read_bytes(), password=None)
     except OSError as error:
@@ -114,6 +120,8 @@ def trust(keys: Iterable[str | Path]) -> Trust:
     found: set[str] = set()
     for given in keys:
         text = str(given).strip()
+        if _PRIVATE in text:
+            raise FormatError("this is a private key: trust its public half, which `deltawire keygen` printed")
         found |= {text.lower()} if _is_key(text) else _read_public_keys(Path(text))
     return Trust(frozenset(found))
 
@@ -125,9 +133,12 @@ def is_public_key(text: str) -> bool:
 
 def _read_public_keys(path: Path) -> set[str]:
     try:
-        lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+        text = path.read_text()
     except (OSError, UnicodeDecodeError):
         raise FormatError(f"{path} is neither a public key (64 hex digits) nor a file of them") from None
+    if _PRIVATE in text:
+        raise FormatError(f"{path} is a private key: trust its public half, {read_key(path).public}")
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
     keys = {line.lower() for line in lines if line}
     if not keys or not all(map(_is_key, keys)):
         raise FormatError(f"{path}: a public key is 64 hex digits, one a line")

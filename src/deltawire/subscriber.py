@@ -59,6 +59,11 @@ class Subscriber:
         """Remove downloaded anchor files; mappings handed out before stop being usable."""
         self._anchors.close()
 
+    @property
+    def fetching(self) -> tuple[int, int] | None:
+        """While an anchor is downloaded, how many of its bytes are on this host, and how many there are."""
+        return self._anchors.fetching
+
     def refresh(self) -> None:
         """Forget the records read so far, so that one damaged on its way is read again; the run stays the same."""
         if self._opened is not None:
@@ -312,6 +317,8 @@ class Subscriber:
                     f"{self.bucket.url} moved from run {run} to run {head.run}, which does not continue it; "
                     "restart with a fresh position to follow the new run"
                 )
+        if head is None and not log.list_commits(self.bucket, run):
+            raise NotFound(f"{self.bucket.url} has no {HEAD_KEY} and no commits of run {run}")
         return self.chain.newest(head)
 
     def _stand_on(self, since: Position) -> Position:

@@ -11,7 +11,7 @@ from deltawire.buckets.base import Bucket
 from deltawire.chain import as_numbers, ends_at
 from deltawire.checkpoint import Checkpoint
 from deltawire.digest import root as root_of
-from deltawire.errors import BadDigest, Forked, Gap, NotFound, Unavailable
+from deltawire.errors import BadDigest, Forked, Gap, NotFound, Unavailable, some
 from deltawire.manifests import Commit, Derived
 from deltawire.paths import Edge
 from deltawire.reports import VerifyReport
@@ -160,4 +160,4 @@ class _Walk:
         wrong = [name for name, value in promised.items() if digests[name] != value]
         where = f"{self._subscriber.bucket.url}/{edge.record}"
         what = f"this {edge.kind} does not join version {version} as it was committed"
-        raise BadDigest(f"{where}: {what}: {len(wrong)} tensors differ ({', '.join(wrong[:5])})")
+        raise BadDigest(f"{where}: {what}: {len(wrong)} tensors differ ({some(wrong)})")

@@ -38,7 +38,8 @@ def test_at_the_learning_rate_of_rl_few_weights_change_and_deltas_are_small(fold
 
 
 def test_every_update_that_vllm_served_was_verified_and_the_last_is_the_trainers_last(folder: Path) -> None:
-    updates = [json.loads(line) for line in (folder / "logs" / "follower.log").read_text().splitlines()]
+    said = [json.loads(line) for line in (folder / "logs" / "follower.log").read_text().splitlines()]
+    updates = [record for record in said if record["event"] == "update"]
     done = json.loads((folder / "steps.jsonl").read_text().splitlines()[-1])
     assert all(update["verified"] for update in updates)
     assert updates[-1]["version"] == done["version"]

@@ -115,6 +115,9 @@ def test_the_followers_problem_stands_until_its_next_update(story: Story) -> Non
     assert "Unavailable: no answer" in text_of(story)
     story.hear("follower", update(1))
     assert "Unavailable" not in text_of(story)
+    story.hear("follower", {"event": "problem", "error": "Unavailable: no answer"})
+    story.hear("follower", {"event": "current", "version": 1})
+    assert "Unavailable" not in text_of(story)
 
 
 def test_a_record_that_lacks_a_field_is_an_error_that_names_process_and_field(story: Story) -> None:

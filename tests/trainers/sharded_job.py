@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -30,6 +31,7 @@ import deltawire.buckets.faulty as schedules
 from deltawire import checkpoint, publisher, sending
 from deltawire.errors import (
     AccessRefused,
+    BadSignature,
     CopiesDiffer,
     DeltaWireError,
     DtypeMismatch,
@@ -183,6 +185,8 @@ def hsdp(folder):
     options = {"assets": assets, "signing_key": folder / "key" if dist.get_rank() == 0 else folder / "not here"}
     reports = follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, range(1, 4), **options)
     assert [report.version for report in reports] == [0, 1, 2]
+    with pytest.raises(BadSignature, match="no signing_key was given"):  # on every rank, though rank 0 alone has it
+        dw.Publisher(dw.open_bucket(f"file://{folder}/bucket"), process_group=dist.group.WORLD)
     follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, [4], **options)
 
 

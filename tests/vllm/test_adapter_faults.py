@@ -94,7 +94,7 @@ def test_a_replica_of_adapters_may_be_sent_requests_once_it_answers_the_newest_v
 def test_the_command_tells_of_each_load(run, engine):
     place = ("--engine", engine.url, "--adapter", "lora", "--adapter-folder", run.folder / "cache")
     said = run_verb("follow", "--bucket", run.url, *place, "--once").stdout
-    assert said.startswith("version 0: 512 weights, ")
+    assert said.splitlines()[1].startswith("version 0: 512 weights, ")
     assert ", load " in said
     assert run.served(engine) == {"lora@0": 0.0}
 

@@ -1,13 +1,15 @@
 """What a follower does when the server is not there, is not ours, or fails in the middle; against a stand-in."""
 
+import itertools
 import shutil
 import threading
 
 import pytest
-from small import SmallRun
+from small import Fused, SmallRun, make_weights
 from stub_engine import StubEngine
 
 import deltawire as dw
+from deltawire import anchors
 from deltawire.errors import (
     AccessRefused,
     BadDigest,
@@ -19,10 +21,11 @@ from deltawire.errors import (
     Quarantined,
     Unavailable,
 )
-from deltawire.vllm import staging
+from deltawire.vllm import replica, staging
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.follower import Follower
 from deltawire.vllm.loading import AfterLoading
+from deltawire.vllm.news import Current, Fetching
 from deltawire.vllm.protocol import audited, named_error
 from deltawire.vllm.replica import Replica
 from waiting import PATIENCE, until
@@ -426,3 +429,103 @@ def test_an_error_recorded_by_a_worker_is_the_same_error_here():
     assert str(named_error({"kind": "KeyError", "message": "x"})) == "KeyError: x"
     for kind in ("DeltaWireError", "annotations", None, "__doc__"):
         assert isinstance(named_error({"kind": kind, "message": "x"}), dw.errors.DeltaWireError)
+
+
+def test_what_still_stands_in_the_way_is_said_again_every_minute_with_its_age(run, engine):
+    engine.fail("/is_paused", 500)
+    ticks, ages = itertools.count(0, 7), []
+
+    def hear(error):
+        ages.append(follower.standing.problem_age)
+        if len(ages) == 3:
+            follower.stop()
+
+    with Follower(run.url, engine.url, poll=0.001, on_problem=hear) as follower:
+        follower.standing.clock = lambda: float(next(ticks))
+        follower.run()
+    assert ages[0] < 30 and all(60 <= later - earlier < 90 for earlier, later in itertools.pairwise(ages))
+
+
+def test_a_follower_says_how_much_of_an_anchor_is_there_and_when_its_server_is_current(run, monkeypatch):
+    """The worker fetches on its own thread; here it goes on once the follower has said what it saw."""
+    heard, told, original = threading.Event(), [], anchors.download_verified
+
+    def slowly(*arguments, **promised):
+        original(*arguments, **promised)
+        assert heard.wait(PATIENCE)
+
+    def hear(news):
+        told.append(news)
+        heard.set()
+
+    monkeypatch.setattr(anchors, "download_verified", slowly)
+    with StubEngine(Fused(make_weights(seed=5))) as engine:
+        with Follower(run.url, engine.url, on_news=hear) as follower:
+            follower.step()
+        (size,) = [stat.size for stat in run.publisher.bucket.list("runs/") if "/anchors/" in stat.key]
+        assert told == [Fetching(run.publisher.position.run, 0, 0, size)]
+        with Follower(run.url, engine.url, poll=0.01, on_news=lambda news: [hear(news), follower.stop()]) as follower:
+            follower.run()
+    assert told[1:] == [Current(run.publisher.position.run, 0)]
+
+
+def test_a_bucket_without_versions_is_waited_for_aloud(engine):
+    said = []
+    ticks = itertools.count(0, 7)
+
+    def hear(news):
+        said.append(news)
+        if len(said) == 2:
+            follower.stop()
+
+    with Follower("memory://nothing-here", engine.url, poll=0.001, on_news=hear) as follower:
+        follower.standing.clock = lambda: float(next(ticks))
+        follower.run()
+    assert "nothing is published there yet" in said[0].reason
+    assert 60 <= said[1].seconds - said[0].seconds < 90
+
+
+def test_between_looks_as_many_seconds_pass_as_asked_for(run, engine):
+    waits = []
+
+    class Waited(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            self.set()
+            return True
+
+    with Follower(run.url, engine.url, poll=60) as follower:
+        follower._stopping = Waited()
+        follower.run()
+    assert waits == [60 - run.publisher.bucket.poll_seconds]
+
+
+def test_what_the_store_refuses_the_server_is_told_apart_from_what_it_refuses_the_follower(run, engine, monkeypatch):
+    def refused(*arguments):
+        raise AccessRefused("hf://buckets/me/wordle: the token may not read")
+
+    monkeypatch.setattr(replica, "attach", refused)
+    with Follower(run.url, engine.url) as follower, pytest.raises(AccessRefused) as caught:
+        follower.step()
+    assert f"the token may not read (said by the server at {engine.url}, which reads the bucket itself" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["misspelt", "gone"])
+def test_a_follower_never_makes_the_bucket_it_follows(gone, tmp_path, engine):
+    with SmallRun(tmp_path / "bucket") as run:
+        pass
+    follower = Follower(
+        run.url if gone else (tmp_path / "bukcet").as_uri(),
+        engine.url,
+        poll=0.01,
+        on_problem=lambda error: follower.stop(),
+        on_news=lambda news: follower.stop(),
+    )
+    with follower:
+        if gone:
+            follower.step()
+            (tmp_path / "bucket").rename(tmp_path / "elsewhere")
+        follower.run()
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere" if gone else "bucket"]

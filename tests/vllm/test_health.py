@@ -1,4 +1,6 @@
-"""Who routes requests is told when a replica may have them: it serves a version, and one that is new enough."""
+"""Who routes requests is told when a replica may have them: its server answers, and serves a version new enough."""
+
+import shutil
 
 import httpx
 import pytest
@@ -6,10 +8,11 @@ from small import Fused, SmallRun, make_weights
 from stub_engine import StubEngine
 
 from deltawire import ledger
-from deltawire.errors import EngineError
-from deltawire.vllm import health
+from deltawire.errors import EngineError, NotFound
 from deltawire.vllm.follower import Follower
-from deltawire.vllm.health import HealthServer
+from deltawire.vllm.health import HealthServer, Standing
+from deltawire.vllm.loading import AfterLoading
+from deltawire.vllm.replica import Replica
 
 
 @pytest.fixture
@@ -69,13 +72,6 @@ def test_a_late_replica_is_ready_only_when_it_is_current_however_old_a_policy_ma
         assert follower.standing.why_unready(None) is None
 
 
-def test_one_that_cannot_see_how_old_its_policy_is_is_unready(asked, monkeypatch):
-    _, _, follower, ask = asked
-    follower.step()
-    monkeypatch.setattr(health, "BLIND_AFTER", -1.0)
-    assert ask() == (503, "neither bucket nor engine was reached for a minute")
-
-
 def test_the_ledger_tells_lag_and_what_the_last_audit_found(run):
     with (
         StubEngine(run.model()) as engine,
@@ -87,3 +83,97 @@ def test_the_ledger_tells_lag_and_what_the_last_audit_found(run):
         follower._beat()
     ((_, beat),) = ledger.read_all(run.publisher.bucket)
     assert (beat.version, beat.lag, beat.audit) == (1, 0, "version 1: equal")
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A server that follows a folder, by a clock that the test moves; and what its health says, by some limits."""
+    now, limits = [1000.0], {}
+    with (
+        SmallRun(tmp_path / "bucket") as run,
+        StubEngine(run.model()) as engine,
+        Follower(run.url, engine.url) as follower,
+        HealthServer(0, lambda: follower.standing.why_unready(**limits), follower.standing) as server,
+        httpx.Client(timeout=10) as http,
+    ):
+        follower.standing.clock = lambda: now[0]
+        follower.step()
+
+        def ask(seconds, **given):
+            now[0] += seconds
+            limits.clear()
+            limits.update(given)
+            assert http.get(server.url.replace("/health", "/live")).status_code == 200
+            answer = http.get(server.url)
+            assert http.head(server.url).status_code == answer.status_code
+            assert http.get(server.url + "z").status_code == 404
+            return answer.status_code, answer.json()
+
+        yield run, engine, follower, ask
+
+
+def test_a_server_that_is_silent_for_a_minute_is_unready_though_the_bucket_answers(place):
+    _, engine, follower, ask = place
+    engine.stop()
+    follower.listen()
+    assert ask(59)[0] == 200
+    follower.listen()
+    status, said = ask(2)
+    assert (status, said["ready"], said["reason"]) == (503, False, "the server has not answered for 61 s")
+
+
+def test_a_bucket_that_is_gone_makes_nobody_unready_who_did_not_ask_for_fresh_versions(place, tmp_path):
+    _, _, follower, ask = place
+    assert ask(0)[1] | {"served": 0} == {
+        "ready": True, "reason": None, "served": 0, "lag": 0, "age": 0.0, "problem": None,
+    }  # fmt: skip
+    (tmp_path / "bucket").rename(tmp_path / "elsewhere")
+    with pytest.raises(NotFound):
+        follower.step()
+    for _ in range(3):
+        ask(30)
+        follower.listen()
+    status, said = ask(0)
+    assert (status, said["lag"], said["age"]) == (200, None, 90)
+    assert said["problem"] == "the bucket has not answered for 90 s"
+    status, said = ask(0, max_staleness=1)
+    assert (status, said["reason"]) == (
+        503, "how far version 0 is behind is not known: the bucket has not answered for 90 s",
+    )  # fmt: skip
+    assert ask(0, max_age=120)[0] == 200
+    assert (
+        ask(0, max_age=80)[1]["reason"]
+        == "version 0 was last known to be the newest 90 s ago; at most 80 s ago will do"
+    )
+    (tmp_path / "elsewhere").rename(tmp_path / "bucket")
+    follower.step()
+    assert ask(0, max_staleness=0, max_age=1)[1]["age"] == 0
+
+
+def test_a_bucket_that_was_emptied_is_no_version_that_is_current(place, tmp_path):
+    _, _, follower, ask = place
+    for path in (tmp_path / "bucket").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(NotFound, match=r"has no HEAD\.json and no commits of run"):
+        follower.step()
+    assert ask(61)[1]["lag"] is None
+
+
+def test_a_server_restarted_while_the_bucket_is_gone_is_unready(place, tmp_path):
+    run, engine, follower, ask = place
+    (tmp_path / "bucket").rename(tmp_path / "elsewhere")
+    engine.replica = Replica(run.model(), loading=AfterLoading())
+    assert ask(10)[0] == 200
+    follower.listen()
+    assert ask(0)[0] == 503
+    (tmp_path / "elsewhere").rename(tmp_path / "bucket")
+    follower.step()
+    assert ask(0)[0] == 200
+
+
+def test_an_answer_that_was_overtaken_by_a_later_one_changes_nothing(place):
+    _, _, follower, _ = place
+    served, standing = follower.standing.served, Standing(clock=lambda: 7.0)
+    standing.server_says(served)
+    standing.server_says(None, asked=6.0)
+    assert standing.served == served

@@ -1,6 +1,8 @@
 """The `deltawire` command: one verb per thing people do. It prints reports; `--json` prints them one object a line."""
 
+import importlib.metadata
 import sys
+from typing import Annotated
 
 import typer
 
@@ -10,19 +12,37 @@ from deltawire.cli.reading import inspect, log, materialize, verify
 from deltawire.cli.starting import demo, render, serve
 from deltawire.cli.upkeep import compact, keygen, prune
 from deltawire.errors import DeltaWireError
+from deltawire.ops.cast import in_checkout
 
 app = typer.Typer(
-    help="Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_show_locals=False,  # an address may hold a password
 )
-for verb in (serve, follow, audit, log, inspect, verify, materialize, compact, prune, keygen, demo):
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"deltawire {importlib.metadata.version('deltawire')}")
+        raise typer.Exit
+
+
+@app.callback()
+def deltawire(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket."""
+
+
+for verb in (serve, follow, audit, log, inspect, verify, materialize, compact, prune, keygen):
     app.command()(verb)
+app.command(hidden=not in_checkout())(demo)  # a wheel has no examples to run
 spaces = typer.Typer(help="An RL run as three Spaces of the Hub.", no_args_is_help=True, rich_markup_mode=None)
 spaces.command()(render)
-app.add_typer(spaces, name="spaces")
+app.add_typer(spaces, name="spaces", hidden=not in_checkout())
 
 
 def main() -> None:

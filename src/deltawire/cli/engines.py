@@ -1,5 +1,6 @@
 """Verbs for a vLLM server on this host: follow a bucket into its live weights, and audit them."""
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,11 +10,14 @@ import typer
 
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, EngineUrl, Trusted
-from deltawire.cli.printing import emit, named, size
+from deltawire.cli.printing import emit
+from deltawire.cli.telling import Teller
+from deltawire.errors import NotFound, some
 
 if TYPE_CHECKING:
-    from deltawire.vllm.adapters import AdapterReport
-    from deltawire.vllm.follower import UpdateReport
+    from deltawire.vllm.adapters import AdapterFollower, AdapterReport
+    from deltawire.vllm.follower import Follower, UpdateReport
+    from deltawire.vllm.health import HealthServer, Standing
 
 PauseChoice = Literal["keep", "wait", "abort"]
 
@@ -33,10 +37,16 @@ def follow(
     pause: Annotated[PauseChoice, typer.Option(help="Requests in flight: kept, finished first, or ended.")] = "keep",
     keep_cache: Annotated[bool, typer.Option(help="Keep the KV cache of older weights: a shorter pause.")] = False,
     audit_every: Annotated[int, typer.Option(min=0, help="Digest all of live memory every so many updates.")] = 100,
-    max_staleness: Annotated[
-        int | None, typer.Option(min=0, help="Versions behind at which --health answers 503; default: any.")
+    health: Annotated[
+        str | None,
+        typer.Option(metavar="[HOST:]PORT", help="Answer /health (200 when ready, else 503) and /live here."),
     ] = None,
-    health: Annotated[int | None, typer.Option(help="Port here that answers 200 when ready, else 503.")] = None,
+    max_staleness: Annotated[
+        int | None, typer.Option(min=0, help="Versions behind, or not known, at which --health answers 503.")
+    ] = None,
+    max_age: Annotated[
+        float | None, typer.Option(min=0, help="Seconds since it was last known current at which --health answers 503.")
+    ] = None,
     once: Annotated[bool, typer.Option(help="Bring the server to the newest version, then stop.")] = False,
     compact: Annotated[Path | None, typer.Option(help="Keep a mirror here, and write folds and anchors.")] = None,
     key: Annotated[Path | None, typer.Option(help="Private key that signs those folds and anchors.")] = None,
@@ -56,23 +66,23 @@ def follow(
     from deltawire.tending import Tending
     from deltawire.vllm.adapters import AdapterFollower
     from deltawire.vllm.follower import Follower
-    from deltawire.vllm.health import HealthServer
 
-    tending: Tending | None = None
+    teller, tending = Teller(as_json=json), None
 
     def report(update: "UpdateReport | AdapterReport") -> None:
-        emit({"event": "update", **msgspec.to_builtins(update)}, _as_text(update), json)
+        teller.update(update)
         if tending is not None:
             tending.wake()
 
     def problem(error: Exception) -> None:
-        emit({"event": "problem", "error": named(error)}, f"problem: {named(error)}", json)
+        teller.problem(error, follower.standing)
 
-    common: dict[str, Any] = {"poll": poll, "pin": pin, "trusted": trust or (), "on_problem": problem}
+    common: dict[str, Any] = {"poll": poll, "pin": pin, "trusted": trust or ()}
+    common |= {"on_problem": problem, "on_news": teller.news}
     with ExitStack() as stack:
         if compact is not None:
             compactor = Compactor(open_bucket(bucket), compact, trusted=trust or (), signing_key=key)
-            tending = stack.enter_context(Tending(compactor, on_problem=problem))
+            tending = stack.enter_context(Tending(compactor, on_problem=teller.problem))
         follower: Follower | AdapterFollower
         if adapter is None:
             updating: dict[str, Any] = {"pause": pause, "clear_cache": not keep_cache, "audit_every": audit_every}
@@ -81,13 +91,49 @@ def follow(
             loading = AdapterFollower(bucket, engine, adapter, folder=adapter_folder, on_update=report, **common)
             follower = stack.enter_context(loading)
         if health is not None:
-            standing = follower.standing
-            served = stack.enter_context(HealthServer(health, lambda: standing.why_unready(max_staleness), standing))
-            emit({"event": "health", "url": served.url}, f"health at {served.url}", json)
-        if once:
-            follower.step()
-        else:
-            follower.run()
+            served = stack.enter_context(_serve_health(health, follower.standing, max_staleness, max_age))
+            stack.enter_context(follower.listening())
+            teller.line("health", f"health at {served.url}", url=served.url)
+        where = follower.bucket.url
+        server = re.sub("//.*@", "//", engine)  # a password may stand before an "@"
+        teller.line("following", f"{server} follows {where}", engine=server, bucket=where, pin=pin)
+        with teller.to_the_end(follower.stop, follower.standing):
+            if once:
+                _follow_once(follower, teller)
+            else:
+                follower.run()
+
+
+def _serve_health(
+    address: str, standing: "Standing", max_staleness: int | None, max_age: float | None
+) -> "HealthServer":
+    from deltawire.vllm.health import HealthServer
+
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    if not port.isdecimal() or int(port) > 65535:
+        raise typer.BadParameter(
+            f"{address!r} is not PORT or HOST:PORT, as 8001 or 0.0.0.0:8001", param_hint="--health"
+        )
+    try:
+        return HealthServer(int(port), lambda: standing.why_unready(max_staleness, max_age), standing, host=host)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise typer.BadParameter(
+            f"cannot listen at {host} port {port}: {why}; name another port (0 picks a free one)", param_hint="--health"
+        ) from None
+
+
+def _follow_once(follower: "Follower | AdapterFollower", teller: Teller) -> None:
+    from deltawire.vllm.news import Current
+
+    if follower.step() is not None:
+        return
+    standing = follower.standing
+    if standing.waiting is not None:
+        raise NotFound(standing.waiting)
+    if standing.served is not None:
+        teller.news(Current(standing.served.run, standing.served.version))
 
 
 def audit(
@@ -102,19 +148,9 @@ def audit(
         result = client.audit(bucket)
     wrong = result.mismatched
     text = f"{result.position}: {result.tensors} tensors, " + (
-        f"{len(wrong)} differ: {', '.join(wrong[:5])}" if wrong else "all equal"
+        f"{len(wrong)} differ: {some(wrong)}" if wrong else "all equal"
     )
     if result.frozen:
         text += f"; {len(result.frozen)} that the run never changes are not loaded by this server"
     emit(msgspec.to_builtins(result), text, json)
     raise typer.Exit(1 if wrong else 0)
-
-
-def _as_text(update: "UpdateReport | AdapterReport") -> str:
-    from deltawire.vllm.follower import UpdateReport
-
-    how = f"pause {update.pause_ms:.1f} ms" if isinstance(update, UpdateReport) else f"load {update.load_s:.2f} s"
-    return (
-        f"version {update.version}: {update.changed:,} weights, {size(update.wire_bytes)}, {how}, "
-        f"{update.publish_to_served_s:.2f} s after publish"
-    )

@@ -15,16 +15,33 @@ from deltawire.buckets import open_bucket
 from deltawire.changes import Update
 from deltawire.cli.options import AsJson, BaseFolder, BucketUrl, Trusted
 from deltawire.cli.printing import emit, size
+from deltawire.errors import EngineUnsupported
 from deltawire.materialize import materialize as materialize_version
 from deltawire.paths import Edge
 from deltawire.subscriber import Subscriber
 from deltawire.verify import verify as verify_run
 
+LISTED = 20
+"""versions that `deltawire log` lists unless told otherwise"""
 
-def log(bucket: BucketUrl, trust: Trusted = None, json: AsJson = False) -> None:
-    """List the versions of the bucket's run: bytes, step and root of each commit."""
+
+def log(
+    bucket: BucketUrl,
+    number: Annotated[
+        int | None,
+        typer.Option("--number", "-n", min=0, help="How many, 0: all; default: 20, with --json all."),
+    ] = None,
+    trust: Trusted = None,
+    json: AsJson = False,
+) -> None:
+    """List the newest versions of the bucket's run, the newest last: bytes, step and root of each commit.
+
+    Only what is listed is read, and checked to be a chain; all together are checked to the roots, too.
+    """
+    count = number if number is not None else 0 if json else LISTED
     with Subscriber(open_bucket(bucket), trusted=trust or ()) as subscriber:
-        commits = subscriber.commits()
+        commits = subscriber.recent(count) if count else subscriber.commits()
+        older = len(subscriber.chain.versions()) - len(commits) if count and not json else 0
     if json:
         for commit in commits:
             emit(msgspec.to_builtins(commit), "", json)
@@ -35,7 +52,9 @@ def log(bucket: BucketUrl, trust: Trusted = None, json: AsJson = False) -> None:
         step = "" if commit.step is None else str(commit.step)
         row = (str(commit.version), parent, step, size(commit.wire_bytes), str(len(commit.digests)), commit.root[:12])
         table.add_row(*row)
-    Console().print(table)
+    _show(table)
+    if older:
+        print(f"{older:,} older: -n NUMBER lists more, -n 0 all")
 
 
 def inspect(
@@ -63,7 +82,7 @@ def inspect(
     for spec, encoding in zip(header.tensors, header.encodings, strict=True):
         share = f"{spec.changed / spec.total:.3%}" if header.sealed else ""
         table.add_row(spec.name, spec.dtype, str(list(spec.shape)), f"{spec.changed:,}", share, encoding)
-    Console().print(table)
+    _show(table)
 
 
 def verify(
@@ -118,6 +137,11 @@ def _show_placement(engine: str, as_json: bool) -> None:
 
     with EngineClient(engine) as client:
         workers, shown = client.placement(), client.url
+    if not any(worker["placement"] for worker in workers):
+        raise EngineUnsupported(
+            f"{shown} follows no bucket yet, and where its weights live is found out when it does: start `deltawire "
+            f"follow --bucket … --engine {shown}` first"
+        )
     if as_json:
         for worker in workers:
             emit(worker, "", as_json)
@@ -132,6 +156,13 @@ def _show_placement(engine: str, as_json: bool) -> None:
             table.add_row(name, str(worker["rank"]), "not loaded here; the run never changes it", "", "")
         for module in worker["remade"]:
             table.add_row(f"({module})", str(worker["rank"]), "made anew at each update", "", "")
+    _show(table)
+
+
+def _show(table: Table) -> None:
+    """Print a table whole: where it is too wide, names go on in the next line, and none is cut to look like another."""
+    for column in table.columns:
+        column.overflow = "fold"
     Console().print(table)
 
 

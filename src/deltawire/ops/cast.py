@@ -34,10 +34,15 @@ FULL = (Act("learn", 5e-4, 80), Act("rl", 2e-6, 20))
 QUICK = (Act("learn", 5e-4, 4), Act("rl", 2e-6, 4))
 
 
+def in_checkout() -> bool:
+    """Whether this package was imported from a source checkout, which has the examples."""
+    return (Path(deltawire.__file__).parents[2] / "examples" / "wordle" / "trainer.py").is_file()
+
+
 def find_checkout() -> Path:
     """The root of the source checkout this package was imported from. Raises NoExamples."""
     root = Path(deltawire.__file__).parents[2]
-    if not (root / "examples" / "wordle" / "trainer.py").is_file():
+    if not in_checkout():
         raise NoExamples(
             f"{root / 'examples' / 'wordle'} is not there: this needs the repository, not only the package; "
             "run it in a checkout"

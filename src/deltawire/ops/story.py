@@ -50,6 +50,8 @@ class Story:
                 case "follower", "update":
                     self.served.append(msgspec.convert(record, Served))
                     self.problem = None
+                case "follower", "current":
+                    self.problem = None
                 case "follower", "problem":
                     self.problem = str(record["error"])
         except (KeyError, msgspec.ValidationError) as error:

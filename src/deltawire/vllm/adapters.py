@@ -17,12 +17,13 @@ from deltawire.bits import count
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.checkpoint import Checkpoint
 from deltawire.copies import LocalCopy
-from deltawire.errors import EngineError, EngineUnsupported, FormatError, NotFound
+from deltawire.errors import EngineError, EngineUnsupported, FormatError
 from deltawire.manifests import Position
 from deltawire.mirror import Mirror, building, held
 from deltawire.proofs import cache_folder
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.following import Following
+from deltawire.vllm.news import News
 
 KEPT = 2
 """versions that requests may name: the one served, and the one before it"""
@@ -77,6 +78,7 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
         replica: str | None = None,
         on_update: Callable[[AdapterReport], None] = lambda report: None,
         on_problem: Callable[[Exception], None] = lambda error: None,
+        on_news: Callable[[News], None] = lambda news: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if not _NAME.fullmatch(name):
@@ -90,6 +92,7 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
             replica=replica,
             on_update=on_update,
             on_problem=on_problem,
+            on_news=on_news,
             clock=clock,
         )
         self._name = name
@@ -101,21 +104,19 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
         super().close()
         self._copy.close()
 
-    def _advance(self) -> AdapterReport | None:
+    def _ask_server(self) -> Position | None:
+        return self._newest_of(self._loaded(), self._subscriber.run.run)
+
+    def _advance(self, target: Position) -> AdapterReport | None:
         standing = self.standing
-        try:
-            target = self._target()
-        except NotFound:
-            return None
         if not checkpoint.is_adapter(self._subscriber.run.table):
             raise EngineUnsupported(f"{self.bucket.url}: run {target.run} is of a model: follow it without --adapter")
         loaded = self._loaded()
-        ours = [position for position in loaded.values() if position is not None and position.run == target.run]
-        standing.newest, standing.looked, standing.problem = target.version, time.monotonic(), None
-        standing.served = self._labelled = max(ours, key=lambda position: position.version, default=None)
+        self._labelled = self._newest_of(loaded, target.run)
+        standing.server_says(self._labelled)
         report = self._load(target, loaded) if loaded.get(self._named(target)) != target else None
-        standing.served = self._labelled = target
-        standing.joined = True
+        self._labelled = target
+        standing.is_current(target)
         self._tidy(target)
         return report
 
@@ -127,6 +128,11 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
         ours = re.compile(rf"{re.escape(self._name)}@\d+")
         models = self._engine.models()
         return {name: held(Path(folder)) for name, folder in models.items() if ours.fullmatch(name)}
+
+    @staticmethod
+    def _newest_of(loaded: dict[str, Position | None], run: str) -> Position | None:
+        ours = [position for position in loaded.values() if position is not None and position.run == run]
+        return max(ours, key=lambda position: position.version, default=None)
 
     def _load(self, target: Position, loaded: Iterable[str]) -> AdapterReport:
         """Have the server read a folder that holds the version, checked against its commit."""

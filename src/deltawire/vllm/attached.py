@@ -8,7 +8,7 @@ import torch
 
 from deltawire.buckets import open_bucket
 from deltawire.digest import root as root_of
-from deltawire.errors import Forked, Gap, WrongBase
+from deltawire.errors import Forked, Gap, WrongBase, some
 from deltawire.manifests import Position
 from deltawire.signing import Trust
 from deltawire.subscriber import Subscriber
@@ -98,7 +98,7 @@ class Attached:
         digests = self.live.digests()
         if wrong := [name for name, value in plan.digests.items() if digests[name] != value]:
             staging.undo(plan.writes)
-            raise WrongBase(f"{plan.after}: {len(wrong)} tensors read back wrong ({', '.join(wrong[:4])}); put back")
+            raise WrongBase(f"{plan.after}: {len(wrong)} tensors read back wrong ({some(wrong)}); put back")
 
     def audit(self) -> dict[str, Any]:
         """Recompute every digest from live memory. `promised` are those of the version these weights are said to be,

@@ -11,7 +11,7 @@ from math import prod
 import numpy as np
 
 from deltawire.bits import Positions, UInts
-from deltawire.errors import EngineUnsupported
+from deltawire.errors import EngineUnsupported, some
 
 Shape = tuple[int, ...]
 Part = tuple[int, Shape, Shape]
@@ -124,7 +124,7 @@ class Placement:
 def refuse(reasons: Mapping[str, str]) -> None:
     """Raise EngineUnsupported for tensors that cannot be patched; nothing when there are none."""
     if reasons:
-        first = "; ".join(f"{name} ({reason})" for name, reason in itertools.islice(reasons.items(), 4))
+        first = some(f"{name} ({reason})" for name, reason in reasons.items())
         raise EngineUnsupported(
             f"{len(reasons)} tensors cannot be patched in place on this server: {first}. "
             "Serve this model with weights that vLLM keeps as they are loaded"

@@ -11,10 +11,11 @@ from pathlib import Path
 import msgspec
 
 from deltawire.checkpoint import is_adapter
-from deltawire.errors import EngineError, EngineUnsupported, NotFound, Quarantined, WrongBase
+from deltawire.errors import BucketError, EngineError, EngineUnsupported, Quarantined, WrongBase, some
 from deltawire.manifests import Position
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.following import Following
+from deltawire.vllm.news import Fetching, News
 from deltawire.vllm.protocol import AuditReport, Engine, PauseMode, WorkerStatus, named_error
 
 ASK_AGAIN = 0.02
@@ -78,6 +79,7 @@ class Follower(Following[Engine, UpdateReport]):
         replica: str | None = None,
         on_update: Callable[[UpdateReport], None] = lambda report: None,
         on_problem: Callable[[Exception], None] = lambda error: None,
+        on_news: Callable[[News], None] = lambda news: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(
@@ -89,6 +91,7 @@ class Follower(Following[Engine, UpdateReport]):
             replica=replica,
             on_update=on_update,
             on_problem=on_problem,
+            on_news=on_news,
             clock=clock,
         )
         self._pause: PauseMode = pause
@@ -101,45 +104,41 @@ class Follower(Following[Engine, UpdateReport]):
         with self._stepping:
             return self._engine.audit()
 
-    def _advance(self) -> UpdateReport | None:
-        report = self._update()
+    def _advance(self, target: Position) -> UpdateReport | None:
+        report = self._update(target)
         self._unaudited += report is not None
         if self._audit_every and self._unaudited >= self._audit_every and not self._audit():
-            report = self._update() or report
+            report = self._update(target) or report
         return report
 
-    def _update(self) -> UpdateReport | None:
+    def _ask_server(self) -> Position | None:
+        return self._engine.status().position
+
+    def _update(self, target: Position) -> UpdateReport | None:
         standing = self.standing
-        try:
-            target = self._target()
-        except NotFound:
-            return None
         if is_adapter(self._subscriber.run.table):
             raise EngineUnsupported(
                 f"{self.bucket.url}: run {target.run} is of an adapter: follow it with --adapter NAME"
             )
-        standing.newest, standing.staged = target.version, None
+        standing.staged = None
         status = self._ready(target.run)
-        standing.served, standing.looked, standing.problem = status.position, time.monotonic(), None
+        standing.server_says(status.position)
         if status.position == target:
             self._label(target)
-            standing.joined = True
+            standing.is_current(target)
             return None
         if not self._stage(target):
             return None
         standing.staged = target.version
         report = self._commit(target)
-        standing.served, standing.staged, standing.looked = target, None, time.monotonic()
-        standing.joined = True
+        standing.is_current(target)
         return report
 
     def _audit(self) -> bool:
         """Whether live memory is what it should be; if not, the workers have quarantined themselves."""
         found, self._unaudited = self._engine.audit(), 0
         self.standing.audit = f"version {found.position.version if found.position else None}: " + (
-            f"{len(found.mismatched)} tensors differ: {', '.join(found.mismatched[:4])}"
-            if found.mismatched
-            else "equal"
+            f"{len(found.mismatched)} tensors differ: {some(found.mismatched)}" if found.mismatched else "equal"
         )
         if found.mismatched:
             self._on_problem(WrongBase(f"{self._engine.url}, {self.standing.audit}; they are made anew"))
@@ -151,7 +150,7 @@ class Follower(Following[Engine, UpdateReport]):
         if (status.attached, status.run) != (self.bucket.url, run):
             self._labelled = None
             status = self._engine.init(self._url, self._trust.keys)
-            _require(status)
+            self._require(status)
         if not status.joined:
             self._engine.join(self._subscriber)
             status = self._engine.status()
@@ -169,11 +168,15 @@ class Follower(Following[Engine, UpdateReport]):
     def _stage(self, target: Position) -> bool:
         """Have the worker prepare the update while the server generates; False when we were closed meanwhile."""
         self._keep_what_is_needed()
-        accepted = self._engine.stage(self._url, target.version)
+        accepted, fetched = self._engine.stage(self._url, target.version), None
         while not self._stopping.is_set():
             status = self._engine.status()
+            self.standing.server_says(status.position)
+            if status.fetching is not None and status.fetching != fetched:
+                fetched = status.fetching
+                self._on_news(Fetching(target.run, target.version, *fetched))
             if not status.staging and accepted:
-                _require(status)
+                self._require(status)
                 if status.workers > 1:
                     self._engine.vouch(self._subscriber, target)
                 return True
@@ -187,7 +190,7 @@ class Follower(Following[Engine, UpdateReport]):
         paused = time.perf_counter()
         status = self._swap(target)
         pause_ms = 1e3 * (time.perf_counter() - paused)
-        _require(status)
+        self._require(status)
         if status.position != target:
             self._subscriber.refresh()  # our copy of the commit may have been damaged on its way
             target = self._subscriber.chain.commit(target.version).record.position
@@ -236,6 +239,16 @@ class Follower(Following[Engine, UpdateReport]):
         with suppress(EngineError):
             self._engine.resume()
 
+    def _require(self, status: WorkerStatus) -> None:
+        """Raise what a worker recorded. What the bucket refused it may be open to us: it reads by itself."""
+        if status.error is None:
+            return
+        error = named_error(status.error)
+        if isinstance(error, BucketError):
+            said = f"said by the server at {self._engine.url}, which reads the bucket itself, by its own environment"
+            raise type(error)(f"{error} ({said})")
+        raise error
+
     def _disown(self) -> None:
         """Have a server whose weights are in doubt stop naming a version, until an anchor has made them sure again."""
         self._labelled = None
@@ -248,8 +261,3 @@ class Follower(Following[Engine, UpdateReport]):
         if self._labelled != position and self._engine.weight_version() != str(position):
             self._engine.label(str(position))
         self._labelled = position
-
-
-def _require(status: WorkerStatus) -> None:
-    if status.error is not None:
-        raise named_error(status.error)

@@ -5,7 +5,8 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Generic, Self, TypeVar
 
@@ -28,13 +29,16 @@ from deltawire.ledger import Heartbeat
 from deltawire.manifests import HEAD_KEY, Position
 from deltawire.signing import trust
 from deltawire.subscriber import Subscriber
-from deltawire.vllm.health import Standing
+from deltawire.vllm.health import SILENT_AFTER, Standing
+from deltawire.vllm.news import Current, News, Waiting
 from deltawire.vllm.protocol import Engine
 
 BEAT_EVERY = 30.0
 """seconds after which a replica's ledger entry is written again"""
 LOOK_ANYWAY = 5.0
 """seconds after which the server is looked at even if the bucket did not change: it may have been restarted"""
+SAY_AGAIN = 60.0
+"""seconds after which what still stands in the way is said again"""
 E = TypeVar("E", bound=Engine)
 R = TypeVar("R")
 
@@ -44,7 +48,7 @@ class Following(ABC, Generic[E, R]):
 
     `E` is how the server is reached, `R` what an update is reported as. `poll` is seconds between looks at the bucket,
     by default what suits the store; `trusted` are public keys, or files of them; `replica` names the entry under
-    `replicas/`.
+    `replicas/`. `on_news` hears what is waited for and fetched, and when the server is current without an update.
     """
 
     def __init__(
@@ -58,13 +62,15 @@ class Following(ABC, Generic[E, R]):
         replica: str | None,
         on_update: Callable[[R], None],
         on_problem: Callable[[Exception], None],
+        on_news: Callable[[News], None],
         clock: Callable[[], float],
     ) -> None:
         self.bucket = open_bucket(bucket_url)
-        self.standing = Standing()
         self._poll = poll if poll is not None else self.bucket.poll_seconds
+        self.standing = Standing(patience=max(SILENT_AFTER, 2 * self._poll))
         self._url, self._pin, self._trust, self._clock = bucket_url, pin, trust(trusted), clock
-        self._on_update, self._on_problem = on_update, on_problem
+        self._on_update, self._on_problem, self._on_news = on_update, on_problem, on_news
+        self._said, self._said_at = "", 0.0
         self._subscriber = Subscriber(self.bucket, trusted=self._trust)
         self._engine = engine
         self._stopping = threading.Event()
@@ -86,31 +92,84 @@ class Following(ABC, Generic[E, R]):
             self._engine.close()
             self._subscriber.close()
 
+    def stop(self) -> None:
+        """Have `run` return after the update in progress, if its pause has begun; safe in a signal handler."""
+        self._stopping.set()
+
     def run(self) -> None:
-        """Follow until closed. What passes (a store or server that fails or is out of reach, a damaged file, a chain
-        that was read while it changed, another trainer's run) is reported, once while it lasts, and looked at again;
-        the server keeps what it serves.
+        """Follow until stopped or closed. What passes (a store or server that fails or is out of reach, a damaged file,
+        a chain that was read while it changed, another trainer's run) is reported, every minute while it lasts, and
+        looked at again; the server keeps what it serves.
 
         Raises what a person must mend: EngineUnsupported, Quarantined, ApplyError."""
         seen: str | None = None
-        looked, reported = -LOOK_ANYWAY, ""
+        looked = -LOOK_ANYWAY
         while not self._stopping.is_set():
             try:
-                found = self.bucket.watch(HEAD_KEY, tag=seen, timeout=self._poll)
+                found = self.bucket.watch(HEAD_KEY, tag=seen, timeout=min(self._poll, self.bucket.poll_seconds))
                 tag = found.tag if found else seen
-                if tag != seen or time.monotonic() >= looked + LOOK_ANYWAY:
-                    self.step()
-                    seen, looked, reported = tag, time.monotonic(), ""
-                    self._beat()
+                if tag != seen or self.standing.clock() >= looked + LOOK_ANYWAY:
+                    self._tell(self.step())
+                    seen, looked = tag, self.standing.clock()
+                    if self.standing.waiting is None:  # an entry would make a bucket of what may be a misspelt name
+                        self._beat()
+                self._stopping.wait(max(0.0, self._poll - self.bucket.poll_seconds))
             except (EngineUnsupported, Quarantined):
                 raise
             except (BucketError, FormatError, ChainError, EngineError) as error:
                 self._subscriber.refresh()
-                if reported != str(error):
+                self.standing.fails(error)
+                if self._is_due(type(error).__name__):
                     self._on_problem(error)
-                reported = self.standing.problem = str(error)
-                self._beat(error=f"{type(error).__name__}: {error}")
+                if not isinstance(error, NotFound):  # nor make one anew that is gone
+                    self._beat(error=f"{type(error).__name__}: {error}")
                 self._stopping.wait(self._poll)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Meanwhile the server is asked every few seconds what it serves, whatever the bucket does: a store that hangs
+        must not make a server look dead, nor hide that one is."""
+        done = threading.Event()
+
+        def listen() -> None:
+            while not done.wait(LOOK_ANYWAY):
+                self.listen()
+
+        thread = threading.Thread(target=listen, name="deltawire-listen", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join(LOOK_ANYWAY)
+
+    def listen(self) -> None:
+        """Ask the server what it serves, unless it answered a moment ago, or was never brought to a version."""
+        standing = self.standing
+        if not standing.joined or standing.server_silence < LOOK_ANYWAY:
+            return
+        asked = standing.clock()
+        with suppress(EngineError, RuntimeError):  # what a closed client raises
+            standing.server_says(self._ask_server(), asked=asked)
+
+    def _tell(self, report: R | None) -> None:
+        """Say that we wait, or that the server is current where no update says so."""
+        standing = self.standing
+        if standing.waiting is not None:
+            if self._is_due("waiting"):
+                self._on_news(Waiting(standing.waiting, standing.clock() - standing.waiting_since))
+        elif standing.served is not None:
+            if report is None and self._said != "current" and not self._stopping.is_set():
+                self._on_news(Current(standing.served.run, standing.served.version))
+            self._said = "current"
+
+    def _is_due(self, what: str) -> bool:
+        """Whether to say this: when it is new, and again every minute while it lasts."""
+        now = self.standing.clock()
+        if what == self._said and now < self._said_at + SAY_AGAIN:
+            return False
+        self._said, self._said_at = what, now
+        return True
 
     def _beat(self, *, need: int | None = None, error: str | None = None) -> None:
         """Write our ledger entry when it says something new or is getting old; a host that may only read has none."""
@@ -137,13 +196,25 @@ class Following(ABC, Generic[E, R]):
         self._beaten, self._last_beat = time.monotonic(), str(entry)
 
     def step(self) -> R | None:
-        """Bring the server to the newest version, once. None when there was nothing to do, nothing is published, or the
-        follower is being closed.
+        """Bring the server to the newest version, once. None when there was nothing to do, nothing is published
+        (`standing.waiting` says what is missing), or the follower is being closed.
 
         Raises BucketError, FormatError, ChainError, ApplyError, EngineError; the server then serves what it served.
         """
         with self._stepping:
-            return None if self._stopping.is_set() else self._advance()
+            if self._stopping.is_set():
+                return None
+            try:
+                target = self._target()
+            except NotFound as error:
+                if self.standing.newest is not None:  # it was there before
+                    raise
+                self.standing.waits(str(error))
+                return None
+            self.standing.bucket_says(target.version)
+            report = self._advance(target)
+            self.standing.problem = None
+            return report
 
     def _keep_what_is_needed(self) -> None:
         """Before reading: what a joiner is about to read must not be pruned."""
@@ -151,8 +222,12 @@ class Following(ABC, Generic[E, R]):
             self._beat(need=0)
 
     @abstractmethod
-    def _advance(self) -> R | None:
-        """Bring the server to `_target()`, and `standing` with it."""
+    def _advance(self, target: Position) -> R | None:
+        """Bring the server to the target, and `standing` with it."""
+
+    @abstractmethod
+    def _ask_server(self) -> Position | None:
+        """What the server serves of the run followed. Raises EngineError."""
 
     def _target(self) -> Position:
         """The version to serve: the pinned one, else the newest; of the run that continues ours when HEAD names it."""

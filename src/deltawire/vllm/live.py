@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from deltawire.bits import count
-from deltawire.errors import EngineUnsupported
+from deltawire.errors import EngineUnsupported, some
 from deltawire.manifests import TensorEntry
 from deltawire.vllm.boxes import Box, Part, Placement
 from deltawire.vllm.loading import AfterLoading, Step, Watch, as_loaded, held
@@ -164,7 +164,7 @@ def _unchanged(model: torch.nn.Module, live: Mapping[str, torch.Tensor]) -> Iter
         if touched or after.keys() != before.keys():
             whole = _state(tensors_of(model)) == before
             outcome = "all is put back, and it cannot be patched in place" if whole else "restart vLLM"
-            names = ", ".join((touched or sorted(after.keys() - before.keys()))[:3])
+            names = some(touched or sorted(after.keys() - before.keys()))
             raise EngineUnsupported(
                 f"this model's loader does not copy into its weights but rebinds ({names}): {outcome}"
             )

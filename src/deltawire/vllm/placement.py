@@ -148,7 +148,7 @@ class _Watcher(TorchDispatchMode):
         shift = 0 if source.dtype == target.dtype else _SHIFTS.get((source.dtype, target.dtype))
         if followed is None or shift is None:
             self.unfit[trace.name] = (
-                f"the server holds {target.dtype}, the run ships {source.dtype}"
+                f"the server holds {target.dtype}, the run ships {source.dtype}: vLLM's --dtype, Publisher(dtype=…)"
                 if followed
                 else "copied as no rectangle of it"
             )

@@ -40,7 +40,8 @@ class WorkerStatus(msgspec.Struct, frozen=True):
 
     `attached` is the bucket they stand on, `run` that bucket's run; `position` what they serve, None while that is no
     committed version, `joined` whether that is known; `torn` when they stand at different ones. `error` is the newest
-    failure, None after a success; `session_open` whether a weight update was started and not finished.
+    failure, None after a success; `session_open` whether a weight update was started and not finished; `fetching` how
+    many bytes of an anchor are there, and of how many, while one is being fetched.
     """
 
     attached: str | None
@@ -56,6 +57,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     rank: int = 0
     workers: int = 1
     torn: bool = False
+    fetching: tuple[int, int] | None = None
 
 
 def as_one(workers: list[WorkerStatus]) -> WorkerStatus:
@@ -79,6 +81,7 @@ def as_one(workers: list[WorkerStatus]) -> WorkerStatus:
         error=failed.error and {**failed.error, "message": f"worker {failed.rank}: {failed.error['message']}"},
         workers=len(workers),
         torn=any(position != positions[0] for position in positions),
+        fetching=min((worker.fetching for worker in workers if worker.fetching), default=None),
     )
 
 

@@ -135,6 +135,7 @@ class Replica:
             "applied": self._applied,
             "quarantined": self._quarantined,
             "error": self._problem,
+            "fetching": attached.subscriber.fetching if attached else None,
         }
 
     def answer_stage(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -298,7 +299,9 @@ class Replica:
 
     def _require_attached(self) -> Attached:
         if self._attached is None:
-            raise EngineUnsupported("nothing is followed yet: name a bucket")
+            raise EngineUnsupported(
+                "no bucket is followed here yet: start `deltawire follow` first, or name a --bucket"
+            )
         return self._attached
 
     @contextmanager

@@ -6,7 +6,7 @@ from math import prod
 import numpy as np
 
 from deltawire.digest import MODULUS
-from deltawire.errors import BadDigest, WrongBase
+from deltawire.errors import BadDigest, WrongBase, some
 from deltawire.manifests import Position
 from deltawire.vllm.boxes import Part, refuse
 
@@ -65,9 +65,9 @@ class Union:
 
 def disagreement(target: Position, wrong: list[str], drifted: list[str]) -> WrongBase | BadDigest:
     """The error for an update after which tensors would not be what the commit promises."""
-    names = f"{len(wrong)} tensors would not match the commit: {', '.join(wrong[:4])}"
+    names = f"{len(wrong)} tensors would not match the commit: {some(wrong)}"
     if drifted:
-        return WrongBase(f"{target}: {names}; something else wrote to {', '.join(drifted[:4])}: they are made anew")
+        return WrongBase(f"{target}: {names}; something else wrote to {some(drifted)}: they are made anew")
     return BadDigest(f"{target}: {names}; the live weights are sound, what was published is not: publish a new run")
 
 
