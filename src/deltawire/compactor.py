@@ -6,8 +6,7 @@ lists is checked against committed roots on a mirror of the weights.
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -254,12 +253,9 @@ class Compactor:
         known.add(Edge(None, version, record.wire_bytes, key))
         return CompactReport(None, version, record.wire_bytes, 0)
 
-    def _put(self, record: Derived, payloads: dict[str, bytes] | dict[str, Path]) -> str:
-        """Payloads, then their manifest; its key. A key holds its content's hash: what is there already is ours."""
-        for key, data in payloads.items():
-            with suppress(AlreadyExists):
-                self.bucket.put_new(f"runs/{record.run}/{key}", data)
-            self._on_step("payload")
+    def _put(self, record: Derived, payloads: Mapping[str, bytes | Path]) -> str:
+        """Payloads, then their manifest; its key."""
+        log.put_payloads(self.bucket, record.run, payloads, on_step=self._on_step)
         key = derived_key(record.run, record.parent, record.version, record.payloads)
         data = manifests.write(signed(record, self._key))
         try:
@@ -267,6 +263,9 @@ class Compactor:
         except AlreadyExists:
             if self._key is not None:  # nobody could use what was there, or we would not have made this
                 self.bucket.put(key, data)
+            else:
+                with log.surely_there(self.bucket, key):
+                    self.bucket.stat(key)
         self._on_step("manifest")
         return key
 

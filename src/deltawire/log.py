@@ -4,15 +4,18 @@ Invariants (docs/DESIGN.md §4): a commit refers only to durable payloads; commi
 same attempt twice is the same as once, so retry is the recovery.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from deltawire import manifests
 from deltawire.buckets.base import Bucket
-from deltawire.errors import AlreadyExists, ChainError, Forked, FormatError, NotFound
+from deltawire.errors import AlreadyExists, ChainError, Forked, FormatError, NotFound, Unavailable
 from deltawire.manifests import (
     HEAD_KEY,
     MAX_RECORD,
@@ -103,9 +106,47 @@ def put_payloads(
 ) -> None:
     """Make payloads durable, by key below the run; a rank of a sharded job does so before its commit is written."""
     for key, data in payloads.items():
-        with suppress(AlreadyExists):  # a key holds its content's hash: an earlier try of these very bytes arrived
-            bucket.put_new(f"runs/{run}/{key}", data)
+        put_payload(bucket, f"runs/{run}/{key}", data)
         on_step("payload")
+
+
+def put_payload(bucket: Bucket, key: str, data: bytes | Path) -> None:
+    """Make one payload durable, under a key that holds its content's hash.
+
+    What is there already is an earlier try of these very bytes, or what became of one: if its size (or its MD5, where
+    the store's tag is one) is another, it is written again. Raises BucketError; Unavailable when the store says that
+    the key exists, and has no such object.
+    """
+    try:
+        bucket.put_new(key, data)
+    except AlreadyExists:
+        if not _holds(bucket, key, data):
+            bucket.put(key, data)
+
+
+def _holds(bucket: Bucket, key: str, data: bytes | Path) -> bool:
+    """Whether the object of a key is `data`, as far as its size and tag tell."""
+    with surely_there(bucket, key):
+        found = bucket.stat(key)
+    if found.size != (data.stat().st_size if isinstance(data, Path) else len(data)):
+        return False
+    tag = found.tag.strip('"')
+    if not re.fullmatch(r"[0-9a-f]{32}", tag):
+        return True
+    with open(data, "rb") if isinstance(data, Path) else BytesIO(data) as source:
+        return hashlib.file_digest(source, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == tag
+
+
+@contextmanager
+def surely_there(bucket: Bucket, key: str) -> Iterator[None]:
+    """Reading a key that a write was just told exists: that it is not there is no answer to build on. Raises
+    Unavailable then."""
+    try:
+        yield
+    except NotFound as error:
+        raise Unavailable(
+            f"{bucket.url}/{key}: the store says that it exists, and does not have it; try again"
+        ) from error
 
 
 def load(bucket: Bucket, kind: type[Record], key: str, *, trust: Trust = NOBODY) -> Filed[Record]:
@@ -232,7 +273,8 @@ def _put_once(bucket: Bucket, key: str, data: bytes) -> None:
     try:
         bucket.put_new(key, data)
     except AlreadyExists:
-        found = _foreign(bucket, key, lambda there: there == data)
+        with surely_there(bucket, key):
+            found = _foreign(bucket, key, lambda there: there == data)
         if found is not None:
             raise Forked(
                 f"{bucket.url}/{key} was written by someone else{_holder(found)}: two trainers publish one run. "
@@ -245,7 +287,8 @@ def _begin_bucket(bucket: Bucket, head: bytes, run: str) -> None:
     try:
         bucket.put_new(HEAD_KEY, head)
     except AlreadyExists:
-        found = read_head(bucket)
+        with surely_there(bucket, HEAD_KEY):
+            found = read_head(bucket)
         if found.run != run:
             raise Forked(
                 f"{bucket.url} holds run {found.run}, published by someone else since this trainer opened it: "

@@ -23,12 +23,14 @@ from typing import Any, Literal
 from deltawire import fsdp, pending, resuming, signing
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
+from deltawire.buckets.wrappers import Typed
 from deltawire.capture import Capture, Capturer, require_signer
 from deltawire.digest import root as root_of
 from deltawire.errors import (
     BucketError,
     ChainError,
     DeltaWireError,
+    FormatError,
     NotFound,
     RankFailed,
     Unavailable,
@@ -164,7 +166,7 @@ class Publisher:
         else:
             self._capturer = ShardCapturer(self.bucket, ranks, compactors=delegates, **begin)
         self._standing = self._stood(ranks)
-        self._sender = sender_of(self.bucket, ranks, next(iter(key), None))
+        self._sender = sender_of(Typed(self.bucket), ranks, next(iter(key), None))
 
     def _stood(self, ranks: Ranks | None) -> Standing | None:
         """What the run looked like that is continued. Raises NotFound where one was required."""
@@ -419,7 +421,7 @@ class Publisher:
             try:
                 landed = self._sender.send(captured, part, self._committed_hash, lambda: self._closing)
                 break
-            except (BucketError, ChainError) as error:
+            except (BucketError, ChainError, FormatError) as error:
                 self._sender.tell(error)
                 with self._changed:
                     self._problem, self._failures = error, self._failures + 1

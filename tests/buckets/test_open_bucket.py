@@ -19,6 +19,22 @@ def test_a_folder_is_named_by_its_uri(tmp_path: Path) -> None:
     assert open_bucket(bucket.url).get("key", limit=1) == b"x"
 
 
+@pytest.mark.parametrize("form", ["{}", "./x & 100%", "x/../../here/./x & 100%", "~/x & 100%"])
+def test_a_plain_path_is_a_folder_and_its_url_is_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    written = form.format(here / "x & 100%").replace("x/..", "./x/..")
+    bucket = open_bucket(written, create=True)
+    bucket.put("key", b"x")
+    assert (here / "x & 100%/key").read_bytes() == b"x"
+    assert bucket.url.startswith("file:///")
+    assert open_bucket(bucket.url).get("key", limit=1) == b"x"
+
+
 def test_opening_a_folder_writes_nothing(tmp_path: Path) -> None:
     open_bucket((tmp_path / "bucket").as_uri())
     assert list(tmp_path.iterdir()) == []
@@ -51,7 +67,8 @@ def test_a_store_whose_settings_are_missing_says_which(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://host/folder", "/plain/folder", "wordle", "", "https://huggingface.co/x", "s3:/x"]
+    "url",
+    ["ftp://host/folder", "plain/folder", "wordle", "", "https://huggingface.co/x", "s3:/x", "flie:///x", ".hidden"],
 )
 def test_an_unknown_scheme_is_refused_with_the_known_ones(url: str) -> None:
     with pytest.raises(BadUrl) as refusal:

@@ -49,5 +49,10 @@ def file_system_errors(what: str) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, TimeoutError) and error.errno is None:
             raise  # by a signal's handler, a watchdog's say, and no file's fault
-        kind, next_step = _KINDS.get(error.errno, (BucketError, ""))
-        raise kind(f"{what}: {error.strerror or error}{next_step}") from error
+        raise file_system_error(what, error) from error
+
+
+def file_system_error(what: str, error: OSError, *, hint: str | None = None) -> BucketError:
+    """The BucketError that says of `what` what an OSError says; `hint` replaces the usual next step."""
+    kind, next_step = _KINDS.get(error.errno, (BucketError, ""))
+    return kind(f"{what}: {error.strerror or error}{next_step if hint is None else hint}")

@@ -30,8 +30,9 @@ class Bucket(Protocol):
     part, no backslash, no control character. `check_key` is the rule; every implementation applies it. No key may be a
     folder of another ("a" beside "a/b"): a local folder cannot hold both.
 
-    A verb that fails raises a `BucketError` naming the bucket's url and the key; an unsafe key is a FormatError, a
-    source `Path` that cannot be read the OSError of reading it. Thread-safe.
+    A verb that fails raises a `BucketError` naming the bucket's url and the key: `Unavailable` for what may pass by
+    itself (no answer, HTTP 408, 409, 429, 5xx but 501), another kind for what someone has to see to. An unsafe key is a
+    FormatError, a source `Path` that cannot be read the OSError of reading it. Thread-safe.
     """
 
     url: str
@@ -39,8 +40,12 @@ class Bucket(Protocol):
     poll_seconds: float
     """How often it is polite to `stat` this store: 0.5 local, 2 in a cloud (requests are billed), 5 on the Hub (free
     tier: 1,000 calls per 5 minutes)."""
-    conditional_writes: bool
-    """Whether `put_new` is atomic against a concurrent writer. Where False it is stat-then-put."""
+
+    @property
+    def conditional_writes(self) -> bool:
+        """Whether `put_new` is atomic against a concurrent writer. Where False it is stat-then-put. A store that can
+        only find out by writing may say True until its first `put_new`; ask again before each append."""
+        ...
 
     def stat(self, key: str) -> Stat:
         """The object's size and tag. Raises NotFound."""
@@ -60,7 +65,9 @@ class Bucket(Protocol):
         ...
 
     def put_new(self, key: str, data: bytes | Path) -> None:
-        """Write a key that must not exist yet. Raises AlreadyExists and changes nothing if it does."""
+        """Write a key that must not exist yet. Raises AlreadyExists and changes nothing if it does.
+
+        AlreadyExists is a promise that the key is there: a store's "conflict, try again" (S3's 409) is Unavailable."""
         ...
 
     def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:

@@ -94,7 +94,16 @@ class Faulty:
         self.injected: Counter[str] = Counter()
         self.url = bucket.url
         self.poll_seconds = bucket.poll_seconds
-        self.conditional_writes = bucket.conditional_writes
+        self._denied: bool | None = None
+
+    @property
+    def conditional_writes(self) -> bool:
+        """That of the bucket inside; set it to False to play a store that has none."""
+        return self._bucket.conditional_writes if self._denied is None else self._denied
+
+    @conditional_writes.setter
+    def conditional_writes(self, value: bool) -> None:
+        self._denied = value
 
     def __repr__(self) -> str:
         return f"<bucket {self.url}, faulty>"

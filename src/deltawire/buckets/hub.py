@@ -5,10 +5,8 @@ While a server is down hf_xet insists for about 4.5 minutes before an upload fai
 HF_XET_CLIENT_RETRY_BASE_DELAY=200ms in the environment makes that seconds.
 """
 
-import ipaddress
 import logging
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -23,7 +21,7 @@ from urllib.parse import urlsplit
 try:
     import hf_xet
     from httpx2 import HTTPError
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, close_session, constants, get_token
     from huggingface_hub.errors import (
         BucketBatchError,
         BucketNotFoundError,
@@ -38,29 +36,37 @@ except ImportError:
 
 from deltawire.buckets.atomic import replacing
 from deltawire.buckets.base import Stat, check_key, check_prefix, is_key, watch_by_polling
+from deltawire.buckets.hub_refusals import batch_refusal, local_refusal
+from deltawire.buckets.proxies import is_loopback, proxy_note, spare_loopback
+from deltawire.buckets.refusals import first_line, from_anything, is_later
 from deltawire.errors import (
     AccessRefused,
     AlreadyExists,
     BadUrl,
     BucketError,
+    DeltaWireError,
     NotFound,
     OutOfSpace,
     TooLarge,
     Unavailable,
 )
 
-_LATER = frozenset({408, 409, 425, 429})
+Right = Literal["read", "write"]
 
 
 class HubBucket:
-    """The files of one bucket. `put_new` is stat-then-put: the Hub's API has no conditional write."""
+    """The files of one bucket. `put_new` is stat-then-put: the Hub's own API has no conditional write.
+
+    Its S3 gateway has one: `s3://name` with AWS_ENDPOINT_URL=https://s3.hf.co/namespace is the same bucket, fenced.
+    """
 
     conditional_writes = False
 
     def __init__(self, bucket_id: str, *, endpoint: str) -> None:
         self.url = f"hf://buckets/{bucket_id}"
         self.endpoint = endpoint
-        self.poll_seconds = 0.5 if _is_loopback(endpoint) else 5.0
+        self.poll_seconds = 0.5 if is_loopback(endpoint) else 5.0
+        self._through = proxy_note(endpoint)
         self._id = bucket_id
         self._api = HfApi(endpoint=endpoint, library_name="deltawire")
         self._exists = False
@@ -93,7 +99,7 @@ class HubBucket:
                 with self._errors(key, "read"):
                     # Given `info` and not the key, the client fetches this content even if the key changes meanwhile.
                     self._api.download_bucket_files(self._id, [(info, temporary)])
-            except Unavailable:
+            except (Unavailable, OutOfSpace):
                 # hf_xet reports a full disk as one more failed task: ask the disk.
                 written = temporary.stat().st_size if temporary.exists() else 0
                 if shutil.disk_usage(path.parent).free < info.size - written:
@@ -163,51 +169,75 @@ class HubBucket:
         return found[0]
 
     @contextmanager
-    def _errors(self, key: str, right: Literal["read", "write"]) -> Iterator[None]:
+    def _errors(self, key: str, right: Right) -> Iterator[None]:
         where = f"{self.url}/{key}" if key else self.url
         try:
             yield
+        except DeltaWireError:
+            raise
         except HTTPError as error:
-            raise self._from_hub(where, error) from error
+            raise self._from_hub(where, error, right) from error
         except (hf_xet.XetAuthenticationError, LocalTokenNotFoundError) as error:
-            raise self._refused(where, "no or a wrong token") from error
+            raise self._refused(where, 401, right) from error
         except OfflineModeIsEnabled as error:
             raise BucketError(f"{where}: HF_HUB_OFFLINE is set; unset it to reach {self.endpoint}") from error
         except hf_xet.XetObjectNotFoundError as error:
-            raise NotFound(f"{where}: {_first_line(error)}") from error
+            raise NotFound(f"{where}: {first_line(error)}") from error
         except ValueError as error:
-            raise BucketError(f"{where}: {_first_line(error)}") from error
-        except (OSError, RuntimeError) as error:
-            # hf_xet says ConnectionError or RuntimeError alike for a dead server, a refused token and a missing bucket.
-            self._ask_for_token(where, right)
-            raise Unavailable(f"{where} at {self.endpoint}: {_first_line(error)}") from error
+            raise BucketError(f"{where}: {first_line(error)}") from error
+        except Exception as error:
+            raise self._from_client(where, error, right) from error
 
-    def _ask_for_token(self, where: str, right: str) -> None:
-        """Ask the endpoint for what hf_xet needs first, and raise its plain answer if that is a refusal."""
+    def _from_client(self, where: str, error: Exception, right: Right) -> BucketError:
+        """What is left may be anything: hf_xet says ConnectionError or RuntimeError alike for a dead server, a refused
+        token and a missing bucket, and threads of huggingface_hub that meet in an outage raise an AttributeError."""
+        if local := local_refusal(where, error):
+            return local
+        if refused := self._ask_for_token(where, right):
+            return refused
+        if not isinstance(error, OSError | RuntimeError):
+            return from_anything(f"{where} at {self.endpoint}", error)
+        return Unavailable(f"{where} at {self.endpoint}{self._through}: {first_line(error)}")
+
+    def _ask_for_token(self, where: str, right: Right) -> BucketError | None:
+        """Ask the endpoint for what hf_xet needs first: its plain answer, if that is a refusal."""
         try:
             url = f"{self.endpoint}/api/buckets/{self._id}/xet-{right}-token"
             hf_raise_for_status(get_session().get(url, headers=build_hf_headers(library_name="deltawire")))
         except HTTPError as error:
-            raise self._from_hub(where, error) from error
+            return self._from_hub(where, error, right)
+        except Exception:  # the client in trouble again: the first error says more
+            return None
+        return None
 
-    def _from_hub(self, where: str, error: HTTPError) -> BucketError:
+    def _from_hub(self, where: str, error: HTTPError, right: Right) -> BucketError:
         if not isinstance(error, HfHubHTTPError):
-            return Unavailable(f"{where}: no answer from {self.endpoint}: {_first_line(error) or type(error).__name__}")
-        status = error.response.status_code
+            said = first_line(error) or type(error).__name__
+            return Unavailable(f"{where}: no answer from {self.endpoint}{self._through}: {said}")
+        if isinstance(error, BucketBatchError):
+            return batch_refusal(f"{where} at {self.endpoint}", error.failures)
         if isinstance(error, RemoteEntryNotFoundError):
             return NotFound(f"{where}: no such object")
+        return self._from_status(where, error.response.status_code, error, right)
+
+    def _from_status(self, where: str, status: int, error: HfHubHTTPError, right: Right) -> BucketError:
         if isinstance(error, BucketNotFoundError) or status == 404:
             return NotFound(f"{self.url}: no such bucket at {self.endpoint}; run `hf buckets create {self._id}`")
         if status in (401, 403):
-            return self._refused(where, f"HTTP {status}")
+            return self._refused(where, status, right)
         if status == 507:
             return OutOfSpace(f"{where}: {self.endpoint} has no space left")
-        kind = Unavailable if status in _LATER or status >= 500 else BucketError
-        said = error.failures[0]["error"] if isinstance(error, BucketBatchError) else _first_line(error)
-        return kind(f"{where} at {self.endpoint}: {said}")
+        kind = Unavailable if is_later(status) else BucketError
+        return kind(f"{where} at {self.endpoint}{self._through}: {first_line(error)}")
 
-    def _refused(self, where: str, why: str) -> AccessRefused:
-        return AccessRefused(f"{where}: {self.endpoint} refused ({why}); run `hf auth login` or set HF_TOKEN")
+    def _refused(self, where: str, status: int, right: Right) -> AccessRefused:
+        if status == 403:
+            why = f"knows the token, which may not {right} here (HTTP 403); give it that right, or set another HF_TOKEN"
+        elif get_token():
+            why = "refused the token (HTTP 401): it is wrong or expired; run `hf auth login` or set HF_TOKEN"
+        else:
+            why = "refused (HTTP 401), and no token is set; run `hf auth login` or set HF_TOKEN"
+        return AccessRefused(f"{where}: {self.endpoint} {why}")
 
 
 class _Feed:
@@ -250,6 +280,8 @@ def open_hub(bucket_id: str, *, create: bool) -> HubBucket:
         raise BadUrl(f"HF_ENDPOINT is {endpoint}: not an address that starts with http:// or https://")
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
+    if spare_loopback(endpoint):
+        close_session()  # one that was made before goes on through the proxy
     bucket = HubBucket(bucket_id, endpoint=endpoint)
     if create:
         bucket.create()
@@ -259,16 +291,3 @@ def open_hub(bucket_id: str, *, create: bool) -> HubBucket:
 def _stat(info: Any) -> Stat:
     written = info.uploaded_at or info.mtime
     return Stat(info.path, info.size, info.xet_hash, written.timestamp() if written else 0.0)
-
-
-def _is_loopback(endpoint: str) -> bool:
-    host = urlsplit(endpoint).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _first_line(error: Exception) -> str:
-    """The message in a line, without the query of any address in it: that of a presigned one is a credential."""
-    return re.sub(r"\?\S+", "?…", str(error).strip().split("\n", 1)[0])

@@ -1,39 +1,54 @@
 """Object stores and memory as buckets (`s3://`, `gs://`, `az://`, `memory://`), all through obstore."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import obstore
 from obstore import exceptions, store
 
 from deltawire.buckets.atomic import replacing
 from deltawire.buckets.base import Stat, check_key, check_prefix, is_key, watch_by_polling
-from deltawire.errors import AccessRefused, AlreadyExists, BadUrl, BucketError, NotFound, TooLarge, Unavailable
+from deltawire.buckets.refusals import NotOffered, from_obstore, what_was_said
+from deltawire.errors import AlreadyExists, BucketError, NotFound, TooLarge, Unavailable
 
-# obstore's own retries would hold a caller for three minutes; deltawire.buckets.Retry decides how long to insist.
-_QUICK_RETRIES: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=15)}
-CLOUDS: dict[str, Any] = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}
-_REFUSED = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
+ONE_REQUEST = 32 << 20
+"""bytes up to which an object is sent in one request; a larger one goes in parts, of which few are in memory"""
+PART_BYTES = 8 << 20
+PARTS = 10_000
+"""how many parts S3 takes"""
+AT_ONCE = 4
+"""parts on their way together"""
+PROOF_BYTES = 64 << 10
+"""bytes up to which a write may be sent twice, to see whether the store refuses the second"""
 
 
 class ObjectBucket:
-    """The objects of one obstore store. Its conditional put is atomic on every store opened here.
+    """The objects of one obstore store.
 
-    `put_new` sends one request, so it carries at most what the store takes in one: 5 GB on S3.
+    `put_new` is atomic where the store honours `If-None-Match`. Whether it does is proved by the first small object
+    written: it is sent a second time, and must be refused. A store that ignores the condition, or answers 501 to it, is
+    written to by stat-then-put from then on, and `conditional_writes` says so. An object of more than 32 MiB is sent in
+    parts, which cannot be conditional, so it is stat-then-put on every store: give such keys their content's hash.
     """
 
-    conditional_writes = True
-
-    def __init__(self, url: str, objects: Any, *, poll_seconds: float) -> None:
+    def __init__(
+        self, url: str, objects: Any, *, poll_seconds: float, fenced: bool | None = None, through: str = ""
+    ) -> None:
         self.url = url
         self.poll_seconds = poll_seconds
         self._objects = objects
+        self._fenced = fenced
+        self._scheme, self._through = url.partition("://")[0], through
 
     def __repr__(self) -> str:
         return f"<bucket {self.url}>"
+
+    @property
+    def conditional_writes(self) -> bool:
+        """True until the store has shown that it has none."""
+        return self._fenced is not False
 
     def stat(self, key: str) -> Stat:
         check_key(key)
@@ -54,10 +69,28 @@ class ObjectBucket:
                 file.write(chunk)
 
     def put(self, key: str, data: bytes | Path) -> None:
-        self._write(key, data, "overwrite")
+        check_key(key)
+        try:
+            self._send(key, data, "overwrite")
+        except AlreadyExists:  # nothing was asked to be new: obstore says so of every 409
+            raise self._conflict(key) from None
 
     def put_new(self, key: str, data: bytes | Path) -> None:
-        self._write(key, data, "create")
+        check_key(key)
+        size = _size(data)
+        if size > ONE_REQUEST or not self._fenced:  # nothing is known to refuse an overwriting
+            self._require_absent(key)
+        if size > ONE_REQUEST or self._fenced is False:
+            self.put(key, data)
+            return
+        try:
+            self._create(key, data)
+        except NotOffered:
+            self._fenced = False
+            self.put(key, data)
+            return
+        if self._fenced is None and size <= PROOF_BYTES:
+            self._prove(key, data)
 
     def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
         check_prefix(prefix)
@@ -79,14 +112,51 @@ class ObjectBucket:
     def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
         return watch_by_polling(self, key, tag=tag, timeout=timeout)
 
-    def _write(self, key: str, data: bytes | Path, mode: Any) -> None:
-        check_key(key)
+    def _create(self, key: str, data: bytes | Path) -> None:
+        """One conditional write. Raises AlreadyExists only when the key is there: S3's 409 means "try again"."""
+        try:
+            self._send(key, data, "create")
+        except AlreadyExists:
+            try:
+                self.stat(key)
+            except NotFound:
+                raise self._conflict(key) from None
+            raise
+
+    def _prove(self, key: str, data: bytes | Path) -> None:
+        """See whether the store refuses to overwrite what was just written, by these very bytes. Without an answer the
+        next write asks again."""
+        with suppress(BucketError):
+            try:
+                self._send(key, data, "create")
+            except AlreadyExists:
+                self._fenced = True
+            else:
+                self._fenced = False
+
+    def _require_absent(self, key: str) -> None:
+        try:
+            self.stat(key)
+        except NotFound:
+            return
+        raise AlreadyExists(f"{self.url}/{key} exists already")
+
+    def _conflict(self, key: str) -> Unavailable:
+        return Unavailable(f"{self.url}/{key}: a conflicting write is in progress (HTTP 409); try again")
+
+    def _send(self, key: str, data: bytes | Path, mode: Literal["create", "overwrite"]) -> None:
+        size = _size(data)
+        options: dict[str, Any] = {"mode": mode, "use_multipart": False}
+        if size > ONE_REQUEST:
+            # Parts of one size, but for the last, as R2 wants them.
+            part = max(PART_BYTES, -(-size // PARTS))
+            options = {"use_multipart": True, "chunk_size": part, "max_concurrency": AT_ONCE}
         if isinstance(data, Path):
             with open(data, "rb") as file, self._errors(key):
-                obstore.put(self._objects, key, file, mode=mode)
+                obstore.put(self._objects, key, file, **options)
         else:
             with self._errors(key):
-                obstore.put(self._objects, key, data, mode=mode)
+                obstore.put(self._objects, key, data, **options)
 
     def _open(self, key: str, limit: int) -> Any:
         found = obstore.get(self._objects, key)
@@ -106,45 +176,28 @@ class ObjectBucket:
         try:
             yield
         except FileNotFoundError as error:
+            if what_was_said(str(error)).status:
+                raise from_obstore(where, error, scheme=self._scheme, through=self._through) from error
             raise NotFound(f"{where}: no such object (or no such bucket)") from error
         except exceptions.AlreadyExistsError as error:
             raise AlreadyExists(f"{where} exists already") from error
-        except _REFUSED as error:
-            raise AccessRefused(f"{where}: the store refused these credentials: {_first_line(error)}") from error
-        except exceptions.GenericError as error:
-            # obstore has no class for "no answer"; what it does have classes for are the answers that are final.
-            raise Unavailable(f"{where}: {_first_line(error)}") from error
-        except (exceptions.BaseError, ValueError) as error:
-            raise BucketError(f"{where}: {_first_line(error)}") from error
+        except (exceptions.BaseError, ValueError, OSError) as error:
+            raise from_obstore(where, error, scheme=self._scheme, through=self._through) from error
 
 
 def open_memory(name: str) -> ObjectBucket:
     """The memory bucket of that name: the same objects for every caller in this process."""
-    return ObjectBucket(f"memory://{name}", _memories.setdefault(name, store.MemoryStore()), poll_seconds=0.5)
-
-
-def open_cloud(scheme: str, name: str) -> ObjectBucket:
-    """The S3 or GCS bucket or Azure container `name`; account, keys and endpoint come from the environment.
-
-    Raises BadUrl if the environment lacks what this store needs.
-    """
-    url = f"{scheme}://{name}"
-    try:
-        # The clouds' own addresses are https; plain http is only what an AWS_ENDPOINT_URL names, as for boto3.
-        objects = CLOUDS[scheme](name, retry_config=_QUICK_RETRIES, allow_http=True)
-    except (exceptions.BaseError, ValueError) as error:
-        raise BadUrl(f"{url}: {_first_line(error)}; set the variables that the store's own tools use") from error
-    return ObjectBucket(url, objects, poll_seconds=2.0)
+    objects = _memories.setdefault(name, store.MemoryStore())
+    return ObjectBucket(f"memory://{name}", objects, poll_seconds=0.5, fenced=True)
 
 
 _memories: dict[str, Any] = {}
 
 
+def _size(data: bytes | Path) -> int:
+    return data.stat().st_size if isinstance(data, Path) else len(data)
+
+
 def _stat(meta: Any) -> Stat:
     tag = meta["e_tag"] or meta["version"] or meta["last_modified"].isoformat()
     return Stat(meta["path"], meta["size"], tag, meta["last_modified"].timestamp())
-
-
-def _first_line(error: Exception) -> str:
-    """obstore's message without its "Debug source", which spells out the whole request."""
-    return str(error).split("\n", 1)[0]

@@ -5,19 +5,22 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from deltawire.buckets.base import Bucket, check_key
+from deltawire.buckets.clouds import CLOUDS, open_cloud
 from deltawire.buckets.local import LocalBucket
-from deltawire.buckets.objects import CLOUDS, open_cloud, open_memory
+from deltawire.buckets.objects import open_memory
 from deltawire.buckets.wrappers import Prefix
 from deltawire.errors import BadUrl, FormatError
 
-_KNOWN = "file:///folder, memory://name, s3://bucket, gs://bucket, az://container, hf://buckets/namespace/name"
+_KNOWN = "file:///folder, /folder, ./folder, memory://name, s3://bucket, gs://bucket, az://container, hf://buckets/namespace/name"
+_FOLDER = re.compile(r"/.|(~|\.\.?)(/|$)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def open_bucket(url: str, *, create: bool = False) -> Bucket:
     """The bucket at `url`. What follows the bucket's own name is a prefix of every key.
 
-    `file:///folder` (percent-encoded, as `Path.as_uri` gives it), `memory://name` (shared by name within the process),
+    `file:///folder` (percent-encoded, as `Path.as_uri` gives it) or a path that begins with `/`, `./`, `../` or `~/`
+    (taken as it is written; `bucket.url` is then absolute), `memory://name` (shared by name within the process),
     `s3://bucket`, `gs://bucket`, `az://container` (credentials, region and endpoint from the variables that their own
     tools read) and `hf://buckets/namespace/name` (token and HF_ENDPOINT as `huggingface_hub` reads them).
 
@@ -25,6 +28,8 @@ def open_bucket(url: str, *, create: bool = False) -> Bucket:
 
     Raises BadUrl; ImportError when the store's extra is not installed; with `create` any BucketError.
     """
+    if _FOLDER.match(url):
+        return _local(Path(url).expanduser(), create=create)
     scheme, name, prefix = _split(url)
     if scheme == "file":
         return _open_folder(url, name, prefix, create=create)
@@ -59,7 +64,11 @@ def _split(url: str) -> tuple[str, str, str]:
 def _open_folder(url: str, host: str, path: str, *, create: bool) -> Bucket:
     if host not in ("", "localhost") or not path:
         raise BadUrl(f"{url}: a folder is named by its absolute path: file:///path/of/the/folder")
-    bucket = LocalBucket(Path("/" + unquote(path)))
+    return _local(Path("/" + unquote(path)), create=create)
+
+
+def _local(folder: Path, *, create: bool) -> Bucket:
+    bucket = LocalBucket(folder)
     if create:
         bucket.create()
     return bucket

@@ -1,4 +1,4 @@
-"""Buckets around a bucket: under a prefix, retrying, counting. Each is a `Bucket` itself, so they nest."""
+"""Buckets around a bucket: under a prefix, retrying, typed, counting. Each is a `Bucket` itself, so they nest."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +9,8 @@ from typing import TypeVar
 import tenacity
 
 from deltawire.buckets.base import Bucket, Stat, check_key, check_prefix, watch_by_polling
-from deltawire.errors import Unavailable
+from deltawire.buckets.refusals import from_anything
+from deltawire.errors import DeltaWireError, Unavailable
 
 T = TypeVar("T")
 
@@ -23,7 +24,11 @@ class Prefix:
         self._prefix = prefix + "/"
         self.url = f"{bucket.url}/{prefix}"
         self.poll_seconds = bucket.poll_seconds
-        self.conditional_writes = bucket.conditional_writes
+
+    @property
+    def conditional_writes(self) -> bool:
+        """That of the bucket inside, which may learn it from the first write."""
+        return self._bucket.conditional_writes
 
     def __repr__(self) -> str:
         return f"<bucket {self.url}>"
@@ -62,7 +67,49 @@ class Prefix:
         return replace(stat, key=stat.key.removeprefix(self._prefix))
 
 
-class Retry:
+class _Asking:
+    """Every verb of `bucket` goes through `_ask`, with what it is about."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+        self.url = bucket.url
+        self.poll_seconds = bucket.poll_seconds
+
+    @property
+    def conditional_writes(self) -> bool:
+        """That of the bucket inside, which may learn it from the first write."""
+        return self._bucket.conditional_writes
+
+    def stat(self, key: str) -> Stat:
+        return self._ask(lambda: self._bucket.stat(key), key)
+
+    def get(self, key: str, *, limit: int) -> bytes:
+        return self._ask(lambda: self._bucket.get(key, limit=limit), key)
+
+    def get_file(self, key: str, path: Path, *, limit: int) -> None:
+        self._ask(lambda: self._bucket.get_file(key, path, limit=limit), key)
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        self._ask(lambda: self._bucket.put(key, data), key)
+
+    def put_new(self, key: str, data: bytes | Path) -> None:
+        self._ask(lambda: self._bucket.put_new(key, data), key)
+
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
+        # Collected: a listing that breaks off halfway is asked for again from its start, so none of it may be out yet.
+        return iter(self._ask(lambda: [*self._bucket.list(prefix, after=after)], prefix))
+
+    def delete(self, *keys: str) -> None:
+        self._ask(lambda: self._bucket.delete(*keys), keys[0] if keys else "")
+
+    def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
+        return watch_by_polling(self, key, tag=tag, timeout=timeout)
+
+    def _ask(self, ask: Callable[[], T], key: str) -> T:
+        raise NotImplementedError
+
+
+class Retry(_Asking):
     """`bucket`, asked again while it is Unavailable, `attempts` times in all; any other error is final at once.
 
     Waits are random, up to `first_wait` seconds at first, then doubling up to `longest_wait`; the last error is raised
@@ -81,7 +128,7 @@ class Retry:
         longest_wait: float = 10.0,
         sleep: Callable[[float], None] = tenacity.nap.sleep,
     ) -> None:
-        self._bucket = bucket
+        super().__init__(bucket)
         self._policy = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unavailable),
             stop=tenacity.stop_after_attempt(attempts),
@@ -89,40 +136,28 @@ class Retry:
             sleep=sleep,
             reraise=True,
         )
-        self.url = bucket.url
-        self.poll_seconds = bucket.poll_seconds
-        self.conditional_writes = bucket.conditional_writes
 
     def __repr__(self) -> str:
         return f"<bucket {self.url}, retrying>"
 
-    def stat(self, key: str) -> Stat:
-        return self._insist(lambda: self._bucket.stat(key))
-
-    def get(self, key: str, *, limit: int) -> bytes:
-        return self._insist(lambda: self._bucket.get(key, limit=limit))
-
-    def get_file(self, key: str, path: Path, *, limit: int) -> None:
-        self._insist(lambda: self._bucket.get_file(key, path, limit=limit))
-
-    def put(self, key: str, data: bytes | Path) -> None:
-        self._insist(lambda: self._bucket.put(key, data))
-
-    def put_new(self, key: str, data: bytes | Path) -> None:
-        self._insist(lambda: self._bucket.put_new(key, data))
-
-    def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
-        # Collected: a listing that breaks off halfway is asked for again from its start, so none of it may be out yet.
-        return iter(self._insist(lambda: [*self._bucket.list(prefix, after=after)]))
-
-    def delete(self, *keys: str) -> None:
-        self._insist(lambda: self._bucket.delete(*keys))
-
-    def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
-        return watch_by_polling(self, key, tag=tag, timeout=timeout)
-
-    def _insist(self, ask: Callable[[], T]) -> T:
+    def _ask(self, ask: Callable[[], T], key: str) -> T:
         return self._policy.copy()(ask)
+
+
+class Typed(_Asking):
+    """`bucket`, whose every failure is a DeltaWireError, for stores written elsewhere and sources that cannot be read:
+    what else it raises is named, and is Unavailable unless no other try can help."""
+
+    def __repr__(self) -> str:
+        return f"<bucket {self.url}, typed>"
+
+    def _ask(self, ask: Callable[[], T], key: str) -> T:
+        try:
+            return ask()
+        except DeltaWireError:
+            raise
+        except Exception as error:
+            raise from_anything(f"{self.url}/{key}", error) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +178,11 @@ class Counting:
         self.traffic = Traffic()
         self.url = bucket.url
         self.poll_seconds = bucket.poll_seconds
-        self.conditional_writes = bucket.conditional_writes
+
+    @property
+    def conditional_writes(self) -> bool:
+        """That of the bucket inside, which may learn it from the first write."""
+        return self._bucket.conditional_writes
 
     def __repr__(self) -> str:
         return f"<bucket {self.url}, counting>"

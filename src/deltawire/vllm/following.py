@@ -68,7 +68,7 @@ class Following(ABC, Generic[E, R]):
         self.bucket = open_bucket(bucket_url)
         self._poll = poll if poll is not None else self.bucket.poll_seconds
         self.standing = Standing(patience=max(SILENT_AFTER, 2 * self._poll))
-        self._url, self._pin, self._trust, self._clock = bucket_url, pin, trust(trusted), clock
+        self._url, self._pin, self._trust, self._clock = self.bucket.url, pin, trust(trusted), clock
         self._on_update, self._on_problem, self._on_news = on_update, on_problem, on_news
         self._said, self._said_at = "", 0.0
         self._subscriber = Subscriber(self.bucket, trusted=self._trust)
