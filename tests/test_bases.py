@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 
 from deltawire import Publisher, Subscriber
 from deltawire.bases import base_of, open_base, resolve_base
-from deltawire.errors import AccessRefused, FormatError, NotFound, OutOfSpace, Unavailable
+from deltawire.errors import AccessRefused, BucketError, FormatError, NotFound, OutOfSpace, Unavailable
 from deltawire.manifests import BaseCheckpoint, Run
 from runs import fresh
 
@@ -34,6 +34,10 @@ HUB_ERRORS = [
     (answer(GatedRepoError, 403), AccessRefused, "accept its terms"),
     (answer(HfHubHTTPError, 403), AccessRefused, "HTTP 403"),
     (answer(HfHubHTTPError, 503), Unavailable, "HTTP 503"),
+    (answer(HfHubHTTPError, 501), BucketError, "HTTP 501"),
+    (answer(HfHubHTTPError, 400), BucketError, "HTTP 400"),
+    (OSError("I/O error: Not a directory (os error 20)"), BucketError, "HF_HOME"),
+    (RuntimeError("Task error: no answer"), Unavailable, "pass base="),
     (ConnectError("no route"), Unavailable, "pass base="),
     (OfflineModeIsEnabled("HF_HUB_OFFLINE=1"), Unavailable, "HF_HUB_OFFLINE"),
     (LocalEntryNotFoundError("not in the cache"), Unavailable, "pass base="),

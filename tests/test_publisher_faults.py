@@ -1,5 +1,6 @@
 """A captured change is never forgotten: failing stores, lost answers, killed trainers and second ones."""
 
+import errno
 import gc
 import threading
 import tracemalloc
@@ -12,8 +13,11 @@ from hypothesis import strategies as st
 from deltawire import Publisher, materialize
 from deltawire.checkpoint import Checkpoint
 from deltawire.errors import (
+    AccessRefused,
     BadDigest,
+    BucketError,
     Forked,
+    FormatError,
     MissingTensor,
     Unavailable,
 )
@@ -40,6 +44,60 @@ def test_a_failed_upload_then_a_retry_publishes_the_same_change():
     sent = bucket.sent("deltas/")
     assert len(sent) == 4
     assert len(set(sent)) == 1
+    assert equal(read_weights(bucket), served(weights))
+
+
+@pytest.mark.parametrize("raised", [AttributeError("no request"), RuntimeError("reset"), ConnectionResetError("reset")])
+@pytest.mark.parametrize("part", ["deltas/", "commits/000001", "HEAD"])
+def test_an_untyped_error_of_a_store_is_tried_again(part, raised):
+    """One of huggingface_hub's, met in outages, ended the uploader."""
+    bucket, weights = Faulty(fresh()), model()
+    with publishing(bucket) as pub:
+        pub.publish(weights)
+        pub.flush(timeout=PATIENCE)
+        bucket.plan = on_key(part, times=3, error=raised)
+        edit(weights, 1)
+        pub.publish(weights)
+        pub.flush(timeout=PATIENCE)
+    assert equal(read_weights(bucket), served(weights))
+
+
+def test_an_untyped_error_that_no_retry_mends_is_raised_by_name_and_the_uploader_goes_on():
+    bucket, weights = Faulty(fresh()), model()
+    with publishing(bucket) as pub:
+        bucket.plan, _ = down(TypeError("put_new() takes no keyword"))
+        pub.publish(weights)
+        with pytest.raises(BucketError, match=r"TypeError: put_new\(\)"):
+            pub.flush(timeout=PATIENCE)
+        bucket.plan = never
+        pub.flush(timeout=PATIENCE)
+    assert equal(read_weights(bucket), served(weights))
+
+
+def test_a_file_of_ours_that_cannot_be_read_is_named_with_the_variable_that_moves_it():
+    bucket = Faulty(fresh())
+    with publishing(bucket) as pub:
+        gone = PermissionError(errno.EACCES, "Permission denied", "/spool/model.safetensors")
+        bucket.plan = on_key("anchors/", times=1, error=gone)
+        pub.publish(model())
+        with pytest.raises(AccessRefused, match=r"/spool/model\.safetensors.*TMPDIR"):
+            pub.flush(timeout=PATIENCE)
+        pub.flush(timeout=PATIENCE)
+
+
+def test_a_head_that_cannot_be_read_does_not_end_the_uploader():
+    """On an empty bucket HEAD is written once; a damaged answer to who holds it is read again."""
+    bucket, weights = Faulty(fresh()), model()
+    with publishing(bucket) as pub:
+        bucket.plan = on_key("HEAD", after=True, times=1)
+        really, damaged = bucket.get, iter([b"{}"])
+        bucket.get = lambda key, *, limit: (
+            next(damaged, None) or really(key, limit=limit) if "HEAD" in key else really(key, limit=limit)
+        )
+        pub.publish(weights)
+        with pytest.raises(FormatError):
+            pub.flush(timeout=PATIENCE)
+        pub.flush(timeout=PATIENCE)
     assert equal(read_weights(bucket), served(weights))
 
 

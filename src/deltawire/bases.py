@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deltawire.buckets.atomic import file_system_errors
-from deltawire.errors import AccessRefused, FormatError, NotFound, Unavailable
+from deltawire.buckets.hub_refusals import local_refusal
+from deltawire.buckets.proxies import proxy_note
+from deltawire.buckets.refusals import is_later
+from deltawire.errors import AccessRefused, BucketError, FormatError, NotFound, Unavailable
 from deltawire.manifests import BaseCheckpoint, Run
 
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
@@ -52,7 +54,7 @@ def _hub_errors(what: str) -> Iterator[None]:
     """What the Hub's client raises, as the BucketError that says the same of `what`."""
     try:
         from httpx2 import HTTPError
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
     except ImportError:
         raise ImportError("a base on the Hub needs huggingface_hub: pip install 'deltawire[hub]'") from None
     try:
@@ -64,12 +66,15 @@ def _hub_errors(what: str) -> Iterator[None]:
             f"{what}: no such model on the Hub, or not for this token; check the name, or run `hf auth login`: {error}"
         ) from error
     except errors.HfHubHTTPError as error:
-        kind = AccessRefused if error.response.status_code in (401, 403) else Unavailable
-        raise kind(f"{what}: the Hub answered HTTP {error.response.status_code}: {error}") from error
-    except (HTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            with file_system_errors(what):
-                raise
+        status = error.response.status_code
+        final = AccessRefused if status in (401, 403) else BucketError
+        raise (Unavailable if is_later(status) else final)(
+            f"{what}: the Hub answered HTTP {status}: {error}"
+        ) from error
+    except (HTTPError, OSError, RuntimeError) as error:
+        if local := local_refusal(what, error):
+            raise local from error
         raise Unavailable(
-            f"{what}: no answer from the Hub; pass base=, a folder that holds the checkpoint: {error}"
+            f"{what}: no answer from the Hub{proxy_note(constants.ENDPOINT)}; pass base=, a folder that holds the "
+            f"checkpoint: {error}"
         ) from error

@@ -19,6 +19,10 @@ class TestFileBucket(BucketTests):
     def bucket(self, tmp_path: Path) -> Bucket:
         return open_bucket((tmp_path / "a bucket").as_uri(), create=True)
 
+    @pytest.fixture
+    def another(self, tmp_path: Path) -> Bucket:
+        return open_bucket((tmp_path / "a bucket").as_uri())
+
 
 def test_the_first_write_makes_the_folder_if_its_parent_exists(tmp_path: Path) -> None:
     bucket = LocalBucket(tmp_path / "bucket")

@@ -14,11 +14,17 @@ import pytest
 pytest.importorskip("huggingface_hub", reason="the hub bucket needs the extra deltawire[hub]")
 pytest.importorskip("starlette", reason="the embedded bucket server needs the extra deltawire[server]")
 
+import httpx2
+import huggingface_hub
+from huggingface_hub.errors import BucketBatchError
+
 from deltawire.buckets import Bucket, open_bucket
 from deltawire.buckets.conformance import BucketTests
 from deltawire.buckets.verified import download_verified
 from deltawire.errors import AccessRefused, BadDigest, BadUrl, BucketError, NotFound, OutOfSpace, Unavailable
 from deltawire.hub_server import HubServer
+from deltawire.tensors import equal
+from runs import PATIENCE, model, publishing, read_weights, served
 
 TOKEN = "hf_secretsecretsecret"
 
@@ -171,6 +177,134 @@ def test_a_flipped_bit_that_the_client_does_not_notice_is_noticed(
     assert list(tmp_path.iterdir()) == []
 
 
+# The client in trouble
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, bucket: Bucket, error: Exception, *, times: int = 1) -> list[int]:
+    """The first uploads fail as told; how many were tried."""
+    really, tried = bucket._api.batch_bucket_files, []
+
+    def batch(*given: object, **more: object) -> object:
+        tried.append(len(tried))
+        if len(tried) <= times:
+            raise error
+        return really(*given, **more)
+
+    monkeypatch.setattr(bucket._api, "batch_bucket_files", batch)
+    return tried
+
+
+def batch_error(*reasons: str) -> BucketBatchError:
+    """What the client raises for a batch of which some paths failed."""
+    response = httpx2.Response(422, request=httpx2.Request("POST", "http://127.0.0.1/api/buckets/me/run/batch"))
+    error = BucketBatchError("1 of 2 operations failed", response=response)
+    error.failures = [{"path": f"deltas/{number}", "error": reason} for number, reason in enumerate(reasons)]
+    return error
+
+
+@pytest.mark.usefixtures("quick_retries")
+@pytest.mark.parametrize(
+    "error",
+    [
+        batch_error("internal error"),
+        batch_error(),
+        AttributeError("'NoneType' object has no attribute 'request'"),
+        RuntimeError("Task error: connection reset"),
+        KeyError("xetHash"),
+    ],
+    ids=["failed paths", "no reason", "AttributeError", "RuntimeError", "KeyError"],
+)
+def test_a_trainer_outlives_what_passes(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    tried = failing(monkeypatch, bucket, error, times=2)
+    with publishing(bucket) as publisher:
+        publisher.publish(model())
+        publisher.flush(PATIENCE)
+    assert len(tried) > 4
+    assert equal(read_weights(bucket), served(model()))
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("storage quota exceeded", OutOfSpace),
+        ("Forbidden: you may not write here", AccessRefused),
+        ("invalid path", BucketError),
+        ("no file with this xetHash was uploaded", Unavailable),
+    ],
+)
+def test_the_reason_of_a_failed_path_says_whether_it_stays(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, reason: str, kind: type[BucketError]
+) -> None:
+    failing(monkeypatch, bucket, batch_error("try again", reason))
+    with pytest.raises(kind, match="key") as refusal:
+        bucket.put("key", b"1")
+    assert type(refusal.value) is kind
+
+
+def test_a_wrong_call_of_the_client_is_final_and_named(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, bucket, TypeError("batch_bucket_files() got an unexpected keyword argument"))
+    with pytest.raises(BucketError, match=r"key.*TypeError: batch_bucket_files") as refusal:
+        bucket.put("key", b"1")
+    assert not isinstance(refusal.value, Unavailable)
+
+
+OF_THIS_HOST = """
+import os, sys
+from deltawire import open_bucket
+from deltawire.errors import BucketError
+try:
+    open_bucket(sys.argv[1]).put("key", bytes(1000))
+except BucketError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("variable", ["HF_XET_CACHE", "HF_HOME"])
+def test_a_cache_folder_that_cannot_be_used_is_named_with_the_variable_that_moves_it(
+    bucket: Bucket, tmp_path: Path, variable: str
+) -> None:
+    (tmp_path / "file").touch()
+    setting = {"HF_HOME": str(tmp_path), variable: str(tmp_path / "file" / "cache")}
+    clean = {name: value for name, value in os.environ.items() if name != "HF_XET_CACHE"}
+    done = subprocess.run(
+        [sys.executable, "-c", OF_THIS_HOST, bucket.url],
+        env=clean | setting,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    kind, _, said = done.stdout.splitlines()[-1].partition(" ")  # hf_xet prints a line of its own
+    assert kind == "BucketError", done
+    assert str(tmp_path / "file" / "cache") in said
+    assert variable in said
+
+
+@pytest.mark.parametrize("variables", [("HTTP_PROXY", "http_proxy"), ("ALL_PROXY",)])
+def test_a_server_on_loopback_is_never_asked_through_a_proxy(
+    hub: str, monkeypatch: pytest.MonkeyPatch, variables: tuple[str, ...]
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")
+    for name in variables:
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    huggingface_hub.close_session()
+    open_bucket(bucket_url := f"hf://buckets/me/{uuid.uuid4().hex}", create=True).put("key", os.urandom(100_000))
+    assert open_bucket(bucket_url).stat("key").size == 100_000
+
+
+def test_a_proxy_in_the_way_is_named_without_its_password(
+    environment: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://user:secret@127.0.0.1:1")
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    huggingface_hub.close_session()
+    with pytest.raises(Unavailable, match=r"through the proxy 127\.0\.0\.1:1 that HTTP_PROXY names") as refusal:
+        open_bucket("hf://buckets/me/run", create=True)
+    huggingface_hub.close_session()
+    assert "secret" not in str(refusal.value)
+
+
 class _Refusal(BaseHTTPRequestHandler):
     status = 0
 
@@ -213,8 +347,17 @@ def test_a_refused_token_names_the_endpoint_and_never_the_token(refusing: str, t
     ):
         with pytest.raises(AccessRefused, match=refusing) as refusal:
             verb()
+        assert ("may not" in str(refusal.value)) == ("403" in str(refusal.value))
         assert "HF_TOKEN" in str(refusal.value)
         assert TOKEN not in f"{refusal.value!r} {refusal.value.__cause__!r} {bucket!r}"
+
+
+@pytest.mark.parametrize("refusing", [401], indirect=True)
+def test_without_a_token_the_refusal_says_that_none_is_set(refusing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nowhere")
+    with pytest.raises(AccessRefused, match=r"no token is set.*hf auth login"):
+        open_bucket("hf://buckets/me/run", create=True)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +367,7 @@ def test_a_refused_token_names_the_endpoint_and_never_the_token(refusing: str, t
         (429, Unavailable),
         (500, Unavailable),
         (503, Unavailable),
+        (501, BucketError),
         (507, OutOfSpace),
         (400, BucketError),
     ],

@@ -3,6 +3,7 @@
 import pytest
 
 from deltawire import Publisher, materialize, open_bucket
+from deltawire.buckets import objects
 from deltawire.buckets.conformance import BucketTests
 from deltawire.buckets.faulty import Faulty, at
 from deltawire.errors import AlreadyExists, Forked, NotFound, Unavailable
@@ -16,9 +17,17 @@ def s3(s3_url):
 
 
 class TestS3(BucketTests):
+    large = 5 << 20
+
     @pytest.fixture
-    def bucket(self, s3):
+    def bucket(self, s3, monkeypatch):
+        monkeypatch.setattr(objects, "ONE_REQUEST", self.large)
+        monkeypatch.setattr(objects, "PART_BYTES", self.large)
         return s3
+
+    @pytest.fixture
+    def another(self, s3_url):
+        return open_bucket(s3_url)
 
 
 def test_put_new_is_fenced_by_the_store_itself(s3):

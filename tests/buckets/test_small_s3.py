@@ -51,6 +51,12 @@ def plain(request):
         yield store
 
 
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(objects, "ONE_REQUEST", 5 << 20)
+    monkeypatch.setattr(objects, "PART_BYTES", 5 << 20)
+
+
 class TestSmallS3(BucketTests):
     @pytest.fixture
     def bucket(self, s3):
@@ -58,8 +64,14 @@ class TestSmallS3(BucketTests):
 
 
 class TestWithoutConditions(BucketTests):
+    large = 5 << 20
+
     @pytest.fixture
-    def bucket(self, plain):
+    def bucket(self, plain, small_parts):
+        return open_bucket("s3://b/prefix")
+
+    @pytest.fixture
+    def another(self, plain):
         return open_bucket("s3://b/prefix")
 
 
@@ -272,12 +284,6 @@ def test_a_read_that_breaks_off_is_unavailable_and_leaves_the_old_file(s3, tmp_p
 
 
 # Large objects
-
-
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(objects, "ONE_REQUEST", 5 << 20)
-    monkeypatch.setattr(objects, "PART_BYTES", 5 << 20)
 
 
 @pytest.mark.parametrize("verb", ["put", "put_new"])

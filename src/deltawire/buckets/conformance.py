@@ -47,6 +47,14 @@ class BucketTests:
     def bucket(self) -> Bucket:
         raise NotImplementedError("a subclass of BucketTests gives the fixture `bucket`: an empty bucket")
 
+    @pytest.fixture
+    def another(self, bucket: Bucket) -> Bucket:
+        """The same store opened a second time, as by another process. A subclass gives it where that is possible."""
+        return bucket
+
+    large = 0
+    """bytes above which the store takes an object apart (lower it for the tests); 0 for a store that never does"""
+
     # Reading and writing
 
     def test_what_was_put_is_what_one_gets(self, bucket: Bucket) -> None:
@@ -181,6 +189,7 @@ class BucketTests:
                 bucket.put_new("commits/1", bytes([number]) * 10_000)
                 won.append(number)
             except AlreadyExists:
+                bucket.stat("commits/1")  # AlreadyExists promises that it is there: "conflict, retry" is Unavailable
                 lost.append(number)
 
         writers = [threading.Thread(target=write, args=(number,)) for number in range(8)]
@@ -190,6 +199,37 @@ class BucketTests:
             writer.join()
         assert (len(won), len(lost)) == (1, 7)
         assert bucket.get("commits/1", limit=10_000) == bytes(won) * 10_000
+
+    def test_what_one_client_wrote_another_does_not_write_over(self, bucket: Bucket, another: Bucket) -> None:
+        for number in range(3):  # the first write of a client may be the one by which it learns what the store can
+            bucket.put_new(f"commits/{number}", b"first")
+            with pytest.raises(AlreadyExists):
+                another.put_new(f"commits/{number}", b"second")
+            another.put_new(f"commits/other-{number}", b"first")
+            with pytest.raises(AlreadyExists):
+                bucket.put_new(f"commits/other-{number}", b"second")
+        assert {bucket.get(stat.key, limit=6) for stat in bucket.list()} == {b"first"}
+        assert bucket.conditional_writes == another.conditional_writes
+
+    @pytest.mark.parametrize("verb", ["put", "put_new"])
+    def test_a_large_object_comes_back_whole_and_is_no_more_overwritten_than_a_small_one(
+        self, bucket: Bucket, tmp_path: Path, verb: str
+    ) -> None:
+        if not self.large:
+            pytest.skip(f"{bucket.url} sends every object in one piece")
+        data = os.urandom(2 * self.large + 1)
+        (tmp_path / "large").write_bytes(data)
+        for key, source in (("path", tmp_path / "large"), ("bytes", data)):
+            getattr(bucket, verb)(key, source)
+            assert bucket.stat(key).size == len(data)
+            bucket.get_file(key, tmp_path / "out", limit=len(data))
+            assert (tmp_path / "out").read_bytes() == data
+            with pytest.raises(AlreadyExists):
+                bucket.put_new(key, tmp_path / "large")
+            bucket.put(key, b"small")
+            with pytest.raises(AlreadyExists):
+                bucket.put_new(key, tmp_path / "large")
+            assert bucket.get(key, limit=5) == b"small"
 
     def test_a_reader_during_an_overwrite_sees_the_old_bytes_or_the_new(self, bucket: Bucket) -> None:
         contents = [bytes([number]) * 50_000 for number in range(2)]

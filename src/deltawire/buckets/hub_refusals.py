@@ -43,7 +43,8 @@ def local_refusal(where: str, error: Exception) -> BucketError | None:
     if number not in _OF_FILES:
         return None
     folder, variable = cache_folder()
-    path = (error.filename if isinstance(error, OSError) else None) or folder
+    path = str((error.filename if isinstance(error, OSError) else None) or folder)
+    variable = variable if path.startswith(folder) else "HF_HOME"
     what = f"{where}: the Hub's client cannot use {path} on this host ({variable} moves it)"
     return of_this_host(what, OSError(number, os.strerror(number or 0)))
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deltawire.buckets.proxies import is_loopback, proxy_note
 from deltawire.errors import BadAnswer, EngineError, EngineUnavailable, EngineUnsupported, Quarantined
 from deltawire.manifests import Position
 from deltawire.vllm.answers import Done, Models, Paused, Results, WeightInfo, decoded
@@ -22,8 +23,6 @@ LIMITS = httpx.Limits(keepalive_expiry=2.0)
 """seconds an idle connection is used again: fewer than the 5 after which vLLM closes it"""
 BROKEN_OFF = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
 """a connection that ended under a request: an idle one that vLLM closed, or vLLM going away"""
-DIRECT = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
-"""hosts that are never reached through a proxy, whatever the environment says"""
 
 
 class EngineClient(Engine):
@@ -36,8 +35,10 @@ class EngineClient(Engine):
         self.url, login = _address(url)
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        # This host is never reached through a proxy, whatever the environment says.
+        direct = {f"all://{httpx.URL(self.url).netloc.decode()}": None} if is_loopback(self.url) else {}
         self._http = httpx.Client(
-            base_url=self.url, auth=login, headers=headers, timeout=timeout, limits=LIMITS, mounts=DIRECT
+            base_url=self.url, auth=login, headers=headers, timeout=timeout, limits=LIMITS, mounts=direct
         )
 
     def __enter__(self) -> "EngineClient":
@@ -118,7 +119,8 @@ class EngineClient(Engine):
                 f"{self.url} broke off before it answered {path} ({error or 'no reason'})"
             ) from None
         except httpx.HTTPError as error:
-            raise EngineUnavailable(f"{self.url} does not answer ({error}): is vLLM running there?") from None
+            through = proxy_note(self.url)
+            raise EngineUnavailable(f"{self.url} does not answer ({error}){through}: is vLLM running there?") from None
         if status >= 400:
             raise self._refusal(path, status, answer.decode(errors="replace"))
         return answer
