@@ -312,8 +312,8 @@ class Publisher:
         """Wait until everything captured is committed; the newest position. An upload that failed is tried again at
         once.
 
-        Raises what stops the upload when waiting cannot help (any BucketError but Unavailable; Forked), Unavailable when
-        `timeout` seconds were not enough. Nothing is forgotten: call again, or publish on.
+        Raises what stops the upload when waiting cannot help: any BucketError but Unavailable, or Forked. Raises
+        Unavailable when `timeout` seconds were not enough. Nothing is forgotten: call again, or publish on.
         """
         self._require_owner()
         with self._lock:
