@@ -1,6 +1,7 @@
 """A small S3 over real HTTP that answers as told: what moto cannot do, a store that refuses, conflicts or ignores."""
 
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -155,6 +156,13 @@ class _Handler(BaseHTTPRequestHandler):
             return 400, b"<Error><Code>InvalidArgument</Code><Message>only one way to sign</Message></Error>", {}
         if self.store.elsewhere is not None and asked.method == "GET" and "X-Amz-Signature" not in asked.query:
             return 302, b"", {"Location": f"{self.store.elsewhere}/signed/{quote(asked.key)}?X-Amz-Signature=abc"}
+        if asked.headers.get("if-match", tag := self.about(asked.key)["ETag"]) != tag:
+            return 412, b"<Error><Code>PreconditionFailed</Code></Error>", {}
+        if found := re.fullmatch(r"bytes=(\d+)-(\d+)", asked.headers.get("range", "")):
+            whole, (first, last) = self.store.objects[asked.key], map(int, found.groups())
+            part = whole[first : last + 1]
+            place = {"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(whole)}"}
+            return 206, part, self.about(asked.key) | place
         return 200, self.store.objects[asked.key], self.about(asked.key)
 
     def create(self, asked: Asked, body: bytes) -> tuple[int, bytes, dict[str, str]]:

@@ -218,6 +218,15 @@ def test_where_the_condition_is_ignored_a_replaced_commit_is_found_at_the_next(p
 # Final, and later
 
 
+def test_where_conditions_are_switched_off_by_the_environment_a_look_comes_first(s3, monkeypatch):
+    monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
+    bucket = open_bucket("s3://b")
+    bucket.put_new("key", b"1")
+    assert not bucket.conditional_writes
+    with pytest.raises(AlreadyExists):
+        bucket.put_new("key", b"2")
+
+
 @pytest.mark.parametrize(
     ("answer", "kind", "says"),
     [
@@ -300,6 +309,31 @@ def test_a_large_object_goes_in_equal_parts_and_a_failed_one_leaves_none(s3, sma
     assert bucket.get("large", limit=len(data)) == data
     sizes = [asked.size for asked in sorted(s3.requests("PUT"), key=lambda asked: asked.query["partNumber"])]
     assert sizes == [5 << 20, 5 << 20, (2 << 20) + 5]
+
+
+def test_a_large_object_is_fetched_in_pieces_none_of_which_takes_long(s3, small_parts, tmp_path):
+    """obstore gives up on a request after some time, whatever has arrived: a whole anchor never would."""
+    bucket, data = open_bucket("s3://b"), os.urandom((12 << 20) + 5)
+    bucket.put("large", data)
+    s3.plan = once("GET", "large", Answer(503), times=2)
+    bucket.get_file("large", tmp_path / "out", limit=len(data))
+    assert (tmp_path / "out").read_bytes() == bucket.get("large", limit=len(data)) == data
+    ranges = [asked.headers["range"] for asked in s3.requests("GET") if "range" in asked.headers]
+    assert ranges[:3] == ["bytes=0-5242879", "bytes=5242880-10485759", f"bytes=10485760-{len(data) - 1}"]
+
+
+def test_a_large_object_that_changes_while_it_is_fetched_is_no_mixture(s3, small_parts, tmp_path):
+    bucket = open_bucket("s3://b")
+    bucket.put("large", bytes(11 << 20))
+
+    def change(asked):
+        if asked.headers.get("range", "").startswith("bytes=5242880"):
+            s3.store("large", b"1" * (11 << 20))
+
+    s3.plan = change
+    with pytest.raises(BucketError, match="large"):
+        bucket.get_file("large", tmp_path / "out", limit=11 << 20)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_large_object_is_not_written_over_another(s3, small_parts):

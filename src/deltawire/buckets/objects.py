@@ -14,13 +14,14 @@ from deltawire.buckets.refusals import NotOffered, from_obstore, what_was_said
 from deltawire.errors import AlreadyExists, BucketError, NotFound, TooLarge, Unavailable
 
 ONE_REQUEST = 32 << 20
-"""bytes up to which an object is sent in one request; a larger one goes in parts, of which few are in memory"""
+"""bytes up to which an object travels in one request; a larger one is sent in parts, of which few are in memory, and
+fetched in pieces of this size: obstore gives up on a request that takes long, however much of it has arrived"""
 PART_BYTES = 8 << 20
 PARTS = 10_000
 """how many parts S3 takes"""
 AT_ONCE = 4
 """parts on their way together"""
-PROOF_BYTES = 64 << 10
+PROOF_BYTES = 4 << 20
 """bytes up to which a write may be sent twice, to see whether the store refuses the second"""
 
 
@@ -58,7 +59,8 @@ class ObjectBucket:
     def get(self, key: str, *, limit: int) -> bytes:
         check_key(key)
         with self._errors(key):
-            return bytes(self._open(key, limit).bytes())
+            found = self._open(key, limit)
+        return b"".join(bytes(chunk) for chunk in self._chunks(found, key))
 
     def get_file(self, key: str, path: Path, *, limit: int) -> None:
         check_key(key)
@@ -167,8 +169,14 @@ class ObjectBucket:
 
     def _chunks(self, found: Any, key: str) -> Iterator[Any]:
         """What arrives, in order; the store's errors are named here so that they are not taken for the disk's."""
+        size, tag = found.meta["size"], found.meta["e_tag"]
         with self._errors(key):
-            yield from found.stream()
+            if size <= ONE_REQUEST:
+                yield from found.stream()
+                return
+            for start in range(0, size, ONE_REQUEST):
+                piece: Any = {"range": (start, min(start + ONE_REQUEST, size)), "if_match": tag}
+                yield from obstore.get(self._objects, key, options=piece).stream()
 
     @contextmanager
     def _errors(self, key: str) -> Iterator[None]:
@@ -181,7 +189,7 @@ class ObjectBucket:
             raise NotFound(f"{where}: no such object (or no such bucket)") from error
         except exceptions.AlreadyExistsError as error:
             raise AlreadyExists(f"{where} exists already") from error
-        except (exceptions.BaseError, ValueError, OSError) as error:
+        except (exceptions.BaseError, ValueError, OSError, NotImplementedError) as error:
             raise from_obstore(where, error, scheme=self._scheme, through=self._through) from error
 
 

@@ -6,6 +6,8 @@
 import re
 from typing import NamedTuple
 
+from obstore import exceptions
+
 from deltawire.buckets.atomic import file_system_error
 from deltawire.errors import AccessRefused, BucketError, NotFound, OutOfSpace, Unavailable
 
@@ -144,7 +146,11 @@ def from_obstore(where: str, error: Exception, *, scheme: str, through: str) -> 
         return from_status(where, said, text + (through if is_later(said.status) or said.status == 407 else ""))
     if "redirect without LOCATION" in text:
         return BucketError(f"{where}: HTTP 301: {_REGION}")
-    return Unavailable(f"{where}: {text}{through}")
+    if isinstance(error, NotImplementedError | exceptions.NotSupportedError):
+        return NotOffered(f"{where}: {text}")
+    # obstore has no class for "no answer": where none came, or half of one, it is the general one.
+    kind = Unavailable if isinstance(error, exceptions.GenericError | OSError) else BucketError
+    return kind(f"{where}: {text}{through if kind is Unavailable else ''}")
 
 
 def from_anything(where: str, error: Exception) -> BucketError:
