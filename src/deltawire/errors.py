@@ -7,6 +7,7 @@ DeltaWireError
     Unavailable       no answer, or an answer that says "later": the only one worth retrying
     AccessRefused     the store knows us and says no, or does not know our token
     OutOfSpace        the disk, or the store's quota, is full
+    NotOffered        the store has no such operation
     BadUrl            not an address of a bucket
   FormatError       these bytes are not a file we accept
     Truncated         shorter than it says it is
@@ -68,6 +69,10 @@ class AccessRefused(BucketError):
 
 class OutOfSpace(BucketError):
     """The disk or the store's quota is full."""
+
+
+class NotOffered(BucketError):
+    """The store has no such operation, or not under this condition (HTTP 501)."""
 
 
 class BadUrl(BucketError):

@@ -3,6 +3,8 @@
 import itertools
 import shutil
 import threading
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from small import Fused, SmallRun, make_weights
@@ -116,6 +118,16 @@ def test_a_server_with_another_backend_is_told_the_flag(run, engine, follower):
     engine.replica = None
     with pytest.raises(EngineUnsupported, match="weight-transfer-config"):
         follower.step()
+
+
+def test_a_folder_named_from_here_reaches_the_server_by_its_whole_path(run, engine, monkeypatch):
+    """The server's working directory is another one."""
+    folder = Path(unquote(run.url.removeprefix("file://")))
+    monkeypatch.chdir(folder.parent)
+    with Follower(f"./{folder.name}", engine.url) as follower:
+        monkeypatch.chdir("/")
+        follower.step()
+    assert_at_rest(engine, run, 0)
 
 
 def test_the_api_key_of_the_environment_is_sent_and_never_shown(run, engine, monkeypatch):

@@ -10,8 +10,8 @@ from obstore import exceptions, store
 
 from deltawire.buckets.atomic import replacing
 from deltawire.buckets.base import Stat, check_key, check_prefix, is_key, watch_by_polling
-from deltawire.buckets.refusals import NotOffered, from_obstore, what_was_said
-from deltawire.errors import AlreadyExists, BucketError, NotFound, TooLarge, Unavailable
+from deltawire.buckets.refusals import from_obstore, what_was_said
+from deltawire.errors import AlreadyExists, BucketError, NotFound, NotOffered, TooLarge, Unavailable
 
 ONE_REQUEST = 32 << 20
 """bytes up to which an object travels in one request; a larger one is sent in parts, of which few are in memory, and

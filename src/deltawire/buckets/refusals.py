@@ -9,11 +9,7 @@ from typing import NamedTuple
 from obstore import exceptions
 
 from deltawire.buckets.atomic import file_system_error
-from deltawire.errors import AccessRefused, BucketError, NotFound, OutOfSpace, Unavailable
-
-
-class NotOffered(BucketError):
-    """The store has no such operation, or not with these headers (HTTP 501)."""
+from deltawire.errors import AccessRefused, BucketError, NotFound, NotOffered, OutOfSpace, Unavailable
 
 
 class Said(NamedTuple):
