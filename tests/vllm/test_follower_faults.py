@@ -3,8 +3,6 @@
 import itertools
 import shutil
 import threading
-from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 from small import Fused, SmallRun, make_weights
@@ -120,14 +118,14 @@ def test_a_server_with_another_backend_is_told_the_flag(run, engine, follower):
         follower.step()
 
 
-def test_a_folder_named_from_here_reaches_the_server_by_its_whole_path(run, engine, monkeypatch):
+def test_a_folder_named_from_here_reaches_the_server_by_its_whole_path(tmp_path, monkeypatch):
     """The server's working directory is another one."""
-    folder = Path(unquote(run.url.removeprefix("file://")))
-    monkeypatch.chdir(folder.parent)
-    with Follower(f"./{folder.name}", engine.url) as follower:
-        monkeypatch.chdir("/")
-        follower.step()
-    assert_at_rest(engine, run, 0)
+    monkeypatch.chdir(tmp_path)
+    with SmallRun(tmp_path / "bucket") as run, StubEngine(run.model()) as engine:
+        with Follower("./bucket", engine.url) as follower:
+            monkeypatch.chdir("/")
+            follower.step()
+        assert_at_rest(engine, run, 0)
 
 
 def test_the_api_key_of_the_environment_is_sent_and_never_shown(run, engine, monkeypatch):
