@@ -78,10 +78,11 @@ def test_a_file_of_ours_that_cannot_be_read_is_named_with_the_variable_that_move
     bucket = Faulty(fresh())
     with publishing(bucket) as pub:
         gone = PermissionError(errno.EACCES, "Permission denied", "/spool/model.safetensors")
-        bucket.plan = on_key("anchors/", times=1, error=gone)
+        bucket.plan, _ = down(gone)
         pub.publish(model())
         with pytest.raises(AccessRefused, match=r"/spool/model\.safetensors.*TMPDIR"):
             pub.flush(timeout=PATIENCE)
+        bucket.plan = never
         pub.flush(timeout=PATIENCE)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from deltawire import manifests
-from deltawire.buckets.base import Bucket
+from deltawire.buckets.base import Bucket, fenced
 from deltawire.errors import AlreadyExists, ChainError, Forked, FormatError, NotFound, Unavailable
 from deltawire.manifests import (
     HEAD_KEY,
@@ -61,8 +61,8 @@ class Attempt:
     def key_in(self, bucket: Bucket) -> str:
         """The key of its commit. Its number alone is the fence against a second writer where a store has one; where
         not, the record's hash in it keeps either from overwriting the other, so that a fork shows."""
-        fenced = bucket.conditional_writes
-        return commit_key(self.run.run, self.commit.version, None if fenced else self.hash)
+        number_alone = fenced(bucket, f"runs/{self.run.run}")
+        return commit_key(self.run.run, self.commit.version, None if number_alone else self.hash)
 
 
 def append(bucket: Bucket, attempt: Attempt, *, on_step: Callable[[str], None] = lambda step: None) -> None:

@@ -1,6 +1,7 @@
 """S3 as stores really answer: conflicts, conditions that are ignored, refusals that are final, lost ones, proxies."""
 
 import os
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -175,7 +176,7 @@ def test_a_store_that_keeps_its_condition_is_proved_once(s3):
     for number in range(4):
         bucket.put_new(f"commits/{number}", b"x")
     assert bucket.conditional_writes
-    assert len(s3.requests("PUT")) == 5
+    assert len(s3.requests("PUT")) == 6
 
 
 def test_a_store_that_ignores_or_lacks_the_condition_says_so_after_the_first_write(plain):
@@ -216,16 +217,26 @@ def test_through_the_gateway_of_the_hub_the_second_of_two_trainers_is_refused_by
         assert all("if-none-match" in asked.headers for asked in store.requests("PUT", "commits/"))
 
 
-def test_where_the_condition_is_ignored_a_replaced_commit_is_found_at_the_next(plain):
+@pytest.mark.parametrize("changes", [0, 1])
+def test_where_the_condition_is_ignored_no_commit_is_ever_written_over(plain, changes):
+    """From a process's first append on, and if that has no payload: a commit's key holds its hash there."""
     weights = model()
-    with pytest.raises(Forked, match="was replaced"), publishing(open_bucket("s3://b/run")) as first:
-        first.publish(weights)
-        first.flush(PATIENCE)
-        (commit,) = [key for key in plain.objects if "/commits/" in key]
-        plain.store(commit, plain.objects[commit].replace(b'"created"', b'"writer":"elsewhere","created"'))
+    publish_all(open_bucket("s3://b/run"), weights)
+    for _ in range(changes):
         edit(weights, 1)
-        first.publish(weights)
-        first.flush(PATIENCE)
+    publish_all(open_bucket("s3://b/run"), weights)
+    assert len([key for key in plain.objects if re.search(r"/commits/00000\d-\w+\.json$", key)]) == 2
+
+
+def test_the_probe_is_removed_where_that_is_allowed_and_harmless_where_not(s3):
+    bucket = open_bucket("s3://b/run")
+    bucket.put_new("commits/0", b"x")
+    assert sorted(s3.objects) == ["run/commits/0"]
+    s3.plan = lambda asked: Answer(403, "AccessDenied") if asked.method in ("POST", "DELETE") else None
+    again = open_bucket("s3://b/run")
+    again.put_new("commits/1", b"x")
+    assert again.conditional_writes
+    assert len(s3.objects) == 3
 
 
 # Final, and later

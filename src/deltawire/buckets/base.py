@@ -44,7 +44,7 @@ class Bucket(Protocol):
     @property
     def conditional_writes(self) -> bool:
         """Whether `put_new` is atomic against a concurrent writer. Where False it is stat-then-put. A store that can
-        only find out by writing may say True until its first `put_new`; ask again before each append."""
+        only find out by writing says True until then, and has a verb `prove(folder)`; see `fenced`."""
         ...
 
     def stat(self, key: str) -> Stat:
@@ -82,6 +82,12 @@ class Bucket(Protocol):
     def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
         """Wait until `key` exists with a tag other than `tag`, at most `timeout` seconds. None when time ran out."""
         ...
+
+
+def fenced(bucket: Bucket, folder: str) -> bool:
+    """Whether `put_new` is atomic in a bucket, proved by an object below `folder` if need be. Raises BucketError."""
+    prove: Callable[[str], bool] | None = getattr(bucket, "prove", None)
+    return bucket.conditional_writes if prove is None else prove(folder)
 
 
 def check_key(key: str) -> None:

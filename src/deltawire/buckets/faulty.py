@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from deltawire.buckets.base import Bucket, Stat, watch_by_polling
+from deltawire.buckets.base import Bucket, Stat, fenced, watch_by_polling
 from deltawire.errors import Unavailable
 
 Kind = Literal[
@@ -104,6 +104,9 @@ class Faulty:
     @conditional_writes.setter
     def conditional_writes(self, value: bool) -> None:
         self._denied = value
+
+    def prove(self, folder: str) -> bool:
+        return fenced(self._bucket, folder) if self._denied is None else self._denied
 
     def __repr__(self) -> str:
         return f"<bucket {self.url}, faulty>"

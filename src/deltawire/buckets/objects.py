@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal
 
 import obstore
@@ -21,17 +22,15 @@ PARTS = 10_000
 """how many parts S3 takes"""
 AT_ONCE = 4
 """parts on their way together"""
-PROOF_BYTES = 4 << 20
-"""bytes up to which a write may be sent twice, to see whether the store refuses the second"""
 
 
 class ObjectBucket:
     """The objects of one obstore store.
 
-    `put_new` is atomic where the store honours `If-None-Match`. Whether it does is proved by the first small object
-    written: it is sent a second time, and must be refused. A store that ignores the condition, or answers 501 to it, is
-    written to by stat-then-put from then on, and `conditional_writes` says so. An object of more than 32 MiB is sent in
-    parts, which cannot be conditional, so it is stat-then-put on every store: give such keys their content's hash.
+    `put_new` is atomic where the store honours `If-None-Match`, which is proved before the first. A store that ignores
+    the condition, or answers 501 to it, is written to by stat-then-put, and `conditional_writes` says so. An object of
+    more than 32 MiB is sent in parts, which cannot be conditional, so it is stat-then-put on every store: give such
+    keys their content's hash.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class ObjectBucket:
 
     @property
     def conditional_writes(self) -> bool:
-        """True until the store has shown that it has none."""
+        """True until `prove` has shown that the store has none."""
         return self._fenced is not False
 
     def stat(self, key: str) -> Stat:
@@ -79,20 +78,33 @@ class ObjectBucket:
 
     def put_new(self, key: str, data: bytes | Path) -> None:
         check_key(key)
-        size = _size(data)
-        if size > ONE_REQUEST or not self._fenced:  # nothing is known to refuse an overwriting
-            self._require_absent(key)
-        if size > ONE_REQUEST or self._fenced is False:
-            self.put(key, data)
+        large, fenced = _size(data) > ONE_REQUEST, self.prove(key.rpartition("/")[0])
+        if fenced and not large:
+            self._create(key, data)
             return
         try:
-            self._create(key, data)
-        except NotOffered:
-            self._fenced = False
+            self.stat(key)
+        except NotFound:
             self.put(key, data)
-            return
-        if self._fenced is None and size <= PROOF_BYTES:
-            self._prove(key, data)
+        else:
+            raise AlreadyExists(f"{self.url}/{key} exists already")
+
+    def prove(self, folder: str) -> bool:
+        """Whether `put_new` is atomic here. Asked of the store once: an object below `folder` is written twice, which
+        must fail the second time, and removed. Raises BucketError."""
+        if self._fenced is None:
+            key = f"{folder}/probe-{token_hex(8)}".lstrip("/")
+            try:
+                for _ in range(2):
+                    self._create(key, b"probe")
+                self._fenced = False
+            except AlreadyExists:
+                self._fenced = True
+            except NotOffered:
+                self._fenced = False
+            with suppress(BucketError):  # credentials that may not delete leave a few bytes
+                self.delete(key)
+        return self._fenced
 
     def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
         check_prefix(prefix)
@@ -124,24 +136,6 @@ class ObjectBucket:
             except NotFound:
                 raise self._conflict(key) from None
             raise
-
-    def _prove(self, key: str, data: bytes | Path) -> None:
-        """See whether the store refuses to overwrite what was just written, by these very bytes. Without an answer the
-        next write asks again."""
-        with suppress(BucketError):
-            try:
-                self._send(key, data, "create")
-            except AlreadyExists:
-                self._fenced = True
-            else:
-                self._fenced = False
-
-    def _require_absent(self, key: str) -> None:
-        try:
-            self.stat(key)
-        except NotFound:
-            return
-        raise AlreadyExists(f"{self.url}/{key} exists already")
 
     def _conflict(self, key: str) -> Unavailable:
         return Unavailable(f"{self.url}/{key}: a conflicting write is in progress (HTTP 409); try again")

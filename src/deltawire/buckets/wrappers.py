@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import tenacity
 
-from deltawire.buckets.base import Bucket, Stat, check_key, check_prefix, watch_by_polling
+from deltawire.buckets.base import Bucket, Stat, check_key, check_prefix, fenced, watch_by_polling
 from deltawire.buckets.refusals import from_anything
 from deltawire.errors import DeltaWireError, Unavailable
 
@@ -27,8 +27,11 @@ class Prefix:
 
     @property
     def conditional_writes(self) -> bool:
-        """That of the bucket inside, which may learn it from the first write."""
+        """That of the bucket inside, which may have to `prove` it."""
         return self._bucket.conditional_writes
+
+    def prove(self, folder: str) -> bool:
+        return fenced(self._bucket, self._prefix + folder)
 
     def __repr__(self) -> str:
         return f"<bucket {self.url}>"
@@ -77,8 +80,11 @@ class _Asking:
 
     @property
     def conditional_writes(self) -> bool:
-        """That of the bucket inside, which may learn it from the first write."""
+        """That of the bucket inside, which may have to `prove` it."""
         return self._bucket.conditional_writes
+
+    def prove(self, folder: str) -> bool:
+        return self._ask(lambda: fenced(self._bucket, folder), folder)
 
     def stat(self, key: str) -> Stat:
         return self._ask(lambda: self._bucket.stat(key), key)
@@ -181,8 +187,11 @@ class Counting:
 
     @property
     def conditional_writes(self) -> bool:
-        """That of the bucket inside, which may learn it from the first write."""
+        """That of the bucket inside, which may have to `prove` it."""
         return self._bucket.conditional_writes
+
+    def prove(self, folder: str) -> bool:
+        return fenced(self._bucket, folder)
 
     def __repr__(self) -> str:
         return f"<bucket {self.url}, counting>"
