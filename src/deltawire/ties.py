@@ -148,8 +148,10 @@ def _transformers_ties(folder: Path) -> Ties:
     if torch is None or transformers is None:
         return {}
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         kind = getattr(transformers, config.architectures[0])
+        if not issubclass(kind, transformers.PreTrainedModel):
+            return {}
         with torch.device("meta"):
             return dict(kind(config).all_tied_weights_keys)
     except Exception:  # no such model, or a config it does not take: then nothing is known

@@ -309,6 +309,19 @@ def test_an_untied_server_has_both_of_its_tensors_patched_from_the_one(tmp_path)
     assert dw.equal(followed.state_dict(), in_bf16(trained).state_dict())
 
 
+def test_an_untied_server_whose_head_is_of_another_version_is_at_none(tmp_path):
+    trained = model()
+    bucket = published(tmp_path, trained, base=saved(trained, tmp_path / "base"), steps=1)
+    followed = model(1, tied=False).bfloat16()
+    followed.load_state_dict(in_bf16(trained).state_dict())
+    with torch.no_grad():
+        followed.lm_head.weight.zero_()
+    with follow(followed, bucket.url) as follower:
+        assert follower.position is None
+        assert follower.step().version == 1
+    assert dw.equal(followed.state_dict(), in_bf16(trained).state_dict())
+
+
 def test_an_anchor_that_holds_a_tensor_under_both_names_is_refused(tmp_path):
     """As a writer would leave it that copied a base whole: its second copy would be a version behind at the next."""
     trained = model()
