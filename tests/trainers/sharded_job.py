@@ -509,9 +509,15 @@ def tied(folder):
     for place, options in (("zeros", {}), ("alone", {"base": base})):
         bucket = dw.open_bucket(f"file://{folder}/{place}")
         pairs = [*model.state_dict().items()]
-        if options:  # the head by its own name only
-            pairs = [pair for pair in pairs if pair[0] != "embed_tokens.weight"]
         with dw.Publisher(bucket, process_group=dist.group.WORLD, **options) as pub:
+            expect(
+                kind,
+                why,
+                lambda pub=pub, given=pairs: publish(pub, breaking(given, len(given) - 1) if second else given),
+            )
+            step([*model.named_parameters()], 7)
+            if options:  # the head by its own name only
+                pairs = [pair for pair in pairs if pair[0] != "embed_tokens.weight"]
             publish(pub, pairs)
             pub.flush(timeout=PATIENCE)
         right = whole(model.named_parameters()) | whole(model.named_buffers())

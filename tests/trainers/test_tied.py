@@ -65,7 +65,7 @@ def step(trained, seed):
             parameter.add_(1e-2 * torch.randn_like(parameter))
 
 
-def published(folder: Path, trained, *, give=lambda trained: trained.named_parameters(), steps=3, **options):
+def published(folder: Path, trained, *, give=lambda trained: trained.named_parameters(), steps=2, **options):
     """A bucket with version 0 and as many more as there were steps."""
     bucket = dw.open_bucket((folder / "bucket").as_uri(), create=True)
     with dw.Publisher(bucket, **options) as publisher:
@@ -99,7 +99,7 @@ def assert_loads(folder: Path, trained, caplog, *, tied=True):
 def test_a_head_that_a_file_repeats_moves_with_its_embedding_on_every_path(tmp_path, caplog):
     base = saved(model(), tmp_path / "base")
     trained = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    bucket = published(tmp_path, trained, base=base)
+    bucket = published(tmp_path, trained, base=base, steps=3)
     run = run_of(bucket)
     assert run.format == 2
     assert [(entry.name, entry.aliases) for entry in run.table if entry.aliases] == [(EMBEDDING, (HEAD,))]
@@ -296,6 +296,24 @@ def test_a_head_that_is_untied_in_the_middle_of_a_run_is_refused_and_nothing_is_
             publisher.publish(trained.state_dict())
         trained.tie_weights()
         publisher.publish(trained.state_dict())
+    dw.materialize(bucket, tmp_path / "out")
+    assert_loads(tmp_path / "out", trained, caplog)
+
+
+def test_a_tensor_named_by_a_publish_that_broke_off_may_come_by_its_other_name_next(tmp_path, caplog):
+    trained = model()
+
+    def breaking():
+        yield EMBEDDING, trained.model.embed_tokens.weight
+        raise RuntimeError("the gather timed out")
+
+    bucket = dw.open_bucket((tmp_path / "bucket").as_uri(), create=True)
+    with dw.Publisher(bucket, base=saved(trained, tmp_path / "base")) as publisher:
+        step(trained, 1)
+        with pytest.raises(RuntimeError, match="timed out"):
+            publisher.publish(breaking())
+        step(trained, 2)
+        publisher.publish(GIVES["the head's name alone"](trained))
     dw.materialize(bucket, tmp_path / "out")
     assert_loads(tmp_path / "out", trained, caplog)
 
