@@ -113,6 +113,18 @@ def test_memory_that_was_let_go_of_or_written_to_tells_nothing():
     assert [given.note(name, np.ones(4)) for name in "xy"] == [None, None]
 
 
+class Wrapping(torch.Tensor):
+    """As torchao's, over another tensor and with no storage of its own."""
+
+    def untyped_storage(self):
+        raise NotImplementedError("no storage")
+
+
+def test_a_tensor_without_storage_of_its_own_tells_nothing():
+    given, tensor = Given(), torch.ones(4).as_subclass(Wrapping)
+    assert [given.note(name, tensor) for name in "xy"] == [None, None]
+
+
 def always(one, other):
     return True
 

@@ -77,7 +77,10 @@ class Given:
         if not is_torch(owner) or owner.is_inference() or not owner.numel():
             return None
         held = owner.detach().to_local() if is_sharded(owner) else owner
-        key = *place_of(tensor), held._version
+        try:
+            key = *place_of(tensor), held._version
+        except RuntimeError:  # a tensor that wraps others, as of float8 training, has no storage of its own
+            return None
         first, before = self._there.get(key, (name, None))
         if before is not None and before() is not None:
             self.twins[name] = first
