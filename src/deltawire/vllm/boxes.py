@@ -162,7 +162,7 @@ def shared(boxes: Mapping[str, list[Box]]) -> dict[str, str]:
             if region.any():
                 faults[name] = (
                     f"another tensor of the run lands in the same part of {parameter}: this server ties what are two "
-                    "tensors in the run; begin one from a checkpoint whose config ties them and whose bits are equal"
+                    "tensors in the run; begin a run that gives the tied tensor once, as model.named_parameters() does"
                 )
             region[...] = True
     return faults
