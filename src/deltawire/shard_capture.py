@@ -275,7 +275,8 @@ class ShardCapturer:
         canonical names of what was given."""
         marks = self._ranks.add_up(self._mark(named, None, aliases), problem)
         self._require_alike(marks)
-        self._merge(aliases, named)
+        with self.transition:
+            self._merge(aliases, named)
         if not self._known:
             self._known = self._opening.add_up_digests(self._table, problem)
         return {aliases.get(name, name) for name in named}
