@@ -1,6 +1,7 @@
 """Records as JSON and back: a reader refuses what is unsound, whoever wrote it, and a writer what a reader refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from deltawire.errors import FormatError, UnknownVersion
 from deltawire.manifests import BaseCheckpoint, Commit, Head, Payload, Position, Run, TensorEntry, read, write
 
 RUN = "0123456789abcdef"
+GOLDEN = Path(__file__).parent / "golden" / "records"
 
 
 def hexadecimal(digits):
@@ -109,6 +111,12 @@ HOSTILE = [
     (Run, run_record(created=None), "Expected `float`"),
     (Run, run_record(table=entry() * 2), "stands twice"),
     (Run, run_record(table=entry(name="a\0b")), "NUL"),
+    (Run, run_record(table=entry(aliases=["a\0b"]), format=2), "NUL"),
+    (Run, run_record(table=entry(aliases=["head", "head"]), format=2), "stands twice"),
+    (Run, run_record(table=entry(aliases=[entry()[0]["name"]]), format=2), "stands twice"),
+    (Run, run_record(table=entry(aliases="head"), format=2), "Expected `array`"),
+    (Run, run_record(table=entry(aliases=["head"])), "format 1 is not that of its table"),
+    (Run, run_record(format=2), "format 2 is not that of its table"),
     (Run, run_record(table=entry(name=None)), "Expected `str`"),
     (Run, run_record(table=entry(dtype="F4")), "impossible dtype"),
     (Run, run_record(table=entry(shape=[-1])), "impossible dtype"),
@@ -185,11 +193,36 @@ def test_bytes_that_are_no_record_are_refused(kind, data):
 
 
 @pytest.mark.parametrize("make", [run_record, commit_record, head_record])
-@pytest.mark.parametrize("number", [0, 2, -1, 10**6])
+@pytest.mark.parametrize("number", [0, 3, -1, 10**6])
 def test_a_record_of_another_format_version_says_upgrade_even_if_it_cannot_be_parsed(make, number):
     kind = {run_record: Run, commit_record: Commit, head_record: Head}[make]
-    with pytest.raises(UnknownVersion, match=f"format {number}; this deltawire reads format 1, upgrade"):
+    known = "1 or 2" if kind is Run else "1"
+    with pytest.raises(UnknownVersion, match=f"format {number}; this deltawire reads format {known}, upgrade"):
         read(kind, json.dumps(make(format=number, run={"new": "shape"})).encode(), where="here")
+
+
+@pytest.mark.parametrize("make", [commit_record, head_record])
+def test_format_2_is_one_of_run_records_alone(make):
+    kind = {commit_record: Commit, head_record: Head}[make]
+    with pytest.raises(UnknownVersion, match="format 2; this deltawire reads format 1, upgrade"):
+        read(kind, json.dumps(make(format=2)).encode(), where="here")
+
+
+def test_a_run_record_with_aliases_is_read_as_the_golden_one_says_and_written_the_same_way():
+    data = (GOLDEN / "run-format-2.json").read_bytes().rstrip()
+    run = read(Run, data, where="here")
+    embedding, norm = run.table
+    assert (embedding.name, embedding.aliases) == ("model.embed_tokens.weight", ("lm_head.weight",))
+    assert (embedding.dtype, embedding.shape, embedding.trainable) == ("BF16", (50, 32), True)
+    assert (norm.name, norm.aliases, norm.trainable) == ("model.norm.weight", (), False)
+    assert manifests.aliases_of(run.table) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert (run.format, write(run)) == (2, data)
+
+
+def test_a_run_without_aliases_is_written_in_the_format_that_every_reader_knows():
+    plain = manifests.in_its_format(Run(RUN, (TensorEntry("w", "BF16", (2, 3)),), 1.0))
+    assert json.loads(write(plain))["format"] == 1
+    assert b"aliases" not in write(plain)
 
 
 def test_fields_of_a_later_minor_writer_are_ignored():

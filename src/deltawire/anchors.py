@@ -14,7 +14,7 @@ from deltawire.buckets.base import Bucket
 from deltawire.buckets.verified import download_verified
 from deltawire.checkpoint import Checkpoint
 from deltawire.errors import FormatError, ShapeMismatch
-from deltawire.manifests import Commit, Derived, Position, Run, TensorEntry, require_in_table
+from deltawire.manifests import Commit, Derived, Position, Run, TensorEntry, aliases_of, require_in_table
 
 _WHOLE = "whole"
 """the folder in which an anchor that comes in parts is put together"""
@@ -41,8 +41,13 @@ class Anchors:
             self._sound.clear()
 
     def open(self, record: Commit | Derived, run: Run) -> Checkpoint:
-        """The anchor that a record describes. Raises BucketError; FormatError unless it holds the run's whole table."""
-        weights = Checkpoint(self.folder(record, run))
+        """The anchor that a record describes. A base may hold aliases, which are passed over; no other anchor does.
+        Raises BucketError; FormatError unless it holds the run's whole table, and nothing twice."""
+        aliases = aliases_of(run.table)
+        weights = Checkpoint(self.folder(record, run), without=() if record.payloads else aliases)
+        if twice := aliases.keys() & weights.keys():
+            alias = min(twice)
+            raise FormatError(f"anchor {record.position} holds {aliases[alias]!r} again as its alias {alias!r}")
         for entry in run.table:
             if entry.name not in weights:
                 raise FormatError(f"anchor {record.position} lacks tensor {entry.name!r}")

@@ -10,7 +10,7 @@ from typing import Any
 from deltawire.bits import Bits
 from deltawire.delta import TensorDelta, between_bits
 from deltawire.digest import digest_bits, moved
-from deltawire.errors import ShapeMismatch, UnknownTensor, some
+from deltawire.errors import CopiesDiffer, ShapeMismatch, UnknownTensor, some
 from deltawire.manifests import TensorEntry
 from deltawire.names import bare, closest, is_adapters, require_bare
 from deltawire.shards import Box
@@ -75,6 +75,21 @@ class Baseline:
         for kept in (self._weights, self.boxes, self.digests):
             kept.pop(name, None)
 
+    def require_alike(self, alias: str, name: str, bits: Bits) -> None:
+        """Raise CopiesDiffer unless what a publish gave of tensor `name` under a second name is the same."""
+        if bits != self._weights[name]:
+            raise CopiesDiffer(
+                f"{alias} is another name of {name} in this run, because the two are tied, and this publish gave them "
+                "different bits. Tie them again by model.tie_weights(), or set tie_word_embeddings to false in the "
+                'config and begin a run of two tensors: another bucket, or Publisher(run="supersede")'
+            )
+
+    def rename(self, old: str, new: str) -> None:
+        """Hold a tensor under another name."""
+        self._weights[new], self.digests[new] = self._weights.pop(old), self.digests.pop(old)
+        if old in self.boxes:
+            self.boxes[new] = self.boxes.pop(old)
+
     def as_mapping(self) -> Mapping[str, Bits]:
         """The weights, name -> Bits; shared memory, not to be written."""
         return self._weights
@@ -93,6 +108,10 @@ class Baseline:
     def require(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise UnknownTensor or ShapeMismatch unless there is such a tensor of this shape."""
         require(name, shape, self._weights)
+
+    def holds_alike(self, one: str, other: str) -> bool:
+        """Whether two tensors, or what is held of them, have the same bits; true of one that is not held by itself."""
+        return not {one, other} <= self._weights.keys() or self._weights[one] == self._weights[other]
 
     def table(self, trainable: Iterable[str]) -> tuple[TensorEntry, ...]:
         """The tensor table in the order of seeding."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltawire import checkpoint, log
+from deltawire import checkpoint, log, ties
 from deltawire.baseline import Baseline, Transition, among
 from deltawire.bases import open_base, resolve_base
 from deltawire.bits import Bits, count
@@ -25,8 +25,11 @@ from deltawire.manifests import (
     Position,
     Run,
     TensorEntry,
+    aliases_of,
     anchor_hash,
     anchor_prefix,
+    in_its_format,
+    with_aliases,
 )
 from deltawire.names import require_bare
 from deltawire.pending import Captured, encode, hash_file
@@ -81,9 +84,11 @@ class Capturer:
         self._baseline = Baseline()
         self._partial: dict[str, TensorDelta] = {}
         self.transition = Transition()
+        self._declared: ties.Ties = {}
+        self._aliases: ties.Ties | None = None
         self._next = 0
         self._base: BaseCheckpoint | None = None
-        self._base_digests: Mapping[str, int] = {}
+        self._base_digests: dict[str, int] = {}
         self.resumed: Position | None = None
         if supersede:
             self._supersedes = newest(bucket)
@@ -93,8 +98,10 @@ class Capturer:
             checkpoint.assets(self._assets)  # a folder that is not there is named now, not at the first publish
         if self.resumed is None and base is not None:
             self._base = resolve_base(str(base))
-            self._baseline = _seeded(Checkpoint(open_base(self._base)))
+            folder = open_base(self._base)
+            self._baseline = _seeded(Checkpoint(folder))
             self._base_digests = dict(self._baseline.digests)
+            self._declared = ties.in_file(folder, self._baseline.as_mapping(), self._base_digests)
 
     @property
     def total(self) -> int:
@@ -128,11 +135,12 @@ class Capturer:
             first = self._begin(pairs, about)
             return Capture([first], time.perf_counter() - started, self.total, first.payload_bytes)
         trainable = {entry.name for entry in self._run.table if entry.trainable} if self._run else None
-        seen = self._compare(pairs, trainable)
+        given = ties.Given()
+        seen = self._compare(pairs, trainable, given)
         require_all(seen, trainable)
-        self._casting.settle(seen)
+        self._casting.settle([*seen, *seen.values()])
         seconds = time.perf_counter() - started
-        run = self._run or self._begin_on_base(seen)
+        run = self._run or self._begin_on_base(seen, given)
         versions = [] if self._run else [self._describe(run, 0, about, digests=self._base_digests, payloads={})]
         delta = Delta(self._partial)
         if delta or not versions:
@@ -146,9 +154,17 @@ class Capturer:
     def close(self) -> None:
         """Nothing is held but memory."""
 
-    def _compare(self, pairs: Iterable[tuple[str, Any]], trainable: set[str] | None) -> set[str]:
-        seen: set[str] = set()
-        for name, tensor in among(pairs, self._baseline.as_mapping()):
+    def _compare(
+        self, pairs: Iterable[tuple[str, Any]], trainable: set[str] | None, given: ties.Given
+    ) -> dict[str, str]:
+        """Move the baseline to what is given; by its name there, the name each tensor had."""
+        held, seen = self._baseline.as_mapping(), dict[str, str]()
+        resolved = ties.resolved(pairs, self._aliases or {}, held, given if self._run is None else None)
+        for name, (alias, tensor) in among(resolved, held):
+            if seen.get(name, alias) != alias:
+                bits = self._casting.cast(name, tensor, self._baseline[name].dtype)
+                self._baseline.require_alike(alias, name, bits)
+                continue
             self._baseline.require(name, tuple(tensor.shape))
             require_due(name, seen, trainable)
             change = self._baseline.compare(name, self._casting.cast(name, tensor, self._baseline[name].dtype))
@@ -156,35 +172,59 @@ class Capturer:
             with self.transition:
                 self._partial[name] = total
                 self._baseline.advance(name, change)
-            seen.add(name)
+            seen[name] = alias
         return seen
 
     def _begin(self, pairs: Iterable[tuple[str, Any]], about: About) -> Captured:
         """A run's first version, as an anchor. Nothing counts as captured before its files are written."""
-        baseline = Baseline()
+        baseline, given, tied = Baseline(), ties.Given(), ties.ties_words(self._assets)
         for name, tensor in pairs:
             require_due(name, baseline.digests, None)
+            if tied is not False:  # a config that unties them is that of servers which hold two
+                given.note(name, tensor)
             baseline.seed(name, self._casting.cast(name, tensor, self._casting.served_as(name, tensor)))
         require_all(baseline.digests, None)
         self._casting.settle(baseline.digests)
         require_bare(baseline.digests)
         warn_of_packed(baseline.table(()))
-        run = self._new_run(baseline.table(baseline.digests), None)
+        names = list(baseline.digests)
+        aliases = ties.settle(ties.head_of(names) if tied else {}, given, names, (), baseline.holds_alike)
+        for alias in aliases:
+            baseline.forget(alias)
+        run = self._new_run(with_aliases(baseline.table(baseline.digests), aliases), None)
         payloads = self._write_anchor(run.table, baseline)
         captured = self._describe(run, 0, about, digests=baseline.digests, payloads=payloads)
         self.transition.begin()
-        self._baseline, self._run, self._next = baseline, run, 1
+        self._baseline, self._run, self._next, self._aliases = baseline, run, 1, aliases
         return captured
 
-    def _begin_on_base(self, trainable: set[str]) -> Run:
+    def _begin_on_base(self, seen: Mapping[str, str], given: ties.Given) -> Run:
         """A run whose version 0 is the base by reference."""
+        trainable = {*seen}
         with self.transition:
             for name in self._partial.keys() - trainable:  # named by a publish that failed, and not by this one
                 self._baseline.advance(name, -self._partial.pop(name))
-        return self._new_run(self._baseline.table(trainable), self._base)
+        if self._aliases is None:
+            named, fixed = {*trainable, *given.twins}, self._baseline.digests
+            self._aliases = ties.settle(self._declared, given, named, fixed, self._baseline.holds_alike)
+        with self.transition:
+            self._merge(self._aliases, trainable)
+        trainable = {self._aliases.get(name, name) for name in trainable}
+        return self._new_run(with_aliases(self._baseline.table(trainable), self._aliases), self._base)
+
+    def _merge(self, aliases: ties.Ties, named: set[str]) -> None:
+        """Let go of what is a further name of another tensor; where only that name was given, it was that tensor."""
+        for alias in aliases.keys() & self._baseline.digests.keys():
+            change, name = self._partial.pop(alias, None), aliases[alias]
+            if change is not None and name not in named:
+                self._partial[name] = change
+                self._baseline.advance(name, change)
+            self._baseline.forget(alias)
+            del self._base_digests[alias]
 
     def _new_run(self, table: tuple[TensorEntry, ...], base: BaseCheckpoint | None) -> Run:
-        return Run(secrets.token_hex(8), table, self._clock(), base, self._supersedes, self._compactors)
+        run = Run(secrets.token_hex(8), table, self._clock(), base, self._supersedes, self._compactors)
+        return in_its_format(run)
 
     def _describe(
         self,
@@ -246,7 +286,7 @@ class Capturer:
             if root_of(table, self._baseline.digests) != position.root:
                 subscriber.digests_at(position.version)  # says so if it is the record that is damaged
                 raise BadDigest(f"{bucket.url}: what was fetched of {position} is not what was committed; try again")
-            self._run, self._next = subscriber.run, position.version + 1
+            self._run, self._next, self._aliases = subscriber.run, position.version + 1, aliases_of(table)
             self.resumed_hash = subscriber.chain.settled(position.version).hash
             return position
 

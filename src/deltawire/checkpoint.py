@@ -3,7 +3,7 @@ too, which are one file and its config."""
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -33,11 +33,12 @@ ASSETS = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
 class Checkpoint(Mapping[str, Bits]):
     """The tensors of a checkpoint folder, name -> Bits, memory-mapped: nothing is read before it is touched.
 
-    With `writable=True` writing to a tensor's bits writes the file. Raises NotFound when the folder holds no
-    safetensors or lacks a shard, FormatError for a shard that is none or an index that disagrees with its shards.
+    With `writable=True` writing to a tensor's bits writes the file. Tensors named by `without` are passed over. Raises
+    NotFound when the folder holds no safetensors or lacks a shard, FormatError for a shard that is none or an index
+    that disagrees with its shards.
     """
 
-    def __init__(self, folder: Path, *, writable: bool = False) -> None:
+    def __init__(self, folder: Path, *, writable: bool = False, without: Collection[str] = ()) -> None:
         self.folder = folder
         self._where: dict[str, tuple[np.memmap, container.Header]] = {}
         for name, listed in _shards(folder).items():
@@ -46,7 +47,7 @@ class Checkpoint(Mapping[str, Bits]):
                 raise FormatError(f"{folder}: {min(twin)!r} stands in two shards")
             if missing := listed - header.entries.keys():
                 raise FormatError(f"{folder / name} lacks {min(missing)!r}, which {INDEX} places there")
-            self._where.update(dict.fromkeys(header.entries, (mapped, header)))
+            self._where.update({name: (mapped, header) for name in header.entries if name not in without})
 
     def __getitem__(self, name: str) -> Bits:
         mapped, header = self._where[name]
@@ -132,13 +133,36 @@ def copy_assets(source: Path, folder: Path) -> list[Path]:
     return copy(assets(source), folder)
 
 
-def copy(paths: Iterable[Path], folder: Path) -> list[Path]:
-    """Copy files into a folder, writable whatever the originals are; the copies. Raises OutOfSpace, BucketError."""
-    copies = []
-    for path in paths:
-        with file_system_errors(str(folder / path.name)):
-            copies.append(Path(shutil.copyfile(path, folder / path.name)))
-    return copies
+def copy(paths: Iterable[Path], folder: Path, *, without: Collection[str] = ()) -> list[Path]:
+    """Copy files into a folder, writable whatever the originals are; the copies. Shards and index are copied without
+    the tensors named by `without`, and a shard of nothing else not at all. Raises OutOfSpace, BucketError; FormatError
+    for a shard or index to be cut that is none."""
+    return [folder / path.name for path in paths if _copy(path, folder / path.name, without)]
+
+
+def _copy(path: Path, copied: Path, without: Collection[str]) -> bool:
+    """Copy one file, as it is or without some tensors; False for a shard that would hold none."""
+    with file_system_errors(str(copied)):
+        if without and path.name == INDEX:
+            kept = Checkpoint(path.parent, without=without)
+            places = _read_index(path).items()
+            copied.write_text(_index({name: file for file, names in places for name in names if name in kept}, kept))
+            return True
+        entries = _open_shard(path, "r")[1].entries if without and path.suffix == ".safetensors" else {}
+        if entries.keys().isdisjoint(without):
+            shutil.copyfile(path, copied)
+            return True
+    left = sorted((entry.start, name) for name, entry in entries.items() if name not in without)
+    if left:
+        table = [TensorEntry(name, entries[name].dtype, entries[name].shape) for _, name in left]
+        _write_shard(copied, table, Checkpoint(path.parent))
+    return bool(left)
+
+
+def _index(weight_map: Mapping[str, str], tensors: Mapping[str, Bits]) -> str:
+    """The index of shards, as text; file by tensor is given."""
+    size = sum(tensors[name].data.nbytes for name in weight_map)
+    return json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
 
 
 def _shards(folder: Path) -> dict[str, set[str]]:

@@ -25,7 +25,7 @@ DeltaWireError
     MissingTensor     a name of the trainable set that was not given
     ShapeMismatch     another shape than the table's
     DtypeMismatch     another dtype than the table's, and no exact cast
-    CopiesDiffer      ranks that hold the same elements hold different bits
+    CopiesDiffer      ranks that hold the same elements, or names of one tied tensor, hold different bits
     WrongBase         the weights are not the version this delta continues from
     NoView            a checkpoint tensor is no rectangle of the trainer's
   RankFailed        another rank of a sharded job failed, or is gone
@@ -144,7 +144,7 @@ class DtypeMismatch(ApplyError):
 
 
 class CopiesDiffer(ApplyError):
-    """Ranks that hold copies of the same elements hold different bits."""
+    """Ranks that hold copies of the same elements, or the names of one tied tensor, hold different bits."""
 
 
 class WrongBase(ApplyError):

@@ -16,6 +16,8 @@ from deltawire.errors import FormatError, ShapeMismatch, UnknownTensor, UnknownV
 from deltawire.signing import UNSIGNED, SigningKey, is_public_key
 
 FORMAT = 1
+ALIASES = 2
+"""format of a run.json whose table lists aliases: a reader that does not know them must refuse it"""
 MAX_RECORD = 64 << 20
 """bytes of the largest run.json or commit accepted (a table of 100,000 tensors is about 12 MB)"""
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
@@ -38,14 +40,16 @@ class Position(msgspec.Struct, frozen=True):
         return f"{self.run}:{self.version}"
 
 
-class TensorEntry(msgspec.Struct, frozen=True):
+class TensorEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     """One tensor of the run's table: canonical checkpoint name, the dtype the server holds, shape, and whether the
-    trainer publishes it (a frozen tensor stays as the base has it)."""
+    trainer publishes it (a frozen tensor stays as the base has it). `aliases` are further names of the same storage,
+    as a tied head has them; they are never names of tensors in the table."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     trainable: bool = True
+    aliases: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +68,7 @@ class Run(msgspec.Struct, frozen=True):
     """run.json: what is true of every version of a run. `base` None means version 0 is an anchor in the bucket.
 
     `supersedes` is where the run before it ended; `compactors` are public keys that may sign folds and anchors.
+    `format` is ALIASES where the table lists an alias, and FORMAT elsewhere.
     """
 
     run: str
@@ -172,6 +177,24 @@ Record = TypeVar("Record", Run, Commit, Derived, Head, Way)
 Signable = TypeVar("Signable", Run, Commit, Derived)
 
 
+def aliases_of(table: Iterable[TensorEntry]) -> dict[str, str]:
+    """Canonical name by alias."""
+    return {alias: entry.name for entry in table for alias in entry.aliases}
+
+
+def with_aliases(table: Iterable[TensorEntry], aliases: Mapping[str, str]) -> tuple[TensorEntry, ...]:
+    """The table with each tensor's further names, and without entries of their own for those; canonical name by alias
+    is given."""
+    listed = {name: tuple(sorted(alias for alias in aliases if aliases[alias] == name)) for name in aliases.values()}
+    kept = (entry for entry in table if entry.name not in aliases)
+    return tuple(msgspec.structs.replace(entry, aliases=listed.get(entry.name, ())) for entry in kept)
+
+
+def in_its_format(run: Run) -> Run:
+    """The record of a run that begins, in the oldest format that says all of it."""
+    return msgspec.structs.replace(run, format=ALIASES if aliases_of(run.table) else FORMAT)
+
+
 def require_in_table(specs: Iterable[TensorSpec], entries: Mapping[str, TensorEntry], where: str) -> None:
     """Raise UnknownTensor or ShapeMismatch unless a delta file changes only what the run trains, and as it is there."""
     listed = list(specs)
@@ -269,8 +292,9 @@ def read(kind: type[Record], data: bytes, *, where: str) -> Record:
     """A record from JSON, checked. `where` names the object in errors. Raises FormatError, UnknownVersion."""
     try:
         version = msgspec.json.decode(data, type=_AnyFormat).format
-        if version != FORMAT:
-            raise UnknownVersion(f"{where}: format {version}; this deltawire reads format {FORMAT}, upgrade it")
+        if version != FORMAT and not (kind is Run and version == ALIASES):
+            known = f"{FORMAT} or {ALIASES}" if kind is Run else FORMAT
+            raise UnknownVersion(f"{where}: format {version}; this deltawire reads format {known}, upgrade it")
         record = msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{where}: not a {kind.__name__.lower()} record: {error}") from None
@@ -299,9 +323,11 @@ def _check(record: Run | Commit | Derived | Head | Way, where: str) -> None:
         require(signature is None or _HEX128.fullmatch(signature), "the signature is not 128 hex digits")
     if isinstance(record, Run):
         require(all(map(is_public_key, record.compactors)), "a compactor is not a key of 64 hex digits")
-        names = {entry.name for entry in record.table}
-        require(len(names) == len(record.table), "a name stands twice in the tensor table")
+        names = [name for entry in record.table for name in (entry.name, *entry.aliases)]
+        require(len({*names}) == len(names), "a name stands twice in the tensor table")
         require(not any("\0" in name for name in names), "a name in the tensor table has a NUL")
+        aliased = any(entry.aliases for entry in record.table)
+        require(record.format == (ALIASES if aliased else FORMAT), f"format {record.format} is not that of its table")
         for entry in record.table:
             require(_is_possible(entry), f"{entry.name}: impossible dtype {entry.dtype!r} or shape {list(entry.shape)}")
         return

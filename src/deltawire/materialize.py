@@ -9,7 +9,7 @@ from deltawire.buckets.base import Bucket
 from deltawire.changes import Change, Update
 from deltawire.checkpoint import Checkpoint
 from deltawire.errors import AlreadyExists, Forked, Gap
-from deltawire.manifests import Position
+from deltawire.manifests import Position, aliases_of
 from deltawire.mirror import Mirror, building, held, unfinished
 from deltawire.reports import MaterializeReport
 from deltawire.subscriber import Subscriber
@@ -69,7 +69,8 @@ def _build(subscriber: Subscriber, work: Path, target: Position, on_update: Call
     for update in subscriber.updates(until=target.version):
         if update.delta is None:
             assert update.anchor is not None
-            checkpoint.copy(checkpoint.files(update.anchor.folder), work)
+            files = checkpoint.files(update.anchor.folder)
+            checkpoint.copy(files, work, without=aliases_of(subscriber.run.table))
             weights = Checkpoint(work, writable=True)
         else:
             assert weights is not None

@@ -22,7 +22,7 @@ from deltawire.checkpoint import Checkpoint
 from deltawire.delta import Delta
 from deltawire.digest import root as root_of
 from deltawire.errors import AccessRefused, AlreadyExists, BadDigest, FormatError, NotFound
-from deltawire.manifests import Position, TensorEntry
+from deltawire.manifests import Position, TensorEntry, aliases_of
 
 MARKER = "deltawire.json"
 """the file in a folder that says which position its weights are"""
@@ -69,13 +69,13 @@ class Mirror:
         *,
         on_step: Callable[[str], None] = lambda step: None,
     ) -> "Mirror":
-        """A mirror of a checkpoint's files, which appears whole and on the disk or not at all.
+        """A mirror of a checkpoint's files, which appears whole and on the disk or not at all; it holds no aliases.
 
         Raises AlreadyExists for a folder that holds anything, OutOfSpace; BadDigest when the files are not `position`.
         """
         entries = tuple(table)
         with building(folder, position) as work:
-            checkpoint.copy(files, work)
+            checkpoint.copy(files, work, without=aliases_of(entries))
             weights = Checkpoint(work)
             digests = weights.digests(entries)
             if root_of(entries, digests) != position.root:

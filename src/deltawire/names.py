@@ -126,7 +126,7 @@ class NameMap:
                 part = view.of(tensor)
                 if names[view.name] > 1:
                     first, known = tied.setdefault(view.name, (name, part))
-                    if _place(known) != _place(part):
+                    if place_of(known) != place_of(part):
                         raise UnknownTensor(
                             f"{name} and {first} are tied, both are {view.name} of the checkpoint, and yet two "
                             "tensors here: call model.tie_weights(), or untie them in the config before training"
@@ -209,14 +209,16 @@ def _is_partition(boxes: list[tuple[tuple[int, int], ...]]) -> bool:
     return int(meet.sum()) == len(boxes) and int((stops - starts).prod(-1).sum()) == int(stops.max(0).prod())
 
 
-def _place(tensor: Any) -> tuple[Any, ...]:
-    """What two tensors have in common exactly when they are the same memory read the same way; of sharded ones, the
-    memory that this rank holds, for a DTensor itself has none."""
+def place_of(tensor: Any) -> tuple[Any, ...]:
+    """What two tensors that both still exist have in common exactly when they are the same memory read the same way; of
+    sharded ones, the memory that this rank holds, for a DTensor itself has none. Two that hold no element, as a rank's
+    shards may, are told apart too."""
     if isinstance(tensor, ShardedView):
-        return tensor.view.box, tensor.view.dims, _place(tensor.tensor)
+        return tensor.view.box, tensor.view.dims, place_of(tensor.tensor)
     if is_sharded(tensor):
-        return tuple(tensor.shape), tensor.placements, _place(tensor.detach().to_local())
+        return tuple(tensor.shape), tensor.placements, place_of(tensor.detach().to_local())
     if is_torch(tensor):
-        return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+        storage = tensor.untyped_storage()._cdata  # torch's own identity of a storage; an empty one has no address
+        return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
     array = np.asarray(tensor)
     return array.__array_interface__["data"], array.shape, array.strides, array.dtype

@@ -207,15 +207,18 @@ class Publisher:
 
         `tensors`: (checkpoint name, tensor) pairs, or a mapping; torch or numpy, any float dtype, CPU or CUDA. Taken
         one at a time, so memory grows by one tensor and one delta. The first call fixes the set of names; later
-        calls must give exactly that set. `metrics` go into the commit as numbers.
+        calls must give exactly that set. A tied tensor may be given by any of its names, or by all: the first call also
+        fixes what is tied, by memory, and in the base's files by config and bits. `metrics` go into the commit as
+        numbers.
 
         Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch, also for a pattern of `dtype` that fits none
-        of the names; what was captured before the error is kept and goes with the next good call. Raises ChainError,
-        too, once another writer has taken the run. In a sharded job all ranks raise together: those without trouble of
-        their own RankFailed, CopiesDiffer where ranks disagree, MissingTensor where they give other names or another
-        `step`. Raises WrongBase where resume="require" refuses the first publish; only a new publisher goes on then.
-        So it is after an interrupt (Ctrl-C, no memory), and when an exception that is none of ours, such as a
-        watchdog's, comes between steps that go together.
+        of the names, and CopiesDiffer for a tied tensor whose names have different bits; what was captured before the
+        error is kept and goes with the next good call. Raises ChainError, too, once another writer has taken the run.
+        In a sharded job all ranks raise together: those without trouble of their own RankFailed, CopiesDiffer where
+        ranks disagree, MissingTensor where they give other names or another `step`. Raises WrongBase where
+        resume="require" refuses the first publish; only a new publisher goes on then. So it is after an interrupt
+        (Ctrl-C, no memory), and when an exception that is none of ours, such as a watchdog's, comes between steps that
+        go together.
         """
         started = time.perf_counter()
         with self._lock:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from blake3 import blake3
 
-from deltawire import checkpoint
+from deltawire import checkpoint, ties
 from deltawire.baseline import Baseline, Transition, among, require
 from deltawire.bits import WIDTHS, count
 from deltawire.buckets.base import Bucket
@@ -23,12 +23,13 @@ from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import MODULUS
 from deltawire.dtypes import Casting
 from deltawire.errors import BadDigest, CopiesDiffer, DeltaWireError, MissingTensor, ShapeMismatch
-from deltawire.manifests import Run, TensorEntry, anchor_hash, anchor_prefix
+from deltawire.manifests import Run, TensorEntry, aliases_of, anchor_hash, anchor_prefix, in_its_format, with_aliases
 from deltawire.names import require_bare
 from deltawire.pending import Captured, encode
 from deltawire.ranks import Ranks, Sums
 from deltawire.shard_opening import Opening
 from deltawire.shards import Shard
+from deltawire.ties import Given, Ties, head_of, settle
 
 
 class ShardCapturer:
@@ -64,6 +65,7 @@ class ShardCapturer:
         self.transition = Transition()
         self._known = self._opening.digests
         self._digests = dict(self._known)
+        self._aliases = aliases_of(self._run.table) if self._run is not None else None
 
     @property
     def total(self) -> int:
@@ -95,19 +97,22 @@ class ShardCapturer:
         started = time.perf_counter()
         about: About = (None, {})
         named: set[str] = set()
-        captured, problem = None, None
+        given, aliases = Given(), self._aliases or {}
+        captured: Captured | None = None
+        problem: BaseException | None = None
         try:
             about = about_of(step, metrics)
             self._casting.begin()
-            named = self._compare(pairs)
+            named = self._compare(pairs, given)
+            aliases = self._settle(named, given)
             seconds = time.perf_counter() - started
-            captured = self._describe(about, named)
         except BaseException as error:  # an interrupt, too: the other ranks wait for this one's sum
             problem = error
         try:
-            if not self._known:
-                self._agree(problem, named)
-                self._known = self._opening.add_up_digests(self._table, problem)
+            if self._run is None:
+                named = self._begin(problem, named, aliases)
+            if problem is None:
+                captured, problem = self._described(about, named)
             sums = self._add_up(problem, named, captured, cut)
         except BaseException as error:
             with self.transition:
@@ -124,25 +129,30 @@ class ShardCapturer:
 
     # On this rank
 
-    def _compare(self, pairs: Iterable[tuple[str, Any]]) -> set[str]:
+    def _compare(self, pairs: Iterable[tuple[str, Any]], given: Given) -> set[str]:
         trainable = {entry.name for entry in self._table.values() if entry.trainable} if self._run else None
-        seen: set[str] = set()
-        begins = self._decision.empty and self._run is None
-        for name, tensor in pairs if begins else among(pairs, self._table):
-            shard = self._ranks.hold(name, tensor)
+        begins, seen = self._decision.empty and self._run is None, dict[str, str]()
+        noting = given if self._run is None and self._opening.tied is not False else None
+        resolved = ties.resolved(pairs, self._aliases or {}, None if begins else self._table, noting)
+        for name, (alias, tensor) in resolved if begins else among(resolved, self._table):
+            shard = self._ranks.hold(alias, tensor)
             if begins and name not in self._table:
                 self._table[name] = TensorEntry(name, self._casting.served_as(name, tensor), shard.box.whole)
+            if seen.get(name, alias) != alias:
+                bits = self._casting.cast(name, tensor, self._table[name].dtype, shard=shard.tensor)
+                self._baseline.require_alike(alias, name, bits)
+                continue
             require(name, shard.box.whole, self._table)
             require_due(name, seen, trainable)
             self._take(name, tensor, shard)
-            seen.add(name)
+            seen[name] = alias
         require_all(seen, trainable)
-        self._casting.settle(seen, warn=self._ranks.rank == 0)
+        self._casting.settle([*seen, *seen.values()], warn=self._ranks.rank == 0)
         if self._decision.empty and self._run is None:
             require_bare(seen)
             if self._ranks.rank == 0:
                 warn_of_packed(self._table.values())
-        return seen
+        return {*seen}
 
     def _take(self, name: str, tensor: Any, shard: Shard) -> None:
         """Move the baseline to what this rank holds of a tensor, and keep the change if it is ours to publish."""
@@ -180,14 +190,22 @@ class ShardCapturer:
         with self.transition:
             self._forget(name)
 
+    def _described(self, about: About, named: set[str]) -> tuple[Captured | None, BaseException | None]:
+        """The next version, or what is wrong on this rank: the others must hear of it."""
+        try:
+            return self._describe(about, named), None
+        except BaseException as error:
+            return None, error
+
     def _describe(self, about: About, named: set[str]) -> Captured:
         """The next version with this rank's file made; its digests are not known yet."""
         with self.transition:
             for name in self._shards.keys() - named:  # by a publish that failed, and not by this one
                 self._forget(name)
-        table = tuple(msgspec.structs.replace(entry, trainable=entry.name in named) for entry in self._table.values())
-        run = self._run or Run(
-            self._decision.run, table, self._clock(), self._decision.base, self._decision.supersedes, self._compactors
+        table = (msgspec.structs.replace(entry, trainable=entry.name in named) for entry in self._table.values())
+        listed, begun = with_aliases(table, self._aliases or {}), self._decision
+        run = self._run or in_its_format(
+            Run(begun.run, listed, self._clock(), begun.base, begun.supersedes, self._compactors)
         )
         on_base = self._run is None and self._decision.base is not None
         version = 1 if on_base else self._next
@@ -225,20 +243,49 @@ class ShardCapturer:
         if self._run is None and self._decision.empty:
             for name in list(self._shards):
                 self._forget(name)
-            self._table, self._known = {}, {}
+            self._table, self._known, self._aliases = {}, {}, None
+
+    def _settle(self, named: set[str], given: Given) -> Ties:
+        """The run's aliases; of one that begins, as this rank sees it."""
+        if self._aliases is not None:
+            return self._aliases
+        begun = self._decision.empty
+        declared = head_of(self._table) if begun and self._opening.tied else self._opening.declared
+        fixed: Iterable[str] = () if begun else self._table
+        return settle(declared, given, {*named, *given.twins}, fixed, self._baseline.holds_alike)
+
+    def _merge(self, aliases: Ties, named: set[str]) -> None:
+        """Let go of what is a further name of another tensor; where only that name was given, it was that tensor."""
+        for alias, name in aliases.items():
+            if alias in named and name not in named:
+                self._forget(name)
+                self._baseline.rename(alias, name)
+                self._shards[name], self._seeded[name] = self._shards.pop(alias), self._seeded.pop(alias)
+                if alias in self._partial:
+                    self._partial[name] = self._partial.pop(alias)
+            self._forget(alias)
+            for known in (self._table, self._known, self._digests):
+                known.pop(alias, None)
+        self._aliases = aliases
 
     # All ranks together
 
-    def _agree(self, problem: BaseException | None, named: set[str]) -> None:
-        """Whether all ranks have the same tensor table, which the length of every later sum depends on."""
-        marks = self._ranks.add_up(self._mark(named, None), problem)
+    def _begin(self, problem: BaseException | None, named: set[str], aliases: Ties) -> set[str]:
+        """Agree with all ranks what a run that begins is of, which the length of every later sum depends on. The
+        canonical names of what was given."""
+        marks = self._ranks.add_up(self._mark(named, None, aliases), problem)
         self._require_alike(marks)
+        with self.transition:
+            self._merge(aliases, named)
+        if not self._known:
+            self._known = self._opening.add_up_digests(self._table, problem)
+        return {aliases.get(name, name) for name in named}
 
-    def _mark(self, named: set[str], step: int | None) -> Sums:
+    def _mark(self, named: set[str], step: int | None, aliases: Ties | None = None) -> Sums:
         """What this rank says of the tensors it was given: one number in its place, zero in the others'. A step that is
         not that of the others tells of a publish too many, after which ranks would send different policies as one."""
         facts = "".join(f"{entry.name}\0{entry.dtype}\0{entry.shape}\n" for entry in self._table.values())
-        said = f"{facts}\0{sorted(named)}\0{step}".encode()
+        said = f"{facts}\0{sorted(named)}\0{sorted((aliases or {}).items())}\0{step}".encode()
         marks = np.zeros(self._ranks.size, np.uint64)
         marks[self._ranks.rank] = int.from_bytes(blake3(said).digest()[:8], "little")
         return marks

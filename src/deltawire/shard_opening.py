@@ -21,6 +21,7 @@ from deltawire.ranks import Ranks
 from deltawire.resuming import require_same_adapter
 from deltawire.shards import Box, share
 from deltawire.subscriber import Subscriber
+from deltawire.ties import Ties, in_file, ties_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class Opening:
     """The weights at the position where the run opens, on this rank. Opening is done by every rank; all raise, or none.
 
     `run` and `table` are those of the run that is continued; `table` that of the base; both are empty without either.
-    It is `open` until `close`: any box can be read.
+    It is `open` until `close`: any box can be read. Of a run that begins, `tied` is what the config says of its word
+    embeddings, and `declared` are the base's aliases.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class Opening:
         self._bucket, self._ranks, self._near = bucket, ranks, near_base(base)
         self.decision = ranks.from_first(lambda: _decide(bucket, base, assets, supersede))
         self.run: Run | None = None
+        self.tied: bool | None = None
+        self.declared: Ties = {}
         self.table: dict[str, TensorEntry] = {}
         self._recorded: dict[str, int] = {}
         self._reader: Subscriber | None = None
@@ -65,6 +69,8 @@ class Opening:
             problem = error
         try:
             self.digests = self.add_up_digests(self.table, problem)
+            if self.decision.resumed is None:
+                self.tied, self.declared = ranks.from_first(lambda: self._ties(assets))
         except BaseException:
             self.close()
             raise
@@ -99,6 +105,12 @@ class Opening:
                 sums[number] = share(data, self._ranks.rank, self._ranks.size)
         sums = self._ranks.add_up(sums, problem)
         return self._recorded or {name: int(value) for name, value in zip(table, sums, strict=True)}
+
+    def _ties(self, assets: Path | None) -> tuple[bool | None, Ties]:
+        """What rank 0 reads of ties for all."""
+        if isinstance(self._weights, Checkpoint):
+            return None, in_file(self._weights.folder, self._weights, self.digests)
+        return ties_words(assets), {}
 
     def _open(self) -> None:
         if self.decision.resumed is not None:

@@ -216,7 +216,7 @@ class Subscriber:
 
     def anchor_files(self, version: int | None = None) -> list[Path]:
         """The files of the anchor that a version (the newest) is reached from, on this host, downloaded and verified if
-        need be: a whole checkpoint."""
+        need be: a whole checkpoint. Those of a base may hold the run's aliases too, which no delta moves."""
         version = self._newest().record.version if version is None else version
         return files(self._begin_at(version)[1].folder)
 

@@ -12,7 +12,7 @@ from deltawire.chain import as_numbers, ends_at
 from deltawire.checkpoint import Checkpoint
 from deltawire.digest import root as root_of
 from deltawire.errors import BadDigest, Forked, Gap, NotFound, Unavailable, some
-from deltawire.manifests import Commit, Derived
+from deltawire.manifests import Commit, Derived, aliases_of
 from deltawire.paths import Edge
 from deltawire.reports import VerifyReport
 from deltawire.subscriber import PLANS, Subscriber
@@ -135,7 +135,8 @@ class _Walk:
         digests = weights.digests(self._subscriber.run.table)
         self._require(digests, edge.end, edge)
         if self._weights is None:
-            checkpoint.copy(checkpoint.files(weights.folder), self._folder)
+            aliases = aliases_of(self._subscriber.run.table)
+            checkpoint.copy(checkpoint.files(weights.folder), self._folder, without=aliases)
             self._weights, self._digests = Checkpoint(self._folder, writable=True), digests
         self._subscriber.close()  # its files are as large as the model
 

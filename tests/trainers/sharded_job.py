@@ -469,9 +469,75 @@ def gone(folder):
     os._exit(0)
 
 
+class Tied(Tiny):
+    """A head that is the embedding, under transformers' names; one rank of four holds none of `few`."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(31, 8)
+        self.few = nn.Embedding(3, 8)
+        self.lm_head = nn.Linear(8, 31, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+
+def tied(folder):
+    """A state dict that names a tied tensor twice: with a base whose file has it twice, and from nothing; and a head
+    that was untied in memory, which is another tensor though the config ties it."""
+    torch.manual_seed(0)
+    model, second = Tied(), dist.get_rank() == 1
+    base = as_base(folder, whole(model.state_dict().items()))
+    (base / "config.json").write_text('{"tie_word_embeddings": true}')
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh)
+    assert {"embed_tokens.weight", "lm_head.weight"} <= model.state_dict().keys()
+    bucket = dw.open_bucket(f"file://{folder}/bucket")
+    with dw.Publisher(bucket, base=base, process_group=dist.group.WORLD) as pub:
+        given = [*model.state_dict().items()]
+        kind, why = (RuntimeError, "optimizer state") if second else (RankFailed, "rank 1 of this job could not")
+        expect(kind, why, lambda: publish(pub, breaking(given, 2) if second else given))
+        for number in range(1, 4):
+            step([*model.named_parameters()], number)
+            publish(pub, [*model.named_parameters(), ("scale", model.scale)] if number == 2 else model.state_dict())
+            pub.flush(timeout=PATIENCE)
+            assert equal(
+                read_weights(bucket, base=base), whole(model.named_parameters()) | whole(model.named_buffers())
+            )
+        apart = [(name, tensor * 2 if name == "lm_head.weight" else tensor) for name, tensor in given]
+        expect(CopiesDiffer, "lm_head.weight is another name", lambda: publish(pub, apart))
+        assert publish(pub, model.state_dict()).version == 4
+    assert dw.Subscriber(bucket).run.format == 2
+    for place, options in (("zeros", {}), ("alone", {"base": base})):
+        bucket = dw.open_bucket(f"file://{folder}/{place}")
+        pairs = [*model.state_dict().items()]
+        with dw.Publisher(bucket, process_group=dist.group.WORLD, **options) as pub:
+            expect(
+                kind,
+                why,
+                lambda pub=pub, given=pairs: publish(pub, breaking(given, len(given) - 1) if second else given),
+            )
+            step([*model.named_parameters()], 7)
+            if options:  # the head by its own name only
+                pairs = [pair for pair in pairs if pair[0] != "embed_tokens.weight"]
+            publish(pub, pairs)
+            pub.flush(timeout=PATIENCE)
+        right = whole(model.named_parameters()) | whole(model.named_buffers())
+        assert equal(read_weights(bucket, base=base), right)
+        assert dw.Subscriber(bucket).run.format == 2
+    untied = Tied()
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    fully_shard(untied, mesh=mesh)
+    bucket = dw.open_bucket(f"file://{folder}/untied")
+    with dw.Publisher(bucket, base=base, process_group=dist.group.WORLD) as pub:
+        for number in (5, 6):
+            publish(pub, untied.state_dict())
+            step([*untied.named_parameters()], number)
+    right = dw.Subscriber(bucket).run
+    assert (right.format, len(right.table)) == (1, len(untied.state_dict()))
+
+
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (fsdp, hsdp, tp_fsdp, mixed, captures, uploads, train, apart, damaged, closes, stops, gone)
+    for scenario in (fsdp, hsdp, tp_fsdp, mixed, captures, uploads, train, apart, damaged, tied, closes, stops, gone)
 }
 
 

@@ -81,13 +81,14 @@ def expected(place):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Everything that two ranks are asked to do, done once."""
-    return run("fsdp,hsdp,mixed,captures,uploads,apart,damaged,closes,stops,gone", 2, tmp_path_factory.mktemp("pair"))
+    done = "fsdp,hsdp,mixed,captures,uploads,apart,damaged,tied,closes,stops,gone"
+    return run(done, 2, tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """Everything that four ranks are asked to do, done once."""
-    return run("fsdp,hsdp,tp_fsdp", 4, tmp_path_factory.mktemp("four"))
+    return run("fsdp,hsdp,tp_fsdp,tied", 4, tmp_path_factory.mktemp("four"))
 
 
 CASES = [
@@ -144,6 +145,18 @@ def test_a_run_that_began_from_zeros_is_compacted_and_pruned_as_any_other(pair, 
     assert any("anchors/step_000000" in key for key in pruned.keys)
     carry_out(bucket, pruned)
     assert equal(read_weights(bucket), expected(pair / "hsdp")[last])
+
+
+@pytest.mark.parametrize("job", ["pair", "four"])
+def test_a_tied_tensor_that_every_rank_names_twice_is_published_once(job, request, tmp_path):
+    place = request.getfixturevalue(job) / "tied"
+    for name in ("bucket", "zeros", "alone"):
+        bucket = dw.open_bucket(f"file://{place}/{name}")
+        dw.materialize(bucket, tmp_path / name)
+        held = Checkpoint(tmp_path / name)
+        assert "embed_tokens.weight" in held
+        assert "lm_head.weight" not in held
+        assert dw.verify(bucket).anchors == 1
 
 
 def test_what_waits_on_every_rank_folds_at_the_same_places(pair):

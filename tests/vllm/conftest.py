@@ -20,11 +20,12 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A folder with the starting checkpoint, in bf16."""
-    from servers import save_checkpoint
+    """A folder with the starting checkpoint, in bf16; its file repeats the tied head, as that of Qwen3-0.6B does."""
+    from servers import repeat_head, save_checkpoint
 
     folder = tmp_path_factory.mktemp("model")
     save_checkpoint(folder)
+    repeat_head(folder)
     return folder
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -139,6 +140,13 @@ def save_checkpoint(folder: Path, model=None) -> None:
     saved.save_pretrained(folder)
     words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+
+
+def repeat_head(folder: Path) -> None:
+    """Put the tied head beside the embedding in a checkpoint's file."""
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 RUNNING = "vllm:num_requests_running{"

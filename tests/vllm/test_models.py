@@ -11,7 +11,7 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from servers import START_SECONDS, VOCABULARY, Server, build, save_checkpoint
+from servers import START_SECONDS, VOCABULARY, Server, build, repeat_head, save_checkpoint
 
 import deltawire as dw
 from deltawire.fp8 import Fp8
@@ -121,6 +121,38 @@ def test_every_version_is_served_bit_for_bit(combination, tmp_path):
         assert fresh.checksums() == sums
     finally:
         fresh.stop()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", ["tp2", "packed"])
+def test_a_tied_head_that_the_file_repeats_is_one_tensor_in_every_layout(layout, tmp_path):
+    """`test_server` does this on one worker, unpacked."""
+    model, checkpoint = build("qwen3-tied"), tmp_path / "model"
+    save_checkpoint(checkpoint, model)
+    repeat_head(checkpoint)
+    bucket = dw.open_bucket((tmp_path / "bucket").as_uri(), create=True)
+    options, environ = LAYOUTS[layout]
+    server = Server(checkpoint, tmp_path / "vllm.log", options=options, **environ)
+    try:
+        server.wait()
+        with (
+            dw.Publisher(bucket, base=checkpoint) as publisher,
+            Follower(bucket.url, server.url) as follower,
+            EngineClient(server.url) as engine,
+        ):
+            for version in range(3):
+                publisher.publish(model.state_dict())
+                publisher.flush(60)
+                assert (follower.step() is None) == (version == 0)
+                audit = engine.audit()
+                right = {name: tensor.detach().bfloat16() for name, tensor in model.named_parameters()}
+                assert audit.digests == {name: f"{value:016x}" for name, value in dw.digest(right).items()}
+                assert (audit.position.version, audit.mismatched) == (version, [])
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.add_(1e-2 * torch.randn_like(parameter))
+    finally:
+        server.stop()
 
 
 def walk(chain, server, *, remade=False):

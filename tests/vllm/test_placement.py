@@ -14,7 +14,7 @@ from deltawire.errors import EngineUnsupported
 from deltawire.manifests import TensorEntry
 from deltawire.tensors import as_bits
 from deltawire.vllm.boxes import Box, Placement
-from deltawire.vllm.live import LiveWeights, changes_between, tensors_of
+from deltawire.vllm.live import LiveWeights, changes_between, tensors_of, watch_loading
 from deltawire.vllm.loading import AfterLoading
 from deltawire.vllm.memory import Memory, fingerprint
 from deltawire.vllm.placement import probe
@@ -260,6 +260,51 @@ def test_a_buffer_and_a_tied_parameter_are_found_under_the_one_name_that_is_load
     values = {"embed": torch.randn(4, 3).bfloat16(), "bias": torch.randn(5).bfloat16()}
     model.load_weights(values.items())
     assert totals(live) == dw.digest(values)
+
+
+class TwoNames(nn.Module):
+    """An embedding and a head, each loaded under its name where `known` has it."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = known
+        self.embed = nn.Parameter(torch.zeros(4, 3, dtype=torch.bfloat16), requires_grad=False)
+        self.head = nn.Parameter(torch.zeros(4, 3, dtype=torch.bfloat16), requires_grad=False)
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            {known: getattr(self, known) for known in self.known}[name].data.copy_(tensor)
+
+    def tie(self):
+        self.head = self.embed
+
+
+ONE = [TensorEntry("embed", "BF16", (4, 3), aliases=("head",))]
+
+
+@pytest.mark.parametrize("known", [("embed", "head"), ("embed",)])
+def test_a_parameter_that_is_tied_again_after_loading_is_one_more_name_of_the_other(known):
+    model = TwoNames(known)
+    _, loading = watch_loading(model, model.tie)
+    assert loading.unexplained == {}
+    live = LiveWeights(model, ONE, loading=loading)
+    assert [len(parts) for parts in live.parts.values()] == [1]
+    model.embed.data.copy_(torch.randn(4, 3))
+    assert totals(live) == dw.digest({"embed": model.embed.data})
+    if known == ("embed", "head"):
+        with pytest.raises(EngineUnsupported, match="this server ties what are two tensors in the run"):
+            LiveWeights(model, table_of(embed=(4, 3), head=(4, 3)), loading=loading)
+
+
+def test_a_model_that_holds_a_tensor_under_each_of_its_names_has_it_twice():
+    model = TwoNames(("embed", "head"))
+    live = LiveWeights(model, ONE, loading=AfterLoading())
+    assert {box.parameter for _, box in live.places("embed")} == {"embed", "head"}
+    model.embed.data.fill_(1)
+    union = Union(live.sizes, [live.parts])
+    assert union.digests([live.digests()])[1] == ["embed"]
+    model.head.data.fill_(1)
+    assert union.digests([live.digests()]) == (dw.digest({"embed": model.head.data}), [])
 
 
 def test_tensors_without_elements_and_scalars_are_found():

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import torch
 from servers import START_SECONDS, VOCABULARY, Server, tiny_qwen3
+from transformers import Qwen3ForCausalLM
 
 import deltawire as dw
 from deltawire.errors import BadDigest, EngineUnavailable, EngineUnsupported, NotFound
@@ -27,14 +28,14 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
 
 
 class Trainer:
-    """A model trained on noise, published to a folder bucket."""
+    """A model trained on noise, published to a folder bucket; `start` says where version 0 comes from."""
 
-    def __init__(self, folder: Path, checkpoint: Path) -> None:
+    def __init__(self, folder: Path, **start: Path) -> None:
         self.url = folder.as_uri()
         self.model = tiny_qwen3()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         torch.manual_seed(1)
-        self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True), assets=checkpoint)
+        self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True), **start)
 
     def step(self) -> dw.PublishReport:
         """Publish, wait for the commit, then train one step."""
@@ -60,12 +61,21 @@ class Trainer:
 
 @pytest.fixture
 def trainer(tmp_path, checkpoint):
-    trainer = Trainer(tmp_path / "bucket", checkpoint)
+    trainer = Trainer(tmp_path / "bucket", assets=checkpoint)
     yield trainer
     trainer.publisher.close(10)
 
 
-def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(server, trainer, tmp_path, checkpoint):
+@pytest.fixture
+def on_base(tmp_path, checkpoint):
+    """A trainer whose version 0 is the checkpoint by reference, with the head that its file repeats."""
+    trainer = Trainer(tmp_path / "bucket", base=checkpoint)
+    yield trainer
+    trainer.publisher.close(10)
+
+
+def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(server, on_base, tmp_path):
+    trainer = on_base
     before = server.logprobs([1, 2, 3])
     with Follower(trainer.url, server.url) as follower, EngineClient(server.url) as engine:
         for version in range(6):
@@ -82,6 +92,12 @@ def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(s
 
     out = tmp_path / "materialized"
     dw.materialize(trainer.publisher.bucket, out)
+    loaded = Qwen3ForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert dw.digest(dict(loaded.named_parameters())) == {name: int(v, 16) for name, v in trainer.published.items()}
+    with torch.no_grad():
+        logprobs = loaded(torch.tensor([[1, 2, 3]])).logits[0, -1].float().log_softmax(-1)
+    assert float(logprobs.max()) == pytest.approx(after[0], abs=0.05)  # vLLM's kernels round otherwise
     fresh = Server(out, tmp_path / "fresh.log")
     try:
         fresh.wait()

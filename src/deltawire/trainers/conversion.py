@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from deltawire.errors import NoView
-from deltawire.names import NameMap, View, bare, is_adapters
+from deltawire.names import NameMap, View, bare, is_adapters, place_of
 
 LEADS_IN = ("_orig_mod", "module", "model")
 """attributes under which torch.compile, DDP and PEFT give the model they wrap"""
@@ -21,8 +21,10 @@ LEADS_IN = ("_orig_mod", "module", "model")
 def name_map(model: Any) -> NameMap:
     """The map from a transformers model's names to those of the checkpoint that its `save_pretrained` writes.
 
-    `model` may be wrapped by torch.compile, DDP, FSDP2 or PEFT, whose adapters are no part of the map. Only names and
-    shapes are looked at, so one map serves a whole training. Tied weights come under the name `save_pretrained` keeps.
+    `model` may be wrapped by torch.compile, DDP, FSDP2 or PEFT, whose adapters are no part of the map. Only names,
+    shapes and which tensors share memory are looked at, so one map serves a whole training, as long as nothing is tied
+    or untied. Tied weights come under the name `save_pretrained` keeps; what is untied by now (by hand, or by PEFT's
+    `modules_to_save` once merged) comes as tensors of its own, whatever the config says.
 
     Raises NoView, naming the model's type, the tensors and the operation, where the checkpoint has a tensor that is no
     rectangle of one of the model's.
@@ -35,8 +37,11 @@ def name_map(model: Any) -> NameMap:
             "name_map reads the conversion tables of transformers 5: pip install 'deltawire[transformers]'"
         ) from None
     inner = _unwrapped(model, PreTrainedModel)
-    shapes = _shapes(inner)
-    tied = {bare(name): bare(kept) for name, kept in (getattr(inner, "all_tied_weights_keys", None) or {}).items()}
+    tensors = _tensors(inner)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    declared = (getattr(inner, "all_tied_weights_keys", None) or {}).items()
+    named = {bare(name): bare(kept) for name, kept in declared}
+    tied = {name: kept for name, kept in named.items() if _are_one(tensors.get(name), tensors.get(kept))}
     kept = {name: shape for name, shape in shapes.items() if tied.get(name) not in shapes}
     try:
         made = revert_weight_conversion(inner, {name: _whole(name, shape) for name, shape in kept.items()})
@@ -61,13 +66,17 @@ def _unwrapped(model: Any, kind: type) -> Any:
     return inner
 
 
-def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of what `save_pretrained` takes of a model, by name."""
+def _are_one(one: Any, other: Any) -> bool:
+    return one is not None and other is not None and place_of(one) == place_of(other)
+
+
+def _tensors(model: Any) -> dict[str, Any]:
+    """What `save_pretrained` takes of a model, by name."""
     left_out = model._keys_to_ignore_on_save or ()
     given = [(name, tensor) for name, tensor in model.state_dict().items() if name not in left_out]
     # of a module that PEFT trains whole, the original keeps the place in the checkpoint
     named = [(name.replace(".original_module.", "."), tensor) for name, tensor in given]
-    return {bare(name): tuple(tensor.shape) for name, tensor in named if not is_adapters(name)}
+    return {bare(name): tensor for name, tensor in named if not is_adapters(name)}
 
 
 def _gather(made: Mapping[str, Any], kept: Mapping[str, Sequence[int]], kind: str) -> dict[str, tuple[View, ...]]:

@@ -40,12 +40,12 @@ class Attached:
     undo: tuple[Plan, PartDigests, Position | None] | None = None
 
     def find_version(self) -> None:
-        """Of the only worker: its digests say at which committed version it is, or at none. Raises EngineUnsupported
-        when it does not hold the whole model."""
+        """Of the only worker: its digests say at which committed version it is, or at none, as when it holds a tensor
+        twice and differently. Raises EngineUnsupported when it does not hold the whole model."""
         self.union = Union(self.live.sizes, [self.live.parts], self.live.placement.computed, self.frozen)
-        digests, _ = self.union.digests([self.digests])
+        digests, differing = self.union.digests([self.digests])
         root = root_of(self.live.table.values(), digests)
-        self.position, self.joined = self.subscriber.position_of(root), True
+        self.position, self.joined = None if differing else self.subscriber.position_of(root), True
 
     def wrote(self, plan: Plan) -> None:
         """The plan's bits are in place: stand where it leads, and keep what was before until `confirm`."""
@@ -124,11 +124,11 @@ class Attached:
     def _require_promised(self, plan: Plan) -> None:
         if self.union is None:
             return
-        digests, _ = self.union.digests([plan.digests])
-        if root_of(self.live.table.values(), digests) == plan.after.root:
+        digests, differing = self.union.digests([plan.digests])
+        if not differing and root_of(self.live.table.values(), digests) == plan.after.root:
             return
         promised = self.subscriber.digests_at(plan.after.version)
-        wrong = [name for name, value in promised.items() if digests[name] != value]
+        wrong = [name for name, value in promised.items() if digests[name] != value or name in differing]
         raise disagreement(plan.after, wrong, self.drifted(wrong))
 
 

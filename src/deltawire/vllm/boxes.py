@@ -160,7 +160,10 @@ def shared(boxes: Mapping[str, list[Box]]) -> dict[str, str]:
         for name, box in tenants:
             region = np.lib.stride_tricks.as_strided(taken[box.target_offset :], box.shape, box.target_strides)
             if region.any():
-                faults[name] = f"another tensor of the run lands in the same part of {parameter}"
+                faults[name] = (
+                    f"another tensor of the run lands in the same part of {parameter}: this server ties what are two "
+                    "tensors in the run; begin a run that gives the tied tensor once, as model.named_parameters() does"
+                )
             region[...] = True
     return faults
 

@@ -116,10 +116,14 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def changes_between(
     before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], known: Mapping[str, int]
 ) -> dict[str, str]:
-    """Which tensors a step after loading changed, and how; `known` holds the fingerprints from before it."""
+    """Which tensors a step after loading changed, and how; `known` holds the fingerprints from before it. A name that
+    was tied to another tensor of before is no change: it is one more name of that one."""
     changed = {}
+    tensors = {id(tensor) for tensor in before.values()}
     for name, tensor in after.items():
         old = before.get(name)
+        if old is not tensor and id(tensor) in tensors:
+            continue
         if old is None:
             changed[name] = "made after loading"
         elif old is not tensor or old.shape != tensor.shape or old.data_ptr() != tensor.data_ptr():

@@ -9,6 +9,7 @@ or copy computed values. What such an operation would have overwritten does not 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ def probe(
             f"the model's loader refused {watcher.current} ({type(error).__name__}: {error}): "
             "is the run of the model that this server loaded?"
         ) from error
+    _probe_aliases(watcher, entries, load_weights)
     placement = Placement(watcher.boxes, watcher.unfit, watcher.computed)
     for entry in entries:
         boxes = placement.boxes.get(entry.name, [])
@@ -57,6 +59,21 @@ def probe(
     for name, reason in faults.items():
         placement.unfit.setdefault(name, reason)
     return placement
+
+
+def _probe_aliases(
+    watcher: "_Watcher",
+    entries: Iterable[TensorEntry],
+    load_weights: Callable[[Iterator[tuple[str, torch.Tensor]]], Any],
+) -> None:
+    """Where a tensor's further names lead: nowhere new in a model that ties them, and in one that holds two of it to
+    the second, which moves with the first. A loader that knows no such name holds it only once."""
+    for entry in entries:
+        for alias in entry.aliases:
+            source = torch.empty(entry.shape, dtype=getattr(torch, NAMES[entry.dtype]))
+            watcher.observe(entry.name, source)
+            with suppress(Exception), torch.no_grad(), watcher:
+                load_weights(iter([(alias, source)]))
 
 
 @dataclass(frozen=True, slots=True)
