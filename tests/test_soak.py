@@ -78,6 +78,18 @@ def follower(url, folder, number, life):
         return subprocess.Popen(command, env=environment, stderr=errors)
 
 
+def rot(folder):
+    """Flip one bit of the weights in a mirror, as a disk may; how many were flipped."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("r+b") as file:
+            file.seek(-3, os.SEEK_END)
+            byte = file.read(1)[0]
+            file.seek(-3, os.SEEK_END)
+            file.write(bytes([byte ^ 4]))
+        return 1
+    return 0
+
+
 def insist(action):
     """Repeat what faults interrupt, as a supervisor would."""
     refused, deadline = Counter(), time.monotonic() + PATIENCE
@@ -122,6 +134,8 @@ def test_all_followers_end_where_the_trainer_does_whatever_happened(tmp_path):
                 followers[number] = follower(url, tmp_path, number, len(kills))
             if version % 16 == 15:
                 compactor.close()
+                if draw.random() < 0.3:
+                    injected += Counter({"rot in the mirror": rot(tmp_path / "compactor")})
                 compactor = Compactor(faulty, tmp_path / "compactor", anchors=32)
                 insist(compactor.step)
                 with Subscriber(clean) as subscriber:
