@@ -34,6 +34,7 @@ DeltaWireError
     BadAnswer           what it answers is no answer to what was asked
     EngineUnsupported   it lacks the plugin, its weight endpoints, or a layout we can prove right
     Quarantined         it can no longer say what it serves; restart it
+    AnotherFollower     another follower drives it
     NotServed           nobody serves a published version in time; it is safe in the bucket
 """
 
@@ -177,6 +178,10 @@ class EngineUnsupported(EngineError):
 
 class Quarantined(EngineError):
     """The server can no longer say what it serves; restart it."""
+
+
+class AnotherFollower(EngineError):
+    """Another follower drives the server: two would flip its weights between them."""
 
 
 class NotServed(EngineError):

@@ -5,7 +5,8 @@ For faults alone: what vLLM itself does with weights is tested on vLLM itself.
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
@@ -86,20 +87,25 @@ class StubEngine:
             return 200, {"results": [method(worker, *request["args"]) for worker in self._workers]}
         if path == "/init_weight_transfer_engine":
             for replica in self.replicas:
-                replica.attach(request["init_info"]["bucket"])
+                replica.begin_attach(request["init_info"])
         elif path == "/start_weight_update":
-            if self.session_open:
-                return 500, {"error": {"message": "a weight update is already active"}}
-            self._set_session(True)
+            with self._worker_methods("start"):
+                if self.session_open:
+                    raise RuntimeError("a weight update is already active")
+                self._set_session(True)
         elif path == "/update_weights":
-            for replica in self.replicas:
-                replica.commit(request["update_info"])
+            with self._worker_methods("update"):
+                if not self.session_open:
+                    raise RuntimeError("no matching start_weight_update")
+                for replica in self.replicas:
+                    replica.update(request["update_info"])
         elif path == "/finish_weight_update":
-            if not self.session_open:
-                return 500, {"error": {"message": "no matching start_weight_update"}}
-            self._set_session(False)
-            for replica in self.replicas:
-                replica.confirm()
+            with self._worker_methods("finish"):
+                if not self.session_open:
+                    raise RuntimeError("no matching start_weight_update")
+                self._set_session(False)
+                for replica in self.replicas:
+                    replica.confirm()
             self.weight_version = request.get("weight_version") or self.weight_version
         elif path == "/update_weight_version":
             self.weight_version = request["new_version"]
@@ -118,6 +124,14 @@ class StubEngine:
         else:
             return 404, {"detail": "Not Found"}
         return 200, {}
+
+    @contextmanager
+    def _worker_methods(self, doing: str) -> Iterator[None]:
+        """What a worker's method raises is an outcome of the worker's, as the plugin has it."""
+        with ExitStack() as stack:
+            for replica in self.replicas:
+                stack.enter_context(replica.recording(doing, clear=False))
+            yield
 
     def _set_session(self, is_open: bool) -> None:
         for worker in self._workers:

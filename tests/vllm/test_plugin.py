@@ -47,7 +47,7 @@ assert "deltawire" in WeightTransferEngineFactory._registry
 assert WeightTransferEngineFactory._registry["deltawire"]().__name__ == "DeltaWireEngine"
 assert utils.process_weights_after_loading is base_loader.process_weights_after_loading
 assert not hasattr(utils.process_weights_after_loading.__wrapped__, "__wrapped__")
-assert all(hasattr(Worker, f"deltawire_{name}") for name in ("status", "holdings", "stage", "audit"))
+assert all(hasattr(Worker, f"deltawire_{name}") for name in ("status", "holdings", "stage", "begin", "take"))
 from deltawire.vllm import versions
 print(json.dumps([said, left_alone, versions.missing({**versions.NAMES, **versions.NAMES_ON_CPU})]))
 """

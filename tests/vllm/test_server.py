@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from hashlib import sha256
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
 from servers import START_SECONDS, VOCABULARY, Server, tiny_qwen3
@@ -20,6 +22,7 @@ import deltawire as dw
 from deltawire.errors import BadDigest, EngineUnavailable, EngineUnsupported, NotFound
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.follower import Follower
+from waiting import until
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "vllm"))
 import weight_versions
@@ -176,10 +179,15 @@ def test_plain_posts_update_without_a_follower(server, trainer):
     def post(path: str, body: dict) -> None:
         httpx.post(server.url + path, json=body, timeout=60).raise_for_status()
 
-    post("/start_weight_update", {})
-    post("/update_weights", {"update_info": {"bucket": trainer.url, "version": 1}})
-    post("/finish_weight_update", {"weight_version": str(position)})
+    def posted() -> bool:
+        """A server that is still fetching says so, and is posted to again."""
+        post("/update_weights", {"update_info": {"bucket": trainer.url, "version": 1}})
+        return engine.status().error is None
+
     with EngineClient(server.url) as engine:
+        post("/start_weight_update", {})
+        until(posted)
+        post("/finish_weight_update", {"weight_version": str(position)})
         audit = engine.audit()
         assert audit.position == position
         assert audit.digests == trainer.published
@@ -289,7 +297,9 @@ def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_o
         assert engine.is_paused() == (moment in ("update", "finish", "resume"))
         assert engine.status().session_open == (moment in ("pause", "update", "finish"))
         with Follower(trainer.url, server.url) as follower:
+            started = time.monotonic()
             report = follower.step()
+            assert time.monotonic() < started + 20
             in_place = moment in ("finish", "resume")  # killed that late, the new weights were served already
             assert (report is None) == in_place
         assert not engine.is_paused()
@@ -297,6 +307,57 @@ def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_o
         assert engine.weight_version() == str(trainer.publisher.position)
         assert engine.audit().digests == trainer.published
     assert len(server.logprobs([1, 2, 3])) == 8
+
+
+STOPPED = """
+import os, signal, sys
+from deltawire.vllm.client import EngineClient
+from deltawire.vllm.follower import Follower
+
+bucket, engine, moment = sys.argv[1:]
+original = getattr(EngineClient, moment)
+
+
+def stopped(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return original(*arguments, **options)
+
+
+setattr(EngineClient, moment, stopped)
+with Follower(bucket, engine) as follower:
+    follower.run()
+"""
+
+
+@pytest.mark.parametrize("moment", ["start", "update"])
+def test_a_follower_stopped_in_an_update_loses_the_server_to_another_and_changes_nothing_when_it_goes_on(
+    server, trainer, tmp_path, checkpoint, moment
+):
+    other = Trainer(tmp_path / "other", checkpoint)
+    for each in (trainer, other, other):
+        each.step()
+    with Follower(trainer.url, server.url) as follower:
+        follower.step()
+    trainer.step()
+    command = [sys.executable, "-c", STOPPED, trainer.url, server.url, moment]
+    with EngineClient(server.url) as engine, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as old:
+        until(lambda: psutil.Process(old.pid).status() == psutil.STATUS_STOPPED, unless=old.poll)
+        assert engine.is_paused() == (moment == "update")
+        assert engine.status().lease.holder.pid == old.pid
+        with Follower(other.url, server.url, take_over=True) as new:
+            new.step()
+            assert engine.weight_version() == str(other.publisher.position)
+            served = server.checksums()
+            old.send_signal(signal.SIGCONT)
+            _, told = old.communicate(timeout=60)
+            assert old.returncode == 1
+            assert f"AnotherFollower: follower {new._hold.me.replica} (pid {new._hold.me.pid} on" in told
+            assert new.step() is None
+            assert server.checksums() == served
+            assert engine.weight_version() == str(other.publisher.position)
+            assert engine.audit().digests == other.published
+            assert (engine.is_paused(), engine.status().session_open) == (False, False)
+    other.publisher.close(10)
 
 
 def test_what_is_generated_after_an_update_is_what_the_new_weights_say(server, trainer):

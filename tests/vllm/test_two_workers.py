@@ -11,7 +11,7 @@ import pytest
 from servers import START_SECONDS, Server
 from test_models import TP2, TWO, Chain, assert_served, every, walk
 
-from deltawire.errors import EngineError
+from deltawire.errors import AnotherFollower, EngineError
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.follower import Follower
 from waiting import PATIENCE, until
@@ -46,7 +46,7 @@ def test_two_workers_and_a_kv_head_that_both_hold_serve_every_version(place):
 @pytest.mark.parametrize("step", ["init", "stage", "commit"])
 def test_a_failure_in_one_worker_leaves_both_in_step_and_the_next_update_works(place, rank, step):
     chain, server, fault = place
-    with Follower(chain.url, server.url) as follower, EngineClient(server.url) as engine:
+    with EngineClient(server.url) as engine, Follower(chain.url, engine) as follower:
         follower.step()
         before = len(chain.versions) - 1
         assert_served(chain, engine, before)
@@ -64,6 +64,32 @@ def test_a_failure_in_one_worker_leaves_both_in_step_and_the_next_update_works(p
         assert follower.step().version == before + 1
         assert_served(chain, engine, before + 1)
         assert len(server.logprobs([1, 2, 3])) == 8
+
+
+def test_both_workers_refuse_a_follower_that_has_lost_the_server_and_stay_in_step(place):
+    chain, server, _ = place
+    with Follower(chain.url, server.url) as first, EngineClient(server.url) as engine:
+        first.step()
+        served = len(chain.versions) - 1
+        chain.publish()
+        assert engine.init(chain.url).error["kind"] == "AnotherFollower"
+        with Follower(chain.url, server.url, pin=served) as second:
+            assert second.step() is None
+            for _ in range(2):
+                with pytest.raises(AnotherFollower, match=f"pid {os.getpid()} on"):
+                    first.step()
+                with pytest.raises(AnotherFollower):
+                    first._engine.stage(chain.url, served + 1)
+            first._engine.start()
+            first._engine.start()
+            first._engine.update(chain.url, chain.publisher.position)
+            first._engine.finish(None)
+            first._engine.finish(None)
+            assert_served(chain, engine, served)
+    with Follower(chain.url, server.url) as third:
+        assert third.step().version == served + 1
+        with EngineClient(server.url) as engine:
+            assert_served(chain, engine, served + 1)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -129,10 +129,10 @@ def test_a_follower_killed_between_the_writes_of_two_workers_leaves_nothing_that
     with EngineClient(engine.url) as client:
         client.start()
         client.pause("keep", clear_cache=True)
-    target = run.publisher.position
-    engine.replicas[0].answer_stage({"bucket": run.url, "version": 1})
+    target, lease = run.publisher.position, follower._engine.token
+    engine.replicas[0].answer_stage({"bucket": run.url, "version": 1, "lease": lease})
     await_staging()
-    engine.replicas[0].commit({"bucket": run.url, "version": 1, "root": target.root})
+    engine.replicas[0].update({"bucket": run.url, "version": 1, "root": target.root, "lease": lease})
     with EngineClient(engine.url) as client:
         assert client.status().torn
     with Follower(run.url, engine.url) as second:
@@ -202,6 +202,7 @@ def test_a_change_that_does_not_lead_to_its_commit_is_refused_for_all(run, engin
 
 def test_a_plain_post_is_refused_because_nobody_compared_the_workers(run, engine, shards, follower):
     follower.step()
+    follower.close()
     run.publish(a=1)
     for staged in (False, True):
         for replica in engine.replicas:

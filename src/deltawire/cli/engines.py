@@ -37,6 +37,10 @@ def follow(
     pause: Annotated[PauseChoice, typer.Option(help="Requests in flight: kept, finished first, or ended.")] = "keep",
     keep_cache: Annotated[bool, typer.Option(help="Keep the KV cache of older weights: a shorter pause.")] = False,
     audit_every: Annotated[int, typer.Option(min=0, help="Digest all of live memory every so many updates.")] = 100,
+    pass_endpoint: Annotated[
+        bool, typer.Option(help="Tell vLLM's worker where the store is (HF_ENDPOINT, AWS_REGION …), never a token.")
+    ] = False,
+    take_over: Annotated[bool, typer.Option(help="Drive the server even if another follower does.")] = False,
     health: Annotated[
         str | None,
         typer.Option(metavar="[HOST:]PORT", help="Answer /health (200 when ready, else 503) and /live here."),
@@ -55,7 +59,8 @@ def follow(
     """Follow a bucket and patch a vLLM server's live weights, version by version.
 
     vLLM runs on this host with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{"backend":"deltawire"}'. Its API
-    key, if it has one, is read from VLLM_API_KEY.
+    key, if it has one, is read from VLLM_API_KEY. vLLM reads the bucket too, with its own HF_ENDPOINT, HF_TOKEN, AWS_…
+    and proxies. The keys given with --trust stay with the server until others are given, or it ends.
 
     With --pause wait or abort, vLLM 0.33 answers new requests 503 during an update; with keep they wait.
 
@@ -86,6 +91,7 @@ def follow(
         follower: Follower | AdapterFollower
         if adapter is None:
             updating: dict[str, Any] = {"pause": pause, "clear_cache": not keep_cache, "audit_every": audit_every}
+            updating |= {"pass_endpoint": pass_endpoint, "take_over": take_over}
             follower = stack.enter_context(Follower(bucket, engine, on_update=report, **updating, **common))
         else:
             loading = AdapterFollower(bucket, engine, adapter, folder=adapter_folder, on_update=report, **common)

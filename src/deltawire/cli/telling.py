@@ -46,7 +46,7 @@ class Teller:
 
     def news(self, news: "News") -> None:
         """What a follower says between updates."""
-        from deltawire.vllm.news import Current, Fetching, Waiting
+        from deltawire.vllm.news import Current, Fetching, Note, Waiting
 
         facts = msgspec.to_builtins(news)
         event = facts.pop("event")
@@ -56,6 +56,8 @@ class Teller:
                 self.line(event, f"waiting{still}: {reason}", **facts)
             case Current(_, version):
                 self.line(event, f"version {version}: the server is current", **facts)
+            case Note(note):
+                self.line(event, f"note: {note}", **facts)
             case Fetching() if news.total >= ANNOUNCED:
                 if self._bar:
                     self._draw(news)

@@ -118,9 +118,28 @@ class Worker(msgspec.Struct, frozen=True):
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """Whether a worker stages what it was asked to."""
+    """Whether a worker does what it was asked to."""
 
     accepted: bool
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """Whether a worker has the answer to what takes long; then the answer is beside."""
+
+    done: bool
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """Whether a worker gave the lease to who asked for it."""
+
+    taken: bool
+
+
+class Environ(msgspec.Struct, frozen=True):
+    """What decides whether a worker's process reaches a store: see `environment.seen`."""
+
+    environ: dict[str, str]
+    pid: int
 
 
 class Blamed(msgspec.Struct, frozen=True):

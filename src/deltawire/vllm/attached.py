@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 
-from deltawire.buckets import open_bucket
 from deltawire.digest import root as root_of
 from deltawire.errors import Forked, Gap, WrongBase, some
 from deltawire.manifests import Position
-from deltawire.signing import Trust
 from deltawire.subscriber import Subscriber
 from deltawire.vllm import staging
-from deltawire.vllm.live import LiveWeights
+from deltawire.vllm.live import BetweenPasses, LiveWeights, at_once
 from deltawire.vllm.loading import AfterLoading
 from deltawire.vllm.staging import PartDigests, Plan
 from deltawire.vllm.union import Union, disagreement
@@ -132,13 +130,19 @@ class Attached:
         raise disagreement(plan.after, wrong, self.drifted(wrong))
 
 
-def attach(url: str, trust: Trust, model: torch.nn.Module, loading: AfterLoading) -> Attached:
-    """Put a worker's weights beside the run that a bucket's HEAD names, at no version yet.
+def attach(
+    url: str,
+    subscriber: Subscriber,
+    model: torch.nn.Module,
+    loading: AfterLoading,
+    between_passes: BetweenPasses = at_once,
+) -> Attached:
+    """Put a worker's weights beside the run that a bucket's HEAD names, at no version yet; `url` asked for it.
+    `between_passes` does what must not meet a forward pass.
 
     Raises BucketError, FormatError, ChainError; EngineUnsupported for a model that cannot be patched.
     """
-    subscriber = Subscriber(open_bucket(url), trusted=trust)
-    live = LiveWeights(model, subscriber.run.table, loading=loading)
+    live = LiveWeights(model, subscriber.run.table, loading=loading, between_passes=between_passes)
     absent = live.absent
     committed = subscriber.digests_at(subscriber.latest().version) if absent else {}
     return Attached(url, subscriber, live, None, live.digests(), {name: committed[name] for name in absent})

@@ -1,7 +1,7 @@
 """A vLLM server's control endpoints."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +9,7 @@ from deltawire.buckets.proxies import is_loopback, proxy_note
 from deltawire.errors import BadAnswer, EngineError, EngineUnavailable, EngineUnsupported, Quarantined
 from deltawire.manifests import Position
 from deltawire.vllm.answers import Done, Models, Paused, Results, WeightInfo, decoded
-from deltawire.vllm.protocol import Engine, PauseMode, WorkerStatus
+from deltawire.vllm.protocol import Engine, PauseMode, opening
 
 try:
     import httpx
@@ -57,16 +57,14 @@ class EngineClient(Engine):
         except BadAnswer as error:  # without a nonce it is an answer to another question
             raise Quarantined(f"{self.url} answered another question than was asked: {error}") from None
 
-    def init(self, bucket: str, trusted: Iterable[str] = ()) -> WorkerStatus:
-        info = {"bucket": bucket, **({"trusted": sorted(trusted)} if trusted else {})}
-        self._post("/init_weight_transfer_engine", {"init_info": info})
-        return self.status()
+    def begin_init(self, bucket: str, trusted: Iterable[str] = (), settings: Mapping[str, str] = {}) -> None:
+        self._post("/init_weight_transfer_engine", {"init_info": opening(bucket, trusted, settings) | self.carried})
 
     def start(self) -> None:
         self._post("/start_weight_update", {}, again=False)
 
     def update(self, bucket: str, target: Position) -> None:
-        info = {"bucket": bucket, "version": target.version, "root": target.root}
+        info = {"bucket": bucket, "version": target.version, "root": target.root, **self.carried}
         self._post("/update_weights", {"update_info": info}, again=False)
 
     def finish(self, weight_version: str | None) -> None:

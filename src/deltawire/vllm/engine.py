@@ -20,17 +20,18 @@ from deltawire.vllm.replica import Replica
 class InitInfo(WeightTransferInitInfo):
     """Body of /init_weight_transfer_engine: the bucket to stand on, optional, and the public keys to trust."""
 
-    bucket: str | None = None
-    trusted: tuple[str, ...] = ()
+    request: dict[str, Any]
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Body of /update_weights: which version of which bucket, and what a follower found it to lead to."""
+    """Body of /update_weights: which version of which bucket, and what a follower found it to lead to. `lease` is the
+    asker's."""
 
     bucket: str
     version: int
     root: str | None = None
+    lease: str | None = None
 
 
 class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -51,31 +52,28 @@ class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             copies=self.parallel_config.data_parallel_size,
             compiled=not self.model_config.enforce_eager,
             synchronize=self._synchronize,
+            on_thread=self._use_device,
         )
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> InitInfo:
-        """The bucket and the keys, if named; anything else is ignored, because parsing must not raise here."""
-        named = init_dict if isinstance(init_dict, dict) else {}
-        bucket, keys = named.get("bucket"), named.get("trusted")
-        return InitInfo(
-            None if bucket is None else str(bucket), tuple(map(str, keys)) if isinstance(keys, list) else ()
-        )
+        """What was asked, as it is: parsing must not raise here."""
+        return InitInfo(init_dict if isinstance(init_dict, dict) else {})
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Attach to a bucket: probe placement, digest live weights, find the version they are."""
-        if init_info.bucket is not None:
-            self.replica.attach(init_info.bucket, init_info.trusted)
+        """Begin to attach to a bucket, if one is named: probe placement, digest live weights, find the version."""
+        if init_info.request.get("bucket") is not None:
+            self.replica.begin_attach(init_info.request)
 
     def start_weight_update(self) -> None:
         """Nothing to prepare: staging has its own call, and needs no session."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Write version `version` of bucket `bucket`, staged before or staged now."""
-        self.replica.commit(update_info)
+        self.replica.update(update_info)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """vLLM's inner half of update_weights, which this engine overrides whole."""
-        self.replica.commit(asdict(update_info))
+        self.replica.update(asdict(update_info))
 
     def finish_weight_update(self) -> None:
         """The update stays: what it replaced is forgotten."""
@@ -88,3 +86,7 @@ class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
+
+    def _use_device(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.set_device_index(self.device)

@@ -11,15 +11,26 @@ from pathlib import Path
 import msgspec
 
 from deltawire.checkpoint import is_adapter
-from deltawire.errors import BucketError, EngineError, EngineUnsupported, Quarantined, WrongBase, some
+from deltawire.errors import (
+    BadSignature,
+    BucketError,
+    EngineError,
+    EngineUnsupported,
+    Quarantined,
+    Unavailable,
+    WrongBase,
+    some,
+)
 from deltawire.manifests import Position
+from deltawire.vllm import environment
 from deltawire.vllm.client import EngineClient
 from deltawire.vllm.following import Following
-from deltawire.vllm.news import Fetching, News
-from deltawire.vllm.protocol import AuditReport, Engine, PauseMode, WorkerStatus, named_error
+from deltawire.vllm.holding import Hold
+from deltawire.vllm.news import Fetching, News, Note
+from deltawire.vllm.protocol import AuditReport, Engine, PauseMode, WorkerStatus, named_error, nap
 
-ASK_AGAIN = 0.02
-"""seconds between looks at a worker that is staging"""
+SLOW = 10.0
+"""seconds after which what keeps a worker busy is told"""
 UNVERIFIED = "unverified"
 """what a server reports whose weights were found to be no version"""
 
@@ -47,18 +58,24 @@ class UpdateReport(msgspec.Struct, frozen=True):
 
 
 class Follower(Following[Engine, UpdateReport]):
-    """Keeps one vLLM server at the newest version of one bucket. It alone drives the server's updates: a pause or a
-    session that it finds was left by a follower that was killed, and is ended.
+    """Keeps one vLLM server at the newest version of one bucket. It alone drives the server's updates, by a lease that
+    it renews: a second follower raises AnotherFollower, unless the first was not heard of for 15 seconds, is gone, or
+    `take_over` is set; from then on the first does. A pause or a session that it finds was left by a follower that was
+    killed, and is ended.
 
     `pin` holds the server at a version, older or newer, instead of the newest: how a bad policy is withdrawn.
-    `trusted` are public keys, or files of them: then only records they signed are followed.
+    `trusted` are public keys, or files of them: then only records they signed are followed. The server goes on
+    trusting those alone when another follower comes that has none; `on_news` is told so then.
 
     `replica` names the entry under `replicas/` that tells others, and retention, what it serves and needs.
 
     `pause` says what becomes of requests in flight during an update: "keep" (default) holds them where they are, "wait"
     lets them finish first, "abort" ends them. Every `audit_every` updates all of live memory is digested anew (0:
-    never), as it is after every anchor; the server generates nothing meanwhile. Weights that turn out to be no version
+    never) while the server generates, as it is in the pause after every anchor. Weights that turn out to be no version
     are made anew from the bucket.
+
+    The workers read the bucket too, with their own environment. With `pass_endpoint` they are told where its store is
+    (HF_ENDPOINT, AWS_ENDPOINT_URL, the region …) as this process's environment says; never a token or key.
 
     `poll` is seconds between looks at the bucket, by default what suits the store. `clear_cache` chooses what happens
     to KV computed with older weights: True (default) drops the prefix cache and recomputes running requests, so that no
@@ -76,6 +93,8 @@ class Follower(Following[Engine, UpdateReport]):
         pause: PauseMode = "keep",
         clear_cache: bool = True,
         audit_every: int = 100,
+        pass_endpoint: bool = False,
+        take_over: bool = False,
         replica: str | None = None,
         on_update: Callable[[UpdateReport], None] = lambda report: None,
         on_problem: Callable[[Exception], None] = lambda error: None,
@@ -94,9 +113,24 @@ class Follower(Following[Engine, UpdateReport]):
             on_news=on_news,
             clock=clock,
         )
+        self._told_trust = False
+        self._settings = environment.endpoints(bucket_url) if pass_endpoint else {}
+        self._hold = Hold(self._engine, self._replica, self.bucket.url, take_over=take_over, stopping=self._stopping)
         self._pause: PauseMode = pause
         self._clear_cache = clear_cache
         self._audit_every, self._unaudited = audit_every, 0
+
+    def run(self) -> None:
+        """See `Following.run`. The lease is renewed meanwhile, whatever this thread waits for."""
+        with self._hold.renewed():
+            super().run()
+
+    def close(self) -> None:
+        """Stop `run`, wait for the update in progress, and let go of the server; it keeps what it serves."""
+        self._stopping.set()
+        with self._stepping:
+            self._hold.release()
+            super().close()
 
     def audit(self) -> AuditReport:
         """Recompute every digest from live memory; see AuditReport. Weights that differ quarantine the server, and the
@@ -116,12 +150,15 @@ class Follower(Following[Engine, UpdateReport]):
 
     def _update(self, target: Position) -> UpdateReport | None:
         standing = self.standing
+        if (found := self._take_hold()) is None:
+            return None
         if is_adapter(self._subscriber.run.table):
             raise EngineUnsupported(
                 f"{self.bucket.url}: run {target.run} is of an adapter: follow it with --adapter NAME"
             )
         standing.staged = None
-        status = self._ready(target.run)
+        if (status := self._ready(found, target.run)) is None:
+            return None
         standing.server_says(status.position)
         if status.position == target:
             self._label(target)
@@ -144,16 +181,15 @@ class Follower(Following[Engine, UpdateReport]):
             self._on_problem(WrongBase(f"{self._engine.url}, {self.standing.audit}; they are made anew"))
         return not found.mismatched
 
-    def _ready(self, run: str) -> WorkerStatus:
-        """The worker's status, attached to our bucket's run, generating, and with no session open."""
-        status = self._engine.status()
-        if (status.attached, status.run) != (self.bucket.url, run):
-            self._labelled = None
-            status = self._engine.init(self._url, self._trust.keys)
-            self._require(status)
-        if not status.joined:
-            self._engine.join(self._subscriber)
-            status = self._engine.status()
+    def _greet(self) -> None:
+        if not self._hold.held:
+            self._take_hold()
+
+    def _take_hold(self) -> WorkerStatus | None:
+        """The workers' status once this follower drives the server, and the server generates; None when we were closed
+        meanwhile."""
+        if (status := self._hold.status()) is None:
+            return None
         if status.torn:  # a follower was killed between some workers' writes and the others'
             self._engine.revert()
             status = self._engine.status()
@@ -165,25 +201,64 @@ class Follower(Following[Engine, UpdateReport]):
             self._engine.resume()
         return status
 
+    def _ready(self, status: WorkerStatus, run: str) -> WorkerStatus | None:
+        """The workers' status, attached to our bucket's run; None when we were closed meanwhile."""
+        if (status.attached, status.run) != (self.bucket.url, run):
+            self._labelled = None
+            if status.reading in (None, self._url) and self._idle() is None:  # another bucket's reading is abandoned
+                return None
+            self._engine.begin_init(self._url, self._trust.keys, self._settings)
+            if (attached := self._idle()) is None:
+                return None
+            self._require(attached)
+            status = attached
+        if status.trusted and not self._trust.keys and not self._told_trust:
+            self._told_trust = True
+            self._on_news(Note(f"{self._engine.url} {_KEPT}"))
+        if not status.joined:
+            self._engine.join(self._subscriber)
+            status = self._engine.status()
+        return status
+
     def _stage(self, target: Position) -> bool:
         """Have the worker prepare the update while the server generates; False when we were closed meanwhile."""
         self._keep_what_is_needed()
-        accepted, fetched = self._engine.stage(self._url, target.version), None
+        while not self._engine.stage(self._url, target.version):  # busy with what somebody else asked for
+            if self._idle() is None:
+                return False
+        if (status := self._idle(target)) is None:
+            return False
+        self._require(status)
+        if status.workers > 1:
+            self._engine.vouch(self._subscriber, target)
+        return True
+
+    def _idle(self, target: Position | None = None) -> WorkerStatus | None:
+        """The workers' status once they are done with what they were asked for, however long a slow store makes that;
+        None when we were closed meanwhile. The server generates all the while."""
+        told, fetched = False, None
         while not self._stopping.is_set():
-            status = self._engine.status()
+            status = self._hold.confirmed()
+            if status.session_open:  # by one that lost the lease to us, and came back late
+                self._engine.finish(None)
+                self._engine.resume()
             self.standing.server_says(status.position)
-            if status.fetching is not None and status.fetching != fetched:
+            if status.fetching is not None and status.fetching != fetched and target is not None:
                 fetched = status.fetching
                 self._on_news(Fetching(target.run, target.version, *fetched))
-            if not status.staging and accepted:
-                self._require(status)
-                if status.workers > 1:
-                    self._engine.vouch(self._subscriber, target)
-                return True
-            if not status.staging:  # what another follower had it stage is done
-                accepted = self._engine.stage(self._url, target.version)
-            self._stopping.wait(ASK_AGAIN)
-        return False
+            if not status.staging:
+                return status
+            if status.doing_s > SLOW and not told:
+                self._tell_slow(status)
+                told = True
+            self._stopping.wait(nap(status.doing_s))
+        return None
+
+    def _tell_slow(self, status: WorkerStatus) -> None:
+        why = self._engine.why_unreached(self._url)
+        slow = Unavailable(f"vLLM's worker: {status.doing} since {status.doing_s:.0f} s, and goes on{why}")
+        self.standing.fails(slow)
+        self._on_problem(slow)
 
     def _commit(self, target: Position) -> UpdateReport:
         """Swap the weights inside a pause that only scatters."""
@@ -215,11 +290,12 @@ class Follower(Following[Engine, UpdateReport]):
 
     def _swap(self, target: Position) -> WorkerStatus:
         """Pause, commit, name the version, resume. The session is closed and generation resumed whatever happens."""
+        self._hold.confirmed()
         try:
             self._engine.start()
             self._engine.pause(self._pause, clear_cache=self._clear_cache)
             self._engine.update(self._url, target)
-            status = self._engine.status()
+            status = self._hold.confirmed()
             if status.torn:
                 self._engine.revert()
             self._engine.finish(str(target) if status.position == target else None)
@@ -232,9 +308,12 @@ class Follower(Following[Engine, UpdateReport]):
 
     def _let_go(self) -> None:
         """End the session and the pause of an update that failed, as far as the server lets us; the next step looks
-        again."""
+        again. Not those of a follower that has taken the lease."""
         with suppress(EngineError):
-            if self._engine.status().session_open:
+            status = self._engine.status()
+            if status.session_open and not status.lease.mine:
+                return
+            if status.session_open:
                 self._engine.finish(None)
         with suppress(EngineError):
             self._engine.resume()
@@ -246,7 +325,11 @@ class Follower(Following[Engine, UpdateReport]):
         error = named_error(status.error)
         if isinstance(error, BucketError):
             said = f"said by the server at {self._engine.url}, which reads the bucket itself, by its own environment"
-            raise type(error)(f"{error} ({said})")
+            raise type(error)(f"{error} ({said}{self._engine.why_unreached(self._url)})")
+        if status.error["kind"] in ("ImportError", "ModuleNotFoundError"):
+            raise EngineUnsupported(f"the server at {self._engine.url}: {status.error['message']}")
+        if isinstance(error, BadSignature) and not self._trust.keys:
+            raise BadSignature(f"{error}; this server {_KEPT}")
         raise error
 
     def _disown(self) -> None:
@@ -258,6 +341,12 @@ class Follower(Following[Engine, UpdateReport]):
     def _label(self, position: Position) -> None:
         """A server that stands on a version without saying so (fresh from that very checkpoint, or left by a follower
         that was killed) is told its name."""
-        if self._labelled != position and self._engine.weight_version() != str(position):
+        if self._engine.weight_version() != str(position):
             self._engine.label(str(position))
         self._labelled = position
+
+
+_KEPT = (
+    "accepts only what the public keys signed that an earlier follower gave it with --trust, though this one gives "
+    "none: give others with --trust, or restart vLLM"
+)

@@ -16,6 +16,7 @@ from deltawire import ledger, log
 from deltawire.buckets import open_bucket
 from deltawire.errors import (
     AccessRefused,
+    AnotherFollower,
     BucketError,
     ChainError,
     EngineError,
@@ -101,11 +102,15 @@ class Following(ABC, Generic[E, R]):
         a chain that was read while it changed, another trainer's run) is reported, every minute while it lasts, and
         looked at again; the server keeps what it serves.
 
-        Raises what a person must mend: EngineUnsupported, Quarantined, ApplyError."""
+        Raises what a person must mend: EngineUnsupported, Quarantined, AnotherFollower, ApplyError."""
         seen: str | None = None
-        looked = -LOOK_ANYWAY
+        looked, greeted = -LOOK_ANYWAY, False
         while not self._stopping.is_set():
             try:
+                if not greeted:
+                    with self._stepping:
+                        self._greet()
+                    greeted = True
                 found = self.bucket.watch(HEAD_KEY, tag=seen, timeout=min(self._poll, self.bucket.poll_seconds))
                 tag = found.tag if found else seen
                 if tag != seen or self.standing.clock() >= looked + LOOK_ANYWAY:
@@ -114,7 +119,7 @@ class Following(ABC, Generic[E, R]):
                     if self.standing.waiting is None:  # an entry would make a bucket of what may be a misspelt name
                         self._beat()
                 self._stopping.wait(max(0.0, self._poll - self.bucket.poll_seconds))
-            except (EngineUnsupported, Quarantined):
+            except (EngineUnsupported, Quarantined, AnotherFollower):
                 raise
             except (BucketError, FormatError, ChainError, EngineError) as error:
                 self._subscriber.refresh()
@@ -204,6 +209,7 @@ class Following(ABC, Generic[E, R]):
         with self._stepping:
             if self._stopping.is_set():
                 return None
+            self._greet()
             try:
                 target = self._target()
             except NotFound as error:
@@ -220,6 +226,9 @@ class Following(ABC, Generic[E, R]):
         """Before reading: what a joiner is about to read must not be pruned."""
         if self._labelled is None:
             self._beat(need=0)
+
+    def _greet(self) -> None:
+        """What `run` does for the server before it looks at the bucket, which may not answer."""
 
     @abstractmethod
     def _advance(self, target: Position) -> R | None:

@@ -18,7 +18,22 @@ LOADING = "_deltawire_loading"
 PREPACK = "DELTAWIRE_PREPACK"
 """the environment variable that, when `keep`, leaves vLLM's packing of linear weights on CPU as it is"""
 NOT_CHOSEN = """start vLLM with --weight-transfer-config '{"backend":"deltawire"}'"""
-METHODS = ("status", "holdings", "stand", "stage", "staged", "blame", "revert", "placement", "audit")
+METHODS = (
+    "status",
+    "take",
+    "release",
+    "holdings",
+    "stand",
+    "stage",
+    "staged",
+    "revert",
+    "placement",
+    "environ",
+    "begin",
+    "result",
+)
+SESSION = ("start_weight_update", "update_weights", "finish_weight_update")
+"""vLLM's own worker methods that raise when no session is open, or one is already"""
 _INSTALLED = "_deltawire_installed"
 
 
@@ -39,6 +54,8 @@ def install() -> None:
     setattr(Worker, _INSTALLED, True)
     WeightTransferEngineFactory.register_engine(ENGINE, "deltawire.vllm.engine", "DeltaWireEngine")
     _watch_post_load_steps()
+    for name in SESSION:
+        setattr(Worker, name, _kept_from_raising(getattr(Worker, name)))
     for name in METHODS:
         setattr(Worker, f"deltawire_{name}", _worker_method(name))
 
@@ -89,6 +106,21 @@ def _keep_linear_weights_unpacked() -> None:
         versions.warn(vllm.__version__, versions.missing(versions.NAMES_ON_CPU))
         ops._supports_onednn = False
         utils.check_cpu_sgl_kernel = lambda *shape_and_dtype: False
+
+
+def _kept_from_raising(original: Any) -> Any:
+    """With our engine, a session that another follower opened or ended is an outcome to be read from the status."""
+
+    @functools.wraps(original)
+    def method(worker: Any, *args: Any, **kwargs: Any) -> None:
+        replica = getattr(worker.weight_transfer_engine, "replica", None)
+        if replica is None:
+            original(worker, *args, **kwargs)
+            return
+        with replica.recording(original.__name__, clear=False):
+            original(worker, *args, **kwargs)
+
+    return method
 
 
 def _worker_method(name: str) -> Any:

@@ -1,13 +1,13 @@
 """Follow a bucket with vLLM's offline `LLM` class, in the process that embeds it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deltawire.errors import EngineError, EngineUnsupported
 from deltawire.manifests import Position
 from deltawire.vllm.follower import Follower
 from deltawire.vllm.hooks import NOT_CHOSEN
-from deltawire.vllm.protocol import Engine, PauseMode, WorkerStatus
+from deltawire.vllm.protocol import Engine, PauseMode, opening
 
 
 def follow(llm: Any, bucket: str, **options: Any) -> Follower:
@@ -32,15 +32,14 @@ class LocalEngine(Engine):
         except Exception as error:
             raise EngineUnsupported(f"{self.url} has no deltawire engine ({error}): {NOT_CHOSEN}") from None
 
-    def init(self, bucket: str, trusted: Iterable[str] = ()) -> WorkerStatus:
-        self._call("init_weight_transfer_engine", init_info={"bucket": bucket, "trusted": sorted(trusted)})
-        return self.status()
+    def begin_init(self, bucket: str, trusted: Iterable[str] = (), settings: Mapping[str, str] = {}) -> None:
+        self._call("init_weight_transfer_engine", init_info=opening(bucket, trusted, settings) | self.carried)
 
     def start(self) -> None:
         self._call("start_weight_update")
 
     def update(self, bucket: str, target: Position) -> None:
-        info = {"bucket": bucket, "version": target.version, "root": target.root}
+        info = {"bucket": bucket, "version": target.version, "root": target.root, **self.carried}
         self._call("update_weights", update_info=info)
 
     def finish(self, weight_version: str | None) -> None:

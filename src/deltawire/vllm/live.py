@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -15,6 +15,19 @@ from deltawire.vllm.loading import AfterLoading, Step, Watch, as_loaded, held
 from deltawire.vllm.memory import Memory, digest_box, fingerprint
 from deltawire.vllm.placement import probe
 
+T = TypeVar("T")
+
+
+class BetweenPasses(Protocol):
+    """Does something where it meets no forward pass, and returns what that returned."""
+
+    def __call__(self, errand: Callable[[], T], /) -> T: ...
+
+
+def at_once(errand: Callable[[], T]) -> T:
+    """`BetweenPasses` where no forward pass can happen: on the thread that runs them."""
+    return errand()
+
 
 class LiveWeights:
     """The run's tensors where they live in this worker: those that it holds, and of those the parts it holds.
@@ -22,6 +35,9 @@ class LiveWeights:
     Opening probes the model's loader, proves by digests that the probe wrote nothing, and refuses (EngineUnsupported)
     a model of which any tensor here can neither be patched in place nor made anew. `loading` says what vLLM changed
     after loading: `steps` that are understood are followed or repeated, what else changed makes its module unfit.
+
+    Digesting takes seconds for a large model, and disturbs no forward pass. Probing does, and takes moments: it is done
+    by `between_passes`.
     """
 
     def __init__(
@@ -31,12 +47,21 @@ class LiveWeights:
         *,
         loading: AfterLoading,
         load_weights: Callable[[Iterator[tuple[str, torch.Tensor]]], object] | None = None,
+        between_passes: BetweenPasses = at_once,
     ) -> None:
         self.table = {entry.name: entry for entry in table}
-        with as_loaded(loading.steps):
-            loaded = tensors_of(model)
-            with _unchanged(model, loaded):
-                placement = probe(self.table.values(), load_weights or model.load_weights, loaded)
+
+        def see() -> dict[str, torch.Tensor]:
+            with as_loaded(loading.steps):
+                return tensors_of(model)
+
+        def watch() -> Placement:
+            with as_loaded(loading.steps), _bound(model, loaded):
+                return probe(self.table.values(), load_weights or model.load_weights, loaded)
+
+        loaded = between_passes(see)
+        with _unchanged(loaded):
+            placement = between_passes(watch)
         self.steps: dict[str, list[Step]] = {}
         self._memory: dict[tuple[str, int], Memory] = {}
         self.placement = _without(placement, loaded, _derived(tensors_of(model) | loaded, loading.unexplained))
@@ -151,22 +176,35 @@ def watch_loading(model: torch.nn.Module, process: Callable[[], Any]) -> tuple[A
 
 
 @contextmanager
-def _unchanged(model: torch.nn.Module, live: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Prove that a block leaves every live tensor as it was. One that rebinds tensors instead of copying into them
-    cannot be watched: they are put back, and EngineUnsupported raised."""
-    held = {name: tensor.data for name, tensor in live.items()}
-    before = _state(live)
+def _unchanged(live: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Prove by digests that a block leaves the bits of every live tensor as they were, or raise EngineUnsupported."""
+    before = {name: fingerprint(tensor) for name, tensor in live.items()}
     try:
         yield
     finally:
-        after = _state(tensors_of(model))
+        if touched := [name for name, tensor in live.items() if fingerprint(tensor) != before[name]]:
+            raise EngineUnsupported(
+                f"this model's loader wrote to its weights ({', '.join(touched[:3])}): restart vLLM"
+            )
+
+
+@contextmanager
+def _bound(model: torch.nn.Module, live: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Prove that a block leaves every name bound to its tensor and every tensor to its memory. A loader that rebinds
+    tensors instead of copying into them cannot be watched: they are put back, and EngineUnsupported raised."""
+    held = {name: tensor.data for name, tensor in live.items()}
+    before = _bindings(live)
+    try:
+        yield
+    finally:
+        after = _bindings(tensors_of(model))
         touched = [name for name in before if after.get(name) != before[name]]
         for name in touched:
             prefix, _, leaf = name.rpartition(".")
             live[name].data = held[name]
             setattr(model.get_submodule(prefix), leaf, live[name])
         if touched or after.keys() != before.keys():
-            whole = _state(tensors_of(model)) == before
+            whole = _bindings(tensors_of(model)) == before
             outcome = "all is put back, and it cannot be patched in place" if whole else "restart vLLM"
             names = some(touched or sorted(after.keys() - before.keys()))
             raise EngineUnsupported(
@@ -174,10 +212,8 @@ def _unchanged(model: torch.nn.Module, live: Mapping[str, torch.Tensor]) -> Iter
             )
 
 
-def _state(live: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int, tuple[int, ...], int]]:
-    return {
-        name: (id(tensor), tensor.data_ptr(), tuple(tensor.shape), fingerprint(tensor)) for name, tensor in live.items()
-    }
+def _bindings(live: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int, tuple[int, ...]]]:
+    return {name: (id(tensor), tensor.data_ptr(), tuple(tensor.shape)) for name, tensor in live.items()}
 
 
 def _derived(live: Mapping[str, torch.Tensor], transformed: Mapping[str, str]) -> dict[int, str]:

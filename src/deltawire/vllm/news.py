@@ -26,4 +26,10 @@ class Current(msgspec.Struct, frozen=True, tag="current", tag_field="event"):
     version: int
 
 
-News = Waiting | Fetching | Current
+class Note(msgspec.Struct, frozen=True, tag="note", tag_field="event"):
+    """Something about the server that its operator may not expect."""
+
+    note: str
+
+
+News = Waiting | Fetching | Current | Note

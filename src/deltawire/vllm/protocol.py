@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -12,6 +13,7 @@ from deltawire.digest import root as root_of
 from deltawire.errors import BadAnswer, DeltaWireError, EngineError, Quarantined, made_again
 from deltawire.manifests import Position
 from deltawire.subscriber import Subscriber
+from deltawire.vllm import environment
 from deltawire.vllm.answers import (
     SHOWN,
     Accepted,
@@ -19,18 +21,24 @@ from deltawire.vllm.answers import (
     Audited,
     Blamed,
     Digested,
+    Environ,
+    Finished,
     Holding,
     Placed,
     Problem,
     Refusal,
     Staged,
+    Taken,
     Worker,
     converted,
     require_digests,
 )
+from deltawire.vllm.lease import Holder, View
 from deltawire.vllm.union import Union, disagreement
 
 T = TypeVar("T")
+ASK_AGAIN = 0.02
+"""seconds between looks at a worker that has just begun something"""
 PauseMode = Literal["keep", "wait", "abort"]
 """what becomes of requests in flight: kept where they are, finished first, or ended"""
 
@@ -41,7 +49,10 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     `attached` is the bucket they stand on, `run` that bucket's run; `position` what they serve, None while that is no
     committed version, `joined` whether that is known; `torn` when they stand at different ones. `error` is the newest
     failure, None after a success; `session_open` whether a weight update was started and not finished; `fetching` how
-    many bytes of an anchor are there, and of how many, while one is being fetched.
+    many bytes of an anchor are there, and of how many, while one is being fetched. `doing` is what
+    keeps a thread of theirs busy, for `doing_s` seconds so far, and `reading` the bucket that it reads for a follower;
+    the server generates meanwhile. `lease` is worker 0's. `trusted` are public keys that some follower gave them, kept
+    until another gives others or the server ends.
     """
 
     attached: str | None
@@ -58,6 +69,11 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     workers: int = 1
     torn: bool = False
     fetching: tuple[int, int] | None = None
+    lease: View = View()
+    trusted: tuple[str, ...] = ()
+    doing: str | None = None
+    reading: str | None = None
+    doing_s: float = 0.0
 
 
 def as_one(workers: list[WorkerStatus]) -> WorkerStatus:
@@ -67,6 +83,7 @@ def as_one(workers: list[WorkerStatus]) -> WorkerStatus:
         return first
     applied = [worker.applied for worker in workers if worker.applied]
     failed = next((worker for worker in workers if worker.error), first)
+    busy = max(workers, key=lambda worker: worker.doing_s)
     positions = [worker.position for worker in workers]
     return WorkerStatus(
         attached=_agreed(worker.attached for worker in workers),
@@ -82,6 +99,11 @@ def as_one(workers: list[WorkerStatus]) -> WorkerStatus:
         workers=len(workers),
         torn=any(position != positions[0] for position in positions),
         fetching=min((worker.fetching for worker in workers if worker.fetching), default=None),
+        lease=first.lease,
+        trusted=first.trusted,
+        doing=busy.doing,
+        reading=busy.reading,
+        doing_s=busy.doing_s,
     )
 
 
@@ -139,6 +161,8 @@ class Engine(ABC):
 
     url: str
     """where it is, for messages"""
+    token: str | None = None
+    """says that a follower's calls are its own; see `take`"""
 
     @abstractmethod
     def close(self) -> None:
@@ -149,8 +173,10 @@ class Engine(ABC):
         """Call a method of every worker with one string; what each answered."""
 
     @abstractmethod
-    def init(self, bucket: str, trusted: Iterable[str] = ()) -> WorkerStatus:
-        """Attach the workers to a bucket: placement is probed and live weights digested. Its outcome is the status."""
+    def begin_init(self, bucket: str, trusted: Iterable[str] = (), settings: Mapping[str, str] = {}) -> None:
+        """Have the workers attach to a bucket, on threads of their own: placement is probed and live weights digested.
+        The outcome is in `status`, once nothing is being done. `settings` of the environment tell them where the store
+        is."""
 
     @abstractmethod
     def start(self) -> None:
@@ -188,6 +214,31 @@ class Engine(ABC):
         """Where the workers stand."""
         return as_one(self._ask("status", {}, WorkerStatus))
 
+    def init(self, bucket: str, trusted: Iterable[str] = ()) -> WorkerStatus:
+        """Attach the workers to a bucket, and wait for it however long it takes. Its outcome is the status."""
+        self.begin_init(bucket, trusted)
+        while (status := self.status()).staging:
+            time.sleep(nap(status.doing_s))
+        return status
+
+    @property
+    def carried(self) -> dict[str, str]:
+        """What every call carries that changes something."""
+        return {"lease": self.token} if self.token else {}
+
+    def take(self, holder: Holder, seen: View) -> bool:
+        """Drive this server from now on, with calls that carry our `token`. False when something happened to the lease
+        since it was `seen`."""
+        claim = {"token": self.token, "holder": msgspec.to_builtins(holder)}
+        taken = [answer.taken for answer in self._ask("take", {**claim, "turn": seen.turn}, Taken)]
+        if taken[0] and not all(taken):  # worker 0 decides
+            self._ask("take", {**claim, "turn": None}, Taken)
+        return taken[0]
+
+    def release(self) -> None:
+        """Let somebody else drive this server at once."""
+        self._ask("release", {}, Worker)
+
     def join(self, subscriber: Subscriber) -> None:
         """Find out which version several workers' weights are, taken together, and tell them. Raises EngineUnsupported
         when together they do not hold the run's tensors whole."""
@@ -210,7 +261,7 @@ class Engine(ABC):
         promised = subscriber.digests_at(target.version)
         wrong = [name for name, value in promised.items() if digests.get(name) != value or name in differing]
         if wrong:
-            blamed = self._ask("blame", {"names": wrong}, Blamed)
+            blamed = self._fetch("blame", {"names": wrong}, Blamed)
             raise disagreement(target, wrong, sorted({name for answer in blamed for name in answer.drifted}))
 
     def revert(self) -> None:
@@ -221,7 +272,14 @@ class Engine(ABC):
         """Recompute every digest from live memory, and compare with the version the server says it serves, or (when it
         serves none) with the newest. `bucket` compares with another bucket than the one followed. Raises what kept a
         worker from it."""
-        return audited(self._ask("audit", {"bucket": bucket} if bucket else {}, dict[str, Any]))
+        return audited(self._fetch("audit", {"bucket": bucket} if bucket else {}, dict[str, Any]))
+
+    def why_unreached(self, bucket: str) -> str:
+        """How the environment of the first worker differs from ours in what decides whether a bucket is reached; empty
+        when it does not."""
+        first = self._ask("environ", {"bucket": bucket}, Environ)[0]
+        found = "; ".join(environment.differences(first.environ, environment.seen(bucket)))
+        return found and f"; in that process, {first.pid}: {found}"
 
     def placement(self) -> list[dict[str, Any]]:
         """Of each worker, where each checkpoint tensor lives in its parameters (`placement`), the tensors that the run
@@ -232,10 +290,30 @@ class Engine(ABC):
             converted(answer, Placed, f"{self.url} placement")
         return answers
 
+    def _fetch(self, verb: str, request: dict[str, Any], kind: type[T]) -> list[T]:
+        """What every worker answers to a question that takes long: each looks for it on a thread of its own, and the
+        server generates meanwhile."""
+        started, ticket = time.monotonic(), secrets.token_hex(8)
+
+        def rest() -> None:
+            time.sleep(nap(time.monotonic() - started))
+
+        job = {"verb": verb, "ticket": ticket, "request": request}
+        while not all(answer.accepted for answer in self._ask("begin", job, Accepted)):
+            rest()
+        while True:
+            answers = self._ask("result", {"ticket": ticket}, dict[str, Any])
+            asked = f"{self.url} {verb}"
+            if all(converted(answer, Finished, asked).done for answer in answers):
+                return [converted(answer, kind, asked) for answer in answers]
+            rest()
+
     def _ask(self, method: str, request: dict[str, Any], kind: type[T]) -> list[T]:
         """What every worker answers, by rank; the nonce must come back from each."""
         nonce, asked = secrets.token_hex(8), f"{self.url} {method}"
-        answers = self.call_workers(f"deltawire_{method}", json.dumps({**request, "nonce": nonce})) or [None]
+        answers = self.call_workers(f"deltawire_{method}", json.dumps({**request, **self.carried, "nonce": nonce})) or [
+            None
+        ]
         for answer in answers:
             if not isinstance(answer, dict) or answer.get("nonce") != nonce:
                 shown = ascii(repr(answer)[:SHOWN])
@@ -245,6 +323,21 @@ class Engine(ABC):
                 raise named_error(msgspec.to_builtins(converted(refused, Refusal, asked)))
         ranked = sorted(answers, key=lambda answer: converted(answer, Worker, asked).rank)
         return [converted(answer, kind, asked) for answer in ranked]
+
+
+def opening(bucket: str, trusted: Iterable[str], settings: Mapping[str, str]) -> dict[str, Any]:
+    """What workers are asked for when they are to attach."""
+    return {
+        "bucket": bucket,
+        **({"trusted": sorted(trusted)} if trusted else {}),
+        **({"settings": dict(settings)} if settings else {}),
+    }
+
+
+def nap(seconds: float) -> float:
+    """How long to wait before asking again after a job that has run for some seconds: a little, then a twentieth of
+    that, at most half a second."""
+    return min(0.5, max(ASK_AGAIN, seconds / 20))
 
 
 def _union(held: Sequence[Holding], digested: Sequence[Digested]) -> Union:
