@@ -36,7 +36,7 @@ HUB_ERRORS = [
     (answer(HfHubHTTPError, 503), Unavailable, "HTTP 503"),
     (answer(HfHubHTTPError, 501), BucketError, "HTTP 501"),
     (answer(HfHubHTTPError, 400), BucketError, "HTTP 400"),
-    (OSError("I/O error: Not a directory (os error 20)"), BucketError, "HF_HOME"),
+    (OSError("I/O error: Not a directory (os error 20)"), BucketError, "HF_HOME|HF_XET_CACHE"),
     (RuntimeError("Task error: no answer"), Unavailable, "pass base="),
     (ConnectError("no route"), Unavailable, "pass base="),
     (OfflineModeIsEnabled("HF_HUB_OFFLINE=1"), Unavailable, "HF_HUB_OFFLINE"),

@@ -256,7 +256,7 @@ class Delta(Mapping[str, TensorDelta]):
     def check(self, tensors: Mapping[str, Any]) -> None:
         """Raise what `apply_` would raise, and change nothing."""
         if unknown := [name for name in self._tensors if name not in tensors]:
-            raise UnknownTensor(f"the delta changes what these tensors do not have: {some(unknown)}")
+            raise UnknownTensor(f"the delta changes what these tensors do not have: {some(map(repr, unknown))}")
         for name, tensor in self._tensors.items():
             _check_same(name, tensor, as_bits(tensors[name]))
 
@@ -270,9 +270,9 @@ class Delta(Mapping[str, TensorDelta]):
 
 def _check_names(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     if extra := sorted(new.keys() - old.keys()):
-        raise UnknownTensor(f"only the new weights have {some(extra)}")
+        raise UnknownTensor(f"only the new weights have {some(map(repr, extra))}")
     if missing := sorted(old.keys() - new.keys()):
-        raise MissingTensor(f"the new weights lack {some(missing)}")
+        raise MissingTensor(f"the new weights lack {some(map(repr, missing))}")
 
 
 def _in_place(name: str, tensor: Any) -> UInts:

@@ -44,9 +44,9 @@ VLLM = (
     f"    if path == '/weight_checker': return {{'checksums': {{'w': {DIGEST!r}}}}}\n"
     f"    if path == '/health': return {{}}\n"
     f"    nonce = json.loads(body['args'][0])['nonce']\n"
-    f"    held = dict(sizes={{'w': 4}}, parts={{'w': [[0, [4], [1]]]}}, digests={{'w': [{DIGEST!r}]}})\n"
+    f"    held = dict(sizes={{'w': 4}}, parts={{'w': [[0, [4], [1]]]}}, digests={{'w': [{DIGEST!r}]}}, frozen={{}})\n"
     f"    promised = {{'w': {DIGEST!r}}}\n"
-    "    audit = dict(nonce=nonce, rank=0, position=None, drifted=[], promised=promised, **held)\n"
+    "    audit = dict(nonce=nonce, rank=0, accepted=True, done=True, position=None, drifted=[], promised=promised, **held)\n"
     f"    return {{'results': [audit]}}\n" + HTTP + "server.serve_forever()\n"
 )
 STEP = {

@@ -333,7 +333,7 @@ with Follower(bucket, engine) as follower:
 def test_a_follower_stopped_in_an_update_loses_the_server_to_another_and_changes_nothing_when_it_goes_on(
     server, trainer, tmp_path, checkpoint, moment
 ):
-    other = Trainer(tmp_path / "other", checkpoint)
+    other = Trainer(tmp_path / "other", assets=checkpoint)
     for each in (trainer, other, other):
         each.step()
     with Follower(trainer.url, server.url) as follower:
