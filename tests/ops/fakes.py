@@ -46,7 +46,8 @@ VLLM = (
     f"    nonce = json.loads(body['args'][0])['nonce']\n"
     f"    held = dict(sizes={{'w': 4}}, parts={{'w': [[0, [4], [1]]]}}, digests={{'w': [{DIGEST!r}]}}, frozen={{}})\n"
     f"    promised = {{'w': {DIGEST!r}}}\n"
-    "    audit = dict(nonce=nonce, rank=0, accepted=True, done=True, position=None, drifted=[], promised=promised, **held)\n"
+    "    job = dict(nonce=nonce, rank=0, accepted=True, done=True)\n"
+    "    audit = dict(position=None, drifted=[], promised=promised, **held, **job)\n"
     f"    return {{'results': [audit]}}\n" + HTTP + "server.serve_forever()\n"
 )
 STEP = {

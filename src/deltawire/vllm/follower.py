@@ -14,8 +14,10 @@ from deltawire.checkpoint import is_adapter
 from deltawire.errors import (
     BadSignature,
     BucketError,
+    ChainError,
     EngineError,
     EngineUnsupported,
+    FormatError,
     Quarantined,
     Unavailable,
     WrongBase,
@@ -152,10 +154,7 @@ class Follower(Following[Engine, UpdateReport]):
         standing = self.standing
         if (found := self._take_hold()) is None:
             return None
-        if is_adapter(self._subscriber.run.table):
-            raise EngineUnsupported(
-                f"{self.bucket.url}: run {target.run} is of an adapter: follow it with --adapter NAME"
-            )
+        self._require_whole_model()
         standing.staged = None
         if (status := self._ready(found, target.run)) is None:
             return None
@@ -182,8 +181,19 @@ class Follower(Following[Engine, UpdateReport]):
         return not found.mismatched
 
     def _greet(self) -> None:
-        if not self._hold.held:
+        if self._hold.held:
+            return
+        try:
             self._take_hold()
+        except EngineUnsupported:
+            with suppress(BucketError, FormatError, ChainError):  # another option may be what is wrong
+                self._require_whole_model()
+            raise
+
+    def _require_whole_model(self) -> None:
+        run = self._subscriber.run
+        if is_adapter(run.table):
+            raise EngineUnsupported(f"{self.bucket.url}: run {run.run} is of an adapter: follow it with --adapter NAME")
 
     def _take_hold(self) -> WorkerStatus | None:
         """The workers' status once this follower drives the server, and the server generates; None when we were closed
