@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -17,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from deltawire import Publisher, Subscriber
-from deltawire.bases import base_of, open_base, resolve_base
+from deltawire.bases import base_of, open_base, require_public, resolve_base
 from deltawire.errors import AccessRefused, BucketError, FormatError, NotFound, OutOfSpace, Unavailable
 from deltawire.manifests import BaseCheckpoint, Run
 from runs import fresh
@@ -96,6 +97,51 @@ def test_a_folder_that_is_elsewhere_is_asked_for():
 def test_a_run_without_a_base_has_none_to_open():
     with pytest.raises(FormatError, match="names no base"):
         base_of(Run("0" * 16, (), 0.0))
+
+
+@pytest.mark.parametrize(
+    ("source", "revision"),
+    [("../../etc", "c" * 40), ("me/base/x", "c" * 40), ("me/base", "../../refs"), ("me/base", "main"), ("", "c" * 40)],
+)
+def test_what_a_bucket_names_must_be_a_repository_at_a_commit(monkeypatch, source, revision):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *arguments, **options: pytest.fail("asked"))
+    with pytest.raises(FormatError, match="no Hub repository at a commit"):
+        base_of(Run("0" * 16, (), 0.0, BaseCheckpoint(source, revision)))
+
+
+def test_a_folder_that_only_a_bucket_names_is_not_opened(tmp_path):
+    with pytest.raises(NotFound, match="--base FOLDER"):
+        base_of(Run("0" * 16, (), 0.0, BaseCheckpoint(str(tmp_path))))
+
+
+@pytest.mark.parametrize(
+    ("private", "gated", "public"), [(False, False, True), (True, False, False), (False, "auto", False)]
+)
+def test_only_a_public_base_goes_from_the_hub_into_a_bucket_unnamed(monkeypatch, private, gated, public):
+    asked = []
+
+    def info(self, source, *, revision):
+        asked.append((self.token, source, revision))
+        return SimpleNamespace(private=private, gated=gated)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
+    base = BaseCheckpoint("me/base", "c" * 40)
+    if public:
+        require_public(base)
+    else:
+        with pytest.raises(AccessRefused, match=r"hf download me/base --revision c{40}"):
+            require_public(base)
+    assert asked == [(False, "me/base", "c" * 40)]
+
+
+@pytest.mark.parametrize(("status", "kind"), [(401, AccessRefused), (404, AccessRefused), (503, Unavailable)])
+def test_a_base_that_nobody_may_read_without_a_token_is_not_public(monkeypatch, status, kind):
+    def refuse(*arguments, **options):
+        raise answer(RepositoryNotFoundError if status < 500 else HfHubHTTPError, status)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    with pytest.raises(kind):
+        require_public(BaseCheckpoint("me/base", "c" * 40))
 
 
 def test_without_huggingface_hub_one_sentence_says_what_to_install(monkeypatch):

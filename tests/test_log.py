@@ -6,7 +6,7 @@ from blake3 import blake3
 from deltawire import log, manifests
 from deltawire.errors import AccessRefused, ChainError, Forked, FormatError, NotFound, TooLarge, Unavailable
 from deltawire.log import Attempt, append
-from deltawire.manifests import HEAD_KEY, Commit, Head, Payload, Run, commit_key, run_key
+from deltawire.manifests import HEAD_KEY, Commit, Head, Payload, Run, TensorEntry, commit_key, run_key
 from faults import Faulty, from_write, on_key
 from runs import fresh
 
@@ -17,7 +17,7 @@ def attempt(version=0, *, parent=None, content=b"payload", root="a" * 64):
     files = {f"anchors/step_{version:06d}/{n}.bin": content + bytes([n]) for n in range(2)}
     payloads = tuple(Payload(key, len(data), blake3(data).hexdigest()) for key, data in files.items())
     commit = Commit(RUN, version, parent, root, {}, payloads, 1.0)
-    return Attempt(Run(RUN, (), 1.0), commit, files)
+    return Attempt(Run(RUN, (TensorEntry("w", "BF16", (1,)),), 1.0), commit, files)
 
 
 def whole(bucket):

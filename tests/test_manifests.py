@@ -32,6 +32,7 @@ tables = st.lists(
         st.booleans(),
     ),
     unique_by=lambda entry: entry.name,
+    min_size=1,
     max_size=5,
 ).map(tuple)
 positions = st.builds(Position, hexadecimal(16), numbers, hexadecimal(64))
@@ -109,6 +110,7 @@ HOSTILE = [
     (Run, run_record(run=RUN + "\n"), "16 hex digits"),
     (Run, run_record(run=7), "Expected `str`"),
     (Run, run_record(created=None), "Expected `float`"),
+    (Run, run_record(table=[]), "table is empty"),
     (Run, run_record(table=entry() * 2), "stands twice"),
     (Run, run_record(table=entry(name="a\0b")), "NUL"),
     (Run, run_record(table=entry(aliases=["a\0b"]), format=2), "NUL"),

@@ -113,7 +113,7 @@ def test_transformers_loads_a_materialized_version_of_a_run_on_a_sharded_base(tm
             for parameter in policy.parameters():
                 parameter.add_(torch.randn_like(parameter) * 1e-3)
         pub.publish(policy.named_parameters())
-    materialize(bucket, tmp_path / "out")
+    materialize(bucket, tmp_path / "out", base=tmp_path / "base")
     assert not (tmp_path / "out" / "consolidated.safetensors").exists()
     loaded = Qwen3ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert equal(dict(loaded.named_parameters()), dict(policy.named_parameters()))
@@ -131,7 +131,7 @@ def test_the_base_itself_is_never_written(tmp_path):
     before = file.read_bytes()
     edit(weights, 1)
     publish_all(bucket, weights, base=tmp_path / "base")
-    materialize(bucket, tmp_path / "out")
+    materialize(bucket, tmp_path / "out", base=tmp_path / "base")
     assert file.read_bytes() == before
     assert equal(dict(Checkpoint(tmp_path / "out")), served(weights))
 
@@ -263,7 +263,7 @@ def test_weights_that_do_not_match_the_commit_never_appear(tmp_path):
     other = served(model()) | {"embed.weight": served(model(5))["embed.weight"]}
     checkpoint.write(tmp_path / "base", table(other), other)
     with pytest.raises(BadDigest, match=r"1 tensors differ from the commit: embed\.weight"):
-        materialize(bucket, tmp_path / "out")
+        materialize(bucket, tmp_path / "out", base=tmp_path / "base")
     assert leftovers(tmp_path) == ["base"]
 
 

@@ -1,5 +1,6 @@
 """The checkpoint a run starts from by reference: a Hub repository at a revision, or a folder."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from deltawire.manifests import BaseCheckpoint, Run
 
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
 """what a checkpoint needs of a repository: no pickles, no other frameworks' weights"""
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def resolve_base(source: str) -> BaseCheckpoint:
@@ -28,7 +31,8 @@ def resolve_base(source: str) -> BaseCheckpoint:
 
 
 def open_base(base: BaseCheckpoint) -> Path:
-    """The base as a folder on this host, downloaded from the Hub if need be (its cache is used).
+    """The base as a folder on this host, downloaded from the Hub if need be (its cache is used). The caller named it:
+    what a bucket names is opened by `base_of`.
 
     Raises NotFound naming the next step, AccessRefused, Unavailable, OutOfSpace, ImportError without huggingface_hub.
     """
@@ -43,10 +47,45 @@ def open_base(base: BaseCheckpoint) -> Path:
 
 
 def base_of(run: Run) -> Path:
-    """The folder of the checkpoint a run's version 0 refers to. Raises FormatError when it refers to none."""
-    if run.base is None:
+    """The checkpoint on the Hub that a run's version 0 refers to. A folder that only a bucket names is never opened:
+    whoever writes the bucket would choose what is read on this host.
+
+    Raises FormatError when the run refers to none, or to what cannot be a repository at a commit; NotFound for a
+    folder, which the reader has to name itself; what `open_base` raises.
+    """
+    base = run.base
+    if base is None:
         raise FormatError(f"run {run.run}: version 0 has no payload and names no base checkpoint")
-    return open_base(run.base)
+    if base.revision is None:
+        raise NotFound(
+            f"run {run.run} starts from a folder of its trainer's host, {base.source}: pass base=, a folder that holds "
+            "it on this host (--base FOLDER on the command line). A folder that only the bucket names is not opened"
+        )
+    if not (_REPOSITORY.fullmatch(base.source) and _COMMIT.fullmatch(base.revision)):
+        raise FormatError(f"run {run.run}: base {base.source!r}@{base.revision!r} is no Hub repository at a commit")
+    return open_base(base)
+
+
+def require_public(base: BaseCheckpoint) -> None:
+    """Raise AccessRefused unless everybody may read a base on the Hub: what is written to a bucket is read by those who
+    read the bucket, and this host's token may read more than they. Asked without a token. Raises Unavailable."""
+    what = f"base checkpoint {base.source}@{base.revision}"
+    remedy = f"--base $(hf download {base.source} --revision {base.revision}), or base= in Python"
+    with _hub_errors(what):
+        import huggingface_hub
+
+        api = huggingface_hub.HfApi(token=False)
+        try:
+            found = api.model_info(base.source, revision=base.revision)
+        except huggingface_hub.errors.HfHubHTTPError as error:
+            if error.response.status_code >= 500 or error.response.status_code == 429:
+                raise
+            found = None
+    if found is None or found.private or found.gated:
+        raise AccessRefused(
+            f"{what} is not public, and only the bucket names it: its files are not copied into the bucket unless you "
+            f"name it yourself: {remedy}"
+        )
 
 
 @contextmanager

@@ -28,6 +28,8 @@ SHARD_BYTES = 5_000_000_000
 MAX_INDEX = 64 << 20
 ASSETS = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
 """suffixes of config, tokenizer and chat template; no code, no pickles, no other framework's weights"""
+TEXTS = {"merges.txt", "vocab.txt", "added_tokens.txt", "chat_template.txt"}
+"""text files that belong to a tokenizer, whoever made the folder"""
 
 
 class Checkpoint(Mapping[str, Bits]):

@@ -15,7 +15,9 @@ from typing import Literal
 from blake3 import blake3
 
 from deltawire import log, manifests, signing, wire
+from deltawire.bases import require_public
 from deltawire.buckets.base import Bucket
+from deltawire.checkpoint import TEXTS
 from deltawire.copies import LocalCopy
 from deltawire.delta import Delta
 from deltawire.digest import root as root_of
@@ -74,8 +76,9 @@ class Compactor:
     """Keeps a bucket's folds and anchors complete. One per bucket is enough; two write the same bytes.
 
     `folder` holds the mirror: it is made by the first step, and found again by the next process. `signing_key` is the
-    trainer's, or one that run.json delegates to; a signed run needs it (BadSignature). Raises what `Subscriber` and
-    `Mirror` raise.
+    trainer's, or one that run.json delegates to; a signed run needs it (BadSignature). `base` is a folder with the
+    run's base checkpoint: its weights, config and tokenizer go into anchors. Of a base that only the bucket names, they
+    do so where it is public on the Hub. Raises what `Subscriber` and `Mirror` raise.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Compactor:
         self._levels, self._cadence = tuple(sorted(levels)), anchors
         self._key = None if signing_key is None else signing.read_key(signing_key)
         self._subscriber = Subscriber(bucket, base=base, trusted=trusted)
+        self._may_copy_base = base is not None
         self._sound: set[str] = set()
         self._known: _Known | None = None
         self._way = b""
@@ -158,6 +162,18 @@ class Compactor:
         if self._key is None or self._key.public not in allowed:
             named = ", ".join(f"{key[:16]}…" for key in sorted(allowed))
             raise BadSignature(f"run {run.run} is signed: compact it with one of these keys: {named}")
+
+    def _require_base_to_copy(self) -> None:
+        """An anchor of a run that starts from a base holds files of that base."""
+        base = self._subscriber.run.base
+        if base is not None and base.revision is not None and not self._may_copy_base:
+            require_public(base)
+            self._may_copy_base = True
+
+    def _to_copy(self, mirror: Mirror) -> list[Path]:
+        """The files of the mirror that go into an anchor. In the folder of a base, texts may be anything."""
+        based = self._subscriber.run.base is not None
+        return [path for path in mirror.files if not based or path.suffix != ".txt" or path.name in TEXTS]
 
     def _is_sound(self, edge: Edge) -> bool:
         """Whether a manifest that is there is one, of its key, signed as its run is; each is read once."""
@@ -231,12 +247,13 @@ class Compactor:
         return mirror
 
     def _anchor(self, known: "_Known", version: int) -> CompactReport:
+        self._require_base_to_copy()
         mirror = self._mirror_at(version)
         if not self._copy.is_sound():  # it rotted on this disk: what others will begin at is not made of it
             self._copy.discard()
             mirror = self._mirror_at(version)
         chain = self._subscriber.chain
-        hashes = {path: hash_file(path) for path in sorted(mirror.files)}
+        hashes = {path: hash_file(path) for path in sorted(self._to_copy(mirror))}
         prefix = anchor_prefix(version, anchor_hash({path.name: value for path, value in hashes.items()}))
         record = Derived(
             run=chain.run.run,

@@ -323,6 +323,7 @@ def _check(record: Run | Commit | Derived | Head | Way, where: str) -> None:
         require(signature is None or _HEX128.fullmatch(signature), "the signature is not 128 hex digits")
     if isinstance(record, Run):
         require(all(map(is_public_key, record.compactors)), "a compactor is not a key of 64 hex digits")
+        require(record.table, "the tensor table is empty")
         names = [name for entry in record.table for name in (entry.name, *entry.aliases)]
         require(len({*names}) == len(names), "a name stands twice in the tensor table")
         require(not any("\0" in name for name in names), "a name in the tensor table has a NUL")

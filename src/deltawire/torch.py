@@ -20,28 +20,39 @@ from deltawire.vllm.replica import Replica
 
 
 def follow(
-    model: nn.Module, bucket: str, *, names: NameMap | None = None, trusted: Iterable[str | Path] = ()
+    model: nn.Module,
+    bucket: str,
+    *,
+    names: NameMap | None = None,
+    base: Path | str | None = None,
+    trusted: Iterable[str | Path] = (),
 ) -> "ModelFollower":
     """A follower of `bucket` for `model`, whose parameters and buffers have the checkpoint's names, or those that
     `names` leads to them: `name_map(model)` of `deltawire.trainers.conversion` for a transformers model. Tensors that
     the run never changes need not be there.
 
     Weights are patched in place, in the dtype the run ships, or in fp32 where it ships bf16, or in bf16 while all that
-    it ships as F32 fits. `trusted` are public keys, or files of them, one of which must have signed every record.
+    it ships as F32 fits. `base` is a folder with the run's base checkpoint, where it starts from one by reference.
+    `trusted` are public keys, or files of them, one of which must have signed every record.
 
     Raises BucketError, FormatError, ChainError, and EngineUnsupported naming the tensors of the run that the model does
     not hold.
     """
-    return ModelFollower(model, bucket, names, trusted)
+    return ModelFollower(model, bucket, names, trusted, base)
 
 
 class ModelFollower:
     """Keeps a module at a version of one bucket; between calls of `step` nothing changes."""
 
     def __init__(
-        self, model: nn.Module, bucket: str, names: NameMap | None = None, trusted: Iterable[str | Path] = ()
+        self,
+        model: nn.Module,
+        bucket: str,
+        names: NameMap | None = None,
+        trusted: Iterable[str | Path] = (),
+        base: Path | str | None = None,
     ) -> None:
-        self._bucket, self._trust = bucket, trust(trusted)
+        self._bucket, self._trust, self._base = bucket, trust(trusted), base
         self._replica = Replica(_ByName(model, names), loading=AfterLoading())
         self._attach()
 
@@ -80,7 +91,7 @@ class ModelFollower:
         return Subscriber(open_bucket(self._bucket), trusted=self._trust)
 
     def _attach(self) -> None:
-        self._replica.attach(self._bucket, self._trust.keys)
+        self._replica.attach(self._bucket, self._trust.keys, self._base)
         self._check()
 
     def _check(self) -> None:

@@ -115,7 +115,7 @@ def test_an_adapter_may_start_from_one_that_both_sides_have(learner, base, tmp_p
             next(p for p in learner.model.parameters() if p.requires_grad).add_(1)
         report = publisher.publish(lora.adapter_tensors(learner.model))
     assert report.version == 1
-    folder = dw.materialize(dw.open_bucket(url), tmp_path / "adapter").folder
+    folder = dw.materialize(dw.open_bucket(url), tmp_path / "adapter", base=tmp_path / "start").folder
     assert dw.equal(load_file(folder / "adapter_model.safetensors"), bf16(lora.adapter_tensors(learner.model)))
 
 

@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from deltawire.buckets import open_bucket
-from deltawire.cli.options import AsJson, EngineUrl, Trusted
+from deltawire.cli.options import AsJson, BaseFolder, EngineUrl, Trusted
 from deltawire.cli.printing import emit
 from deltawire.cli.telling import Teller
 from deltawire.errors import NotFound, some
@@ -33,6 +33,7 @@ def follow(
     adapter_folder: Annotated[
         Path | None, typer.Option(help="Where the server reads adapters; default: this user's cache.")
     ] = None,
+    base: BaseFolder = None,
     trust: Trusted = None,
     pause: Annotated[PauseChoice, typer.Option(help="Requests in flight: kept, finished first, or ended.")] = "keep",
     keep_cache: Annotated[bool, typer.Option(help="Keep the KV cache of older weights: a shorter pause.")] = False,
@@ -82,11 +83,11 @@ def follow(
     def problem(error: Exception) -> None:
         teller.problem(error, follower.standing)
 
-    common: dict[str, Any] = {"poll": poll, "pin": pin, "trusted": trust or ()}
+    common: dict[str, Any] = {"poll": poll, "pin": pin, "base": base, "trusted": trust or ()}
     common |= {"on_problem": problem, "on_news": teller.news}
     with ExitStack() as stack:
         if compact is not None:
-            compactor = Compactor(open_bucket(bucket), compact, trusted=trust or (), signing_key=key)
+            compactor = Compactor(open_bucket(bucket), compact, base=base, trusted=trust or (), signing_key=key)
             tending = stack.enter_context(Tending(compactor, on_problem=teller.problem))
         follower: Follower | AdapterFollower
         if adapter is None:

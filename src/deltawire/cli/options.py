@@ -11,5 +11,7 @@ Trusted = Annotated[
     list[str] | None,
     typer.Option("--trust", metavar="KEY", help="Accept only what this public key, or a key in this file, signed."),
 ]
-BaseFolder = Annotated[Path | None, typer.Option(help="Folder of the base checkpoint, if it is elsewhere here.")]
+BaseFolder = Annotated[
+    Path | None, typer.Option(help="Folder here of the base checkpoint, for a run that starts from a folder.")
+]
 EngineUrl = Annotated[str, typer.Option(help="The vLLM server on this host.")]

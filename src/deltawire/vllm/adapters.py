@@ -58,8 +58,9 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
     again: it reads an adapter when it is loaded, and after it had to make room. By default it is in this user's cache;
     the server must see it under the same path, and no two followers may share one adapter's.
 
-    `pin` holds a version, older or newer; versions after it are no longer answered. `trusted` are public keys, or files
-    of them, one of which must have signed every record. `replica` names the entry under `replicas/`. `poll` is seconds
+    `pin` holds a version, older or newer; versions after it are no longer answered. `base` is a folder here with the
+    adapter that the run starts from, where it starts from one by reference. `trusted` are public keys, or files of
+    them, one of which must have signed every record. `replica` names the entry under `replicas/`. `poll` is seconds
     between looks at the bucket.
 
     Raises FormatError for a name that is not letters, digits, '.', '_' and '-'.
@@ -74,6 +75,7 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
         folder: Path | str | None = None,
         poll: float | None = None,
         pin: int | None = None,
+        base: Path | str | None = None,
         trusted: Iterable[str | Path] = (),
         replica: str | None = None,
         on_update: Callable[[AdapterReport], None] = lambda report: None,
@@ -88,6 +90,7 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
             EngineClient(engine),
             poll=poll,
             pin=pin,
+            base=base,
             trusted=trusted,
             replica=replica,
             on_update=on_update,

@@ -57,8 +57,12 @@ class EngineClient(Engine):
         except BadAnswer as error:  # without a nonce it is an answer to another question
             raise Quarantined(f"{self.url} answered another question than was asked: {error}") from None
 
-    def begin_init(self, bucket: str, trusted: Iterable[str] = (), settings: Mapping[str, str] = {}) -> None:
-        self._post("/init_weight_transfer_engine", {"init_info": opening(bucket, trusted, settings) | self.carried})
+    def begin_init(
+        self, bucket: str, trusted: Iterable[str] = (), settings: Mapping[str, str] = {}, base: Path | None = None
+    ) -> None:
+        self._post(
+            "/init_weight_transfer_engine", {"init_info": opening(bucket, trusted, settings, base) | self.carried}
+        )
 
     def start(self) -> None:
         self._post("/start_weight_update", {}, again=False)

@@ -18,7 +18,8 @@ from deltawire.vllm.replica import Replica
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Body of /init_weight_transfer_engine: the bucket to stand on, optional, and the public keys to trust."""
+    """Body of /init_weight_transfer_engine: the bucket to stand on, optional, the public keys to trust, and a folder
+    of this host with the base checkpoint of its run."""
 
     request: dict[str, Any]
 

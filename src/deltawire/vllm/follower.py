@@ -66,6 +66,7 @@ class Follower(Following[Engine, UpdateReport]):
     killed, and is ended.
 
     `pin` holds the server at a version, older or newer, instead of the newest: how a bad policy is withdrawn.
+    `base` is a folder on the server's host with the run's base checkpoint, for runs that start from one by reference.
     `trusted` are public keys, or files of them: then only records they signed are followed. The server goes on
     trusting those alone when another follower comes that has none; `on_news` is told so then.
 
@@ -91,6 +92,7 @@ class Follower(Following[Engine, UpdateReport]):
         *,
         poll: float | None = None,
         pin: int | None = None,
+        base: Path | str | None = None,
         trusted: Iterable[str | Path] = (),
         pause: PauseMode = "keep",
         clear_cache: bool = True,
@@ -108,6 +110,7 @@ class Follower(Following[Engine, UpdateReport]):
             EngineClient(engine) if isinstance(engine, str) else engine,
             poll=poll,
             pin=pin,
+            base=base,
             trusted=trusted,
             replica=replica,
             on_update=on_update,
@@ -217,7 +220,7 @@ class Follower(Following[Engine, UpdateReport]):
             self._labelled = None
             if status.reading in (None, self._url) and self._idle() is None:  # another bucket's reading is abandoned
                 return None
-            self._engine.begin_init(self._url, self._trust.keys, self._settings)
+            self._engine.begin_init(self._url, self._trust.keys, self._settings, self._base)
             if (attached := self._idle()) is None:
                 return None
             self._require(attached)

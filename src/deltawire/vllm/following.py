@@ -48,8 +48,8 @@ class Following(ABC, Generic[E, R]):
     """Keeps one server at the newest version of one bucket, or at a pinned one; `_advance` says how.
 
     `E` is how the server is reached, `R` what an update is reported as. `poll` is seconds between looks at the bucket,
-    by default what suits the store; `trusted` are public keys, or files of them; `replica` names the entry under
-    `replicas/`. `on_news` hears what is waited for and fetched, and when the server is current without an update.
+    by default what suits the store; `base` is a folder here with the run's base checkpoint; `trusted` are public keys,
+    or files of them; `replica` names the entry under `replicas/`. `on_news` hears what is waited for and fetched, and when the server is current without an update.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Following(ABC, Generic[E, R]):
         *,
         poll: float | None,
         pin: int | None,
+        base: Path | str | None,
         trusted: Iterable[str | Path],
         replica: str | None,
         on_update: Callable[[R], None],
@@ -72,7 +73,8 @@ class Following(ABC, Generic[E, R]):
         self._url, self._pin, self._trust, self._clock = self.bucket.url, pin, trust(trusted), clock
         self._on_update, self._on_problem, self._on_news = on_update, on_problem, on_news
         self._said, self._said_at = "", 0.0
-        self._subscriber = Subscriber(self.bucket, trusted=self._trust)
+        self._base = None if base is None else Path(base).absolute()
+        self._subscriber = Subscriber(self.bucket, base=self._base, trusted=self._trust)
         self._engine = engine
         self._stopping = threading.Event()
         self._stepping = threading.RLock()
@@ -248,7 +250,7 @@ class Following(ABC, Generic[E, R]):
             ):
                 raise
             self._subscriber.close()
-            self._subscriber = Subscriber(self.bucket, trusted=self._trust)
+            self._subscriber = Subscriber(self.bucket, base=self._base, trusted=self._trust)
             newest = self._subscriber.latest()
         if self._pin is None:
             return newest

@@ -1,6 +1,7 @@
 """Follow a bucket with vLLM's offline `LLM` class, in the process that embeds it."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from deltawire.errors import EngineError, EngineUnsupported
@@ -32,8 +33,10 @@ class LocalEngine(Engine):
         except Exception as error:
             raise EngineUnsupported(f"{self.url} has no deltawire engine ({error}): {NOT_CHOSEN}") from None
 
-    def begin_init(self, bucket: str, trusted: Iterable[str] = (), settings: Mapping[str, str] = {}) -> None:
-        self._call("init_weight_transfer_engine", init_info=opening(bucket, trusted, settings) | self.carried)
+    def begin_init(
+        self, bucket: str, trusted: Iterable[str] = (), settings: Mapping[str, str] = {}, base: Path | None = None
+    ) -> None:
+        self._call("init_weight_transfer_engine", init_info=opening(bucket, trusted, settings, base) | self.carried)
 
     def start(self) -> None:
         self._call("start_weight_update")

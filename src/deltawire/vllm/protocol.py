@@ -5,6 +5,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -173,10 +174,12 @@ class Engine(ABC):
         """Call a method of every worker with one string; what each answered."""
 
     @abstractmethod
-    def begin_init(self, bucket: str, trusted: Iterable[str] = (), settings: Mapping[str, str] = {}) -> None:
+    def begin_init(
+        self, bucket: str, trusted: Iterable[str] = (), settings: Mapping[str, str] = {}, base: Path | None = None
+    ) -> None:
         """Have the workers attach to a bucket, on threads of their own: placement is probed and live weights digested.
         The outcome is in `status`, once nothing is being done. `settings` of the environment tell them where the store
-        is."""
+        is; `base` is a folder on their host with the run's base checkpoint."""
 
     @abstractmethod
     def start(self) -> None:
@@ -325,12 +328,15 @@ class Engine(ABC):
         return [converted(answer, kind, asked) for answer in ranked]
 
 
-def opening(bucket: str, trusted: Iterable[str], settings: Mapping[str, str]) -> dict[str, Any]:
+def opening(
+    bucket: str, trusted: Iterable[str], settings: Mapping[str, str], base: Path | None = None
+) -> dict[str, Any]:
     """What workers are asked for when they are to attach."""
     return {
         "bucket": bucket,
         **({"trusted": sorted(trusted)} if trusted else {}),
         **({"settings": dict(settings)} if settings else {}),
+        **({"base": str(base)} if base is not None else {}),
     }
 
 

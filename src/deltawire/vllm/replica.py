@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -49,12 +50,13 @@ class Target(msgspec.Struct, frozen=True):
 
 
 class Opening(msgspec.Struct, frozen=True):
-    """What attaching asks for: a bucket, the public keys to trust from here on, and settings of the environment that
-    say where the bucket's store is."""
+    """What attaching asks for: a bucket, the public keys to trust from here on, settings of the environment that say
+    where the bucket's store is, and a folder of this host with the base checkpoint of its run."""
 
     bucket: str
     trusted: tuple[str, ...] = ()
     settings: dict[str, str] = {}
+    base: str | None = None
     lease: str | None = None
 
 
@@ -94,6 +96,7 @@ class Replica:
         self._attached: Attached | None = None
         self._trust = Trust()
         self._settings: dict[str, str] = {}
+        self._base: str | None = None
         self._plan: tuple[Attached, Position | None, Plan] | None = None
         self._problem: dict[str, str] | None = None
         self._refusal: dict[str, str] | None = None
@@ -104,14 +107,15 @@ class Replica:
         self._background = Background(on_thread)
         self._asked, self._answer = "", ("", dict[str, Any]())
 
-    def attach(self, url: str, trusted: Iterable[str] = ()) -> None:
+    def attach(self, url: str, trusted: Iterable[str] = (), base: Path | str | None = None) -> None:
         """Stand on the run that a bucket's HEAD names: probe placement, digest live weights, find the version they
-        are. With `trusted` public keys every record must be signed by one, from here on."""
+        are. With `trusted` public keys every record must be signed by one, from here on. `base` is a folder of this
+        host with the run's base checkpoint."""
         with self.recording("attach"), self._background.alone():
-            self._attach(url, trusted)
+            self._attach(url, trusted, None if base is None else str(base))
 
     def begin_attach(self, request: object) -> None:
-        """Begin to attach to {"bucket", "trusted", "settings"} in the background; the status tells the outcome."""
+        """Begin to attach to {"bucket", "trusted", "settings", "base"} in the background; the status tells the outcome."""
         with self.recording("attach", clear=False):
             asked = _convert(request, Opening)
             if not self._may_change(asked.lease, "attach"):
@@ -127,7 +131,7 @@ class Replica:
                     if self._settings != asked.settings:
                         self._settings = asked.settings
                         self.close()
-                    self._attach(asked.bucket, asked.trusted)
+                    self._attach(asked.bucket, asked.trusted, asked.base)
 
             self._begin(f"opening {asked.bucket}", job, bucket=asked.bucket)
 
@@ -369,9 +373,12 @@ class Replica:
 
         self._begin(f"staging version {target.version} of {target.bucket}", job, bucket=target.bucket)
 
-    def _attach(self, url: str, trusted: Iterable[str]) -> None:
+    def _attach(self, url: str, trusted: Iterable[str], base: str | None) -> None:
         if (wanted := trust(trusted)) and wanted != self._trust:
             self._trust, self._plan = wanted, None
+            self.close()
+        if base is not None and base != self._base:
+            self._base, self._plan = base, None
             self.close()
         attached = self._attached
         if attached is None or not self._stands_on(url) or attached.subscriber.run.run != self._head_run(url):
@@ -478,7 +485,7 @@ class Replica:
                 f"{self._copies} data-parallel copies serve this model, and one call reaches one of them: start each "
                 "as a server of its own, with its own follower"
             )
-        subscriber = Subscriber(self._open_bucket(url), trusted=self._trust)
+        subscriber = Subscriber(self._open_bucket(url), base=self._base, trusted=self._trust)
         opened = attach(url, subscriber, self._model, self._loading, self._background.between_passes)
         if self._compiled and any(step.hidden for step in opened.live.rebuilt()):
             raise EngineUnsupported(
