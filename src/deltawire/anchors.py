@@ -3,18 +3,17 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from deltawire import checkpoint, wire
 from deltawire.bases import base_of
-from deltawire.bits import Bits, zeros
-from deltawire.buckets.atomic import file_system_errors
+from deltawire.bounds import require_anchor, require_memory
+from deltawire.buckets.atomic import file_system_errors, require_room
 from deltawire.buckets.base import Bucket
 from deltawire.buckets.verified import download_verified
 from deltawire.checkpoint import Checkpoint
 from deltawire.errors import FormatError, ShapeMismatch
-from deltawire.manifests import Commit, Derived, Position, Run, TensorEntry, aliases_of, require_in_table
+from deltawire.manifests import Commit, Derived, Position, Run, aliases_of, anchor_hash, require_in_table
 
 _WHOLE = "whole"
 """the folder in which an anchor that comes in parts is put together"""
@@ -70,10 +69,11 @@ class Anchors:
         """Where the files of an anchor are, downloaded and verified if need be; a run's base where it is one."""
         if not record.payloads:
             return self._base or base_of(run)
+        require_anchor(record, run.table, f"anchor {record.position}")
         if self._cache is None:
             with file_system_errors(f"{tempfile.gettempdir()} (TMPDIR chooses another disk)"):
                 self._cache = Path(tempfile.mkdtemp(prefix="deltawire-"))
-        folder = self._cache / f"{record.run}-{record.version}"
+        folder = self._cache / f"{record.run}-{record.version}-{_content(record)}"
         if (whole := folder / _WHOLE).is_dir():
             return whole
         with file_system_errors(str(folder)):
@@ -86,11 +86,12 @@ class Anchors:
         return _put_together(folder, parts, record, run) if parts else folder
 
     def _download(self, record: Commit | Derived, folder: Path) -> None:
-        done, total = 0, sum(payload.size for payload in record.payloads)
+        paths = {payload: folder / payload.key.rsplit("/", 1)[-1] for payload in record.payloads}
+        done, total = 0, record.wire_bytes
+        require_room(folder, sum(payload.size for payload, path in paths.items() if not path.is_file()))
         try:
-            for payload in record.payloads:
+            for payload, path in paths.items():
                 self.fetching = done, total
-                path = folder / payload.key.rsplit("/", 1)[-1]
                 if not path.is_file():
                     key = f"runs/{record.run}/{payload.key}"
                     download_verified(self._bucket, key, path, size=payload.size, blake3=payload.blake3)
@@ -99,13 +100,19 @@ class Anchors:
             self.fetching = None
 
 
+def _content(record: Commit | Derived) -> str:
+    """A name for what an anchor's record lists: two records of one version may list other files by the same names."""
+    return anchor_hash({payload.key: payload.blake3 for payload in record.payloads})[:12]
+
+
 def _put_together(folder: Path, parts: list[Path], record: Commit | Derived, run: Run) -> Path:
     """The checkpoint that an anchor's files add up to, where they are changes from all-zero bits; one in memory at a
-    time. Raises FormatError for a file that is not of this anchor, ShapeMismatch, UnknownTensor, OutOfSpace."""
+    time. Raises OutOfSpace before anything is written where the table's weights do not fit; FormatError for a file that
+    is not of this anchor, ShapeMismatch, UnknownTensor."""
     with tempfile.TemporaryDirectory(dir=folder) as work:
         aside = Path(work) / _WHOLE
         aside.mkdir()
-        checkpoint.write(aside, run.table, _Zeros(run.table))
+        checkpoint.write_zeros(aside, run.table)
         weights, entries = Checkpoint(aside, writable=True), {entry.name: entry for entry in run.table}
         for path in parts:
             data = path.read_bytes()
@@ -113,24 +120,9 @@ def _put_together(folder: Path, parts: list[Path], record: Commit | Derived, run
             if (header.run, header.parent, header.version) != (record.run, None, record.version):
                 raise FormatError(f"anchor {record.position}: {path.name} is of {header.run}:{header.version}")
             require_in_table(header.tensors, entries, f"anchor {record.position}: {path.name}")
+            require_memory(header.tensors, f"anchor {record.position}: {path.name}")
             wire.decode(data).apply_(weights)
             path.unlink()
         weights.flush()
         checkpoint.copy_assets(folder, aside)
         return aside.rename(folder / _WHOLE)
-
-
-class _Zeros(Mapping[str, Bits]):
-    """Every tensor of a table, all-zero bits; one in memory at a time."""
-
-    def __init__(self, table: Iterable[TensorEntry]) -> None:
-        self._entries = {entry.name: entry for entry in table}
-
-    def __getitem__(self, name: str) -> Bits:
-        return zeros(self._entries[name].dtype, self._entries[name].shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)

@@ -13,6 +13,7 @@ from deltawire import checkpoint, log, ties
 from deltawire.baseline import Baseline, Transition, among
 from deltawire.bases import open_base, resolve_base
 from deltawire.bits import Bits, count
+from deltawire.bounds import require_assets
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
 from deltawire.checkpoint import Checkpoint
@@ -95,7 +96,7 @@ class Capturer:
         else:
             self.resumed = self._resume(bucket, base)
         if self.resumed is None and self._assets is not None:
-            checkpoint.assets(self._assets)  # a folder that is not there is named now, not at the first publish
+            require_usable(self._assets)
         if self.resumed is None and base is not None:
             self._base = resolve_base(str(base))
             folder = open_base(self._base)
@@ -346,6 +347,12 @@ def require_signer(bucket: Bucket, signer: str | None) -> None:
             'would be left behind. Give its file to Publisher(signing_key=…); Publisher(run="supersede") begins a new '
             "run without it"
         )
+
+
+def require_usable(assets: Path) -> None:
+    """Raise NotFound for a folder of assets that is not there, and TooLarge for one whose files no reader would fetch:
+    now, and not at the first publish."""
+    require_assets({path.name: path.stat().st_size for path in checkpoint.assets(assets)}, str(assets))
 
 
 def near_base(base: str | Path | None) -> str | Path | None:

@@ -5,13 +5,13 @@ import json
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 
 from deltawire import container
 from deltawire.bits import Bits
-from deltawire.buckets.atomic import file_system_errors
+from deltawire.buckets.atomic import file_system_errors, require_room
 from deltawire.buckets.base import is_key
 from deltawire.digest import digest_bits
 from deltawire.errors import BadDigest, FormatError, NotFound, TooLarge, Truncated, some
@@ -104,10 +104,10 @@ def assets(folder: Path) -> list[Path]:
 
 
 def write(
-    folder: Path, table: Iterable[TensorEntry], tensors: Mapping[str, Bits], *, shard_bytes: int = SHARD_BYTES
+    folder: Path, table: Iterable[TensorEntry], tensors: Mapping[str, Bits] | None, *, shard_bytes: int = SHARD_BYTES
 ) -> list[Path]:
-    """Write tensors as safetensors shards in table order, with an index when there are several; the files written.
-    An adapter is always one file, the only one that PEFT and vLLM look for.
+    """Write tensors (None: all-zero bits) as safetensors shards in table order, with an index when there are several;
+    the files written. An adapter is always one file, the only one that PEFT and vLLM look for.
 
     Tensors are copied one at a time, so a lazy mapping costs one tensor of memory. Raises OutOfSpace, BucketError.
     """
@@ -130,6 +130,14 @@ def write(
     return written
 
 
+def write_zeros(folder: Path, table: Iterable[TensorEntry]) -> list[Path]:
+    """As `write`, for tensors of all-zero bits, in no more memory than a few of their bytes. Raises OutOfSpace before
+    anything is written where they do not fit."""
+    entries = tuple(table)
+    require_room(folder, sum(entry.nbytes for entry in entries))
+    return write(folder, entries, None)
+
+
 def copy_assets(source: Path, folder: Path) -> list[Path]:
     """Copy the files beside the weights; the copies. Raises NotFound, OutOfSpace, BucketError."""
     return copy(assets(source), folder)
@@ -139,6 +147,9 @@ def copy(paths: Iterable[Path], folder: Path, *, without: Collection[str] = ()) 
     """Copy files into a folder, writable whatever the originals are; the copies. Shards and index are copied without
     the tensors named by `without`, and a shard of nothing else not at all. Raises OutOfSpace, BucketError; FormatError
     for a shard or index to be cut that is none."""
+    paths = list(paths)
+    with file_system_errors(str(folder)):
+        require_room(folder, sum(path.stat().st_size for path in paths))
     return [folder / path.name for path in paths if _copy(path, folder / path.name, without)]
 
 
@@ -230,9 +241,20 @@ def _plan_shards(table: Iterable[TensorEntry], shard_bytes: int) -> list[list[Te
     return plan
 
 
-def _write_shard(path: Path, entries: list[TensorEntry], tensors: Mapping[str, Bits]) -> None:
+def _write_shard(path: Path, entries: list[TensorEntry], tensors: Mapping[str, Bits] | None) -> None:
     layout = {entry.name: (entry.dtype, entry.shape) for entry in entries}
     with file_system_errors(str(path)), path.open("wb") as file:
         file.write(container.header_bytes(layout, {"format": "pt"}))
         for entry in entries:
-            file.write(tensors[entry.name].data.view(np.uint8).data)
+            if tensors is None:
+                _write_zeros(file, entry.nbytes)
+            else:
+                file.write(tensors[entry.name].data.view(np.uint8).data)
+
+
+def _write_zeros(file: BinaryIO, size: int) -> None:
+    """Written and not left out: a hole in a file that is mapped would be a crash on a full disk."""
+    piece = bytes(1 << 20)
+    for _ in range(size // len(piece)):
+        file.write(piece)
+    file.write(piece[: size % len(piece)])

@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from deltawire import log, manifests, signing, wire
 from deltawire.bases import require_public
+from deltawire.bounds import require_anchor
 from deltawire.buckets.base import Bucket
 from deltawire.checkpoint import TEXTS
 from deltawire.copies import LocalCopy
@@ -266,6 +267,7 @@ class Compactor:
             ),
             commit_hash=chain.settled(version).hash,
         )
+        require_anchor(record, chain.run.table, str(mirror.folder))
         key = self._put(record, {f"{prefix}/{path.name}": path for path in hashes})
         known.add(Edge(None, version, record.wire_bytes, key))
         return CompactReport(None, version, record.wire_bytes, 0)

@@ -10,6 +10,8 @@ from deltawire.errors import FormatError, NotFound, TooLarge
 
 MAX_HEARTBEAT = 64 << 10
 """bytes"""
+MAX_REPLICAS = 10_000
+"""heartbeats that are read; beyond, somebody writes them who is no replica"""
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -47,11 +49,15 @@ def beat(bucket: Bucket, heartbeat: Heartbeat) -> None:
 
 
 def read_all(bucket: Bucket, known: Iterable[tuple[Stat, Heartbeat]] = ()) -> list[tuple[Stat, Heartbeat]]:
-    """Every replica's newest record, by name; what is no record is left out. Of `known`, an earlier answer, only what
-    changed since is fetched."""
+    """Every replica's newest record, by name; what is no record of its key's replica is left out. Of `known`, an
+    earlier answer, only what changed since is fetched. Raises TooLarge where more than MAX_REPLICAS lie there."""
     held = {(stat.key, stat.tag): heartbeat for stat, heartbeat in known}
-    found = []
+    found: list[tuple[Stat, Heartbeat]] = []
     for stat in bucket.list("replicas/"):
+        if len(found) >= MAX_REPLICAS:
+            raise TooLarge(
+                f"{bucket.url}/replicas/ holds more than {MAX_REPLICAS:,} heartbeats; remove those of no replica"
+            )
         if heartbeat := held.get((stat.key, stat.tag)):
             found.append((stat, heartbeat))
             continue
@@ -59,5 +65,6 @@ def read_all(bucket: Bucket, known: Iterable[tuple[Stat, Heartbeat]] = ()) -> li
             heartbeat = msgspec.json.decode(bucket.get(stat.key, limit=MAX_HEARTBEAT), type=Heartbeat)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, NotFound, TooLarge):
             continue
-        found.append((stat, heartbeat))
+        if stat.key == f"replicas/{heartbeat.replica}.json":
+            found.append((stat, heartbeat))
     return found

@@ -18,6 +18,7 @@ from deltawire.buckets.base import Bucket, fenced
 from deltawire.errors import AlreadyExists, ChainError, Forked, FormatError, NotFound, Unavailable
 from deltawire.manifests import (
     HEAD_KEY,
+    MAX_HEAD,
     MAX_RECORD,
     Commit,
     Derived,
@@ -160,7 +161,7 @@ def load(bucket: Bucket, kind: type[Record], key: str, *, trust: Trust = NOBODY)
 def read_head(bucket: Bucket) -> Head:
     """The hint at the newest commit. Raises NotFound while nothing is published, FormatError."""
     try:
-        data = bucket.get(HEAD_KEY, limit=MAX_RECORD)
+        data = bucket.get(HEAD_KEY, limit=MAX_HEAD)
     except NotFound as error:
         raise NotFound(f"{bucket.url} has no {HEAD_KEY}: nothing is published there yet ({error})") from None
     return manifests.read(Head, data, where=f"{bucket.url}/{HEAD_KEY}")

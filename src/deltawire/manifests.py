@@ -20,6 +20,8 @@ ALIASES = 2
 """format of a run.json whose table lists aliases: a reader that does not know them must refuse it"""
 MAX_RECORD = 64 << 20
 """bytes of the largest run.json or commit accepted (a table of 100,000 tensors is about 12 MB)"""
+MAX_HEAD = 64 << 10
+"""bytes of the largest HEAD.json accepted"""
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
 _COMMIT_KEY = re.compile(r"commits/([0-9]{6,16})(?:-[0-9a-f]{12})?\.json")
 _HEX64 = re.compile(r"[0-9a-f]{64}")

@@ -6,19 +6,20 @@ later proofs ask the store for the tags of its files alone.
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from deltawire import checkpoint
+from deltawire.bounds import require_anchor
 from deltawire.buckets.atomic import file_system_errors, replacing
 from deltawire.buckets.base import Bucket, Stat
 from deltawire.buckets.verified import download_verified
 from deltawire.digest import digest_bits
 from deltawire.errors import BadDigest, ChainError, DeltaWireError, Forked, FormatError, NotFound
-from deltawire.manifests import Commit, Derived, Payload
+from deltawire.manifests import Commit, Derived, Payload, TensorEntry
 from deltawire.paths import Edge
 from deltawire.subscriber import Subscriber
 
@@ -65,13 +66,14 @@ class Proofs:
         tags = _tags(stats)
         if self._known.get(filed.hash) == tags:
             return
-        _read_all(bucket, record, edge)
+        _read_all(bucket, record, edge, self._subscriber.run.table)
         self._known = {**self._known, filed.hash: tags}
         _write(self._memory, self._known)
 
 
-def _read_all(bucket: Bucket, record: Derived, edge: Edge) -> None:
+def _read_all(bucket: Bucket, record: Derived, edge: Edge, table: Iterable[TensorEntry]) -> None:
     """Read every file of an anchor, one at a time, and digest every tensor."""
+    require_anchor(record, table, f"{bucket.url}/{edge.record}")
     missing = {name: int(value, 16) for name, value in record.digests.items()}
     with (
         file_system_errors(f"{tempfile.gettempdir()} (TMPDIR chooses another disk)"),

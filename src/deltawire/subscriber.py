@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deltawire import log, paths, wire
 from deltawire.anchors import Anchors
+from deltawire.bounds import require_delta, require_memory
 from deltawire.buckets.base import Bucket, Stat
 from deltawire.buckets.verified import get_verified
 from deltawire.chain import Chain, as_numbers, ends_at
@@ -193,6 +194,7 @@ class Subscriber:
         Raises BucketError; FormatError for damaged bytes, or those of another version.
         """
         delta = Delta()
+        require_delta(record, self.run.table, f"{self.bucket.url}: {record.position}")
         for payload in record.payloads:
             key = f"runs/{record.run}/{payload.key}"
             data = get_verified(self.bucket, key, size=payload.size, blake3=payload.blake3)
@@ -200,6 +202,7 @@ class Subscriber:
             if (header.run, header.parent, header.version) != (record.run, record.parent, record.version):
                 raise FormatError(f"{key} says {header.run}:{header.parent}→{header.version}, not what its commit says")
             require_in_table(header.tensors, self.chain.entries, key)
+            require_memory(header.tensors, key)
             delta += wire.decode(data)
         if delta.keys() != record.digests.keys():
             raise FormatError(f"{record.position}: the payload changes other tensors than the commit lists")

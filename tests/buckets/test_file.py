@@ -179,3 +179,18 @@ def test_a_file_system_that_became_read_only_refuses_access_by_name(
     for write in (bucket.put, bucket.put_new):
         with pytest.raises(AccessRefused, match="key: Read-only"):
             write("key", b"new")
+
+
+def test_names_that_are_no_keys_do_not_fail_a_listing(tmp_path: Path) -> None:
+    bucket = LocalBucket(tmp_path / "bucket")
+    bucket.put("runs/a", b"x")
+    for name in (b"runs/\xff\xfe", b"runs/a\\b", b"runs/a\x01b", b"\xff"):
+        (Path(os.fsdecode(os.fsencode(bucket.root) + b"/" + name))).write_bytes(b"junk")
+    folder = Path(os.fsdecode(os.fsencode(bucket.root) + b"/runs/\xfe"))
+    folder.mkdir()
+    (folder / "inside").write_bytes(b"junk")
+    unreadable = bucket.root / "runs/secret"
+    unreadable.write_bytes(b"")
+    unreadable.chmod(0)
+    assert [stat.key for stat in bucket.list()] == ["runs/a", "runs/secret"]
+    assert [stat.key for stat in bucket.list("runs/")] == ["runs/a", "runs/secret"]

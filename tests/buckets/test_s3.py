@@ -1,12 +1,14 @@
 """S3 for real: the protocol over HTTP against a moto server, conditional writes on."""
 
+import sys
+
 import pytest
 
 from deltawire import Publisher, materialize, open_bucket
 from deltawire.buckets import objects
 from deltawire.buckets.conformance import BucketTests
 from deltawire.buckets.faulty import Faulty, at
-from deltawire.errors import AlreadyExists, Forked, NotFound, Unavailable
+from deltawire.errors import AlreadyExists, BucketError, Forked, NotFound, Unavailable
 from deltawire.tensors import equal
 from runs import PATIENCE, commits, edit, model, publish_all, publishing, read_weights, served
 
@@ -92,3 +94,27 @@ def test_an_endpoint_of_plain_http_and_a_proxy_are_both_taken_from_the_environme
     monkeypatch.setenv("AWS_PROXY_URL", "http://127.0.0.1:1")  # nobody answers there
     with pytest.raises(Unavailable):
         open_bucket(s3.url).get("a", limit=1)
+
+
+@pytest.mark.parametrize("unsafe", ["commits/../x", "commits//x", "commits/1/..", "commits/./x", "commits/1\x01x"])
+def test_a_key_that_nobody_could_fetch_does_not_fail_a_listing(s3_url, s3_endpoint, unsafe):
+    import boto3
+
+    bucket, name = open_bucket(s3_url), s3_url.split("/")[2]
+    for key in ("commits/0", "commits/2", "commits/3", "other"):
+        bucket.put(key, b"x")
+    before = {prefix: [*bucket.list(prefix, after="commits/0")] for prefix in ("", "commits/", "commits/2", "o")}
+    client = boto3.client("s3", endpoint_url=s3_endpoint, region_name="us-east-1")
+    client.put_object(Bucket=name, Key=f"prefix/{unsafe}", Body=b"x")
+    assert {prefix: [*bucket.list(prefix, after="commits/0")] for prefix in before} == before
+    assert [stat.key for stat in bucket.list()] == ["commits/0", "commits/2", "commits/3", "other"]
+
+
+def test_without_boto3_such_a_key_is_named_and_what_to_do(s3_url, s3_endpoint, monkeypatch):
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=s3_endpoint, region_name="us-east-1")
+    client.put_object(Bucket=s3_url.split("/")[2], Key="prefix/a/../b", Body=b"x")
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(BucketError, match=r'"prefix/a/\.\./b".*remove that key, or pip install'):
+        open_bucket(s3_url).list()

@@ -3,6 +3,7 @@
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,14 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)  # on a read-only file system even this is refused
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raise OutOfSpace, before anything is written, unless the disk of a folder has room for so many bytes more."""
+    with file_system_errors(str(folder)):
+        free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OutOfSpace(f"{folder}: {size:,} bytes are needed, {free:,} are free (TMPDIR chooses another disk)")
 
 
 @contextmanager

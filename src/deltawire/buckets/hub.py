@@ -35,7 +35,7 @@ except ImportError:
     raise ImportError("the hub bucket needs huggingface_hub: pip install 'deltawire[hub]'") from None
 
 from deltawire.buckets.atomic import replacing
-from deltawire.buckets.base import Stat, check_key, check_prefix, is_key, watch_by_polling
+from deltawire.buckets.base import Listing, Stat, check_key, check_prefix, is_key, watch_by_polling
 from deltawire.buckets.hub_refusals import batch_refusal, local_refusal
 from deltawire.buckets.proxies import is_loopback, proxy_note, spare_loopback
 from deltawire.buckets.refusals import first_line, from_anything, is_later
@@ -127,7 +127,9 @@ class HubBucket:
         check_prefix(prefix)
         with self._errors(prefix, "read"):
             try:
-                files = [*self._api.list_bucket_tree(self._id, prefix.rpartition("/")[0] or None, recursive=True)]
+                folder = prefix.rpartition("/")[0] or None
+                listed = self._api.list_bucket_tree(self._id, folder, recursive=True)
+                files = [*Listing(f"{self.url}/{prefix}").count(listed)]
             except RemoteEntryNotFoundError:  # no such folder
                 files = []
         mine = (_stat(file) for file in files if file.type == "file" and file.path.startswith(prefix))

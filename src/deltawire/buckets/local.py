@@ -8,6 +8,7 @@ import builtins
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from deltawire.buckets.atomic import file_system_errors, replacing
-from deltawire.buckets.base import Stat, check_key, check_prefix, is_key, watch_by_polling
+from deltawire.buckets.base import Listing, Stat, check_key, check_prefix, is_key, watch_by_polling
 from deltawire.errors import AlreadyExists, FormatError, NotFound, TooLarge
 
 _UNFINISHED = ".deltawire-unfinished"
@@ -55,9 +56,9 @@ class LocalBucket:
 
     def get_file(self, key: str, path: Path, *, limit: int) -> None:
         with self._open(key) as file:
-            self._size_within(limit, file, key)
+            size = self._size_within(limit, file, key)
             with replacing(path) as temporary, open(temporary, "xb") as out:
-                shutil.copyfileobj(file, out, 1 << 20)
+                _copy_most(file, out, size)
 
     def put(self, key: str, data: bytes | Path) -> None:
         self._write(key, data, os.replace)
@@ -76,11 +77,12 @@ class LocalBucket:
         check_prefix(prefix)
         if not self.root.is_dir():
             raise self._missing(prefix)
-        found = []
+        found, room = [], Listing(self._name(prefix))
         with file_system_errors(self._name(prefix)):
-            for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0], onerror=_raise_unless_gone):
+            folders = os.walk(self.root / prefix.rpartition("/")[0], onerror=_raise_unless_gone)
+            for folder, _, names in room.count(folders):
                 inside = "".join(f"{part}/" for part in Path(folder).relative_to(self.root).parts)
-                for name in names:
+                for name in room.count(names):
                     key = f"{inside}{name}"
                     wanted = key.startswith(prefix) and key > after and is_key(key) and not _is_reserved(key)
                     if wanted and os.path.isfile(os.path.join(folder, name)):
@@ -150,9 +152,10 @@ class LocalBucket:
         self._check(key)
         with file_system_errors(self._name(key)):
             try:
-                return open(self.root / key, "rb")
-            except _NO_SUCH_FILE:
+                file = open(self.root / key, "rb", opener=_without_waiting)  # noqa: SIM115
+            except (*_NO_SUCH_FILE, _NotRegular):
                 raise self._missing(key) from None
+        return file
 
     def _missing(self, key: str) -> NotFound:
         if not self.root.is_dir():
@@ -167,10 +170,12 @@ class LocalBucket:
 
     def _stats(self, keys: builtins.list[str]) -> Iterator[Stat]:
         for key in keys:
-            try:
-                yield self.stat(key)
-            except NotFound:  # deleted since the folder was read
-                continue
+            with file_system_errors(self._name(key)):
+                try:
+                    found = os.stat(self.root / key)
+                except _NO_SUCH_FILE:  # deleted since the folder was read
+                    continue
+            yield _stat(key, found)
 
     def _check(self, key: str) -> None:
         check_key(key)
@@ -179,6 +184,26 @@ class LocalBucket:
 
     def _name(self, key: str) -> str:
         return f"{self.url}/{key}"
+
+
+class _NotRegular(OSError):
+    """What lies under a key is a pipe, a device or a folder: reading one may wait for ever, or never end."""
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a regular file, or what a link says is one. Opening a pipe would wait for its writer."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise _NotRegular(path)
+
+
+def _copy_most(source: BinaryIO, out: BinaryIO, size: int) -> None:
+    """Copy as many bytes as there were when it was opened: it may grow meanwhile."""
+    while size and (piece := source.read(min(size, 1 << 20))):
+        out.write(piece)
+        size -= len(piece)
 
 
 def _is_reserved(key: str) -> bool:

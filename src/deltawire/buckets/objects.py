@@ -10,8 +10,9 @@ import obstore
 from obstore import exceptions, store
 
 from deltawire.buckets.atomic import replacing
-from deltawire.buckets.base import Stat, check_key, check_prefix, is_key, watch_by_polling
+from deltawire.buckets.base import Listing, Stat, check_key, check_prefix, is_key, watch_by_polling
 from deltawire.buckets.refusals import from_obstore, what_was_said
+from deltawire.buckets.unsafe_keys import listed_anyway
 from deltawire.errors import AlreadyExists, BucketError, NotFound, NotOffered, TooLarge, Unavailable
 
 ONE_REQUEST = 32 << 20
@@ -111,8 +112,12 @@ class ObjectBucket:
         # obstore's prefix is whole path segments ("runs/a" does not find "runs/a1"): ask for the folder, then sift.
         folder = prefix.rpartition("/")[0] or None
         with self._errors(prefix):
-            batches = obstore.list(self._objects, folder, offset=after or None)
-            found = [_stat(meta) for batch in batches for meta in batch]
+            try:
+                batches = obstore.list(self._objects, folder, offset=after or None)
+                metas = (meta for batch in batches for meta in batch)
+                found = [_stat(meta) for meta in Listing(f"{self.url}/{prefix}").count(metas)]
+            except exceptions.InvalidPathError as error:
+                found = [*Listing(f"{self.url}/{prefix}").count(listed_anyway(self.url, folder, after, error))]
         mine = (stat for stat in found if stat.key.startswith(prefix) and stat.key > after and is_key(stat.key))
         return iter(sorted(mine, key=lambda stat: stat.key))
 
