@@ -4,13 +4,14 @@ Everything begins at the newest commit, which HEAD hints at, and goes back from 
 at one version costs the same however long the run is; the whole run is listed only where no hint leads to an anchor.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 
 from deltawire import log, paths
 from deltawire.buckets.base import Bucket
 from deltawire.digest import root as root_of
-from deltawire.errors import BadDigest, ChainError, Forked, FormatError, Gap, NotFound, UnknownTensor, some
+from deltawire.errors import DAMAGE, BadDigest, Forked, FormatError, Gap, NotFound, UnknownTensor, some
 from deltawire.log import Filed
 from deltawire.manifests import MAX_RECORD, Commit, Derived, Head, Run, Way, commit_key, commit_version, read, way_key
 from deltawire.paths import Edge
@@ -171,7 +172,7 @@ class Chain:
                 if root_of(self.run.table, digests) != filed.record.root:
                     raise BadDigest(f"{self._name(filed.record)}: the digests that lead there do not make its root")
                 return digests
-            except (FormatError, ChainError, NotFound):
+            except DAMAGE:
                 if not (derived := {edge.record for edge in way if edge.derived}):
                     raise
                 passed_over |= derived
@@ -221,17 +222,37 @@ class Chain:
         Raises Gap where nothing leads there."""
         if since is not None and (near := self._near(since, target)) is not None:
             return near
-        for edges in (self._hinted(since, target) if hint else [], self.edges):
-            found = edges() if callable(edges) else edges
-            usable = [edge for edge in found if edge.record not in without and (anchors or edge.start is not None)]
+        listed: list[Edge] | None = None
+        hinted = self._hinted(since, target) if hint else []
+        sources: tuple[Callable[[], list[Edge]], ...] = (lambda: hinted, self.edges, partial(self.edges, checked=True))
+        for edges in sources:
+            usable = [edge for edge in edges() if edge.record not in without and (anchors or edge.start is not None)]
             with suppress(Gap):
-                return paths.cheapest(usable, since, target, forward=forward)
+                found = paths.cheapest(usable, since, target, forward=forward)
+                if self._are_commits(found):
+                    return found
+                listed = listed or found
+        if listed is not None:
+            return listed  # reading it says what is wrong
         raise self._no_way(since, target)
 
-    def edges(self) -> list[Edge]:
-        """Everything that leads somewhere, by a listing of the whole run."""
-        listed = self.bucket.list(f"runs/{self.run.run}/")
+    def edges(self, *, checked: bool = False) -> list[Edge]:
+        """Everything that leads somewhere, by a listing of the whole run. `checked` reads every commit, and leaves out
+        what lies among them and is none of the chain's."""
+        listed = [*self.bucket.list(f"runs/{self.run.run}/")]
+        if checked:
+            with suppress(*DAMAGE):
+                on_chain = {filed.key for filed in self.back(self._newest_listed())}
+                commits = f"runs/{self.run.run}/commits/"
+                listed = [stat for stat in listed if stat.key in on_chain or not stat.key.startswith(commits)]
         return paths.survey(listed, self.run.run, whole=self._whole, on_chain=self._pick)
+
+    def _are_commits(self, path: Iterable[Edge]) -> bool:
+        """Whether the commits of a path are there and continue what was listed before them: junk may lie between."""
+        with suppress(*DAMAGE):
+            commits = [edge for edge in path if not edge.derived]
+            return all(self.commit(edge.end, edge.record).record.parent == edge.start for edge in commits)
+        return False
 
     def anchors(self) -> list[Edge]:
         """The edges that lead from nothing, by version; by a listing of the whole run."""
@@ -365,7 +386,7 @@ class Chain:
                 if known is None or len(listed) > FAR or self._continues(filed, known):
                     self._newest = filed
                     return
-            except (FormatError, ChainError, NotFound) as error:
+            except DAMAGE as error:
                 self._commits.pop(version, None)
                 if known is None and problem is None:
                     problem = error
@@ -389,8 +410,16 @@ class Chain:
             raise Gap(f"{self._name(first)} continues version {first.parent}, but the one before it is {below[-1]}")
         for version, key in listed:
             beside = first.version <= version <= chain[-1].record.version and version not in ours
-            if beside and key == commit_key(self.run.run, version):  # where a store can refuse, nobody writes two
+            alone = key == commit_key(self.run.run, version)  # where a store can refuse, nobody writes two
+            if beside and alone and self._is_commit(version, key):
                 raise Forked(f"{self.bucket.url}/{key} is not on the chain that ends at {chain[-1].record.position}")
+
+    def _is_commit(self, version: int, key: str) -> bool:
+        """Whether a commit's key holds one: junk is no second writer."""
+        with suppress(*DAMAGE):
+            self._load(version, key)
+            return True
+        return False
 
     def _pick(self, listed: list[tuple[int, str]]) -> list[tuple[int, str]]:
         """Of commits by (version, key), of which two share a version, those on the chain."""
@@ -413,12 +442,32 @@ class Chain:
             return {}, chain
         at = {filed.record.version: number for number, filed in enumerate(chain)}
         for edge in self.anchors():
-            if edge.end in at:
-                anchor = self._derived(edge).record
-                if anchor.commit_hash != chain[at[edge.end]].hash:
-                    raise Forked(f"{self.bucket.url}/{edge.record} is the anchor of another commit {edge.end}")
+            if edge.end in at and (anchor := self._anchor_of(edge, chain[at[edge.end]])) is not None:
                 return as_numbers(anchor.digests), chain[at[edge.end] :]
         raise Gap(f"{self._name(first)} continues version {first.parent}, and there is no anchor before it")
+
+    def _anchor_of(self, edge: Edge, commit: Filed[Commit]) -> Derived | None:
+        """The record of an anchor, if it is one, and of this commit: a stranger's stops nobody."""
+        with suppress(*DAMAGE):
+            anchor = self._derived(edge)
+            if anchor.record.commit_hash == commit.hash and not self._differs(anchor, commit):
+                return anchor.record
+        return None
+
+    def _differs(self, anchor: Filed[Derived], commit: Filed[Commit]) -> bool:
+        """Whether an anchor's digests do not make the root of its commit."""
+        return root_of(self.run.table, self.moved({}, anchor)) != commit.record.root
+
+    def is_junk(self, edge: Edge) -> bool:
+        """Whether what lies under the key of a fold or an anchor is no record of it, or is not signed by whom we trust:
+        every reader passes it over."""
+        if not edge.derived:
+            return False
+        try:
+            self._derived(edge)
+        except (FormatError, UnknownTensor):
+            return True
+        return False
 
     def _require_our_run(self, filed: Filed[Commit] | Filed[Derived]) -> None:
         record = filed.record

@@ -23,13 +23,11 @@ from deltawire.copies import LocalCopy
 from deltawire.delta import Delta
 from deltawire.digest import root as root_of
 from deltawire.errors import (
+    DAMAGE,
     AlreadyExists,
     BadDigest,
     BadSignature,
-    ChainError,
-    FormatError,
     Gap,
-    NotFound,
 )
 from deltawire.log import Filed
 from deltawire.manifests import (
@@ -119,7 +117,7 @@ class Compactor:
         """Write every fold and anchor that is due and not there; what was written. A repeated step writes nothing."""
         try:
             return self._step()
-        except (FormatError, ChainError, NotFound):
+        except DAMAGE:
             self._subscriber.refresh()  # a record may have been damaged on its way, or pruned: look again next time
             self._known = None
             raise
@@ -184,7 +182,7 @@ class Compactor:
         trust = Trust(frozenset({run.signer, *run.compactors} if run.signer is not None else ()))
         try:
             record = log.load(self.bucket, Derived, edge.record, trust=trust).record
-        except (FormatError, NotFound):
+        except DAMAGE:
             return False
         if (record.run, record.parent, record.version) != (run.run, edge.start, edge.end):
             return False
@@ -199,7 +197,7 @@ class Compactor:
             return None
         try:
             return self._write_fold(known, start, end, parts)
-        except (FormatError, ChainError, NotFound):
+        except DAMAGE:
             derived = [edge for edge in parts if edge.derived]
             if rotten := not self._copy.is_sound():
                 self._copy.discard()

@@ -195,6 +195,10 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(listed[:NAMED]) + more
 
 
+DAMAGE = (FormatError, ChainError, ApplyError, NotFound)
+"""what reading a record or its payload raises where it is damaged, gone, or a stranger's: there may be another way"""
+
+
 def made_again(kind: str, message: str) -> DeltaWireError | None:
     """The error that another process tells of by its type's name; None for a name that is not in this tree."""
     found = globals().get(kind)

@@ -174,9 +174,10 @@ def hinted(bucket: Bucket) -> Head | None:
     return None
 
 
-def current_run(bucket: Bucket) -> str:
+def current_run(bucket: Bucket, *, trust: Trust = NOBODY) -> str:
     """The run that HEAD names. Without a HEAD of a run that is there (its writer was killed just before, or it is
-    damaged) the only run with a commit that no other such run supersedes.
+    damaged) the only run with a commit that no other such run supersedes; what is no run, or not signed as `trust`
+    asks, is passed over.
 
     Raises NotFound while nothing is published, Forked when there are several such runs.
     """
@@ -188,10 +189,13 @@ def current_run(bucket: Bucket) -> str:
     found = {stat.key.split("/")[1] for stat in bucket.list("runs/") if stat.key.split("/")[2:3] == ["commits"]}
     if not found:
         return read_head(bucket).run  # says what is there
-    for run in [*found] if len(found) > 1 else []:
-        with suppress(NotFound, FormatError):
-            earlier = read_run(bucket, run).supersedes
-            found -= {earlier.run} if earlier is not None else set()
+    if len(found) > 1:
+        runs: dict[str, Run] = {}
+        for run in found:
+            with suppress(NotFound, FormatError, ChainError):
+                runs[run] = load_run(bucket, run, trust=trust).record
+        earlier = {record.supersedes.run for record in runs.values() if record.supersedes is not None}
+        found = {*runs} - earlier or found
     if len(found) != 1:
         named = ", ".join(sorted(found)[:4])
         raise Forked(f"{bucket.url} has no {HEAD_KEY} and {len(found)} runs: {named}; remove all but one")

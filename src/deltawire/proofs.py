@@ -18,7 +18,7 @@ from deltawire.buckets.atomic import file_system_errors, replacing
 from deltawire.buckets.base import Bucket, Stat
 from deltawire.buckets.verified import download_verified
 from deltawire.digest import digest_bits
-from deltawire.errors import BadDigest, ChainError, DeltaWireError, Forked, FormatError, NotFound
+from deltawire.errors import DAMAGE, BadDigest, DeltaWireError, Forked
 from deltawire.manifests import Commit, Derived, Payload, TensorEntry
 from deltawire.paths import Edge
 from deltawire.subscriber import Subscriber
@@ -50,7 +50,7 @@ class Proofs:
         AccessRefused."""
         try:
             self._prove(edge)
-        except (FormatError, ChainError, NotFound) as error:
+        except DAMAGE as error:
             return error
         return None
 

@@ -65,7 +65,8 @@ class MaterializeReport:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """A run read from version `first` to `position` and found right: what was read of it, in bytes too, and seconds."""
+    """A run read from version `first` to `position` and found right: what was read of it, in bytes too, and seconds.
+    `junk` counts what lies under keys of folds and anchors and is followed by no reader."""
 
     position: Position
     first: int
@@ -74,3 +75,4 @@ class VerifyReport:
     folds: int
     fetched_bytes: int
     seconds: float
+    junk: int = 0

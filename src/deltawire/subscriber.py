@@ -14,6 +14,7 @@ from deltawire.changes import Change, Update
 from deltawire.checkpoint import Checkpoint, files
 from deltawire.delta import Delta
 from deltawire.errors import (
+    DAMAGE,
     ChainError,
     DeltaWireError,
     Forked,
@@ -74,7 +75,7 @@ class Subscriber:
     def chain(self) -> Chain:
         """The run's records. Raises NotFound while nothing is published."""
         if self._opened is None:
-            run = log.load_run(self.bucket, log.current_run(self.bucket), trust=self.trust)
+            run = log.load_run(self.bucket, log.current_run(self.bucket, trust=self.trust), trust=self.trust)
             self._opened = Chain(self.bucket, run, self.trust)
         return self._opened
 
@@ -166,7 +167,7 @@ class Subscriber:
             way = self._way(here, version, anchors or here is None, passed_over, problem)
             try:
                 return self._fetch(since, version, way)
-            except (FormatError, ChainError, NotFound) as error:
+            except DAMAGE as error:
                 # Folds and anchors only save bytes: without those on this way, damaged, signed by a stranger or gone,
                 # there may be another. A stranger's must not stop anyone.
                 derived = {edge.record for edge in way if edge.derived}
@@ -247,7 +248,7 @@ class Subscriber:
     ) -> Change:
         """The change by commits alone, after one way after another was closed: from where the reader stands, or from
         the newest anchor that is sound. However many records are junk, each is read once."""
-        edges = self.chain.edges()
+        edges = self.chain.edges(checked=True)
         commits = [edge for edge in edges if not edge.derived and (anchors or edge.start is not None)]
         starts = [edge for edge in edges if edge.start is None and edge.derived and edge.end <= version and anchors]
         here = None if since is None else since.version
@@ -257,7 +258,7 @@ class Subscriber:
                 if anchor is not None:
                     self.chain.read([anchor])
                 return self._fetch(since, version, paths.cheapest(usable, here, version))
-            except (FormatError, ChainError, NotFound) as error:
+            except DAMAGE as error:
                 problem = problem or error
         assert problem is not None
         raise problem
@@ -273,7 +274,7 @@ class Subscriber:
                 if ends_at(first, filed) != self.chain.commit(first.end).hash:
                     raise Forked(f"{self.bucket.url}/{first.record} is the anchor of another commit {first.end}")
                 return filed, self.open_anchor(filed.record)
-            except (FormatError, ChainError, NotFound) as error:
+            except DAMAGE as error:
                 if not first.derived:
                     raise
                 problem = problem or error

@@ -32,7 +32,9 @@ def verify(
     The deltas are applied one after another to a copy of that anchor. A delta must lead to the digests that its commit
     promises, a fold must lead back to those of the version it starts from, an anchor must have those of its version;
     at the end the digests of all weights are computed anew. Takes twice the model's size in temporary files, and the
-    memory of a delta and its negative. A bucket that is pruned meanwhile is read again from its new start.
+    memory of a delta and its negative. A bucket that is pruned meanwhile is read again from its new start. What is no
+    record under the key of a fold or an anchor, or is signed by nobody trusted, is followed by no reader: it is counted
+    as junk.
 
     `trusted` are public keys, or files of them, one of which must have signed every record. `on_read` hears of each
     delta, fold and anchor, and of how many there are.
@@ -70,6 +72,10 @@ class _Walk:
         self._require_newest(commits[-1])
         edges = self._on_chain(commits)
         for edge in edges:
+            if self._chain.is_junk(edge):
+                read["junk"] += 1
+                on_read(edge, len(edges))
+                continue
             size += self._check(edge)
             read[edge.kind] += 1
             on_read(edge, len(edges))
@@ -82,6 +88,7 @@ class _Walk:
             deltas=read["delta"],
             folds=read["fold"],
             fetched_bytes=size,
+            junk=read["junk"],
             seconds=time.monotonic() - started,
         )
 
@@ -101,7 +108,7 @@ class _Walk:
         first, last = commits[0].version, commits[-1].version
         edges = [
             edge
-            for edge in self._chain.edges()
+            for edge in self._chain.edges(checked=True)
             if edge.end <= last and (edge.end if edge.start is None else edge.start) >= first
         ]
         deltas = {self._chain.commit(commit.version).key for commit in commits[1:]}

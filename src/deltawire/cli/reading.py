@@ -104,6 +104,8 @@ def verify(
         f"{report.deltas} deltas, {report.folds} folds, {report.anchors} anchors or bases, "
         f"{size(report.fetched_bytes)} read"
     )
+    if report.junk:
+        text += f"\n{report.junk} objects under keys of folds or anchors are none; no reader follows them"
     emit(msgspec.to_builtins(report), text, json)
 
 

@@ -49,7 +49,8 @@ class Following(ABC, Generic[E, R]):
 
     `E` is how the server is reached, `R` what an update is reported as. `poll` is seconds between looks at the bucket,
     by default what suits the store; `base` is a folder here with the run's base checkpoint; `trusted` are public keys,
-    or files of them; `replica` names the entry under `replicas/`. `on_news` hears what is waited for and fetched, and when the server is current without an update.
+    or files of them; `replica` names the entry under `replicas/`. `on_news` hears what is waited for and fetched, and
+    when the server is current without an update.
     """
 
     def __init__(
