@@ -17,6 +17,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not (item.get_closest_marker("vllm") or item.get_closest_marker("network")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory):
+    """What followers remember goes to no home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def quick_retries():
     """A publisher that tries again at once."""

@@ -20,6 +20,7 @@ DeltaWireError
     Gap               no commit continues from where this copy stands
     Forked            two commits claim the same place
     OtherRun          the bucket moved to a run that does not continue ours
+    RolledBack        the newest signed version is older than one seen, or of another run
   ApplyError        the weights refused                         -> stop, ask a person
     UnknownTensor     a name that is not in the tensor table
     MissingTensor     a name of the trainable set that was not given
@@ -122,6 +123,10 @@ class Forked(ChainError):
 
 class OtherRun(ChainError):
     """The bucket moved to a run that does not continue ours."""
+
+
+class RolledBack(ChainError):
+    """The newest signed version is older than one that was seen before, on another branch, or of another run."""
 
 
 class ApplyError(DeltaWireError):

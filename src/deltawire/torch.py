@@ -12,6 +12,7 @@ except ImportError:
 from deltawire.buckets import open_bucket
 from deltawire.manifests import Position
 from deltawire.names import NameMap
+from deltawire.seen import Seen, given
 from deltawire.signing import trust
 from deltawire.subscriber import Subscriber
 from deltawire.vllm.loading import AfterLoading
@@ -26,6 +27,8 @@ def follow(
     names: NameMap | None = None,
     base: Path | str | None = None,
     trusted: Iterable[str | Path] = (),
+    state: Path | str | None = None,
+    run: str | None = None,
 ) -> "ModelFollower":
     """A follower of `bucket` for `model`, whose parameters and buffers have the checkpoint's names, or those that
     `names` leads to them: `name_map(model)` of `deltawire.trainers.conversion` for a transformers model. Tensors that
@@ -33,12 +36,14 @@ def follow(
 
     Weights are patched in place, in the dtype the run ships, or in fp32 where it ships bf16, or in bf16 while all that
     it ships as F32 fits. `base` is a folder with the run's base checkpoint, where it starts from one by reference.
-    `trusted` are public keys, or files of them, one of which must have signed every record.
+    `trusted` are public keys, or files of them, one of which must have signed every record; going back then takes
+    `step(version)`. `state` is a file that remembers the newest signed version across restarts. `run` names the only
+    run that is followed, beside those that continue it.
 
     Raises BucketError, FormatError, ChainError, and EngineUnsupported naming the tensors of the run that the model does
     not hold.
     """
-    return ModelFollower(model, bucket, names, trusted, base)
+    return ModelFollower(model, bucket, names, trusted, base=base, seen=Seen(given(state), run=run))
 
 
 class ModelFollower:
@@ -50,9 +55,12 @@ class ModelFollower:
         bucket: str,
         names: NameMap | None = None,
         trusted: Iterable[str | Path] = (),
+        *,
         base: Path | str | None = None,
+        seen: Seen | None = None,
     ) -> None:
         self._bucket, self._trust, self._base = bucket, trust(trusted), base
+        self._seen = seen or Seen()
         self._replica = Replica(_ByName(model, names), loading=AfterLoading())
         self._attach()
 
@@ -77,9 +85,10 @@ class ModelFollower:
         Raises BucketError, FormatError, ChainError, ApplyError; the module then holds what it held.
         """
         self._attach()
-        if version is None:
-            with self._subscriber() as subscriber:
-                version = subscriber.latest().version
+        with self._subscriber() as subscriber:
+            newest = subscriber.latest()
+            self._seen.admit(subscriber, newest, pinned=version is not None)
+        version = newest.version if version is None else version
         self._replica.commit({"bucket": self._bucket, "version": version})
         self._check()
         self._replica.confirm()

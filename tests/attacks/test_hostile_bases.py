@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from hostile import add, begin, continued
 
+from attacks.hostile import add, begin, continued
 from deltawire import checkpoint, materialize, open_bucket, torch, verify
 from deltawire.compactor import Compactor
 from deltawire.errors import DeltaWireError, FormatError, NotFound

@@ -4,8 +4,8 @@ import msgspec
 import numpy as np
 import pytest
 from blake3 import blake3
-from hostile import JUNK, add, anchor_of, claim, continued, encode, litter
 
+from attacks.hostile import JUNK, add, anchor_of, claim, continued, encode, litter
 from deltawire import Subscriber, digest, ledger, materialize, open_bucket, retention, signing, verify, wire
 from deltawire.bits import Bits
 from deltawire.checkpoint import Checkpoint

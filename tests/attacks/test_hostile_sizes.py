@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from blake3 import blake3
-from hostile import add, anchor_of, begin, claim, continued
 
+from attacks.hostile import add, anchor_of, begin, claim, continued
 from deltawire import Subscriber, bounds, materialize, open_bucket, proofs, verify, wire
 from deltawire.buckets.wrappers import Counting
 from deltawire.compactor import Compactor

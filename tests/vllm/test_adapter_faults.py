@@ -3,6 +3,7 @@
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,11 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 class SmallAdapterRun:
     """One matrix under a PEFT name; each version is the one before and 1."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **options: Any) -> None:
         self.folder, self.url = folder, (folder / "bucket").as_uri()
         (folder / "config").mkdir()
         (folder / "config" / "adapter_config.json").write_text("{}")
-        self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True), assets=folder / "config")
+        self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True), assets=folder / "config", **options)
         self.versions = 0
         self.publish()
 

@@ -35,6 +35,12 @@ def follow(
     ] = None,
     base: BaseFolder = None,
     trust: Trusted = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="With --trust: file or folder that remembers the newest version; default: of this user."),
+    ] = None,
+    forget_state: Annotated[bool, typer.Option(help="Forget it, and follow what the bucket holds now.")] = False,
+    run: Annotated[str | None, typer.Option(metavar="ID", help="Follow this run, or one that continues it.")] = None,
     pause: Annotated[PauseChoice, typer.Option(help="Requests in flight: kept, finished first, or ended.")] = "keep",
     keep_cache: Annotated[bool, typer.Option(help="Keep the KV cache of older weights: a shorter pause.")] = False,
     audit_every: Annotated[int, typer.Option(min=0, help="Digest all of live memory every so many updates.")] = 100,
@@ -84,6 +90,7 @@ def follow(
         teller.problem(error, follower.standing)
 
     common: dict[str, Any] = {"poll": poll, "pin": pin, "base": base, "trusted": trust or ()}
+    common |= {"state": state, "forget_state": forget_state, "run": run}
     common |= {"on_problem": problem, "on_news": teller.news}
     with ExitStack() as stack:
         if compact is not None:

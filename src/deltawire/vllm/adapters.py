@@ -21,8 +21,9 @@ from deltawire.errors import EngineError, EngineUnsupported, FormatError
 from deltawire.manifests import Position
 from deltawire.mirror import Mirror, building, held
 from deltawire.proofs import cache_folder
+from deltawire.seen import place_of
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.following import Following
+from deltawire.vllm.following import Following, replica_name
 from deltawire.vllm.news import News
 
 KEPT = 2
@@ -60,8 +61,8 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
 
     `pin` holds a version, older or newer; versions after it are no longer answered. `base` is a folder here with the
     adapter that the run starts from, where it starts from one by reference. `trusted` are public keys, or files of
-    them, one of which must have signed every record. `replica` names the entry under `replicas/`. `poll` is seconds
-    between looks at the bucket.
+    them, one of which must have signed every record; `state`, `run` and `forget_state` are as for `Follower`. `replica`
+    names the entry under `replicas/`. `poll` is seconds between looks at the bucket.
 
     Raises FormatError for a name that is not letters, digits, '.', '_' and '-'.
     """
@@ -77,6 +78,9 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
         pin: int | None = None,
         base: Path | str | None = None,
         trusted: Iterable[str | Path] = (),
+        state: Path | str | None = None,
+        run: str | None = None,
+        forget_state: bool = False,
         replica: str | None = None,
         on_update: Callable[[AdapterReport], None] = lambda report: None,
         on_problem: Callable[[Exception], None] = lambda error: None,
@@ -92,6 +96,9 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
             pin=pin,
             base=base,
             trusted=trusted,
+            state=place_of(state, f"{replica or replica_name(engine)}@{name}"),
+            run=run,
+            forget_state=forget_state,
             replica=replica,
             on_update=on_update,
             on_problem=on_problem,

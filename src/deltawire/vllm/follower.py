@@ -24,9 +24,10 @@ from deltawire.errors import (
     some,
 )
 from deltawire.manifests import Position
+from deltawire.seen import given, place_of
 from deltawire.vllm import environment
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.following import Following
+from deltawire.vllm.following import Following, replica_name
 from deltawire.vllm.holding import Hold
 from deltawire.vllm.news import Fetching, News, Note
 from deltawire.vllm.protocol import AuditReport, Engine, PauseMode, WorkerStatus, named_error, nap
@@ -67,8 +68,14 @@ class Follower(Following[Engine, UpdateReport]):
 
     `pin` holds the server at a version, older or newer, instead of the newest: how a bad policy is withdrawn.
     `base` is a folder on the server's host with the run's base checkpoint, for runs that start from one by reference.
-    `trusted` are public keys, or files of them: then only records they signed are followed. The server goes on
-    trusting those alone when another follower comes that has none; `on_news` is told so then.
+    `trusted` are public keys, or files of them: then only records they signed are followed. The server
+    goes on trusting those alone when another follower comes that has none; `on_news` is told so then.
+
+    `state` is a file, or a
+    folder of such, that remembers the newest signed version across restarts: going back then takes `pin`, and another
+    run raises RolledBack unless it continues the one seen. By default it is in this user's state folder for a server,
+    and nowhere for an `LLM` in this process. `forget_state` begins it anew. `run` names the only run that is followed,
+    beside those that continue it.
 
     `replica` names the entry under `replicas/` that tells others, and retention, what it serves and needs.
 
@@ -94,6 +101,9 @@ class Follower(Following[Engine, UpdateReport]):
         pin: int | None = None,
         base: Path | str | None = None,
         trusted: Iterable[str | Path] = (),
+        state: Path | str | None = None,
+        run: str | None = None,
+        forget_state: bool = False,
         pause: PauseMode = "keep",
         clear_cache: bool = True,
         audit_every: int = 100,
@@ -112,6 +122,9 @@ class Follower(Following[Engine, UpdateReport]):
             pin=pin,
             base=base,
             trusted=trusted,
+            state=place_of(state, replica or replica_name(engine)) if isinstance(engine, str) else given(state),
+            run=run,
+            forget_state=forget_state,
             replica=replica,
             on_update=on_update,
             on_problem=on_problem,

@@ -28,10 +28,11 @@ from deltawire.errors import (
 )
 from deltawire.ledger import Heartbeat
 from deltawire.manifests import HEAD_KEY, Position
+from deltawire.seen import Seen
 from deltawire.signing import trust
 from deltawire.subscriber import Subscriber
 from deltawire.vllm.health import SILENT_AFTER, Standing
-from deltawire.vllm.news import Current, News, Waiting
+from deltawire.vllm.news import Current, News, Note, Waiting
 from deltawire.vllm.protocol import Engine
 
 BEAT_EVERY = 30.0
@@ -51,6 +52,10 @@ class Following(ABC, Generic[E, R]):
     by default what suits the store; `base` is a folder here with the run's base checkpoint; `trusted` are public keys,
     or files of them; `replica` names the entry under `replicas/`. `on_news` hears what is waited for and fetched, and
     when the server is current without an update.
+
+    `state` is a file that remembers the newest signed version, so that a bucket cannot lead back, not even after a
+    restart (RolledBack); `forget_state` begins it anew. `run` is the only run that is followed, beside those that
+    continue it.
     """
 
     def __init__(
@@ -62,6 +67,9 @@ class Following(ABC, Generic[E, R]):
         pin: int | None,
         base: Path | str | None,
         trusted: Iterable[str | Path],
+        state: Path | None,
+        run: str | None,
+        forget_state: bool,
         replica: str | None,
         on_update: Callable[[R], None],
         on_problem: Callable[[Exception], None],
@@ -76,11 +84,12 @@ class Following(ABC, Generic[E, R]):
         self._said, self._said_at = "", 0.0
         self._base = None if base is None else Path(base).absolute()
         self._subscriber = Subscriber(self.bucket, base=self._base, trusted=self._trust)
+        self._seen = Seen(state if self._trust else None, run=run, forget=forget_state, on_doubt=self._doubt)
         self._engine = engine
         self._stopping = threading.Event()
         self._stepping = threading.RLock()
         self._labelled: Position | None = None
-        self._replica = replica or _replica_name(engine.url)
+        self._replica = replica or replica_name(engine.url)
         self._may_write, self._beaten, self._last_beat = True, -BEAT_EVERY, ""
 
     def __enter__(self) -> Self:
@@ -230,6 +239,9 @@ class Following(ABC, Generic[E, R]):
         if self._labelled is None:
             self._beat(need=0)
 
+    def _doubt(self, text: str) -> None:
+        self._on_news(Note(text))
+
     def _greet(self) -> None:
         """What `run` does for the server before it looks at the bucket, which may not answer."""
 
@@ -253,6 +265,7 @@ class Following(ABC, Generic[E, R]):
             self._subscriber.close()
             self._subscriber = Subscriber(self.bucket, base=self._base, trusted=self._trust)
             newest = self._subscriber.latest()
+        self._seen.admit(self._subscriber, newest, pinned=self._pin is not None)
         if self._pin is None:
             return newest
         chain = self._subscriber.chain
@@ -262,6 +275,6 @@ class Following(ABC, Generic[E, R]):
             raise chain.gap_at(self._pin, chain.versions()) from None
 
 
-def _replica_name(engine_url: str) -> str:
+def replica_name(engine_url: str) -> str:
     """This host and the server's address, as a key may hold them."""
     return re.sub(r"[^A-Za-z0-9]+", "-", f"{socket.gethostname()} {engine_url}")[:100].strip("-")

@@ -115,7 +115,7 @@ class Replica:
             self._attach(url, trusted, None if base is None else str(base))
 
     def begin_attach(self, request: object) -> None:
-        """Begin to attach to {"bucket", "trusted", "settings", "base"} in the background; the status tells the outcome."""
+        """Begin to attach to what an `Opening` asks for, in the background; the status tells the outcome."""
         with self.recording("attach", clear=False):
             asked = _convert(request, Opening)
             if not self._may_change(asked.lease, "attach"):
@@ -467,7 +467,7 @@ class Replica:
             return open_bucket(url)
 
     def _head_run(self, url: str) -> str:
-        return current_run(self._open_bucket(url))
+        return current_run(self._open_bucket(url), trust=self._trust)
 
     def _stand_on(self, url: str) -> None:
         opened = self._opened(url)
