@@ -36,7 +36,7 @@ def published(bucket, weights, **options):
     with publishing(bucket, **options) as publisher:
         publisher.publish(weights)
         publisher.flush(10)
-    return read_weights(bucket)
+    return read_weights(bucket, base=options.get("base"))
 
 
 def dtypes(bucket):

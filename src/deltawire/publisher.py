@@ -65,6 +65,7 @@ class Publisher:
     """Publishes each new policy to a bucket as a delta.
 
     `base`: the checkpoint both sides start from, a folder or a Hub repository; version 0 then is a reference to it.
+    Readers of a run that starts from a folder name a folder of their own, and so does a trainer that continues it.
     Without it version 0 is an anchor, a full checkpoint in the bucket, with the config and tokenizer files of `assets`.
     `dtype` is what fp32 and fp64 tensors are cast to, as the server holds them ("BF16"), and with "F16" bf16 ones too.
     Where a server holds some in fp32, it is a mapping: {"*.A_log": "F32", "*": "BF16"}. Its keys are patterns (fnmatch)

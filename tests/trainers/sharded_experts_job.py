@@ -72,7 +72,7 @@ def experts(folder):
     check_that_a_gather_would_be_seen(fused)
     save_pretrained(model, plain, folder / "base")
     train(folder, pairs, model, plain, (1, 2, 3), base=folder / "base")
-    train(folder, pairs, model, plain, (4,))
+    train(folder, pairs, model, plain, (4,), base=folder / "base")
     # what computes on tensors has to gather them itself
     parts = dict(name_map(model)(pairs))
     gathered = {name: cast(part.full_tensor(), "BF16") for name, part in parts.items()}

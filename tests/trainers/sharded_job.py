@@ -166,8 +166,8 @@ def fsdp(folder):
     assert [report.version for report in reports] == [1, 2, 3]
     total = sum(tensor.numel() for _, tensor in pairs)
     assert all(report.total == total and 0 < report.changed < total / 2 for report in reports)
-    # a new job, from the same weights: it continues, and publishes the difference
-    (report,) = follow(bucket, folder, pairs, [4])
+    # a new job, from the same base: it continues, and publishes the difference
+    (report,) = follow(bucket, folder, pairs, [4], base=base)
     assert report.version == 4
 
 

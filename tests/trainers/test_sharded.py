@@ -103,9 +103,9 @@ def test_readers_get_every_version_bit_for_bit(job, scenario, request, tmp_path)
     bucket = dw.open_bucket(f"file://{place}/bucket")
     versions = expected(place)
     for version, bits in versions.items():
-        assert equal(read_weights(bucket, version), bits), version
+        assert equal(read_weights(bucket, version, base=place / "base"), bits), version
     trusted = [read_key(place / "key").public] if scenario == "hsdp" else []
-    dw.materialize(bucket, tmp_path / "out", trusted=trusted)
+    dw.materialize(bucket, tmp_path / "out", base=place / "base", trusted=trusted)
     assert equal(dict(Checkpoint(tmp_path / "out")), bits)
     assert (tmp_path / "out" / "config.json").is_file()
 
@@ -115,7 +115,7 @@ def test_the_files_of_all_ranks_add_up_to_the_change_of_the_whole_tensors(job, s
     place = request.getfixturevalue(job) / scenario
     bucket = dw.open_bucket(f"file://{place}/bucket")
     versions = expected(place)
-    changes = [update for update in dw.Subscriber(bucket).updates() if update.delta is not None]
+    changes = [update for update in dw.Subscriber(bucket, base=place / "base").updates() if update.delta is not None]
     for before, after in zip(list(versions), list(versions)[1:], strict=False):
         (update,) = [update for update in changes if update.position.version == after]
         assert dict(update.delta) == dict(Delta.between(versions[before], versions[after]))
@@ -152,11 +152,11 @@ def test_a_tied_tensor_that_every_rank_names_twice_is_published_once(job, reques
     place = request.getfixturevalue(job) / "tied"
     for name in ("bucket", "zeros", "alone"):
         bucket = dw.open_bucket(f"file://{place}/{name}")
-        dw.materialize(bucket, tmp_path / name)
+        dw.materialize(bucket, tmp_path / name, base=place / "base")
         held = Checkpoint(tmp_path / name)
         assert "embed_tokens.weight" in held
         assert "lm_head.weight" not in held
-        assert dw.verify(bucket).anchors == 1
+        assert dw.verify(bucket, base=place / "base").anchors == 1
 
 
 def test_what_waits_on_every_rank_folds_at_the_same_places(pair):

@@ -77,6 +77,11 @@ def published(folder: Path, trained, *, give=lambda trained: trained.named_param
     return bucket
 
 
+def near(folder: Path) -> Path | None:
+    """The base that a test's run starts from, if it does: readers name it."""
+    return next((folder / name for name in ("base", "files") if (folder / name).is_dir()), None)
+
+
 def run_of(bucket):
     with dw.Subscriber(bucket) as subscriber:
         return subscriber.run
@@ -104,33 +109,33 @@ def test_a_head_that_a_file_repeats_moves_with_its_embedding_on_every_path(tmp_p
     assert run.format == 2
     assert [(entry.name, entry.aliases) for entry in run.table if entry.aliases] == [(EMBEDDING, (HEAD,))]
     assert HEAD not in {entry.name for entry in run.table}
-    dw.materialize(bucket, tmp_path / "out")
+    dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     assert HEAD not in load_file(tmp_path / "out" / "model.safetensors")
     assert_loads(tmp_path / "out", trained, caplog)
-    dw.materialize(bucket, tmp_path / "walked", 1)
-    dw.materialize(bucket, tmp_path / "walked")
+    dw.materialize(bucket, tmp_path / "walked", 1, base=near(tmp_path))
+    dw.materialize(bucket, tmp_path / "walked", base=near(tmp_path))
     assert_loads(tmp_path / "walked", trained, caplog)
-    dw.materialize(bucket, tmp_path / "start", 0)
+    dw.materialize(bucket, tmp_path / "start", 0, base=near(tmp_path))
     assert_loads(tmp_path / "start", Qwen3ForCausalLM.from_pretrained(base), caplog)
-    report = dw.verify(bucket)
+    report = dw.verify(bucket, base=near(tmp_path))
     assert (report.deltas, report.position.version) == (3, 3)
-    with Compactor(bucket, tmp_path / "mirror", anchors=1) as compactor:
+    with Compactor(bucket, tmp_path / "mirror", anchors=1, base=near(tmp_path)) as compactor:
         assert [made.version for made in compactor.step() if made.parent is None] == [3]
-    with dw.Subscriber(bucket) as subscriber:
+    with dw.Subscriber(bucket, base=near(tmp_path)) as subscriber:
         (anchor,) = [update.anchor for update in subscriber.updates(until=3) if update.anchor is not None]
         assert HEAD not in anchor
-    dw.materialize(bucket, tmp_path / "late")
+    dw.materialize(bucket, tmp_path / "late", base=near(tmp_path))
     assert_loads(tmp_path / "late", trained, caplog)
-    assert dw.verify(bucket).anchors == 2
+    assert dw.verify(bucket, base=near(tmp_path)).anchors == 2
     followed = model(1).bfloat16()
-    with follow(followed, bucket.url) as follower:
+    with follow(followed, bucket.url, base=near(tmp_path)) as follower:
         assert follower.step().version == 3
     assert dw.equal(followed.state_dict(), in_bf16(trained).state_dict())
     with dw.Publisher(bucket, base=base) as publisher:  # a restarted trainer, which names both
         step(trained, 9)
         publisher.publish(trained.state_dict())
         publisher.flush(PATIENCE)
-    dw.materialize(bucket, tmp_path / "late")
+    dw.materialize(bucket, tmp_path / "late", base=near(tmp_path))
     assert_loads(tmp_path / "late", trained, caplog)
 
 
@@ -154,7 +159,7 @@ def test_however_a_tied_tensor_is_named_it_is_one(tmp_path, how, caplog):
     give = GIVES[how] or (lambda trained: trained.state_dict() if next(calls) else trained.named_parameters())
     bucket = published(tmp_path, trained, give=give, base=base)
     assert run_of(bucket).format == 2
-    dw.materialize(bucket, tmp_path / "out")
+    dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     assert_loads(tmp_path / "out", trained, caplog)
 
 
@@ -165,11 +170,11 @@ def test_a_state_dict_that_names_both_is_published_once(tmp_path, options, caplo
     chosen = {"a base without the head": {"base": files}, "assets": {"assets": files}, "nothing": {}}[options]
     bucket = published(tmp_path, trained, give=lambda trained: trained.state_dict(), **chosen)
     assert {entry.name: entry.aliases for entry in run_of(bucket).table}[EMBEDDING] == (HEAD,)
-    dw.materialize(bucket, tmp_path / "out")
+    dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     in_bf16(trained).config.save_pretrained(tmp_path / "out")
     assert_loads(tmp_path / "out", trained, caplog)
     followed = model(1).bfloat16()
-    with follow(followed, bucket.url) as follower:
+    with follow(followed, bucket.url, base=near(tmp_path)) as follower:
         follower.step()
     assert dw.equal(followed.state_dict(), in_bf16(trained).state_dict())
 
@@ -183,7 +188,7 @@ def test_a_shard_that_holds_nothing_but_the_head_is_no_part_of_a_copy(tmp_path, 
     index["weight_map"][HEAD] = "head.safetensors"
     (base / INDEX).write_text(json.dumps(index))
     bucket = published(tmp_path, trained, base=base)
-    dw.materialize(bucket, tmp_path / "out")
+    dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == shards.keys()
     copied = json.loads((tmp_path / "out" / INDEX).read_text())
     assert HEAD not in copied["weight_map"]
@@ -201,7 +206,7 @@ def test_equal_bits_alone_tie_nothing(tmp_path, caplog):
     base = saved(trained, tmp_path / "base", head=False, tied=False)
     bucket = published(tmp_path, trained, base=base)
     assert run_of(bucket).format == 1
-    dw.materialize(bucket, tmp_path / "out")
+    dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     assert_loads(tmp_path / "out", trained, caplog, tied=False)
 
 
@@ -215,7 +220,7 @@ def test_a_head_whose_bits_differ_is_a_tensor_of_its_own_whatever_the_config_say
     assert trained.lm_head.weight is not trained.model.embed_tokens.weight  # as transformers loads such a file
     bucket = published(tmp_path, trained, base=base)
     assert run_of(bucket).format == 1
-    dw.materialize(bucket, tmp_path / "out")
+    dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     assert_loads(tmp_path / "out", trained, caplog, tied=False)
 
 
@@ -232,7 +237,7 @@ def test_a_buffer_that_is_filled_again_is_not_one_tensor(tmp_path):
         publisher.publish(gathered())
         weights["b.norm.weight"] += 1
         publisher.publish(gathered())
-    dw.materialize(bucket, tmp_path / "out")
+    dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     assert dw.equal(load_file(tmp_path / "out" / "model.safetensors"), {n: t.bfloat16() for n, t in weights.items()})
 
 
@@ -267,7 +272,7 @@ def test_a_head_that_was_untied_in_memory_is_a_tensor_of_its_own_though_the_conf
         **({"base": files} if has_base else {"assets": files}),
     )
     assert run_of(bucket).format == 1
-    dw.materialize(bucket, tmp_path / "out")
+    dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     assert_loads(tmp_path / "out", trained, caplog, tied=False)
     with pytest.raises(EngineUnsupported, match="ties what are two tensors in the run"):
         follow(model(1).bfloat16(), bucket.url)
@@ -280,7 +285,7 @@ def test_a_head_tied_by_hand_against_its_config_is_shipped_under_both_names(tmp_
     trained.lm_head.weight = trained.model.embed_tokens.weight
     names = name_map(trained)
     bucket = published(tmp_path, trained, give=lambda trained: trained.state_dict(), assets=files, prepare=[names])
-    dw.materialize(bucket, tmp_path / "out")
+    dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     loaded = Qwen3ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert dw.equal(loaded.state_dict(), in_bf16(trained).state_dict())
 
@@ -296,7 +301,7 @@ def test_a_head_that_is_untied_in_the_middle_of_a_run_is_refused_and_nothing_is_
             publisher.publish(trained.state_dict())
         trained.tie_weights()
         publisher.publish(trained.state_dict())
-    dw.materialize(bucket, tmp_path / "out")
+    dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     assert_loads(tmp_path / "out", trained, caplog)
 
 
@@ -314,7 +319,7 @@ def test_a_tensor_named_by_a_publish_that_broke_off_may_come_by_its_other_name_n
             publisher.publish(breaking())
         step(trained, 2)
         publisher.publish(GIVES["the head's name alone"](trained))
-    dw.materialize(bucket, tmp_path / "out")
+    dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     assert_loads(tmp_path / "out", trained, caplog)
 
 
@@ -322,7 +327,7 @@ def test_an_untied_server_has_both_of_its_tensors_patched_from_the_one(tmp_path)
     trained = model()
     bucket = published(tmp_path, trained, base=saved(trained, tmp_path / "base"), steps=1)
     followed = model(1, tied=False).bfloat16()
-    with follow(followed, bucket.url) as follower:
+    with follow(followed, bucket.url, base=near(tmp_path)) as follower:
         assert follower.step().version == 1
     assert dw.equal(followed.state_dict(), in_bf16(trained).state_dict())
 
@@ -334,7 +339,7 @@ def test_an_untied_server_whose_head_is_of_another_version_is_at_none(tmp_path):
     followed.load_state_dict(in_bf16(trained).state_dict())
     with torch.no_grad():
         followed.lm_head.weight.zero_()
-    with follow(followed, bucket.url) as follower:
+    with follow(followed, bucket.url, base=near(tmp_path)) as follower:
         assert follower.position is None
         assert follower.step().version == 1
     assert dw.equal(followed.state_dict(), in_bf16(trained).state_dict())
@@ -358,7 +363,7 @@ def test_an_anchor_that_holds_a_tensor_under_both_names_is_refused(tmp_path):
         bucket.put(f"runs/{run}/{payload.key}", files[payload.key.rpartition("/")[2]])
     bucket.put(manifests.derived_key(run, None, 1, payloads), manifests.write(record))
     with pytest.raises(FormatError, match=r"holds 'model.embed_tokens.weight' again as its alias 'lm_head.weight'"):
-        dw.verify(bucket)
+        dw.verify(bucket, base=near(tmp_path))
 
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16}

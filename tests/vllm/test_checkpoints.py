@@ -34,7 +34,7 @@ def walk(model, base, url, server, frozen, **options):
     """Publish steps of a model on a base, have a server serve each, and go back to the first of them."""
     with (
         dw.Publisher(dw.open_bucket(url, create=True), base=base, prepare=[name_map(model)], **options) as publisher,
-        Follower(url, server.url) as follower,
+        Follower(url, server.url, base=base) as follower,
         EngineClient(server.url) as engine,
     ):
         for step in range(STEPS):

@@ -47,7 +47,8 @@ class Run:
         self.base = {**{name: tensor.bfloat16() for name, tensor in self.weights.items()}, **LEFT}
         (folder / "base").mkdir()
         save_file(self.base, folder / "base" / "model.safetensors")
-        self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True), base=folder / "base")
+        self.folder = folder / "base"
+        self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True), base=self.folder)
         self.served = []
         self.publish()
 
@@ -73,7 +74,7 @@ def test_frozen_tensors_that_no_worker_loads_count_as_the_base_has_them(run, wor
     models = [Text(run.base)] if workers == 1 else [TextShard(run.base, rank) for rank in range(2)]
     with (
         StubEngine(*models) as engine,
-        Follower(run.url, engine.url) as follower,
+        Follower(run.url, engine.url, base=run.folder) as follower,
         EngineClient(engine.url) as client,
     ):
         assert follower.step() is None  # the base is version 0, and found to be
@@ -104,7 +105,7 @@ def test_a_run_that_was_pruned_to_an_anchor_still_says_what_its_frozen_tensors_a
     for _ in range(3):
         run.publish()
     bucket, name = run.publisher.bucket, run.publisher.position.run
-    with Compactor(bucket, tmp_path / "mirror", anchors=1) as compactor:
+    with Compactor(bucket, tmp_path / "mirror", anchors=1, base=run.folder) as compactor:
         compactor.step()
     retention.carry_out(bucket, retention.plan_prune(bucket, name, retention.Policy(1, -1.0)))
     with dw.Subscriber(bucket) as subscriber:
@@ -129,7 +130,7 @@ def test_a_plain_module_may_do_without_what_the_run_never_changes(run):
     model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(shape), requires_grad=False) for name, shape in
                                     (("a", (8, 100)), ("b", (8, 100)), ("v", (16,)))})  # fmt: skip
     run.publish()
-    with follow(model, run.url) as follower:
+    with follow(model, run.url, base=run.folder) as follower:
         assert follower.step().version == 1
         assert dw.equal(dict(model.named_parameters()), {name: t.float() for name, t in run.served[1].items()})
     del model["v"]

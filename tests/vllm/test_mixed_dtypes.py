@@ -21,9 +21,9 @@ class Server:
         self.model.v = nn.Parameter(weights["v"].to(dtype, copy=True), requires_grad=False)
         self.replica = Replica(self.model, loading=AfterLoading())
 
-    def bring(self, url, version):
+    def bring(self, url, version, base=None):
         """The version then served, and the error."""
-        self.replica.attach(url)
+        self.replica.attach(url, base=base)
         self.replica.commit({"bucket": url, "version": version})
         self.replica.confirm()
         position = self.replica.position
@@ -77,7 +77,7 @@ def test_a_base_in_fp32_is_followed_in_bf16_from_the_first_version_that_a_patter
             assert publish(publisher, weights) == version
             weights["v"][version] += 1
         server = Server(base, torch.bfloat16)
-        assert server.bring(url, 1) == (1, None)
+        assert server.bring(url, 1, tmp_path / "base") == (1, None)
         for version in (3, 2):
             assert server.bring(url, version) == (version, None)
         served, error = server.bring(url, 0)

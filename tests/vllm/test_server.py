@@ -77,7 +77,7 @@ def on_base(tmp_path, checkpoint):
     trainer.publisher.close(10)
 
 
-def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(server, on_base, tmp_path):
+def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(server, on_base, checkpoint, tmp_path):
     trainer = on_base
     before = server.logprobs([1, 2, 3])
     with Follower(trainer.url, server.url) as follower, EngineClient(server.url) as engine:
@@ -94,7 +94,7 @@ def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(s
     assert before != after
 
     out = tmp_path / "materialized"
-    dw.materialize(trainer.publisher.bucket, out)
+    dw.materialize(trainer.publisher.bucket, out, base=checkpoint)
     loaded = Qwen3ForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert dw.digest(dict(loaded.named_parameters())) == {name: int(v, 16) for name, v in trainer.published.items()}
@@ -127,6 +127,21 @@ def test_a_server_started_without_our_engine_is_refused_and_left_as_vllm_makes_i
         assert any(name.endswith("down_proj.weight") for name in packed)  # oneDNN holds it, as without the plugin
     finally:
         plain.stop()
+
+
+def test_a_base_folder_is_opened_by_a_worker_only_where_a_follower_names_it(server, on_base, checkpoint, tmp_path):
+    other = Trainer(tmp_path / "other", assets=checkpoint)
+    for _ in range(2):
+        other.step()
+        on_base.step()
+    other.publisher.close(10)
+    with Follower(other.url, server.url) as follower:
+        follower.step()  # now the server stands on no version of the run that has a base
+    with Follower(on_base.url, server.url) as follower, pytest.raises(NotFound, match="--base FOLDER"):
+        follower.step()
+    with Follower(on_base.url, server.url, base=checkpoint) as follower, EngineClient(server.url) as engine:
+        assert follower.step().from_version is None
+        assert engine.audit().digests == on_base.published
 
 
 def test_versions_that_were_missed_arrive_as_one_update(server, trainer):

@@ -47,7 +47,8 @@ def require_room(folder: Path, size: int) -> None:
     with file_system_errors(str(folder)):
         free = shutil.disk_usage(folder).free
     if size > free:
-        raise OutOfSpace(f"{folder}: {size:,} bytes are needed, {free:,} are free (TMPDIR chooses another disk)")
+        short = f"No space left on device: {size:,} bytes are needed, {free:,} are free"
+        raise OutOfSpace(f"{folder}: {short}; TMPDIR chooses another disk")
 
 
 @contextmanager
