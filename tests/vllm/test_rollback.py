@@ -168,3 +168,14 @@ def test_a_module_is_not_taken_back_and_goes_back_when_told_to(key, tmp_path):
         follower.step()
     with follow(Plain(), url, trusted=[key[1].public]) as follower:  # who remembers nothing believes the bucket
         assert follower.step().version == 1
+
+
+def test_a_follower_with_keys_tells_them_to_a_server_that_stands_on_the_bucket_already(run, engine, key, tmp_path):
+    with Follower(run.url, engine.url) as follower:
+        follower.step()
+    assert engine.replica.answer_status({})["trusted"] == []
+    with Follower(run.url, engine.url, trusted=[key[1].public], base=tmp_path) as follower:
+        follower.step()
+    status = engine.replica.answer_status({})
+    assert (status["trusted"], status["base"]) == ([key[1].public], str(tmp_path))
+    assert served(engine) == 5

@@ -229,7 +229,7 @@ class Follower(Following[Engine, UpdateReport]):
 
     def _ready(self, status: WorkerStatus, run: str) -> WorkerStatus | None:
         """The workers' status, attached to our bucket's run; None when we were closed meanwhile."""
-        if (status.attached, status.run) != (self.bucket.url, run):
+        if (status.attached, status.run) != (self.bucket.url, run) or self._is_news_to(status):
             self._labelled = None
             if status.reading in (None, self._url) and self._idle() is None:  # another bucket's reading is abandoned
                 return None
@@ -245,6 +245,11 @@ class Follower(Following[Engine, UpdateReport]):
             self._engine.join(self._subscriber)
             status = self._engine.status()
         return status
+
+    def _is_news_to(self, status: WorkerStatus) -> bool:
+        """Whether workers that stand on our bucket were not told our keys, or our base, by who had them stand there."""
+        keys, base = self._trust.keys, self._base
+        return bool(keys and keys != set(status.trusted)) or (base is not None and str(base) != status.base)
 
     def _stage(self, target: Position) -> bool:
         """Have the worker prepare the update while the server generates; False when we were closed meanwhile."""

@@ -52,8 +52,8 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     failure, None after a success; `session_open` whether a weight update was started and not finished; `fetching` how
     many bytes of an anchor are there, and of how many, while one is being fetched. `doing` is what
     keeps a thread of theirs busy, for `doing_s` seconds so far, and `reading` the bucket that it reads for a follower;
-    the server generates meanwhile. `lease` is worker 0's. `trusted` are public keys that some follower gave them, kept
-    until another gives others or the server ends.
+    the server generates meanwhile. `lease` is worker 0's. `trusted` are public keys, and `base` a folder with the run's
+    base checkpoint, that some follower gave them, kept until another gives others or the server ends.
     """
 
     attached: str | None
@@ -72,6 +72,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     fetching: tuple[int, int] | None = None
     lease: View = View()
     trusted: tuple[str, ...] = ()
+    base: str | None = None
     doing: str | None = None
     reading: str | None = None
     doing_s: float = 0.0
@@ -102,6 +103,7 @@ def as_one(workers: list[WorkerStatus]) -> WorkerStatus:
         fetching=min((worker.fetching for worker in workers if worker.fetching), default=None),
         lease=first.lease,
         trusted=first.trusted,
+        base=first.base,
         doing=busy.doing,
         reading=busy.reading,
         doing_s=busy.doing_s,

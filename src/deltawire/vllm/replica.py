@@ -213,6 +213,7 @@ class Replica:
             "error": self._problem if view.mine else self._refusal or self._problem,
             "lease": msgspec.to_builtins(view),
             "trusted": sorted(self._trust.keys),
+            "base": self._base,
             "fetching": attached.subscriber.fetching if attached else None,
         }
 
