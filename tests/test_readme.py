@@ -1,4 +1,4 @@
-"""The Python in the README and the pages beside it runs where it needs no model, and imports and links lead somewhere."""
+"""The README and its pages: their Python runs where it needs no model, and imports and links lead somewhere."""
 
 import re
 from pathlib import Path
