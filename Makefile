@@ -13,7 +13,7 @@ demo: setup      ## train a tiny model by RL while vLLM serves it, weights trave
 example-trl: setup ## TRL's AsyncGRPOTrainer plays Wordle by tool calls for a few steps, all parts on this machine
 	@.venv/bin/python -m examples.trl.run
 
-test: setup      ## every test, the ones on a real vLLM server included, in two processes
+test: setup      ## every test but the nightly ones, on a real vLLM server too, in two processes
 	@.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 nightly: setup   ## what takes too long for every change: the tests marked nightly

@@ -294,6 +294,7 @@ def test_a_commit_made_durable_by_a_trainer_that_died_before_the_head_is_continu
     assert equal(read_weights(store, 1), served(model(1)))
 
 
+@pytest.mark.filterwarnings("ignore:the first publish does not look like a continuation")
 @given(st.data())
 def test_no_sequence_of_failures_ever_loses_a_change(tmp_path_factory, data):
     """Edits, publishes that break off at any tensor, uploads that fail before or after their effect, restarts."""

@@ -148,8 +148,6 @@ def foreign(names: list[str], table: Iterable[str]) -> UnknownTensor:
 def require(name: str, shape: tuple[int, ...], table: Mapping[str, Bits] | Mapping[str, TensorEntry]) -> None:
     """Raise UnknownTensor or ShapeMismatch unless the table has such a tensor of this shape."""
     if name not in table:
-        if not is_adapters(name) and bare(name) in table:
-            require_bare([name])
         raise foreign([name], table)
     if shape != table[name].shape:
         raise ShapeMismatch(

@@ -304,7 +304,7 @@ def warn_of_packed(table: Iterable[TensorEntry]) -> None:
     """Warn of matrices of integers in a run that begins without a base: most likely quantized weights."""
     packed = [entry for entry in table if entry.dtype in PACKED and len(entry.shape) > 1]
     if packed:
-        named = ", ".join(f"{entry.name} ({entry.dtype} {list(entry.shape)})" for entry in packed[:3])
+        named = some(f"{entry.name} ({entry.dtype} {list(entry.shape)})" for entry in packed)
         warnings.warn(
             f"{len(packed)} tensors of this run hold integers: {named}. Quantized weights (bitsandbytes, GPTQ) go bit "
             "for bit, and without what they are unpacked by, which is no parameter: publish them dequantized, or begin "

@@ -7,15 +7,13 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from deltawire.bits import Bits
-from deltawire.errors import DtypeMismatch
+from deltawire.errors import NAMED, DtypeMismatch, some
 from deltawire.tensors import FLOATS, cast, dtype_of, mark_of, naming
 
 WIDE = ("F32", "F64")
 """float dtypes that trainers hold and servers do not"""
 NARROW = ("BF16", "F16")
 DEFAULT = "BF16"
-SHOWN = 3
-"""names that a message lists of many"""
 
 
 class Casting:
@@ -82,7 +80,7 @@ class Casting:
         if unused := [pattern for pattern in self._patterns if not any(fnmatchcase(name, pattern) for name in given)]:
             raise DtypeMismatch(
                 f"dtype= has {', '.join(map(repr, unused))}, which fits no tensor that was published: patterns are "
-                f"over the checkpoint's names, as {', '.join(map(repr, given[:SHOWN]))}"
+                f"over the checkpoint's names, as {some(map(repr, given))}"
             )
         self._is_settled = True
         if warn and (meant := [name for name, is_said in self._rounded.items() if is_said or self._is_mixed]):
@@ -97,10 +95,9 @@ class Casting:
 
 def _what_was_rounded(names: list[str]) -> str:
     kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
-    more = f", and {len(kinds) - SHOWN} more" if len(kinds) > SHOWN else ""
-    keep = ", ".join(f'"{kind}": "F32"' for kind in kinds[:SHOWN])
+    keep = ", ".join(f'"{kind}": "F32"' for kind in kinds[:NAMED])
     return (
         f"{len(names)} tensors that the model keeps in fp32 beside 16-bit ones were rounded to 16 bits: "
-        f"{', '.join(kinds[:SHOWN])}{more}. Where servers hold them in fp32, begin a run with "
+        f"{some(kinds)}. Where servers hold them in fp32, begin a run with "
         f'Publisher(dtype={{{keep}}}); where they do not, say so there: "BF16"'
     )

@@ -26,7 +26,7 @@ def modules_of(model: Any) -> list[Any]:
 
 def reshard(model: Any) -> None:
     """Have a model show its shards again, where it is one of FSDP2. No rank is asked. A backward that is still to come
-    gathers anew what it needs."""
+    gathers again what it needs."""
     for module in modules_of(model):
         module.reshard()
 

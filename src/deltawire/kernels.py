@@ -20,7 +20,6 @@ GOLDEN = 0x9E3779B97F4A7C15
 """2^64 / golden ratio: keeps element 0 from mixing to 0 (MurmurHash3's finaliser has a fixed point at 0)."""
 M1 = 0xFF51AFD7ED558CCD
 M2 = 0xC4CEB9FE1A85EC53
-MASK = (1 << 64) - 1
 CHUNK = 1024
 """words of eight bytes that are compared at a time: what is noted of them, and their copy, stay in the nearest cache"""
 WORD = 8

@@ -25,6 +25,7 @@ from deltawire.manifests import (
     Head,
     Run,
     commit_key,
+    commit_keys,
     commit_version,
     hash_of,
     run_key,
@@ -80,7 +81,7 @@ def append(bucket: Bucket, attempt: Attempt, *, on_step: Callable[[str], None] =
         put_run(bucket, run)
         on_step("run")
     if not begins:
-        _require_head_ours(bucket, attempt, key)
+        _require_head_ours(bucket, attempt)
     put_payloads(bucket, run.run, attempt.payloads, on_step=on_step)
     _put_once(bucket, key, manifests.write(commit))
     on_step("commit")
@@ -88,7 +89,7 @@ def append(bucket: Bucket, attempt: Attempt, *, on_step: Callable[[str], None] =
     if begins:
         _begin_bucket(bucket, head, run.run)
     else:
-        _require_head_ours(bucket, attempt, key)  # another may have come meanwhile
+        _require_head_ours(bucket, attempt)  # another may have come meanwhile
         bucket.put(HEAD_KEY, head)
     on_step("head")
 
@@ -221,7 +222,7 @@ def load_commit(
     filed = load(bucket, Commit, key, trust=trust)
     if (filed.record.run, filed.record.version) != (run, version):
         raise ChainError(f"{bucket.url}/{key} holds the commit of {filed.record.run}:{filed.record.version}")
-    if key not in (commit_key(run, version), commit_key(run, version, filed.hash)):
+    if key not in commit_keys(run, version, filed.hash):
         raise ChainError(f"{bucket.url}/{key} holds another record than its key names")
     return filed
 
@@ -279,7 +280,7 @@ def _put_once(bucket: Bucket, key: str, data: bytes) -> None:
         bucket.put_new(key, data)
     except AlreadyExists:
         with surely_there(bucket, key):
-            found = _foreign(bucket, key, lambda there: there == data)
+            found = _foreign(bucket, key, data)
         if found is not None:
             raise Forked(
                 f"{bucket.url}/{key} was written by someone else{_holder(found)}: two trainers publish one run. "
@@ -301,18 +302,18 @@ def _begin_bucket(bucket: Bucket, head: bytes, run: str) -> None:
             ) from None
 
 
-def _require_head_ours(bucket: Bucket, attempt: Attempt, key: str) -> None:
+def _require_head_ours(bucket: Bucket, attempt: Attempt) -> None:
     """Raise Forked where HEAD tells of another writer than the one who made `attempt`. Read twice before anyone is
     accused: a reading may be damaged."""
     for _ in range(2):
         head = hinted(bucket)
-        problem = None if head is None else _foreign_head(bucket, head, attempt, key)
+        problem = None if head is None else _foreign_head(bucket, head, attempt)
         if problem is None:
             return
     raise Forked(f"{bucket.url}: {problem}")
 
 
-def _foreign_head(bucket: Bucket, head: Head, attempt: Attempt, key: str) -> str | None:
+def _foreign_head(bucket: Bucket, head: Head, attempt: Attempt) -> str | None:
     """What is wrong with HEAD for one who is about to write `attempt`; None where it is ours or an ancestor's, or
     names nothing that is there."""
     run, commit = attempt.run, attempt.commit
@@ -325,12 +326,9 @@ def _foreign_head(bucket: Bucket, head: Head, attempt: Attempt, key: str) -> str
             return f"run {run.run} {verb} run {head.run} since this trainer opened it; stop this trainer"
         if commit.parent is not None and head.version < commit.parent:
             return None
-        ours = {key, commit_key(run.run, commit.version), commit_key(run.run, commit.version, attempt.hash)}
+        ours = {*commit_keys(run.run, commit.version, attempt.hash)}
         if commit.parent is not None:
-            parents = {commit_key(run.run, commit.parent)}
-            if commit.parent_hash is not None:
-                parents.add(commit_key(run.run, commit.parent, commit.parent_hash))
-            ours |= parents if head.version == commit.parent else set()
+            ours |= {*commit_keys(run.run, commit.parent, commit.parent_hash)}
         if head.commit in ours:
             return None
         there = load_commit(bucket, run.run, head.version, key=head.commit)
@@ -349,11 +347,11 @@ def _continues(bucket: Bucket, run: str, earlier: str) -> bool:
     return False
 
 
-def _foreign(bucket: Bucket, key: str, is_ours: Callable[[bytes], bool]) -> bytes | None:
-    """What lies under a key, unless it is ours. Read twice before anyone is accused: a reading may be damaged."""
+def _foreign(bucket: Bucket, key: str, ours: bytes) -> bytes | None:
+    """What lies under a key, unless it is these bytes. Read twice before anyone is accused: a reading may be wrong."""
     for _ in range(2):
         found = bucket.get(key, limit=MAX_RECORD)
-        if is_ours(found):
+        if found == ours:
             return None
     return found
 

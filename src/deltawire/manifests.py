@@ -221,6 +221,12 @@ def commit_key(run: str, version: int, record_hash: str | None = None) -> str:
     return f"runs/{run}/commits/{version:06d}{mark}.json"
 
 
+def commit_keys(run: str, version: int, record_hash: str | None) -> tuple[str, ...]:
+    """Every key that a version's commit may have, whatever the store can refuse; by its number alone without a hash."""
+    plain = commit_key(run, version)
+    return (plain,) if record_hash is None else (plain, commit_key(run, version, record_hash))
+
+
 def commit_version(run: str, key: str) -> int | None:
     """The version in the key of a commit of this run; None for a key that is none."""
     found = _COMMIT_KEY.fullmatch(key.removeprefix(f"runs/{run}/"))

@@ -41,7 +41,7 @@ from deltawire.manifests import Position
 from deltawire.pending import Captured, Part
 from deltawire.ranks import Ranks
 from deltawire.reports import PublishReport, UploadReport
-from deltawire.resuming import Standing
+from deltawire.resuming import RunState
 from deltawire.sending import sender_of
 from deltawire.shard_capture import ShardCapturer
 from deltawire.signing import SigningKey
@@ -166,10 +166,10 @@ class Publisher:
             self._capturer = Capturer(self.bucket, self._spool, compactors=delegates, **begin)
         else:
             self._capturer = ShardCapturer(self.bucket, ranks, compactors=delegates, **begin)
-        self._standing = self._stood(ranks)
+        self._before = self._state_before(ranks)
         self._sender = sender_of(Typed(self.bucket), ranks, next(iter(key), None))
 
-    def _stood(self, ranks: Ranks | None) -> Standing | None:
+    def _state_before(self, ranks: Ranks | None) -> RunState | None:
         """What the run looked like that is continued. Raises NotFound where one was required."""
         if (position := self._capturer.resumed) is None:
             if self._resume == "require":
@@ -178,7 +178,7 @@ class Publisher:
                     "a run without it"
                 )
             return None
-        look = partial(resuming.standing, self.bucket, position)
+        look = partial(resuming.run_state, self.bucket, position)
         return look() if ranks is None else ranks.from_first(look)
 
     def __enter__(self) -> "Publisher":
@@ -214,12 +214,13 @@ class Publisher:
 
         Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch, also for a pattern of `dtype` that fits none
         of the names, and CopiesDiffer for a tied tensor whose names have different bits; what was captured before the
-        error is kept and goes with the next good call. Raises ChainError, too, once another writer has taken the run.
-        In a sharded job all ranks raise together: those without trouble of their own RankFailed, CopiesDiffer where
-        ranks disagree, MissingTensor where they give other names or another `step`. Raises WrongBase where
-        resume="require" refuses the first publish; only a new publisher goes on then. So it is after an interrupt
-        (Ctrl-C, no memory), and when an exception that is none of ours, such as a watchdog's, comes between steps that
-        go together.
+        error is kept and goes with the next good call. Raises ChainError once another writer has taken the run. In a
+        sharded job all ranks raise together: those without trouble of their own RankFailed, CopiesDiffer where ranks
+        disagree, MissingTensor where they give other names or another `step`.
+
+        Only a new publisher goes on after these: WrongBase, by which resume="require" refuses the first publish; an
+        interrupt (Ctrl-C, no memory); an exception of somebody else's, such as a watchdog's, between steps that go
+        together.
         """
         started = time.perf_counter()
         with self._lock:
@@ -267,7 +268,7 @@ class Publisher:
     def _jump(self, capture: Capture) -> str | None:
         """What makes a run's first publish after it was resumed no continuation; the same on every rank. Raises
         WrongBase where one is required."""
-        before, self._standing = self._standing, None
+        before, self._before = self._before, None
         if before is None:
             return None
         newest = capture.versions[-1]

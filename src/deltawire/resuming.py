@@ -25,7 +25,7 @@ ADAPTER_FIELDS = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "fan
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RunState:
     """What a run that is continued looked like: where it stood, the trainer's step there, the root of version 0 (None
     where it was pruned), and the bytes of a usual version (the median of the newest deltas; None without any)."""
 
@@ -35,7 +35,7 @@ class Standing:
     usual_bytes: float | None
 
 
-def standing(bucket: Bucket, position: Position) -> Standing:
+def run_state(bucket: Bucket, position: Position) -> RunState:
     """How the run stood at its newest commit. Reads at most LOOK_BACK + 2 records. Raises BucketError, FormatError."""
     with Subscriber(bucket) as subscriber:
         newest = commit = subscriber.chain.commit(position.version).record
@@ -48,10 +48,10 @@ def standing(bucket: Bucket, position: Position) -> Standing:
         with suppress(NotFound):
             first = subscriber.chain.commit(0).record
     first_root = first.root if first is not None else None
-    return Standing(position, newest.step, first_root, median(sizes) if sizes else None)
+    return RunState(position, newest.step, first_root, median(sizes) if sizes else None)
 
 
-def jump(before: Standing, *, root: str, step: int | None, changed: int, total: int, wire_bytes: int) -> str | None:
+def jump(before: RunState, *, root: str, step: int | None, changed: int, total: int, wire_bytes: int) -> str | None:
     """What is wrong with the first publish after a run was continued, as a sentence with the figures; None for one
     that may well continue it. `root` is that of the weights it gave."""
     if root == before.position.root:

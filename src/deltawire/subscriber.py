@@ -116,8 +116,8 @@ class Subscriber:
             raise self.chain.gap_at(version, self.chain.versions()) from None
 
     def position_of(self, root: str) -> Position | None:
-        """The newest committed version whose weights have this root, or None. Looked at are the newest commits, and the
-        anchors, where copies start."""
+        """The newest committed version whose weights have this root, or None. It looks at the newest commits, and at
+        the anchors, where copies start."""
         for filed in self.chain.back(self._newest(), most=LOOK_BACK):
             if filed.record.root == root:
                 return filed.record.position

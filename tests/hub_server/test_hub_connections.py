@@ -225,7 +225,7 @@ def test_an_answer_that_nobody_takes_is_dropped(tmp_path: Path) -> None:
         run_client(tmp_path, hub.url, script, str(tmp_path / "file"))
         with talking(hub.url, read, receive_bytes=8192) as idle:
             assert len(ask(hub.url, "GET", "/buckets/me/b/resolve/f").body) == size
-            time.sleep(2)
+            until(lambda: not hub._server.server_state.connections)
             assert len(idle.heard()) < size
 
 

@@ -35,8 +35,8 @@ class Bucket(Protocol):
     folder of another ("a" beside "a/b"): a local folder cannot hold both.
 
     A verb that fails raises a `BucketError` naming the bucket's url and the key: `Unavailable` for what may pass by
-    itself (no answer, HTTP 408, 409, 429, 5xx but 501), another kind for what someone has to see to. An unsafe key is a
-    FormatError, a source `Path` that cannot be read the OSError of reading it. Thread-safe.
+    itself (no answer, HTTP 408, 409, 425, 429, 5xx but 501 and 507), another kind for what someone has to see to. An
+    unsafe key is a FormatError, a source `Path` that cannot be read the OSError of reading it. Thread-safe.
     """
 
     url: str

@@ -42,7 +42,7 @@ def open_cloud(scheme: str, name: str) -> ObjectBucket:
 
 
 def _endpoint(settings: dict[str, Any], scheme: str) -> str:
-    """Where requests go, as far as the environment tells. Raises BadUrl for what is no address."""
+    """Where requests go, as far as the environment tells. Raises BadUrl unless that is an address."""
     if scheme != "s3":
         return _HOMES[scheme]
     named = next((name for name in _ENDPOINTS if os.environ.get(name)), None)

@@ -42,14 +42,14 @@ def local_refusal(where: str, error: Exception) -> BucketError | None:
     number = (error.errno if isinstance(error, OSError) else None) or (int(found[1]) if found else None)
     if number not in _OF_FILES:
         return None
-    folder, variable = cache_folder()
+    folder, variable = _xet_folder()
     path = str((error.filename if isinstance(error, OSError) else None) or folder)
     variable = variable if path.startswith(folder) else "HF_HOME"
     what = f"{where}: the Hub's client cannot use {path} on this host ({variable} moves it)"
     return of_this_host(what, OSError(number, os.strerror(number or 0)))
 
 
-def cache_folder() -> tuple[str, str]:
+def _xet_folder() -> tuple[str, str]:
     """Where hf_xet keeps its state, and the variable that says so."""
     if folder := os.environ.get("HF_XET_CACHE"):
         return folder, "HF_XET_CACHE"

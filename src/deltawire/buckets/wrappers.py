@@ -15,14 +15,12 @@ from deltawire.errors import DeltaWireError, Unavailable
 T = TypeVar("T")
 
 
-class Prefix:
-    """The part of `bucket` whose keys start with `prefix` and a "/", under the rest of those keys."""
+class _Around:
+    """A bucket inside another, which has its address and says of it what it says itself."""
 
-    def __init__(self, bucket: Bucket, prefix: str) -> None:
-        check_key(prefix)
+    def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
-        self._prefix = prefix + "/"
-        self.url = f"{bucket.url}/{prefix}"
+        self.url = bucket.url
         self.poll_seconds = bucket.poll_seconds
 
     @property
@@ -31,7 +29,20 @@ class Prefix:
         return self._bucket.conditional_writes
 
     def prove(self, folder: str) -> bool:
-        return fenced(self._bucket, self._prefix + folder)
+        return fenced(self._bucket, folder)
+
+
+class Prefix(_Around):
+    """The part of `bucket` whose keys start with `prefix` and a "/", under the rest of those keys."""
+
+    def __init__(self, bucket: Bucket, prefix: str) -> None:
+        check_key(prefix)
+        super().__init__(bucket)
+        self._prefix = prefix + "/"
+        self.url = f"{bucket.url}/{prefix}"
+
+    def prove(self, folder: str) -> bool:
+        return super().prove(self._prefix + folder)
 
     def __repr__(self) -> str:
         return f"<bucket {self.url}>"
@@ -70,18 +81,8 @@ class Prefix:
         return replace(stat, key=stat.key.removeprefix(self._prefix))
 
 
-class _Asking:
+class _Asking(_Around):
     """Every verb of `bucket` goes through `_ask`, with what it is about."""
-
-    def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
-        self.url = bucket.url
-        self.poll_seconds = bucket.poll_seconds
-
-    @property
-    def conditional_writes(self) -> bool:
-        """That of the bucket inside, which may have to `prove` it."""
-        return self._bucket.conditional_writes
 
     def prove(self, folder: str) -> bool:
         return self._ask(lambda: fenced(self._bucket, folder), folder)
@@ -175,23 +176,13 @@ class Traffic:
     bytes_down: int = 0
 
 
-class Counting:
+class Counting(_Around):
     """`bucket`, with `traffic` saying how much has gone through it. Bytes count once they have arrived whole."""
 
     def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
+        super().__init__(bucket)
         self._lock = threading.Lock()
         self.traffic = Traffic()
-        self.url = bucket.url
-        self.poll_seconds = bucket.poll_seconds
-
-    @property
-    def conditional_writes(self) -> bool:
-        """That of the bucket inside, which may have to `prove` it."""
-        return self._bucket.conditional_writes
-
-    def prove(self, folder: str) -> bool:
-        return fenced(self._bucket, folder)
 
     def __repr__(self) -> str:
         return f"<bucket {self.url}, counting>"

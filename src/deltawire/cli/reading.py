@@ -36,7 +36,7 @@ def log(
 ) -> None:
     """List the newest versions of the bucket's run, the newest last: bytes, step and root of each commit.
 
-    Only what is listed is read, and checked to be a chain; all together are checked to the roots, too.
+    It reads the commits that it lists, and checks that they are a chain. With -n 0 it checks their roots, too.
     """
     count = number if number is not None else 0 if json else LISTED
     with Subscriber(open_bucket(bucket), trusted=trust or ()) as subscriber:

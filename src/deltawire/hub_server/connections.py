@@ -1,8 +1,8 @@
 """How many connections there may be, and how long a client may leave each of them waiting.
 
 uvicorn ends only a connection that is idle between two requests. Here every wait for a client has an end: for the rest
-of a request's header, for a body, for an answer to be taken. Whoever comes when all places are taken gets that of the
-client that has kept us waiting longest, so clients that are slow on purpose shut nobody out.
+of a request's header, for a body, for an answer to be taken. When all places are taken, a new client gets the place of
+the one that has kept us waiting longest, so clients that are slow on purpose shut nobody out.
 """
 
 import asyncio

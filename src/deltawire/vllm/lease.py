@@ -78,10 +78,9 @@ class Lease:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._turn, self._token, self._holder = 0, "", None
+        self._turn, self._token = 0, ""
+        self._holder: Holder | None = None
         self._taken = self._renewed = clock()
-
-    _holder: Holder | None
 
     def view(self, token: str | None) -> View:
         """Where it stands; the holder's asking renews it."""

@@ -183,9 +183,7 @@ def _unchanged(live: Mapping[str, torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         if touched := [name for name, tensor in live.items() if fingerprint(tensor) != before[name]]:
-            raise EngineUnsupported(
-                f"this model's loader wrote to its weights ({', '.join(touched[:3])}): restart vLLM"
-            )
+            raise EngineUnsupported(f"this model's loader wrote to its weights ({some(touched)}): restart vLLM")
 
 
 @contextmanager
