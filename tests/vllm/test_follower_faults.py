@@ -565,3 +565,34 @@ def test_a_follower_never_makes_the_bucket_it_follows(gone, tmp_path, engine):
             (tmp_path / "bucket").rename(tmp_path / "elsewhere")
         follower.run()
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere" if gone else "bucket"]
+
+
+def test_closing_does_not_wait_for_a_worker_that_is_busy_for_ever(run, engine, follower):
+    run.publish(a=1)
+    follower.step()
+    asked, ended = threading.Event(), []
+
+    def busy(request):
+        status, body = engine.do("/collective_rpc", request)
+        if request["method"] == "deltawire_result":
+            asked.set()
+            body = {"results": [{"rank": 0, "nonce": body["results"][0]["nonce"], "done": False}]}
+        return status, body
+
+    engine.faults["/collective_rpc"] = busy
+
+    def audit():
+        try:
+            follower.audit()
+        except EngineUnavailable as error:
+            ended.append(error)
+
+    waiting = threading.Thread(target=audit)
+    waiting.start()
+    assert asked.wait(PATIENCE)
+    closing = threading.Thread(target=follower.close)
+    closing.start()
+    closing.join(PATIENCE)
+    assert not closing.is_alive()
+    waiting.join(PATIENCE)
+    assert "closed while a worker was busy" in str(ended[0])

@@ -132,6 +132,7 @@ class Follower(Following[Engine, UpdateReport]):
             clock=clock,
         )
         self._told_trust = False
+        self._engine.stopping = self._stopping
         self._settings = environment.endpoints(bucket_url) if pass_endpoint else {}
         self._hold = Hold(self._engine, self._replica, self.bucket.url, take_over=take_over, stopping=self._stopping)
         self._pause: PauseMode = pause

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from deltawire.digest import root as root_of
-from deltawire.errors import BadAnswer, DeltaWireError, EngineError, Quarantined, made_again
+from deltawire.errors import BadAnswer, DeltaWireError, EngineError, EngineUnavailable, Quarantined, made_again
 from deltawire.manifests import Position
 from deltawire.subscriber import Subscriber
 from deltawire.vllm import environment
@@ -166,6 +167,8 @@ class Engine(ABC):
     """where it is, for messages"""
     token: str | None = None
     """says that a follower's calls are its own; see `take`"""
+    stopping: threading.Event | None = None
+    """set once whoever drives the engine is closed: no wait for a busy worker goes on then"""
 
     @abstractmethod
     def close(self) -> None:
@@ -223,7 +226,7 @@ class Engine(ABC):
         """Attach the workers to a bucket, and wait for it however long it takes. Its outcome is the status."""
         self.begin_init(bucket, trusted)
         while (status := self.status()).staging:
-            time.sleep(nap(status.doing_s))
+            self._rest(status.doing_s)
         return status
 
     @property
@@ -300,18 +303,23 @@ class Engine(ABC):
         server generates meanwhile."""
         started, ticket = time.monotonic(), secrets.token_hex(8)
 
-        def rest() -> None:
-            time.sleep(nap(time.monotonic() - started))
-
         job = {"verb": verb, "ticket": ticket, "request": request}
         while not all(answer.accepted for answer in self._ask("begin", job, Accepted)):
-            rest()
+            self._rest(time.monotonic() - started)
         while True:
             answers = self._ask("result", {"ticket": ticket}, dict[str, Any])
             asked = f"{self.url} {verb}"
             if all(converted(answer, Finished, asked).done for answer in answers):
                 return [converted(answer, kind, asked) for answer in answers]
-            rest()
+            self._rest(time.monotonic() - started)
+
+    def _rest(self, seconds: float) -> None:
+        """Wait before a worker that has been busy for some seconds is asked again. Raises EngineUnavailable once
+        whoever drives us is closed."""
+        if self.stopping is None:
+            time.sleep(nap(seconds))
+        elif self.stopping.wait(nap(seconds)):
+            raise EngineUnavailable(f"{self.url}: closed while a worker was busy, which it may still be")
 
     def _ask(self, method: str, request: dict[str, Any], kind: type[T]) -> list[T]:
         """What every worker answers, by rank; the nonce must come back from each."""
