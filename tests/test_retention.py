@@ -5,13 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire import Subscriber, ledger, materialize, retention, signing
+from deltawire import Subscriber, ledger, log, materialize, retention, signing
 from deltawire.buckets import Stat
+from deltawire.buckets.faulty import Faulty
 from deltawire.buckets.wrappers import Counting
 from deltawire.compactor import Compactor
 from deltawire.errors import FormatError, Gap
 from deltawire.ledger import Heartbeat
-from deltawire.manifests import Derived, read, signed, write
+from deltawire.manifests import Derived, commit_key, hash_of, read, signed, write
 from deltawire.retention import Policy, carry_out, plan, plan_prune
 from deltawire.tensors import equal
 from runs import edit, fresh, model, publishing, read_weights, served
@@ -249,3 +250,27 @@ def test_a_replica_is_silent_once_both_the_store_and_its_own_word_are_old():
     beats = [(Stat("replicas/a.json", 1, "", NOW - DAY), Heartbeat("a", "0" * 16, 3, at=NOW - DAY))]
     beats += [(Stat("replicas/b.json", 1, "", NOW), Heartbeat("b", "0" * 16, 9, at=NOW))]
     assert plan(listed, "0" * 16, beats, Policy(1, hours=1.0), clock=lambda: NOW).floor == 8
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["alone", "two commits of one version"])
+def test_a_run_on_a_store_that_refuses_no_second_write_is_pruned_like_any_other(tmp_path, late):
+    bucket, weights = Faulty(fresh(), lambda call: None), model()
+    bucket.conditional_writes = False
+    with publishing(bucket) as publisher:
+        for step in range(6):
+            edit(weights, step)
+            publisher.publish(weights)
+            publisher.flush(30)
+    with Compactor(bucket, tmp_path / "m", anchors=5) as compactor:
+        compactor.step()
+    with Subscriber(bucket) as subscriber:
+        second = subscriber.chain.commit(2).record
+    if late:  # what another trainer wrote, which nobody continued
+        other = write(msgspec.structs.replace(second, writer="elsewhere pid 7"))
+        bucket.put(commit_key(second.run, 2, hash_of(other)), other)
+    found = plan_prune(bucket, second.run, SOON)
+    assert found.floor == 5
+    carry_out(bucket, found)
+    assert [version for version, _ in log.list_commits(bucket, second.run)] == [5]
+    assert not [stat.key for stat in bucket.list("runs/") if "/deltas/" in stat.key]
+    assert equal(read_weights(bucket), served(weights))

@@ -165,17 +165,33 @@ class Chain:
         passed_over: set[str] = set()
         while True:
             way = self.way(None, filed.record.version, forward=True, without=passed_over)
+            digests: dict[str, int] = {}
+            here, at = None, way[0]
             try:
-                digests: dict[str, int] = {}
-                for _, hop in self.read(way):
-                    digests = self.moved(digests, hop)
+                for edge in way:
+                    at = edge
+                    ((_, hop),) = self.read([edge], here)
+                    here, digests = ends_at(edge, hop), self.moved(digests, hop)
                 if root_of(self.run.table, digests) != filed.record.root:
                     raise BadDigest(f"{self._name(filed.record)}: the digests that lead there do not make its root")
                 return digests
-            except DAMAGE:
-                if not (derived := {edge.record for edge in way if edge.derived}):
+            except DAMAGE:  # only what is wrong is passed over: the rest may be all there is to begin at
+                derived = [edge for edge in way if edge.derived]
+                wrong = {edge.record for edge in derived if not self._is_of_chain(edge)} or {at.record} & {
+                    edge.record for edge in derived
+                }
+                if not wrong:
                     raise
-                passed_over |= derived
+                passed_over |= wrong
+
+    def _is_of_chain(self, edge: Edge) -> bool:
+        """Whether a fold or an anchor says of the commits that it joins what they say of themselves."""
+        with suppress(*DAMAGE):
+            record, end = self._derived(edge).record, self.commit(edge.end)
+            start = None if edge.start is None else self.commit(edge.start).hash
+            joined = record.commit_hash == end.hash and record.parent_hash in (None, start)
+            return joined and record.root == end.record.root
+        return False
 
     def moved(self, digests: dict[str, int], filed: Filed[Commit] | Filed[Derived]) -> dict[str, int]:
         """The digests after one more record. Raises BadDigest where they do not make its root."""
@@ -319,7 +335,7 @@ class Chain:
 
     def _walked(self, version: int, stops: Collection[int]) -> list[Edge]:
         found = []
-        with suppress(NotFound):
+        with suppress(*DAMAGE):  # a hint may lead where nothing sound is
             for filed in self.back(self.commit(version), most=FAR):
                 if filed.record.version in stops:
                     break

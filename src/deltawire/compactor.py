@@ -329,7 +329,7 @@ class _Known:
         if edge.start is None:
             self.anchors[edge.end] = edge
             self._versions = self._versions or [edge.end]
-        elif edge.derived or edge.end not in self._ahead[edge.start]:
+        elif edge.end not in self._ahead[edge.start]:  # what stands in for one delta alone is no compactor's
             self._ahead[edge.start][edge.end] = edge
         if edge.kind == "delta":
             self._sizes[edge.end] = edge.size

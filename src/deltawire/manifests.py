@@ -322,7 +322,8 @@ def _check(record: Run | Commit | Derived | Head | Way, where: str) -> None:
     require(_RUN_ID.fullmatch(record.run), f"run {record.run!r} is not 16 hex digits")
     if isinstance(record, Way):
         for link in record.links:
-            require((link.start or 0) <= link.end < _MAX_VERSION and is_key(link.record), f"link {link}")
+            bounded = 0 <= (link.start or 0) <= link.end < _MAX_VERSION and 0 <= link.size < _MAX_VERSION
+            require(bounded and is_key(link.record), f"link {link}")
         return
     if not isinstance(record, Head):
         signer, signature = record.signer, record.signature

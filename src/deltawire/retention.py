@@ -22,7 +22,7 @@ from deltawire.subscriber import Subscriber
 BATCH = 500
 """keys deleted in one call"""
 _KINDS = {
-    "commit": re.compile(r"commits/(?P<end>\d{6,16})\.json"),
+    "commit": re.compile(r"commits/(?P<end>\d{6,16})(?:-[0-9a-f]{12})?\.json"),
     "delta": re.compile(r"deltas/step_(?P<end>\d{6,16})[-.][^/]+"),
     "fold": re.compile(r"folds/step_(?P<start>\d{6,16})-(?P<end>\d{6,16})-[^/]+"),
     "anchor": re.compile(r"anchors/step_(?P<end>\d{6,16})-[0-9a-f]{12}/[^/]+"),

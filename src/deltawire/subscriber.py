@@ -123,7 +123,7 @@ class Subscriber:
                 return filed.record.position
         for starts in (self.chain.hint, self.chain.anchors):
             for edge in sorted((edge for edge in starts() if edge.start is None), key=lambda edge: -edge.end):
-                with suppress(NotFound):
+                with suppress(*DAMAGE):
                     if (commit := self.chain.commit(edge.end).record).root == root:
                         return commit.position
         return None
@@ -271,7 +271,8 @@ class Subscriber:
             first = self._way(None, version, True, passed_over, problem, forward=True)[0]
             try:
                 ((_, filed),) = self.chain.read([first])
-                if ends_at(first, filed) != self.chain.commit(first.end).hash:
+                commit = self.chain.commit(first.end)
+                if ends_at(first, filed) != commit.hash or filed.record.root != commit.record.root:
                     raise Forked(f"{self.bucket.url}/{first.record} is the anchor of another commit {first.end}")
                 return filed, self.open_anchor(filed.record)
             except DAMAGE as error:
@@ -291,7 +292,7 @@ class Subscriber:
             else:
                 part = self.fetch_delta(filed.record)
                 delta += -part if edge.undo else part
-        if hops and ends_at(*hops[-1]) not in (None, commit.hash):
+        if hops and not _arrives(*hops[-1], commit):
             raise Forked(f"{self.bucket.url}: the path to version {version} ends at another commit of that number")
         read = {edge.record for edge, _ in hops} | {commit.key}
         payloads = [payload for _, filed in hops for payload in filed.record.payloads]
@@ -335,3 +336,8 @@ class Subscriber:
         if commit.root != since.root:
             raise Forked(f"{since}: these weights have root {since.root[:12]}…, the commit says {commit.root[:12]}…")
         return since
+
+
+def _arrives(edge: Edge, filed: Filed[Commit] | Filed[Derived], commit: Filed[Commit]) -> bool:
+    """Whether the last record of a path ends at a commit, by its hash and, going forward, by its root."""
+    return ends_at(edge, filed) in (None, commit.hash) and (edge.undo or filed.record.root == commit.record.root)

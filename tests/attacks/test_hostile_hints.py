@@ -1,0 +1,131 @@
+"""A hint at the way, and an anchor's record, may be anyone's: they lead nobody astray, and stop nobody."""
+
+import pytest
+from blake3 import blake3
+
+from attacks.hostile import encode
+from deltawire import Subscriber, digest, materialize, retention
+from deltawire.checkpoint import Checkpoint
+from deltawire.compactor import Compactor
+from deltawire.digest import root as root_of
+from deltawire.manifests import Derived, Link, Payload, Way, commit_key, derived_key, hash_of, way_key
+from deltawire.tensors import equal
+from runs import commits, edit, fresh, model, position, publish_all, publishing, served, table, updates
+
+
+@pytest.fixture
+def chain():
+    """Versions 0 to 7, and the bits at each."""
+    bucket, weights, steps = fresh(), model(), []
+    for step in range(8):
+        edit(weights, step)
+        steps.append({name: tensor.copy() for name, tensor in weights.items()})
+    publish_all(bucket, *steps)
+    return bucket, [served(step) for step in steps]
+
+
+def leave(bucket, run, *links):
+    """A way.json of these (start, end, size, kind of record)."""
+    records = {"commit": lambda end: commit_key(run, end), "run": lambda end: f"runs/{run}/run.json"}
+    records["nothing"] = lambda end: f"runs/{run}/derived/nothing-{end}.json"
+    listed = tuple(Link(start, end, size, records[kind](end)) for start, end, size, kind in links)
+    bucket.put(way_key(run), encode(Way(run, listed)))
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        [(0, 7, 0, "commit"), (None, 7, 0, "commit")],  # commits that start elsewhere
+        [(0, 7, 0, "run"), (None, 7, 0, "run")],
+        [(None, 7, 0, "nothing"), (0, 7, 0, "nothing"), (0, 6, 1, "commit"), (None, 6, 1, "commit")],
+        [(0, 1, -5000, "commit"), (None, 0, -5000, "commit")],  # a circle that gets ever cheaper
+        [(None, 99, 0, "commit"), (99, 7, 0, "commit")],
+    ],
+    ids=["commits", "run.json", "nothing", "negative", "later"],
+)
+@pytest.mark.timeout(60)
+def test_a_hint_that_lies_stops_no_reader(chain, tmp_path, links):
+    bucket, steps = chain
+    leave(bucket, commits(bucket)[0].run, *links)
+    for start in (None, 0, 2):
+        with Subscriber(bucket) as subscriber:
+            change = subscriber.change(None if start is None else subscriber.position_at(start), 7)
+            held = steps[start] if change.anchor is None else {name: change.anchor[name].copy() for name in steps[7]}
+            assert equal(held + change.delta, steps[7])
+    with Subscriber(bucket) as subscriber:
+        assert subscriber.digests_at(7) == digest(steps[7])
+        assert subscriber.position_of("0" * 64) is None
+    assert [update.position.version for update in updates(bucket)] == list(range(8))
+    assert equal(dict(Checkpoint(materialize(bucket, tmp_path / "out").folder)), steps[7])
+
+
+def test_a_damaged_commit_behind_an_anchor_stops_no_joiner_whose_hint_is_older(chain, tmp_path):
+    bucket, steps = chain
+    run = commits(bucket)[0].run
+    with Compactor(bucket, tmp_path / "mirror", levels=[], anchors=7) as compactor:
+        compactor.step()
+    bucket.put(commit_key(run, 4), b"{")
+    leave(bucket, run, (None, 0, 0, "commit"))
+    with Subscriber(bucket) as subscriber:
+        change = subscriber.change(None, 7)
+        assert equal({name: change.anchor[name].copy() for name in steps[7]} + change.delta, steps[7])
+        assert subscriber.digests_at(7) == digest(steps[7])
+
+
+def test_an_anchor_that_names_the_commit_and_holds_other_weights_is_passed_over(chain, tmp_path):
+    bucket, steps = chain
+    first, last = commits(bucket)[0], commits(bucket)[7]
+    (payload,) = first.payloads
+    theirs = digest(steps[0])
+    lie = Derived(
+        run=last.run,
+        version=7,
+        parent=None,
+        root=root_of(table(steps[0]), theirs),
+        digests={name: f"{value:016x}" for name, value in theirs.items()},
+        payloads=(payload,),
+        commit_hash=hash_of(bucket.get(commit_key(last.run, 7), limit=1 << 20)),
+    )
+    bucket.put(derived_key(last.run, None, 7, lie.payloads), encode(lie))
+    for update in updates(bucket):
+        assert update.position == position(bucket, update.position.version)
+        assert update.digests == digest(steps[update.position.version])
+    with Subscriber(bucket) as subscriber:
+        change = subscriber.change(None, 7)
+        assert equal({name: change.anchor[name].copy() for name in steps[7]} + change.delta, steps[7])
+    assert equal(dict(Checkpoint(materialize(bucket, tmp_path / "out").folder)), steps[7])
+
+
+def test_a_wrong_fold_does_not_take_the_only_anchor_of_a_pruned_run_with_it(tmp_path):
+    bucket, weights, steps = fresh(), model(), []
+    with publishing(bucket) as publisher:
+        for step in range(9):
+            edit(weights, step)
+            publisher.publish(weights)
+            publisher.flush(30)
+            steps.append(served(weights))
+            if step == 4:
+                with Compactor(bucket, tmp_path / "mirror", levels=[4], anchors=4) as compactor:
+                    compactor.step()
+    run = commits(bucket)[0].run
+    retention.carry_out(bucket, retention.plan_prune(bucket, run, retention.Policy(anchors=1, hours=-1.0)))
+    with Compactor(bucket, tmp_path / "mirror", levels=[4], anchors="never") as compactor:
+        compactor.step()
+    (fold,) = [stat.key for stat in bucket.list(f"runs/{run}/derived/fold-000004-000008-")]
+    bucket.put(fold, b"{")
+    with Subscriber(bucket) as subscriber:
+        assert subscriber.digests_at(8) == digest(steps[8])
+    assert equal(dict(Checkpoint(materialize(bucket, tmp_path / "out").folder)), steps[8])
+
+
+def test_a_compactor_goes_on_beside_a_strangers_fold_of_one_version(chain, tmp_path):
+    bucket, steps = chain
+    run = commits(bucket)[0].run
+    junk = Payload("folds/step_000002-000003-0123456789ab.safetensors", 0, blake3(b"").hexdigest())
+    lie = Derived(run, 3, 2, commits(bucket)[3].root, {}, (junk,), "0" * 64, "0" * 64)
+    bucket.put(derived_key(run, 2, 3, (junk,)), encode(lie))
+    with Compactor(bucket, tmp_path / "mirror", levels=[4], anchors=7) as compactor:
+        assert [(report.parent, report.version) for report in compactor.step()] == [(0, 4), (None, 7)]
+    with Subscriber(bucket) as subscriber:
+        change = subscriber.change(None, 7)
+        assert equal({name: change.anchor[name].copy() for name in steps[7]} + change.delta, steps[7])
