@@ -16,9 +16,9 @@ from runs import PATIENCE, edit, fresh, model, served
 class World:
     """A bucket, its trainer, and what every committed version of every run must be."""
 
-    def __init__(self, seed, folder):
+    def __init__(self, seed, folder, bucket=None):
         self.draw, self.folder = random.Random(seed), folder
-        self.bucket, self.weights, self.right = fresh(), model(), {}
+        self.bucket, self.weights, self.right = bucket or fresh(), model(), {}
         self.publisher = Publisher(self.bucket)
         self.publish()
 

@@ -177,14 +177,14 @@ class Chain:
                 return digests
             except DAMAGE:  # only what is wrong is passed over: the rest may be all there is to begin at
                 derived = [edge for edge in way if edge.derived]
-                wrong = {edge.record for edge in derived if not self._is_of_chain(edge)} or {at.record} & {
+                wrong = {edge.record for edge in derived if not self.is_of_chain(edge)} or {at.record} & {
                     edge.record for edge in derived
                 }
                 if not wrong:
                     raise
                 passed_over |= wrong
 
-    def _is_of_chain(self, edge: Edge) -> bool:
+    def is_of_chain(self, edge: Edge) -> bool:
         """Whether a fold or an anchor says of the commits that it joins what they say of themselves."""
         with suppress(*DAMAGE):
             record, end = self._derived(edge).record, self.commit(edge.end)

@@ -8,7 +8,7 @@ from deltawire import checkpoint
 from deltawire.buckets.base import Bucket
 from deltawire.changes import Change, Update
 from deltawire.checkpoint import Checkpoint
-from deltawire.errors import AlreadyExists, Forked, Gap
+from deltawire.errors import AlreadyExists, BadDigest, Forked, Gap
 from deltawire.manifests import Position, aliases_of
 from deltawire.mirror import Mirror, building, held, unfinished
 from deltawire.reports import MaterializeReport
@@ -49,10 +49,21 @@ def _move(subscriber: Subscriber, out: Path, target: Position, started: float) -
     deltas = fetched = 0
     if held(out) != target or unfinished(out):
         with Mirror(out, subscriber.run.table) as mirror:
-            change = _way(subscriber, mirror.position, target, out)
-            mirror.apply(change.delta, change.position)
+            change = _apply(subscriber, mirror, target, out)
             deltas, fetched = change.payloads, change.wire_bytes
     return MaterializeReport(target, out, deltas, fetched, time.monotonic() - started)
+
+
+def _apply(subscriber: Subscriber, mirror: Mirror, target: Position, out: Path) -> Change:
+    """Move the folder by the first change that leads to the target's digests: a fold may be a stranger's."""
+    while True:
+        change = _way(subscriber, mirror.position, target, out)
+        try:
+            mirror.apply(change.delta, change.position)
+            return change
+        except BadDigest:
+            if not subscriber.pass_over(change):
+                raise
 
 
 def _way(subscriber: Subscriber, start: Position, target: Position, out: Path) -> Change:

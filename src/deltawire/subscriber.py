@@ -164,7 +164,13 @@ class Subscriber:
         passed_over: set[str] = set()
         problem: DeltaWireError | None = None
         for attempt in range(PLANS):
-            way = self._way(here, version, anchors or here is None, passed_over, problem)
+            try:
+                way = self._way(here, version, anchors or here is None, passed_over, problem)
+            except DAMAGE as error:
+                if not passed_over | self._wrong:
+                    raise
+                problem = problem or error
+                break  # what was passed over with what is wrong may be all there is to begin at
             try:
                 return self._fetch(since, version, way)
             except DAMAGE as error:
@@ -181,9 +187,12 @@ class Subscriber:
 
     def pass_over(self, change: Change) -> bool:
         """Take the folds and anchors of a change for wrong: its weights were not what its commit says. False where it
-        had none, so that nobody else is to blame."""
-        self._wrong |= set(change.derived)
-        return bool(change.derived)
+        had none that was not blamed before: then it is not they who are to blame."""
+        blamed, begun = set(change.derived) - self._wrong, change.anchor_position
+        if begun is not None and begun == self.chain.commit(begun.version).record.position:
+            blamed = {key for key in blamed if "/derived/anchor-" not in key}  # its digests were compared
+        self._wrong |= blamed
+        return bool(blamed)
 
     def watch(self, *, timeout: float, tag: str | None = None) -> Stat | None:
         """Wait until HEAD's tag differs from `tag`, at most `timeout` seconds."""
@@ -255,8 +264,8 @@ class Subscriber:
         for anchor in [None, *sorted(starts, key=lambda edge: -edge.end)]:
             usable = [*commits, *([anchor] if anchor is not None else [])]
             try:
-                if anchor is not None:
-                    self.chain.read([anchor])
+                if anchor is not None and not self.chain.is_of_chain(anchor):
+                    continue
                 return self._fetch(since, version, paths.cheapest(usable, here, version))
             except DAMAGE as error:
                 problem = problem or error

@@ -4,9 +4,10 @@ import pytest
 from blake3 import blake3
 
 from attacks.hostile import encode
-from deltawire import Subscriber, digest, materialize, retention
+from deltawire import Subscriber, digest, log, materialize, retention, wire
 from deltawire.checkpoint import Checkpoint
 from deltawire.compactor import Compactor
+from deltawire.delta import Delta
 from deltawire.digest import root as root_of
 from deltawire.manifests import Derived, Link, Payload, Way, commit_key, derived_key, hash_of, way_key
 from deltawire.tensors import equal
@@ -116,6 +117,34 @@ def test_a_wrong_fold_does_not_take_the_only_anchor_of_a_pruned_run_with_it(tmp_
     with Subscriber(bucket) as subscriber:
         assert subscriber.digests_at(8) == digest(steps[8])
     assert equal(dict(Checkpoint(materialize(bucket, tmp_path / "out").folder)), steps[8])
+
+
+def test_a_fold_that_lies_stops_neither_a_trainer_nor_a_folder_of_a_pruned_run(tmp_path):
+    bucket, weights, steps = fresh(), model(), []
+    with publishing(bucket) as publisher:
+        for step in range(10):
+            edit(weights, step)
+            publisher.publish(weights)
+            publisher.flush(30)
+            steps.append(served(weights))
+            if step == 4:
+                with Compactor(bucket, tmp_path / "mirror", levels=[4], anchors=4) as compactor:
+                    compactor.step()
+    run = commits(bucket)[0].run
+    retention.carry_out(bucket, retention.plan_prune(bucket, run, retention.Policy(anchors=1, hours=-1.0)))
+    materialize(bucket, tmp_path / "out", 4)
+    start, end = (log.load_commit(bucket, run, version) for version in (4, 9))
+    data = wire.encode(Delta(), run=run, parent=4, version=9)
+    payload = Payload("folds/step_000004-000009-0123456789ab.safetensors", len(data), blake3(data).hexdigest())
+    lie = Derived(run, 9, 4, end.record.root, {}, (payload,), end.hash, start.hash)
+    bucket.put(f"runs/{run}/{payload.key}", data)
+    bucket.put(derived_key(run, 4, 9, lie.payloads), encode(lie))
+    assert equal(dict(Checkpoint(materialize(bucket, tmp_path / "out").folder)), steps[9])
+    with publishing(bucket, resume="require") as publisher:
+        assert publisher.position == end.record.position
+        edit(weights, 10)
+        publisher.publish(weights)
+    assert equal(dict(Checkpoint(materialize(bucket, tmp_path / "new").folder)), served(weights))
 
 
 def test_a_compactor_goes_on_beside_a_strangers_fold_of_one_version(chain, tmp_path):
