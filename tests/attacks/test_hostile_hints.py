@@ -132,6 +132,7 @@ def test_a_fold_that_lies_stops_neither_a_trainer_nor_a_folder_of_a_pruned_run(t
                     compactor.step()
     run = commits(bucket)[0].run
     retention.carry_out(bucket, retention.plan_prune(bucket, run, retention.Policy(anchors=1, hours=-1.0)))
+    bucket.delete(way_key(run))
     materialize(bucket, tmp_path / "out", 4)
     start, end = (log.load_commit(bucket, run, version) for version in (4, 9))
     data = wire.encode(Delta(), run=run, parent=4, version=9)
