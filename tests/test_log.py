@@ -123,7 +123,7 @@ def test_a_head_that_is_no_record_is_named():
 
 
 def test_a_record_beyond_the_bound_is_refused_before_it_is_read(monkeypatch):
-    monkeypatch.setattr(log, "MAX_RECORD", 100)
+    monkeypatch.setattr(log, "MAX_HEAD", 100)
     bucket = fresh()
     bucket.put(HEAD_KEY, b" " * 101)
     with pytest.raises(TooLarge):

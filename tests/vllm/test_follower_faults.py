@@ -596,3 +596,15 @@ def test_closing_does_not_wait_for_a_worker_that_is_busy_for_ever(run, engine, f
     assert not closing.is_alive()
     waiting.join(PATIENCE)
     assert "closed while a worker was busy" in str(ended[0])
+
+
+def test_a_base_that_was_named_for_one_bucket_is_not_used_for_another(run, engine, tmp_path):
+    run.publish()
+    with Follower(run.url, engine.url, base=tmp_path) as follower:
+        follower.step()
+    assert engine.replica.answer_status({})["base"] == str(tmp_path)
+    with SmallRun() as other:
+        other.publish()
+        with Follower(other.url, engine.url) as follower:
+            follower.step()
+    assert engine.replica.answer_status({})["base"] is None

@@ -80,7 +80,7 @@ def on_base(tmp_path, checkpoint):
 def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(server, on_base, checkpoint, tmp_path):
     trainer = on_base
     before = server.logprobs([1, 2, 3])
-    with Follower(trainer.url, server.url) as follower, EngineClient(server.url) as engine:
+    with Follower(trainer.url, server.url, base=checkpoint) as follower, EngineClient(server.url) as engine:
         for version in range(6):
             assert trainer.step().version == version
             report = follower.step()

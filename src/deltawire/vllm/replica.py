@@ -378,7 +378,7 @@ class Replica:
         if (wanted := trust(trusted)) and wanted != self._trust:
             self._trust, self._plan = wanted, None
             self.close()
-        if base is not None and base != self._base:
+        if base != self._base and (base is not None or not self._stands_on(url)):  # it was named for that bucket alone
             self._base, self._plan = base, None
             self.close()
         attached = self._attached
