@@ -6,11 +6,12 @@ import shutil
 import threading
 
 import pytest
+from blake3 import blake3
 from small import Fused, SmallRun, make_weights
 from stub_engine import StubEngine
 
 import deltawire as dw
-from deltawire import anchors
+from deltawire import anchors, wire
 from deltawire.errors import (
     AccessRefused,
     BadDigest,
@@ -23,6 +24,8 @@ from deltawire.errors import (
     Quarantined,
     Unavailable,
 )
+from deltawire.log import load_commit
+from deltawire.manifests import Derived, Payload, derived_key, write
 from deltawire.signing import generate_key
 from deltawire.vllm import replica, staging
 from deltawire.vllm.client import EngineClient
@@ -608,3 +611,19 @@ def test_a_base_that_was_named_for_one_bucket_is_not_used_for_another(run, engin
         with Follower(other.url, engine.url) as follower:
             follower.step()
     assert engine.replica.answer_status({})["base"] is None
+
+
+def test_a_fold_that_lies_is_passed_over_for_the_commits_it_stands_for(run, engine, follower):
+    run.publish(a=1)
+    follower.step()
+    for value in range(2, 7):
+        run.publish(a=value)
+    bucket = dw.open_bucket(run.url)
+    start, end = (load_commit(bucket, run.publisher.position.run, version) for version in (1, 6))
+    data = wire.encode(dw.Delta(), run=start.record.run, parent=1, version=6)
+    payload = Payload("folds/step_000001-000006-0123456789ab.safetensors", len(data), blake3(data).hexdigest())
+    lie = Derived(start.record.run, 6, 1, end.record.root, {}, (payload,), end.hash, start.hash)
+    bucket.put(f"runs/{lie.run}/{payload.key}", data)
+    bucket.put(derived_key(lie.run, 1, 6, lie.payloads), write(lie))
+    assert follower.step().version == 6
+    assert_at_rest(engine, run, 6)

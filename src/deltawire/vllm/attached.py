@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from deltawire.digest import root as root_of
-from deltawire.errors import Forked, Gap, WrongBase, some
+from deltawire.errors import BadDigest, Forked, Gap, WrongBase, some
 from deltawire.manifests import Position
 from deltawire.subscriber import Subscriber
 from deltawire.vllm import staging
@@ -85,7 +85,12 @@ class Attached:
             if since is None:
                 raise
             plan = staging.stage(self.live, self.digests, self.subscriber, None, version)
-        self._require_promised(plan)
+        try:
+            self._require_promised(plan)
+        except BadDigest:
+            if self.subscriber.pass_over(plan.way):
+                return self.plan(version)
+            raise
         return plan
 
     def require_written(self, plan: Plan) -> None:

@@ -7,13 +7,14 @@ the digests that it leads to, to be compared with its commit's before it is appl
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from deltawire.bits import UInts
-from deltawire.delta import TensorDelta
+from deltawire.changes import Change
+from deltawire.delta import Delta, TensorDelta
 from deltawire.digest import digest_at, moved
 from deltawire.errors import DtypeMismatch, EngineUnsupported
 from deltawire.manifests import Position
@@ -107,8 +108,8 @@ Write = Scatter | Fill | Swap
 class Plan:
     """One update, checked and ready. `since` is None when it starts from an anchor rather than a known version.
 
-    `digests` are those of every part of every tensor after it. Seconds by the worker's clock, `created` by the
-    publisher's.
+    `digests` are those of every part of every tensor after it. `way` is the change it was made of, without its weights.
+    Seconds by the worker's clock, `created` by the publisher's.
     """
 
     since: Position | None
@@ -120,6 +121,7 @@ class Plan:
     created: float
     fetch_seconds: float
     stage_seconds: float
+    way: Change
 
 
 def stage(
@@ -163,6 +165,7 @@ def stage(
         created=change.commit.created,
         fetch_seconds=fetched - started,
         stage_seconds=time.monotonic() - fetched,
+        way=replace(change, anchor=None, delta=Delta()),
     )
 
 
