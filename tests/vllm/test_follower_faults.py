@@ -537,6 +537,7 @@ def test_between_looks_as_many_seconds_pass_as_asked_for(run, engine):
         follower._stopping = Waited()
         follower.run()
     assert [wait for wait in waits if wait > 1] == [60 - run.publisher.bucket.poll_seconds]  # others are for the server
+    until(lambda: not engine.replica.answer_status({})["staging"])  # the follower left while the worker attached
 
 
 def test_what_the_store_refuses_the_server_is_told_apart_from_what_it_refuses_the_follower(run, engine, monkeypatch):
