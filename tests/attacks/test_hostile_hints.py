@@ -97,19 +97,27 @@ def test_an_anchor_that_names_the_commit_and_holds_other_weights_is_passed_over(
     assert equal(dict(Checkpoint(materialize(bucket, tmp_path / "out").folder)), steps[7])
 
 
-def test_a_wrong_fold_does_not_take_the_only_anchor_of_a_pruned_run_with_it(tmp_path):
+def pruned(folder, length):
+    """A run of so many versions of which nothing before the anchor at 4 is left: its bucket, the trainer's weights, and
+    what a server holds at each version. The compactor's mirror is in `folder`."""
     bucket, weights, steps = fresh(), model(), []
     with publishing(bucket) as publisher:
-        for step in range(9):
+        for step in range(length):
             edit(weights, step)
             publisher.publish(weights)
             publisher.flush(30)
             steps.append(served(weights))
             if step == 4:
-                with Compactor(bucket, tmp_path / "mirror", levels=[4], anchors=4) as compactor:
+                with Compactor(bucket, folder / "mirror", levels=[4], anchors=4) as compactor:
                     compactor.step()
     run = commits(bucket)[0].run
     retention.carry_out(bucket, retention.plan_prune(bucket, run, retention.Policy(anchors=1, hours=-1.0)))
+    return bucket, weights, steps
+
+
+def test_a_wrong_fold_does_not_take_the_only_anchor_of_a_pruned_run_with_it(tmp_path):
+    bucket, _, steps = pruned(tmp_path, 9)
+    run = commits(bucket)[0].run
     with Compactor(bucket, tmp_path / "mirror", levels=[4], anchors="never") as compactor:
         compactor.step()
     (fold,) = [stat.key for stat in bucket.list(f"runs/{run}/derived/fold-000004-000008-")]
@@ -120,18 +128,8 @@ def test_a_wrong_fold_does_not_take_the_only_anchor_of_a_pruned_run_with_it(tmp_
 
 
 def test_a_fold_that_lies_stops_neither_a_trainer_nor_a_folder_of_a_pruned_run(tmp_path):
-    bucket, weights, steps = fresh(), model(), []
-    with publishing(bucket) as publisher:
-        for step in range(10):
-            edit(weights, step)
-            publisher.publish(weights)
-            publisher.flush(30)
-            steps.append(served(weights))
-            if step == 4:
-                with Compactor(bucket, tmp_path / "mirror", levels=[4], anchors=4) as compactor:
-                    compactor.step()
+    bucket, weights, steps = pruned(tmp_path, 10)
     run = commits(bucket)[0].run
-    retention.carry_out(bucket, retention.plan_prune(bucket, run, retention.Policy(anchors=1, hours=-1.0)))
     bucket.delete(way_key(run))
     materialize(bucket, tmp_path / "out", 4)
     start, end = (log.load_commit(bucket, run, version) for version in (4, 9))

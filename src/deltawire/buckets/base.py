@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
-from deltawire.errors import FormatError, NotFound, TooLarge
+from deltawire.errors import AlreadyExists, FormatError, NotFound, TooLarge
 
 T = TypeVar("T")
 MAX_LISTED = 1_000_000
@@ -142,6 +142,16 @@ class Listing:
                     f"{self._where} holds more than {MAX_LISTED:,} objects: prune, or remove what is foreign"
                 )
             yield item
+
+
+def look_then_put(bucket: Bucket, key: str, data: bytes | Path) -> None:
+    """`Bucket.put_new` for what the store cannot refuse: another writer may come between the look and the write."""
+    try:
+        bucket.stat(key)
+    except NotFound:
+        bucket.put(key, data)
+    else:
+        raise AlreadyExists(f"{bucket.url}/{key} exists already")
 
 
 def watch_by_polling(

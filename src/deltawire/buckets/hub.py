@@ -35,13 +35,12 @@ except ImportError:
     raise ImportError("the hub bucket needs huggingface_hub: pip install 'deltawire[hub]'") from None
 
 from deltawire.buckets.atomic import replacing
-from deltawire.buckets.base import Listing, Stat, check_key, check_prefix, is_key, watch_by_polling
+from deltawire.buckets.base import Listing, Stat, check_key, check_prefix, is_key, look_then_put, watch_by_polling
 from deltawire.buckets.hub_refusals import batch_refusal, local_refusal
 from deltawire.buckets.proxies import is_loopback, proxy_note, spare_loopback
 from deltawire.buckets.refusals import first_line, from_anything, is_later
 from deltawire.errors import (
     AccessRefused,
-    AlreadyExists,
     BadUrl,
     BucketError,
     DeltaWireError,
@@ -116,12 +115,7 @@ class HubBucket:
             self._api.batch_bucket_files(self._id, add=[(data, key)])
 
     def put_new(self, key: str, data: bytes | Path) -> None:
-        try:
-            self.stat(key)
-        except NotFound:
-            self.put(key, data)
-        else:
-            raise AlreadyExists(f"{self.url}/{key} exists already")
+        look_then_put(self, key, data)
 
     def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
         check_prefix(prefix)

@@ -10,7 +10,7 @@ import obstore
 from obstore import exceptions, store
 
 from deltawire.buckets.atomic import replacing
-from deltawire.buckets.base import Listing, Stat, check_key, check_prefix, is_key, watch_by_polling
+from deltawire.buckets.base import Listing, Stat, check_key, check_prefix, is_key, look_then_put, watch_by_polling
 from deltawire.buckets.refusals import from_obstore, what_was_said
 from deltawire.buckets.unsafe_keys import listed_anyway
 from deltawire.errors import AlreadyExists, BucketError, NotFound, NotOffered, TooLarge, Unavailable
@@ -83,12 +83,7 @@ class ObjectBucket:
         if fenced and not large:
             self._create(key, data)
             return
-        try:
-            self.stat(key)
-        except NotFound:
-            self.put(key, data)
-        else:
-            raise AlreadyExists(f"{self.url}/{key} exists already")
+        look_then_put(self, key, data)
 
     def prove(self, folder: str) -> bool:
         """Whether `put_new` is atomic here. Asked of the store once: an object below `folder` is written twice, which
