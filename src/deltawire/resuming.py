@@ -19,7 +19,7 @@ LOOK_BACK = 8
 """commits that the usual size of a version is taken from"""
 JUMP = 4.0
 """times the usual bytes from which a first publish counts as a jump. The first step of a fresh AdamW changes about four
-times as many weights as later ones (4.2 % at a learning rate of 1e-6, where 1 % is usual: benchmarks/first_steps.py)."""
+times as many weights as later ones (4.2 % at a rate of 1e-6, where 1 % is usual: benchmarks/first_steps.py)."""
 ADAPTER_FIELDS = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "fan_in_fan_out", "target_parameters")
 """what in an adapter_config.json says how an adapter's tensors change the model, and their names and shapes do not"""
 
