@@ -171,7 +171,10 @@ class Replica:
     def confirm(self) -> None:
         """Keep the last update: what it replaced is forgotten. Leaves the newest outcome to be read."""
         with self.recording("finish", clear=False):
-            self._settle()
+            self._keep()
+
+    def _keep(self) -> None:
+        self._settle()
 
     def _settle(self) -> None:
         """An update that nobody confirmed or took back stays: only the next one can be taken back."""
