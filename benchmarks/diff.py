@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from deltawire import kernels
-from deltawire.baseline import Baseline
-from deltawire.bits import Bits, UInts
-from deltawire.shards import Box
+from deltawire.publish.baseline import Baseline
+from deltawire.publish.sharded.boxes import Box
+from deltawire.weights import kernels
+from deltawire.weights.bits import Bits, UInts
 
 
 def capturing(old: UInts, new: UInts, box: Box | None) -> Callable[[], None]:

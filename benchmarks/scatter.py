@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 
-from deltawire import kernels
+from deltawire.weights import kernels
 
 REPEATS = 9
 LINE = 64

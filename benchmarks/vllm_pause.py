@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import deltawire as dw
-from deltawire.manifests import Position
+from deltawire.follow.follower import Follower
+from deltawire.runlog.records import Position
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests" / "vllm"))

@@ -10,12 +10,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from deltawire import Publisher, Subscriber, Update, digest, open_bucket
-from deltawire.bits import Bits
+from deltawire import Publisher, Subscriber, Update, open_bucket
 from deltawire.buckets import Bucket
-from deltawire.log import list_versions, read_commit
-from deltawire.manifests import Commit, Position, TensorEntry, commit_key, hash_of, read, write
-from deltawire.tensors import cast
+from deltawire.runlog.log import list_versions, read_commit
+from deltawire.runlog.records import Commit, Position, commit_key, hash_of, read, write
+from deltawire.weights import digest
+from deltawire.weights.bits import Bits
+from deltawire.weights.table import TensorEntry
+from deltawire.weights.tensors import cast
 from waiting import PATIENCE
 
 SHAPES = {"embed.weight": (60, 8), "layer.0.weight": (16, 8), "layer.0.bias": (16,), "norm": (8,), "scale": ()}

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from deltawire.bits import Bits
-from deltawire.delta import Delta
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta
 
 OLD = {
     "a": Bits("BF16", (100, 3), np.arange(300, dtype=np.uint16)),

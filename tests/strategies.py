@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from deltawire.bits import WIDTHS, Bits, count, unsigned
+from deltawire.weights.bits import WIDTHS, Bits, count, unsigned
 
 SHAPES = [(), (0,), (3, 0, 2), (1,), (2,), (7,), (5, 13), (64,), (65,), (4, 8, 9), (300,), (2000,)]
 """scalar, zero-size, tiny, around the limits of the codecs' choices, and long enough for gaps of more than a byte"""

@@ -12,14 +12,28 @@ import msgspec
 import pytest
 from blake3 import blake3
 
-from deltawire import Publisher, Subscriber, digest, log, retention
+from deltawire import Publisher, Subscriber
 from deltawire.buckets.faulty import Faulty
-from deltawire.checkpoint import Checkpoint
-from deltawire.compactor import Compactor
-from deltawire.digest import root as root_of
 from deltawire.errors import ApplyError, Forked, FormatError, NotFound
-from deltawire.manifests import HEAD_KEY, Derived, Head, Link, Payload, Way, commit_key, derived_key, way_key, write
-from deltawire.tensors import equal
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.runlog import log
+from deltawire.runlog.records import (
+    HEAD_KEY,
+    Derived,
+    Head,
+    Link,
+    Payload,
+    Way,
+    commit_key,
+    derived_key,
+    way_key,
+    write,
+)
+from deltawire.upkeep import retention
+from deltawire.upkeep.compactor import Compactor
+from deltawire.weights import digest
+from deltawire.weights.digest import root as root_of
+from deltawire.weights.tensors import equal
 from runs import PATIENCE, edit, fresh, served
 from test_any_order import World
 

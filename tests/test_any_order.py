@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 
-from deltawire import Publisher, Subscriber, materialize, retention
-from deltawire.checkpoint import Checkpoint
-from deltawire.compactor import Compactor
+from deltawire import Publisher, Subscriber
 from deltawire.errors import AlreadyExists
-from deltawire.tensors import equal
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.upkeep import materialize, retention
+from deltawire.upkeep.compactor import Compactor
+from deltawire.weights.tensors import equal
 from runs import PATIENCE, edit, fresh, model, served
 
 

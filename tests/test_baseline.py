@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from deltawire.baseline import Baseline
-from deltawire.bits import Bits
-from deltawire.digest import digest
 from deltawire.errors import DtypeMismatch, ShapeMismatch, UnknownTensor
-from deltawire.manifests import TensorEntry
-from deltawire.shards import Box
-from deltawire.tensors import as_bits, equal
+from deltawire.publish.baseline import Baseline
+from deltawire.publish.sharded.boxes import Box
+from deltawire.weights.bits import Bits
+from deltawire.weights.digest import digest
+from deltawire.weights.table import TensorEntry
+from deltawire.weights.tensors import as_bits, equal
 from strategies import versions
 
 

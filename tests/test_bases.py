@@ -18,9 +18,9 @@ from huggingface_hub.errors import (
 )
 
 from deltawire import Publisher, Subscriber
-from deltawire.bases import base_of, open_base, require_public, resolve_base
 from deltawire.errors import AccessRefused, BucketError, FormatError, NotFound, OutOfSpace, Unavailable
-from deltawire.manifests import BaseCheckpoint, Run
+from deltawire.read.bases import base_of, open_base, require_public, resolve_base
+from deltawire.runlog.records import BaseCheckpoint, Run
 from runs import fresh
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from deltawire.bits import WIDTHS, Bits, count, unsigned, zeros
 from deltawire.errors import DtypeMismatch, ShapeMismatch
-from deltawire.tensors import NAMES
+from deltawire.weights.bits import WIDTHS, Bits, count, unsigned, zeros
+from deltawire.weights.tensors import NAMES
 from strategies import dtypes, pairs, random_bits, shapes
 
 

@@ -7,12 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire import capture, checkpoint
-from deltawire.bits import Bits
-from deltawire.capture import Capturer
-from deltawire.checkpoint import Checkpoint
-from deltawire.delta import Delta
-from deltawire.digest import digest
 from deltawire.errors import (
     AccessRefused,
     DtypeMismatch,
@@ -22,10 +16,17 @@ from deltawire.errors import (
     ShapeMismatch,
     UnknownTensor,
 )
-from deltawire.manifests import BaseCheckpoint
-from deltawire.pending import fold, freeze
-from deltawire.tensors import equal
-from deltawire.wire import decode
+from deltawire.format import checkpoint
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.format.delta_file import decode
+from deltawire.publish import capture
+from deltawire.publish.capture import Capturer
+from deltawire.publish.pending import fold, freeze
+from deltawire.runlog.records import BaseCheckpoint
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta
+from deltawire.weights.digest import digest
+from deltawire.weights.tensors import equal
 from runs import edit, fresh, model, publish_all, publishing, read_weights, served, table
 from strategies import seeds
 

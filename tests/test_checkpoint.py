@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from deltawire import checkpoint
-from deltawire.bits import Bits, zeros
-from deltawire.checkpoint import INDEX, SINGLE, Checkpoint
 from deltawire.errors import AccessRefused, FormatError, NotFound, OutOfSpace, TooLarge, Truncated
-from deltawire.tensors import as_torch, equal
+from deltawire.format import checkpoint
+from deltawire.format.checkpoint import INDEX, SINGLE, Checkpoint
+from deltawire.weights.bits import Bits, zeros
+from deltawire.weights.tensors import as_torch, equal
 from runs import model, served, table
 from strategies import versions
 

@@ -4,8 +4,8 @@ import json
 
 from deltawire.cli.telling import Teller
 from deltawire.errors import Unavailable
-from deltawire.vllm.health import Standing
-from deltawire.vllm.news import Current, Fetching, Waiting
+from deltawire.follow.health import Standing
+from deltawire.follow.news import Current, Fetching, Waiting
 
 ANCHOR = Fetching("0123456789abcdef", 7, 3 << 20, 64 << 20)
 

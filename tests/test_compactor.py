@@ -8,14 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire import Subscriber, digest, signing, verify
+from deltawire import Subscriber
 from deltawire.buckets.faulty import Faulty, at
-from deltawire.compactor import Compactor, due
-from deltawire.digest import root
 from deltawire.errors import BadDigest, BadSignature, Unavailable
-from deltawire.manifests import Derived, read, signed, write
-from deltawire.tending import Tending
-from deltawire.tensors import equal
+from deltawire.runlog import signing
+from deltawire.runlog.records import Derived, read, signed, write
+from deltawire.upkeep import verify
+from deltawire.upkeep.background import Tending
+from deltawire.upkeep.compactor import Compactor, due
+from deltawire.weights import digest
+from deltawire.weights.digest import root
+from deltawire.weights.tensors import equal
 from runs import edit, fresh, model, publish_all, publishing, read_weights, replace_commit, served
 
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from safetensors import safe_open
 
-from deltawire import container
-from deltawire.bits import WIDTHS, Bits, zeros
 from deltawire.errors import FormatError, TooLarge, Truncated
-from deltawire.tensors import NAMES, as_bits, as_torch, equal
+from deltawire.format import container
+from deltawire.weights.bits import WIDTHS, Bits, zeros
+from deltawire.weights.tensors import NAMES, as_bits, as_torch, equal
 from strategies import versions
 
 

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from deltawire import Subscriber, materialize, open_bucket
-from deltawire.checkpoint import Checkpoint
-from deltawire.tensors import equal
+from deltawire import Subscriber, open_bucket
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.upkeep import materialize
+from deltawire.weights.tensors import equal
 from runs import edit, model, read_weights, served
 
 VERSIONS = 9
@@ -17,7 +18,7 @@ CHILD = """
 import functools, os, signal, sys
 from pathlib import Path
 from deltawire import Publisher, Subscriber, log, mirror, open_bucket, retention
-from deltawire.compactor import Compactor
+from deltawire.upkeep.compactor import Compactor
 from runs import edit, model
 url, folder, step, occurrence = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 seen = [0]

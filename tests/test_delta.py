@@ -9,10 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire import kernels
-from deltawire.bits import Bits, count, unsigned, zeros
-from deltawire.delta import POSITION_BYTES, Delta, TensorDelta, between_bits
-from deltawire.digest import digest, moved
 from deltawire.errors import (
     ApplyError,
     DtypeMismatch,
@@ -21,7 +17,11 @@ from deltawire.errors import (
     ShapeMismatch,
     UnknownTensor,
 )
-from deltawire.tensors import as_bits, as_torch, equal
+from deltawire.weights import kernels
+from deltawire.weights.bits import Bits, count, unsigned, zeros
+from deltawire.weights.delta import POSITION_BYTES, Delta, TensorDelta, between_bits
+from deltawire.weights.digest import digest, moved
+from deltawire.weights.tensors import as_bits, as_torch, equal
 from strategies import every_dtype_far_apart, pairs, versions
 
 Weights = dict[str, Bits]

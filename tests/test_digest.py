@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from deltawire.bits import Bits, zeros
-from deltawire.delta import between_bits
-from deltawire.digest import digest, digest_at, digest_bits, moved, root
+from deltawire.weights.bits import Bits, zeros
+from deltawire.weights.delta import between_bits
+from deltawire.weights.digest import digest, digest_at, digest_bits, moved, root
 from strategies import pairs
 
 

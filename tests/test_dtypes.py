@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 import deltawire as dw
-from deltawire.bits import Bits
 from deltawire.errors import DtypeMismatch
-from deltawire.tensors import as_bits, cast, marked
+from deltawire.weights.bits import Bits
+from deltawire.weights.tensors import as_bits, cast, marked
 from runs import fresh, publishing, read_weights
 
 RULE = {"*.A_log": "F32", "*": "BF16"}

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Qwen3Config
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import deltawire as dw
-from deltawire.bits import Bits
-from deltawire.checkpoint import Checkpoint
 from deltawire.errors import DtypeMismatch
-from deltawire.fp8 import Fp8, quantise
-from deltawire.tensors import as_bits, as_torch
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.prepare.fp8 import Fp8, quantise
 from deltawire.torch import follow
+from deltawire.weights.bits import Bits
+from deltawire.weights.tensors import as_bits, as_torch
 from runs import PATIENCE, commits, fresh, publish_all, publishing, read_weights
 from strategies import seeds
 
@@ -253,7 +253,7 @@ def test_numpy_weights_become_fp8_without_torch():
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "import numpy as np\n"
-        "from deltawire.fp8 import quantise\n"
+        "from deltawire.prepare.fp8 import quantise\n"
         "weight, scale = quantise(np.eye(3, dtype=np.float32))\n"
         "print(weight.data.tolist()[:2], scale.shape)\n"
     )

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 import reference
-from deltawire import container, wire
-from deltawire.bits import Bits
-from deltawire.delta import Delta
 from deltawire.errors import FormatError
+from deltawire.format import container, delta_file
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -39,18 +39,18 @@ def spelled_out(delta: Delta) -> dict:
 
 def test_every_codec_and_encoding_has_a_golden_file():
     assert {(load(name)[2]["codec"], load(name)[2]["encoding"]) for name in NAMES} == {
-        (codec, encoding) for codec, encodings in wire.ENCODINGS.items() for encoding in encodings
+        (codec, encoding) for codec, encodings in delta_file.ENCODINGS.items() for encoding in encodings
     }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_golden_file_decodes_to_what_is_written_beside_it(name):
     data, base, expected = load(name)
-    header = wire.read_header(data)
+    header = delta_file.read_header(data)
     assert (header.codec, [header.run, header.parent, header.version]) == (expected["codec"], expected["range"])
     assert set(header.encodings) == {expected["encoding"]}
     assert header.sealed
-    assert spelled_out(wire.decode(data, base=base)) == expected["tensors"]
+    assert spelled_out(delta_file.decode(data, base=base)) == expected["tensors"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,13 +67,13 @@ def test_a_second_reader_written_from_the_specification_finds_the_same(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_golden_file_holds_is_encoded_the_same_way_today(name):
     data, base, expected = load(name)
-    delta = wire.decode(data, base=base)
+    delta = delta_file.decode(data, base=base)
     run, parent, version = expected["range"]
-    today = wire.encode(delta, codec=expected["codec"], base=base, run=run, parent=parent, version=version)
+    today = delta_file.encode(delta, codec=expected["codec"], base=base, run=run, parent=parent, version=version)
     if expected["codec"] == "raw":
         assert today == data  # no compressor in it whose version could change the bytes
-    assert spelled_out(wire.decode(today, base=base)) == expected["tensors"]
-    assert wire.read_header(today).encodings == wire.read_header(data).encodings
+    assert spelled_out(delta_file.decode(today, base=base)) == expected["tensors"]
+    assert delta_file.read_header(today).encodings == delta_file.read_header(data).encodings
     assert len(today) <= len(data) * 1.05
 
 
@@ -82,9 +82,9 @@ def test_every_truncation_of_a_golden_file_is_refused(name):
     data, base, _ = load(name)
     for length in range(len(data)):
         with pytest.raises(FormatError):
-            wire.decode(data[:length], base=base)
+            delta_file.decode(data[:length], base=base)
     with pytest.raises(FormatError):
-        wire.decode(data + b"\0", base=base)
+        delta_file.decode(data + b"\0", base=base)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,7 +95,7 @@ def test_every_flipped_bit_of_a_golden_file_is_refused(name):
         for flip in (1, 2, 4, 8, 16, 32, 64, 128, 255):
             damaged[at] ^= flip
             with pytest.raises(FormatError):
-                wire.decode(bytes(damaged), base=base)
+                delta_file.decode(bytes(damaged), base=base)
             damaged[at] ^= flip
 
 

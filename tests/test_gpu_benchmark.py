@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire import kernels
-from deltawire.codecs import varints
-from deltawire.codecs.base import zigzag
+from deltawire.format.codecs import varints
+from deltawire.format.codecs.base import zigzag
+from deltawire.weights import kernels
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

@@ -9,10 +9,10 @@ import pytest
 
 from deltawire import Publisher, Subscriber
 from deltawire.buckets.wrappers import Counting
-from deltawire.compactor import Compactor
 from deltawire.errors import Forked, OtherRun
-from deltawire.manifests import HEAD_KEY, way_key
-from deltawire.tensors import equal
+from deltawire.runlog.records import HEAD_KEY, way_key
+from deltawire.upkeep.compactor import Compactor
+from deltawire.weights.tensors import equal
 from runs import PATIENCE, commits, edit, fresh, model, publish_all, publishing, read_weights, served
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from deltawire import kernels
+from deltawire.weights import kernels
 from strategies import pairs
 
 WIDTHS = [np.uint8, np.uint16, np.uint32, np.uint64]

@@ -8,10 +8,11 @@ import logging
 import numpy as np
 import pytest
 
-from deltawire import Subscriber, digest
+from deltawire import Subscriber
 from deltawire.buckets import Counting
-from deltawire.compactor import Compactor
-from deltawire.digest import root
+from deltawire.upkeep.compactor import Compactor
+from deltawire.weights import digest
+from deltawire.weights.digest import root
 from runs import fresh, publishing, served
 
 log = logging.getLogger(__name__)

@@ -3,10 +3,11 @@
 import pytest
 from blake3 import blake3
 
-from deltawire import log, manifests
 from deltawire.errors import AccessRefused, ChainError, Forked, FormatError, NotFound, TooLarge, Unavailable
-from deltawire.log import Attempt, append
-from deltawire.manifests import HEAD_KEY, Commit, Head, Payload, Run, TensorEntry, commit_key, run_key
+from deltawire.runlog import log, records
+from deltawire.runlog.log import Attempt, append
+from deltawire.runlog.records import HEAD_KEY, Commit, Head, Payload, Run, commit_key, run_key
+from deltawire.weights.table import TensorEntry
 from faults import Faulty, from_write, on_key
 from runs import fresh
 
@@ -160,4 +161,4 @@ def test_a_record_that_no_reader_would_accept_never_reaches_the_bucket():
     with pytest.raises(FormatError):
         append(bucket, attempt(root="short"))
     assert [stat.key for stat in bucket.list(f"runs/{RUN}/commits/")] == []
-    assert manifests.write(attempt().commit)
+    assert records.write(attempt().commit)

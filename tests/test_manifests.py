@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire import manifests
-from deltawire.bits import WIDTHS
 from deltawire.errors import FormatError, UnknownVersion
-from deltawire.manifests import BaseCheckpoint, Commit, Head, Payload, Position, Run, TensorEntry, read, write
+from deltawire.runlog import records
+from deltawire.runlog.records import BaseCheckpoint, Commit, Head, Payload, Position, Run, read, write
+from deltawire.weights.bits import WIDTHS
+from deltawire.weights.table import TensorEntry
 
 RUN = "0123456789abcdef"
 GOLDEN = Path(__file__).parent / "golden" / "records"
@@ -217,12 +218,12 @@ def test_a_run_record_with_aliases_is_read_as_the_golden_one_says_and_written_th
     assert (embedding.name, embedding.aliases) == ("model.embed_tokens.weight", ("lm_head.weight",))
     assert (embedding.dtype, embedding.shape, embedding.trainable) == ("BF16", (50, 32), True)
     assert (norm.name, norm.aliases, norm.trainable) == ("model.norm.weight", (), False)
-    assert manifests.aliases_of(run.table) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert records.aliases_of(run.table) == {"lm_head.weight": "model.embed_tokens.weight"}
     assert (run.format, write(run)) == (2, data)
 
 
 def test_a_run_without_aliases_is_written_in_the_format_that_every_reader_knows():
-    plain = manifests.in_its_format(Run(RUN, (TensorEntry("w", "BF16", (2, 3)),), 1.0))
+    plain = records.in_its_format(Run(RUN, (TensorEntry("w", "BF16", (2, 3)),), 1.0))
     assert json.loads(write(plain))["format"] == 1
     assert b"aliases" not in write(plain)
 
@@ -256,13 +257,13 @@ def test_a_metric_that_is_not_finite_is_written_as_null():
 
 
 def test_keys_say_what_they_hold():
-    assert manifests.run_key(RUN) == f"runs/{RUN}/run.json"
-    assert manifests.commit_key(RUN, 11) == f"runs/{RUN}/commits/000011.json"
-    assert manifests.commit_key(RUN, 12_345_678) == f"runs/{RUN}/commits/12345678.json"
-    assert manifests.delta_key(11, "ab" * 32) == "deltas/step_000011-abababababab.safetensors"
-    assert manifests.delta_key(11, "ab" * 32, 3) == "deltas/step_000011.r003-abababababab.safetensors"
-    assert manifests.part_key(0, "ab" * 32, 3) == "anchors/step_000000-abababababab/r003.safetensors"
-    assert manifests.anchor_prefix(0, "ab" * 32) == "anchors/step_000000-abababababab"
+    assert records.run_key(RUN) == f"runs/{RUN}/run.json"
+    assert records.commit_key(RUN, 11) == f"runs/{RUN}/commits/000011.json"
+    assert records.commit_key(RUN, 12_345_678) == f"runs/{RUN}/commits/12345678.json"
+    assert records.delta_key(11, "ab" * 32) == "deltas/step_000011-abababababab.safetensors"
+    assert records.delta_key(11, "ab" * 32, 3) == "deltas/step_000011.r003-abababababab.safetensors"
+    assert records.part_key(0, "ab" * 32, 3) == "anchors/step_000000-abababababab/r003.safetensors"
+    assert records.anchor_prefix(0, "ab" * 32) == "anchors/step_000000-abababababab"
 
 
 def test_a_position_reads_as_run_and_version():

@@ -14,13 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deltawire import checkpoint, materialize, open_bucket
-from deltawire.bits import Bits
-from deltawire.checkpoint import SINGLE, Checkpoint
-from deltawire.compactor import Compactor
+from deltawire import open_bucket
 from deltawire.errors import AlreadyExists, BadDigest, Gap, NotFound, OutOfSpace
-from deltawire.mirror import MARKER, held
-from deltawire.tensors import equal
+from deltawire.format import checkpoint
+from deltawire.format.checkpoint import SINGLE, Checkpoint
+from deltawire.read.mirror import MARKER, held
+from deltawire.upkeep import materialize
+from deltawire.upkeep.compactor import Compactor
+from deltawire.weights.bits import Bits
+from deltawire.weights.tensors import equal
 from runs import (
     PATIENCE,
     chain_of_four,
@@ -281,7 +283,12 @@ def full(*anything, **options):
 
 @pytest.mark.parametrize(
     "call",
-    ["deltawire.checkpoint.shutil.copyfile", "numpy.memmap.flush", "pathlib.Path.write_text", "tempfile.mkdtemp"],
+    [
+        "deltawire.format.checkpoint.shutil.copyfile",
+        "numpy.memmap.flush",
+        "pathlib.Path.write_text",
+        "tempfile.mkdtemp",
+    ],
 )
 def test_a_disk_that_fills_up_at_any_step_is_out_of_space_and_leaves_nothing(chain, tmp_path, monkeypatch, call):
     bucket, _ = chain

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from deltawire import Delta, checkpoint, digest, mirror
-from deltawire.digest import root
+from deltawire import Delta
 from deltawire.errors import AccessRefused, AlreadyExists, BadDigest, NotFound, OutOfSpace
-from deltawire.manifests import Position
-from deltawire.mirror import Mirror, held, reading
-from deltawire.tensors import equal
+from deltawire.format import checkpoint
+from deltawire.read import mirror
+from deltawire.read.mirror import Mirror, held, reading
+from deltawire.runlog.records import Position
+from deltawire.weights import digest
+from deltawire.weights.digest import root
+from deltawire.weights.tensors import equal
 from runs import edit, model, served, table
 
 RUN = "0" * 16
@@ -125,8 +128,8 @@ import os, signal, sys
 from pathlib import Path
 from test_mirror import at, table, versions
 from deltawire import Delta
-from deltawire.delta import TensorDelta
-from deltawire.mirror import Mirror
+from deltawire.weights.delta import TensorDelta
+from deltawire.read.mirror import Mirror
 folder, when = Path(sys.argv[1]), sys.argv[2]
 chain = versions(3)
 def die(step):

@@ -6,7 +6,7 @@ import torch
 
 import deltawire as dw
 from deltawire.errors import ShapeMismatch, UnknownTensor
-from deltawire.names import NameMap, View
+from deltawire.prepare.names import NameMap, View
 
 EXPERTS, WIDTH, HIDDEN = 3, 4, 5
 FUSED = {

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from deltawire.buckets import Stat
 from deltawire.errors import Gap
-from deltawire.paths import RECORD_COST, Edge, cheapest, survey
+from deltawire.runlog.planner import RECORD_COST, Edge, cheapest, survey
 
 RUN = "0" * 16
 H = "0123456789ab"

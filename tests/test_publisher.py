@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltawire import NameMap, Publisher, Subscriber, kernels, materialize, open_bucket, publisher
+from deltawire import NameMap, Publisher, Subscriber, open_bucket
 from deltawire.errors import (
     AccessRefused,
     DeltaWireError,
@@ -20,8 +20,11 @@ from deltawire.errors import (
     UnknownTensor,
     UnknownVersion,
 )
-from deltawire.log import read_head
-from deltawire.tensors import equal
+from deltawire.publish import publisher
+from deltawire.runlog.log import read_head
+from deltawire.upkeep import materialize
+from deltawire.weights import kernels
+from deltawire.weights.tensors import equal
 from faults import Faulty, down, never
 from runs import PATIENCE, commits, edit, fresh, model, publish_all, publishing, read_weights, served
 

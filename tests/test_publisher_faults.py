@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire import Publisher, materialize
-from deltawire.checkpoint import Checkpoint
+from deltawire import Publisher
 from deltawire.errors import (
     AccessRefused,
     BadDigest,
@@ -21,9 +20,11 @@ from deltawire.errors import (
     MissingTensor,
     Unavailable,
 )
-from deltawire.log import list_versions, read_head
-from deltawire.manifests import commit_key
-from deltawire.tensors import equal
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.runlog.log import list_versions, read_head
+from deltawire.runlog.records import commit_key
+from deltawire.upkeep import materialize
+from deltawire.weights.tensors import equal
 from faults import Fault, Faulty, down, from_write, never, on_key
 from runs import PATIENCE, commits, edit, fresh, model, publish_all, publishing, read_weights, served
 from strategies import seeds

@@ -6,7 +6,7 @@ import pytest
 
 from deltawire import Publisher, open_bucket
 from deltawire.errors import NotFound, WrongBase
-from deltawire.tensors import equal
+from deltawire.weights.tensors import equal
 from runs import PATIENCE, commits, edit, fresh, model, publishing, read_weights, served
 
 pytestmark = pytest.mark.usefixtures("quick_retries")

@@ -5,16 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire import Subscriber, ledger, log, materialize, retention, signing
+from deltawire import Subscriber
 from deltawire.buckets import Stat
 from deltawire.buckets.faulty import Faulty
 from deltawire.buckets.wrappers import Counting
-from deltawire.compactor import Compactor
 from deltawire.errors import FormatError, Gap
-from deltawire.ledger import Heartbeat
-from deltawire.manifests import Derived, commit_key, hash_of, read, signed, write
-from deltawire.retention import Policy, carry_out, plan, plan_prune
-from deltawire.tensors import equal
+from deltawire.runlog import heartbeats, log, signing
+from deltawire.runlog.heartbeats import Heartbeat
+from deltawire.runlog.records import Derived, commit_key, hash_of, read, signed, write
+from deltawire.upkeep import materialize, retention
+from deltawire.upkeep.compactor import Compactor
+from deltawire.upkeep.retention import Policy, carry_out, plan, plan_prune
+from deltawire.weights.tensors import equal
 from runs import edit, fresh, model, publishing, read_weights, served
 
 SOON = Policy(anchors=1, hours=-1.0)
@@ -73,15 +75,15 @@ def test_a_trainer_continues_a_pruned_run(compacted):
 @pytest.mark.parametrize("beat", [Heartbeat("a", None, 10), Heartbeat("a", None, 19, need=9)])
 def test_what_an_active_replica_needs_stays(compacted, beat):
     bucket, run, _ = compacted
-    ledger.beat(bucket, msgspec.structs.replace(beat, run=run))
+    heartbeats.beat(bucket, msgspec.structs.replace(beat, run=run))
     found = plan_prune(bucket, run, SOON)
     assert (found.floor, found.reason) == (8, "replica a")
 
 
 def test_a_replica_that_fell_silent_or_follows_another_run_keeps_nothing(compacted):
     bucket, run, _ = compacted
-    ledger.beat(bucket, Heartbeat("elsewhere", "f" * 16, 1))
-    ledger.beat(bucket, Heartbeat("silent", run, 1))
+    heartbeats.beat(bucket, Heartbeat("elsewhere", "f" * 16, 1))
+    heartbeats.beat(bucket, Heartbeat("silent", run, 1))
     assert plan_prune(bucket, run, Policy(1, -1.0, replica_hours=-1.0)).floor == 19
     assert plan_prune(bucket, run, SOON).reason == "replica silent"
 
@@ -138,11 +140,11 @@ def test_nothing_at_or_above_what_is_wanted_goes(length, anchors, keep, replicas
 def test_the_ledger_is_read_as_hints(compacted):
     bucket, run, _ = compacted
     bucket.put("replicas/junk.json", b"\xff not a record")
-    bucket.put("replicas/huge.json", b" " * (ledger.MAX_HEARTBEAT + 1))
-    ledger.beat(bucket, Heartbeat("b", run, 3, lag=2, error="x"))
-    assert [beat for _, beat in ledger.read_all(bucket)] == [Heartbeat("b", run, 3, lag=2, error="x")]
+    bucket.put("replicas/huge.json", b" " * (heartbeats.MAX_HEARTBEAT + 1))
+    heartbeats.beat(bucket, Heartbeat("b", run, 3, lag=2, error="x"))
+    assert [beat for _, beat in heartbeats.read_all(bucket)] == [Heartbeat("b", run, 3, lag=2, error="x")]
     with pytest.raises(FormatError, match="replica name"):
-        ledger.beat(bucket, Heartbeat("../b"))
+        heartbeats.beat(bucket, Heartbeat("../b"))
     assert retention.plan_prune(bucket, run, SOON).reason == "replica b"
 
 

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire.bits import Bits
-from deltawire.delta import TensorDelta, between_bits
-from deltawire.digest import digest_bits
-from deltawire.names import View
-from deltawire.shards import Box, Shard, share
-from deltawire.tensors import as_bits
+from deltawire.prepare.names import View
+from deltawire.publish.sharded.boxes import Box, Shard, share
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import TensorDelta, between_bits
+from deltawire.weights.digest import digest_bits
+from deltawire.weights.tensors import as_bits
 
 MODULUS = 1 << 64
 

@@ -5,11 +5,13 @@ import stat
 import msgspec
 import pytest
 
-from deltawire import Publisher, Subscriber, materialize, signing
+from deltawire import Publisher, Subscriber
 from deltawire.errors import AlreadyExists, BadSignature, ChainError, Forked, FormatError
-from deltawire.log import list_versions
-from deltawire.manifests import HEAD_KEY, Commit, Derived, Head, Run, commit_key, read, run_key, signed, write
-from deltawire.tensors import equal
+from deltawire.runlog import signing
+from deltawire.runlog.log import list_versions
+from deltawire.runlog.records import HEAD_KEY, Commit, Derived, Head, Run, commit_key, read, run_key, signed, write
+from deltawire.upkeep import materialize
+from deltawire.weights.tensors import equal
 from runs import commits, edit, fresh, model, publish_all, read_weights, replace_commit, served
 
 

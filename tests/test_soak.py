@@ -15,13 +15,14 @@ from functools import partial
 
 import pytest
 
-from deltawire import Publisher, Subscriber, open_bucket, retention
+from deltawire import Publisher, Subscriber, open_bucket
 from deltawire.buckets.faulty import Faulty, seeded
-from deltawire.checkpoint import Checkpoint
-from deltawire.compactor import Compactor
 from deltawire.errors import DeltaWireError
-from deltawire.mirror import Mirror, held
-from deltawire.tensors import equal
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.read.mirror import Mirror, held
+from deltawire.upkeep import retention
+from deltawire.upkeep.compactor import Compactor
+from deltawire.weights.tensors import equal
 from runs import commits, edit, model, served
 
 VERSIONS = int(os.environ.get("DELTAWIRE_SOAK_VERSIONS", "60"))
@@ -35,10 +36,10 @@ import sys, time
 from pathlib import Path
 from deltawire import Subscriber, ledger, open_bucket
 from deltawire.buckets.faulty import Faulty, seeded
-from deltawire.checkpoint import files
+from deltawire.format.checkpoint import files
 from deltawire.errors import DeltaWireError
-from deltawire.ledger import Heartbeat
-from deltawire.mirror import Mirror, held
+from deltawire.runlog.heartbeats import Heartbeat
+from deltawire.read.mirror import Mirror, held
 url, folder, log, seed, pause, name = sys.argv[1:]
 folder, seed, pause = Path(folder), int(seed), float(pause)
 bucket = Faulty(open_bucket(url), seeded(seed, 0.05))

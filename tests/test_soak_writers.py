@@ -8,9 +8,10 @@ import random
 
 import pytest
 
-from deltawire import Publisher, Subscriber, open_bucket, verify
+from deltawire import Publisher, Subscriber, open_bucket
 from deltawire.errors import DeltaWireError, Forked
-from deltawire.log import continues
+from deltawire.runlog.log import continues
+from deltawire.upkeep import verify
 from runs import PATIENCE, edit, model
 
 ROUNDS = 10 if "DELTAWIRE_SOAK_VERSIONS" not in os.environ else int(os.environ["DELTAWIRE_SOAK_VERSIONS"]) // 4

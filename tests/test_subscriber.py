@@ -7,18 +7,20 @@ import msgspec
 import numpy as np
 import pytest
 
-from deltawire import Subscriber, checkpoint, digest
-from deltawire.bits import Bits
-from deltawire.delta import Delta
-from deltawire.digest import root
+from deltawire import Subscriber
 from deltawire.errors import (
     Forked,
     Gap,
     NotFound,
     OtherRun,
 )
-from deltawire.manifests import HEAD_KEY, Head, Position, commit_key, run_key, write
-from deltawire.tensors import equal
+from deltawire.format import checkpoint
+from deltawire.runlog.records import HEAD_KEY, Head, Position, commit_key, run_key, write
+from deltawire.weights import digest
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta
+from deltawire.weights.digest import root
+from deltawire.weights.tensors import equal
 from faults import Faulty, down, never
 from runs import (
     PATIENCE,

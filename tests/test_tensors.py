@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltawire import Publisher
-from deltawire.bits import WIDTHS, Bits
 from deltawire.errors import DtypeMismatch
-from deltawire.tensors import NAMES, as_bits, as_torch, cast, dtype_of, equal, like, naming
+from deltawire.weights.bits import WIDTHS, Bits
+from deltawire.weights.tensors import NAMES, as_bits, as_torch, cast, dtype_of, equal, like, naming
 from runs import PATIENCE, fresh
 from strategies import dtypes, random_bits, seeds, shapes
 
@@ -182,7 +182,7 @@ def test_numpy_weights_need_no_torch_and_torch_ones_say_what_to_install():
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "import numpy as np\n"
-        "from deltawire.tensors import as_bits, as_torch, equal\n"
+        "from deltawire.weights.tensors import as_bits, as_torch, equal\n"
         "bits = as_bits(np.ones(2)); assert equal({'w': bits}, {'w': np.ones(2)})\n"
         "try: as_torch(bits)\n"
         "except ImportError as error: print(error)\n"

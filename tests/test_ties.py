@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from deltawire import ties
-from deltawire.bits import Bits
-from deltawire.digest import digest
-from deltawire.ties import Given, head_of, in_file, settle, ties_words
+from deltawire.publish import ties
+from deltawire.publish.ties import Given, head_of, in_file, settle, ties_words
+from deltawire.weights.bits import Bits
+from deltawire.weights.digest import digest
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

@@ -9,9 +9,11 @@ import time
 
 import pytest
 
-from deltawire import Publisher, baseline, capture, materialize, publisher
+from deltawire import Publisher
 from deltawire.errors import DeltaWireError
-from deltawire.tensors import equal
+from deltawire.publish import baseline, capture, publisher
+from deltawire.upkeep import materialize
+from deltawire.weights.tensors import equal
 from runs import PATIENCE, edit, fresh, model, publish_all, read_weights, served
 
 FILES = {module.__file__ for module in (baseline, capture, publisher)}

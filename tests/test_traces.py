@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltawire import container, kernels, wire
-from deltawire.bits import Bits
-from deltawire.delta import Delta
-from deltawire.digest import digest, moved
-from deltawire.tensors import equal
+from deltawire.format import container, delta_file
+from deltawire.weights import kernels
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta
+from deltawire.weights.digest import digest, moved
+from deltawire.weights.tensors import equal
 
 TRACES = sorted((Path(__file__).parents[2] / "shared" / "traces").glob("*/base.safetensors"))
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def deltas(base, steps) -> list[Delta]:
     """Each recorded step decoded by codec raw against the weights before it."""
     chain, current = [], base
     for step in steps:
-        chain.append(wire.decode(step.read_bytes(), base=current))
+        chain.append(delta_file.decode(step.read_bytes(), base=current))
         current = current + chain[-1]
     return chain
 
@@ -71,8 +72,8 @@ def test_gap_takes_at_most_1_42_bytes_per_changed_element_and_is_4_2_times_small
     changed = gap_header = gap_streams = raw_streams = 0
     current = base
     for delta in deltas:
-        header, streams = sizes(wire.encode(delta))
-        raw_streams += sizes(wire.encode(delta, codec="raw", base=current))[1]
+        header, streams = sizes(delta_file.encode(delta))
+        raw_streams += sizes(delta_file.encode(delta, codec="raw", base=current))[1]
         gap_header, gap_streams, changed = gap_header + header, gap_streams + streams, changed + delta.changed
         current = current + delta
     per_change, ratio = gap_streams / changed, raw_streams / gap_streams
@@ -87,8 +88,8 @@ def test_gap_takes_at_most_1_42_bytes_per_changed_element_and_is_4_2_times_small
 def test_every_step_comes_back_from_gap_and_from_raw(base, deltas):
     current = base
     for delta in deltas:
-        assert wire.decode(wire.encode(delta)) == delta
-        assert wire.decode(wire.encode(delta, codec="raw", base=current), base=current) == delta
+        assert delta_file.decode(delta_file.encode(delta)) == delta
+        assert delta_file.decode(delta_file.encode(delta, codec="raw", base=current), base=current) == delta
         current = current + delta
 
 
@@ -96,7 +97,7 @@ def test_four_deltas_applied_reach_the_weights_and_digests_that_plain_assignment
     weights = {name: bits.copy() for name, bits in base.items()}
     sums = digest(base)
     for delta in deltas:
-        for name, tensor in wire.decode(wire.encode(delta)).items():
+        for name, tensor in delta_file.decode(delta_file.encode(delta)).items():
             sums[name] = moved(sums[name], *tensor.apply_(weights[name].data))
     assert equal(weights, last)
     assert sums == digest(last) == {name: kernels.plain.digest_sweep(bits.data) for name, bits in last.items()}

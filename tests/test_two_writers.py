@@ -3,14 +3,15 @@
 import msgspec
 import pytest
 
-from deltawire import Publisher, Subscriber, log
+from deltawire import Publisher, Subscriber
 from deltawire.buckets.faulty import Faulty
-from deltawire.checkpoint import files
 from deltawire.errors import AccessRefused, AlreadyExists, DeltaWireError, Forked, NotFound
-from deltawire.log import Attempt
-from deltawire.manifests import HEAD_KEY, Head, commit_key, write
-from deltawire.mirror import Mirror
-from deltawire.tensors import equal
+from deltawire.format.checkpoint import files
+from deltawire.read.mirror import Mirror
+from deltawire.runlog import log
+from deltawire.runlog.log import Attempt
+from deltawire.runlog.records import HEAD_KEY, Head, commit_key, write
+from deltawire.weights.tensors import equal
 from runs import PATIENCE, commits, edit, fresh, model, publishing, read_weights, served
 
 

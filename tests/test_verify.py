@@ -8,11 +8,14 @@ import msgspec
 import pytest
 from blake3 import blake3
 
-from deltawire import checkpoint, decode, encode, retention, signing, verify
-from deltawire.compactor import Compactor
-from deltawire.delta import Delta
+from deltawire import decode, encode
 from deltawire.errors import BadDigest, BadSignature, Forked, FormatError, Gap, NotFound
-from deltawire.manifests import Derived, Payload, derived_key, fold_key, read, write
+from deltawire.format import checkpoint
+from deltawire.runlog import signing
+from deltawire.runlog.records import Derived, Payload, derived_key, fold_key, read, write
+from deltawire.upkeep import retention, verify
+from deltawire.upkeep.compactor import Compactor
+from deltawire.weights.delta import Delta
 from runs import edit, fresh, model, publish_all, publishing, replace_commit, served, table
 
 

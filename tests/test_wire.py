@@ -11,9 +11,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import reference
-from deltawire import wire
-from deltawire.bits import Bits
-from deltawire.delta import Delta
 from deltawire.errors import (
     DtypeMismatch,
     FormatError,
@@ -22,18 +19,21 @@ from deltawire.errors import (
     UnknownTensor,
     UnknownVersion,
 )
-from deltawire.tensors import as_torch, equal
+from deltawire.format import delta_file
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta
+from deltawire.weights.tensors import as_torch, equal
 from small_delta import DELTA, NEW, OLD
 from strategies import every_dtype_far_apart, versions
 
-codecs = st.sampled_from(wire.CODECS)
+codecs = st.sampled_from(delta_file.CODECS)
 
 
 @given(versions(2), codecs)
 def test_a_delta_comes_back_from_its_file(chain, codec):
     old, new = chain
     delta = Delta.between(old, new)
-    back = wire.decode(wire.encode(delta, codec=codec, base=old), base=old)
+    back = delta_file.decode(delta_file.encode(delta, codec=codec, base=old), base=old)
     assert back == delta
     assert equal(new, old + back)
 
@@ -41,14 +41,14 @@ def test_a_delta_comes_back_from_its_file(chain, codec):
 @given(versions(2), codecs)
 def test_torch_weights_go_through_a_file_bit_for_bit(chain, codec):
     old, new = ({name: as_torch(bits) for name, bits in weights.items()} for weights in chain)
-    back = wire.decode(wire.encode(Delta.between(old, new), codec=codec, base=old), base=old)
+    back = delta_file.decode(delta_file.encode(Delta.between(old, new), codec=codec, base=old), base=old)
     assert equal(new, old + back)
 
 
-@pytest.mark.parametrize("codec", wire.CODECS)
+@pytest.mark.parametrize("codec", delta_file.CODECS)
 def test_every_dtype_survives_gaps_of_more_than_65535(codec):
     old, new = every_dtype_far_apart()
-    back = wire.decode(wire.encode(Delta.between(old, new), codec=codec, base=old), base=old)
+    back = delta_file.decode(delta_file.encode(Delta.between(old, new), codec=codec, base=old), base=old)
     assert equal(new, old + back)
 
 
@@ -56,7 +56,7 @@ def test_every_dtype_survives_gaps_of_more_than_65535(codec):
 def test_a_second_reader_written_from_the_specification_finds_the_same_change(chain, codec):
     old, new = chain
     delta = Delta.between(old, new)
-    data = wire.encode(delta, codec=codec, base=old)
+    data = delta_file.encode(delta, codec=codec, base=old)
     found = reference.delta(data, {name: bits.data.tolist() for name, bits in old.items()})
     assert found.keys() == delta.keys()
     for name, (dtype, shape, steps) in found.items():
@@ -70,11 +70,11 @@ def test_equal_input_gives_equal_bytes_whatever_order_it_comes_in(chain, codec):
     old, new = chain
     delta = Delta.between(old, new)
     backwards = Delta({name: delta[name] for name in reversed(list(delta))})
-    assert wire.encode(delta, codec=codec, base=old) == wire.encode(backwards, codec=codec, base=dict(old))
+    assert delta_file.encode(delta, codec=codec, base=old) == delta_file.encode(backwards, codec=codec, base=dict(old))
 
 
 def test_the_header_says_what_is_in_the_file_without_decoding_it():
-    header = wire.read_header(wire.encode(DELTA, run="r1", parent=41, version=44))
+    header = delta_file.read_header(delta_file.encode(DELTA, run="r1", parent=41, version=44))
     assert (header.codec, header.run, header.parent, header.version) == ("gap", "r1", 41, 44)
     assert [(t.name, t.dtype, t.shape, t.changed, t.total) for t in header.tensors] == [
         ("a", "BF16", (100, 3), 3, 300),
@@ -85,9 +85,9 @@ def test_the_header_says_what_is_in_the_file_without_decoding_it():
 
 
 def test_a_file_without_changes_is_a_file():
-    header = wire.read_header(wire.encode(Delta()))
+    header = delta_file.read_header(delta_file.encode(Delta()))
     assert (header.tensors, header.run, header.parent, header.version) == ((), None, None, None)
-    assert wire.decode(wire.encode(Delta())) == Delta()
+    assert delta_file.decode(delta_file.encode(Delta())) == Delta()
 
 
 def test_a_tensor_that_changed_everywhere_is_dense_and_one_that_barely_changed_is_not():
@@ -97,14 +97,14 @@ def test_a_tensor_that_changed_everywhere_is_dense_and_one_that_barely_changed_i
     for share, encoding in ((0.001, "gap"), (0.1, "gap"), (1.0, "dense")):
         new = {"w": old["w"].copy()}
         new["w"].data[rng.random(10_000) < share] += 1
-        data = wire.encode(Delta.between(old, new))
-        assert wire.read_header(data).encodings == (encoding,)
+        data = delta_file.encode(Delta.between(old, new))
+        assert delta_file.read_header(data).encodings == (encoding,)
         sizes[share] = len(data)
     assert sizes[1.0] < sizes[0.1]
 
 
 def test_safe_open_shows_a_delta_file(tmp_path):
-    (tmp_path / "delta.safetensors").write_bytes(wire.encode(DELTA, codec="raw", base=OLD))
+    (tmp_path / "delta.safetensors").write_bytes(delta_file.encode(DELTA, codec="raw", base=OLD))
     with safe_open(tmp_path / "delta.safetensors", "pt") as file:
         assert file.metadata()["format"] == "deltawire-delta"
         assert file.get_tensor("a.indices").tolist() == [0, 9, 299]
@@ -113,15 +113,15 @@ def test_safe_open_shows_a_delta_file(tmp_path):
 
 def test_an_unknown_codec_is_refused_with_those_there_are():
     with pytest.raises(UnknownVersion, match="'class' is not known; choose from gap, raw"):
-        wire.encode(DELTA, codec="class")
+        delta_file.encode(DELTA, codec="class")
 
 
 def test_absolute_values_need_the_weights_before_them_both_ways():
     with pytest.raises(NeedsBase, match="base="):
-        wire.encode(DELTA, codec="raw")
+        delta_file.encode(DELTA, codec="raw")
     with pytest.raises(NeedsBase, match="base="):
-        wire.decode(wire.encode(DELTA, codec="raw", base=OLD))
-    assert wire.read_header(wire.encode(DELTA, codec="raw", base=OLD)).codec == "raw"
+        delta_file.decode(delta_file.encode(DELTA, codec="raw", base=OLD))
+    assert delta_file.read_header(delta_file.encode(DELTA, codec="raw", base=OLD)).codec == "raw"
 
 
 @pytest.mark.parametrize(
@@ -135,9 +135,9 @@ def test_absolute_values_need_the_weights_before_them_both_ways():
 )
 def test_weights_that_are_not_those_before_the_delta_are_refused_both_ways(base, error):
     with pytest.raises(error, match="a"):
-        wire.encode(DELTA, codec="raw", base=base)
+        delta_file.encode(DELTA, codec="raw", base=base)
     with pytest.raises(error, match="a"):
-        wire.decode(wire.encode(DELTA, codec="raw", base=OLD), base=base)
+        delta_file.decode(delta_file.encode(DELTA, codec="raw", base=OLD), base=base)
 
 
 def trl_file(path, tensors: dict[str, torch.Tensor]) -> bytes:
@@ -154,14 +154,14 @@ def test_a_file_in_the_layout_of_trls_post_decodes_against_base_and_encodes_to_g
     positions = torch.tensor([0, 9, 299], dtype=index)
     tensors = pair(positions, as_torch(NEW["a"]).reshape(-1)[positions.long()])
     data = trl_file(tmp_path / "step.safetensors", tensors)
-    header = wire.read_header(data)
+    header = delta_file.read_header(data)
     assert (header.codec, header.run, header.parent, header.version) == ("raw", None, None, None)
     assert not header.sealed
     with pytest.raises(NeedsBase):
-        wire.decode(data)
-    delta = wire.decode(data, base=OLD)
+        delta_file.decode(data)
+    delta = delta_file.decode(data, base=OLD)
     assert delta == Delta({"a": DELTA["a"]})
-    assert wire.decode(wire.encode(delta)) == delta
+    assert delta_file.decode(delta_file.encode(delta)) == delta
 
 
 TRL_HOSTILE = {
@@ -183,7 +183,7 @@ TRL_HOSTILE = {
 @pytest.mark.parametrize("tensors", TRL_HOSTILE.values(), ids=TRL_HOSTILE)
 def test_a_file_that_is_nearly_in_that_layout_is_refused(tmp_path, tensors):
     with pytest.raises(FormatError):
-        wire.decode(trl_file(tmp_path / "step.safetensors", tensors), base=OLD)
+        delta_file.decode(trl_file(tmp_path / "step.safetensors", tensors), base=OLD)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_file_that_is_nearly_in_that_layout_is_refused(tmp_path, tensors):
 )
 def test_an_import_that_is_not_of_base_says_so(tmp_path, tensors, error):
     with pytest.raises(error):
-        wire.decode(trl_file(tmp_path / "step.safetensors", tensors), base=OLD)
+        delta_file.decode(trl_file(tmp_path / "step.safetensors", tensors), base=OLD)
 
 
 def test_reading_a_delta_costs_memory_for_one_delta():
@@ -205,10 +205,10 @@ def test_reading_a_delta_costs_memory_for_one_delta():
     for bits in new.values():
         bits.data[rng.choice(1 << 20, 10_000, replace=False)] += 1
     delta = Delta.between(old, new)
-    data = wire.encode(delta)
-    assert wire.decode(data) == delta
+    data = delta_file.encode(delta)
+    assert delta_file.decode(data) == delta
     tracemalloc.start()
-    back = wire.decode(data)
+    back = delta_file.decode(data)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert back.nbytes == delta.nbytes == 8 * 10_000 * 10

@@ -15,10 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
+from deltawire.demo import audit
+from deltawire.demo.cast import BUCKET, SERVED_NAME, Cast, find_checkout
+from deltawire.demo.processes import Child, Children, Command, free_port
 from deltawire.errors import DeltaWireError
-from deltawire.ops import audit
-from deltawire.ops.cast import BUCKET, SERVED_NAME, Cast, find_checkout
-from deltawire.ops.processes import Child, Children, Command, free_port
 from deltawire.vllm.client import EngineClient
 
 T = TypeVar("T")

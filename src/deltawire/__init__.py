@@ -1,19 +1,19 @@
 """deltawire ships only the weights that changed: verified sparse deltas, from a trainer to vLLM, through a bucket."""
 
 from deltawire.buckets import open_bucket
-from deltawire.changes import Change, Update
-from deltawire.delta import Delta
-from deltawire.digest import digest
 from deltawire.errors import DeltaWireError
-from deltawire.manifests import Position
-from deltawire.materialize import materialize
-from deltawire.names import NameMap
-from deltawire.publisher import Publisher
-from deltawire.reports import MaterializeReport, PublishReport, UploadReport, VerifyReport
-from deltawire.subscriber import Subscriber
-from deltawire.tensors import equal
-from deltawire.verify import verify
-from deltawire.wire import decode, encode
+from deltawire.format.delta_file import decode, encode
+from deltawire.prepare.names import NameMap
+from deltawire.publish.publisher import Publisher
+from deltawire.publish.reports import PublishReport, UploadReport
+from deltawire.read.changes import Change, Update
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.records import Position
+from deltawire.upkeep.materialize import MaterializeReport, materialize
+from deltawire.upkeep.verify import VerifyReport, verify
+from deltawire.weights.delta import Delta
+from deltawire.weights.digest import digest
+from deltawire.weights.tensors import equal
 
 __all__ = [
     "Change",

@@ -39,7 +39,8 @@ DeltaWireError
     NotServed           nobody serves a published version in time; it is safe in the bucket
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 NAMED = 3
 """names that an error lists before it only counts"""
@@ -208,3 +209,10 @@ def made_again(kind: str, message: str) -> DeltaWireError | None:
     """The error that another process tells of by its type's name; None for a name that is not in this tree."""
     found = globals().get(kind)
     return found(message) if isinstance(found, type) and issubclass(found, DeltaWireError) else None
+
+
+def named_error(record: Mapping[str, Any]) -> DeltaWireError:
+    """The typed error that another process recorded as its type's name (`kind`) and `message`. EngineError for a name
+    that is not in this tree."""
+    kind, message = str(record.get("kind")), str(record.get("message", "the worker gave no reason"))
+    return made_again(kind, message) or EngineError(f"{kind}: {message}")

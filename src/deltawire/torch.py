@@ -10,14 +10,14 @@ except ImportError:
     raise ImportError("following with a module needs torch: pip install 'deltawire[torch]'") from None
 
 from deltawire.buckets import open_bucket
-from deltawire.manifests import Position
-from deltawire.names import NameMap
-from deltawire.seen import Seen, given
-from deltawire.signing import trust
-from deltawire.subscriber import Subscriber
-from deltawire.vllm.loading import AfterLoading
-from deltawire.vllm.protocol import named_error
-from deltawire.vllm.replica import Replica
+from deltawire.errors import named_error
+from deltawire.live.post_load import AfterLoading
+from deltawire.live.worker import Replica
+from deltawire.prepare.names import NameMap
+from deltawire.read.seen import Seen, given
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.records import Position
+from deltawire.runlog.signing import trust
 
 
 def follow(

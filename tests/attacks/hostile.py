@@ -10,11 +10,8 @@ from typing import Any
 import msgspec
 from blake3 import blake3
 
-from deltawire import digest
-from deltawire.bits import Bits
 from deltawire.buckets import Bucket
-from deltawire.digest import root
-from deltawire.manifests import (
+from deltawire.runlog.records import (
     HEAD_KEY,
     BaseCheckpoint,
     Commit,
@@ -22,12 +19,15 @@ from deltawire.manifests import (
     Head,
     Payload,
     Run,
-    TensorEntry,
     commit_key,
     derived_key,
     hash_of,
     run_key,
 )
+from deltawire.weights import digest
+from deltawire.weights.bits import Bits
+from deltawire.weights.digest import root
+from deltawire.weights.table import TensorEntry
 
 NOTHING = blake3(b"").hexdigest()
 

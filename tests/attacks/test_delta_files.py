@@ -8,42 +8,42 @@ import pytest
 from blake3 import blake3
 
 import reference
-from deltawire import container, wire
-from deltawire.bits import Bits
-from deltawire.codecs.base import compress
-from deltawire.delta import Delta
 from deltawire.errors import BadDigest, FormatError, TooLarge, UnknownVersion
+from deltawire.format import container, delta_file
+from deltawire.format.codecs.base import compress
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta
 from small_delta import DELTA, OLD
 
 
 def test_a_damaged_delta_never_passes_for_an_import_without_a_seal():
-    data = wire.encode(DELTA, codec="raw", base=OLD)
+    data = delta_file.encode(DELTA, codec="raw", base=OLD)
     with pytest.raises(FormatError, match="its format is not 'deltawire-delta'"):
-        wire.decode(data.replace(b"deltawire-delta", b"deltawire-dElta"), base=OLD)
+        delta_file.decode(data.replace(b"deltawire-delta", b"deltawire-dElta"), base=OLD)
 
 
 def test_an_altered_byte_is_reported_as_damage():
-    data = bytearray(wire.encode(DELTA))
+    data = bytearray(delta_file.encode(DELTA))
     data[-1] ^= 1
     with pytest.raises(BadDigest, match="damaged or altered"):
-        wire.decode(bytes(data))
+        delta_file.decode(bytes(data))
 
 
 @pytest.mark.parametrize(("field", "value"), [("version", "2"), ("version", "01"), ("codec", "class"), ("codec", None)])
 def test_another_format_version_or_codec_is_named(field, value):
     with pytest.raises(UnknownVersion, match=repr(value)):
-        wire.decode(forged(metadata={field: value}))
+        delta_file.decode(forged(metadata={field: value}))
 
 
 @pytest.mark.parametrize("stated", ["", "0" * 64, "A" * 64, "0" * 63, "\ud800" * 64])
 def test_a_seal_that_is_not_one_is_refused(stated):
-    data = wire.encode(DELTA)
+    data = delta_file.encode(DELTA)
     text = json.dumps(stated)[1:-1].encode() if stated.isascii() else b"\\ud800" * 64
     header, _ = reference.container(data)
     length = int.from_bytes(data[:8], "little")
     changed = data[8 : 8 + length].replace(header["__metadata__"]["blake3"].encode(), text)
     with pytest.raises(FormatError, match=r"blake3|damaged"):
-        wire.decode(len(changed).to_bytes(8, "little") + changed + data[8 + length :])
+        delta_file.decode(len(changed).to_bytes(8, "little") + changed + data[8 + length :])
 
 
 def forged(
@@ -53,12 +53,12 @@ def forged(
     streams: dict[str, Bits] | None = None,
 ) -> bytes:
     """A file with a right seal and any content, as an attacker would make it."""
-    good = reference.container(wire.encode(DELTA))[0]["__metadata__"]
+    good = reference.container(delta_file.encode(DELTA))[0]["__metadata__"]
     fields = {**good, "blake3": "0" * 64, **(metadata or {})}
     if facts is not None:
         fields["tensors"] = json.dumps(facts)
     if streams is None:
-        data = wire.encode(DELTA)
+        data = delta_file.encode(DELTA)
         box = container.read_header(data)
         streams = {name: container.tensor(data, box, name) for name in box.entries}
     file = container.write(streams, {key: value for key, value in fields.items() if value is not None})
@@ -77,8 +77,8 @@ GAPS = {"a.gaps": stream(0, 8, 255, 34), "a.steps": stream(2, 2, 2)}
 
 
 def test_the_forger_forges_well():
-    assert wire.decode(forged()) == DELTA
-    assert wire.decode(forged(facts=[A], streams=GAPS)) == Delta({"a": DELTA["a"]})
+    assert delta_file.decode(forged()) == DELTA
+    assert delta_file.decode(forged(facts=[A], streams=GAPS)) == Delta({"a": DELTA["a"]})
 
 
 FORGED = {
@@ -140,9 +140,9 @@ FORGED = {
 @pytest.mark.parametrize("lie", FORGED.values(), ids=FORGED)
 def test_a_well_sealed_file_that_lies_is_refused(lie):
     with pytest.raises(FormatError):
-        wire.decode(forged(**lie))
+        delta_file.decode(forged(**lie))
     with pytest.raises(FormatError):
-        wire.decode(forged(**lie), base=OLD)
+        delta_file.decode(forged(**lie), base=OLD)
 
 
 RAW_A = ["a", "BF16", [100, 3], 2, "raw"]
@@ -165,7 +165,7 @@ def test_well_sealed_absolute_values_with_indices_that_lie_are_refused(index, in
         "a.values": Bits(dtype, (values,), np.zeros(values, np.uint16)),
     }
     with pytest.raises(FormatError):
-        wire.decode(forged(metadata={"codec": "raw"}, facts=[RAW_A], streams=streams), base=OLD)
+        delta_file.decode(forged(metadata={"codec": "raw"}, facts=[RAW_A], streams=streams), base=OLD)
 
 
 @pytest.mark.parametrize("changed", [2**32, 2**47])
@@ -173,11 +173,11 @@ def test_a_huge_count_is_refused_without_spending_memory(changed):
     data = forged(facts=[["a", "BF16", [2**47], changed, "gap"]], streams=GAPS)
     tracemalloc.start()
     with pytest.raises(FormatError):
-        wire.decode(data)
+        delta_file.decode(data)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 
 
 def test_a_header_that_claims_to_be_endless_is_refused_before_it_is_read():
     with pytest.raises(TooLarge):
-        wire.decode((65 << 20).to_bytes(8, "little") + b"{}")
+        delta_file.decode((65 << 20).to_bytes(8, "little") + b"{}")

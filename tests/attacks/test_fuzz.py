@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from deltawire import container, wire
 from deltawire.errors import DeltaWireError
-from deltawire.ledger import Heartbeat
-from deltawire.manifests import Commit, Derived, Head, Run, read, write
-from deltawire.signing import trust
+from deltawire.format import container, delta_file
+from deltawire.runlog.heartbeats import Heartbeat
+from deltawire.runlog.records import Commit, Derived, Head, Run, read, write
+from deltawire.runlog.signing import trust
 from runs import chain_of_four, commits
 
 SECONDS = float(os.environ.get("DELTAWIRE_FUZZ_SECONDS", "20"))
@@ -82,8 +82,8 @@ def test_delta_files():
     base = {name: container.tensor(data, header, name) for name in header.entries}
 
     def use(data):
-        wire.read_header(data)
-        for tensor in wire.decode(data, base=base).values():
+        delta_file.read_header(data)
+        for tensor in delta_file.decode(data, base=base).values():
             positions, steps = tensor.sparse()
             assert positions.size == steps.size
             assert not positions.size or 0 <= positions[0] <= positions[-1] < tensor.total
@@ -132,12 +132,12 @@ def test_containers():
 
 
 def test_heartbeats_are_hints_that_never_stop_a_prune():
-    from deltawire import ledger
+    from deltawire.runlog import heartbeats
     from runs import fresh
 
     bucket, draw = fresh(), random.Random(4)
-    ledger.beat(bucket, Heartbeat("a", "0" * 16, 3))
+    heartbeats.beat(bucket, Heartbeat("a", "0" * 16, 3))
     good = bucket.get("replicas/a.json", limit=1 << 16)
     for _ in range(300):
         bucket.put("replicas/b.json", mutate(draw, good))
-        assert ("replicas/a.json", 3) in [(stat.key, beat.version) for stat, beat in ledger.read_all(bucket)]
+        assert ("replicas/a.json", 3) in [(stat.key, beat.version) for stat, beat in heartbeats.read_all(bucket)]

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltawire import container, wire
-from deltawire.bits import Bits
 from deltawire.errors import DeltaWireError, FormatError
+from deltawire.format import container, delta_file
+from deltawire.weights.bits import Bits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SEALED = ["gap", "dense", "raw"]
@@ -22,8 +22,8 @@ def base():
 
 
 def read(data):
-    wire.read_header(data)
-    return wire.decode(data, base=base() if b'"codec":"raw"' in data else None)
+    delta_file.read_header(data)
+    return delta_file.decode(data, base=base() if b'"codec":"raw"' in data else None)
 
 
 @pytest.mark.parametrize("name", SEALED)
@@ -34,7 +34,7 @@ def test_every_flipped_byte_is_refused(name, mask):
     for at in range(len(data)):
         damaged = data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :]
         with pytest.raises(FormatError):
-            wire.decode(damaged, base=weights)
+            delta_file.decode(damaged, base=weights)
 
 
 @pytest.mark.parametrize("name", SEALED)
@@ -43,7 +43,7 @@ def test_every_truncation_is_refused(name):
     weights = base()
     for length in range(len(data)):
         with pytest.raises(FormatError):
-            wire.decode(data[:length], base=weights)
+            delta_file.decode(data[:length], base=weights)
 
 
 def imported():
@@ -65,7 +65,7 @@ def test_a_damaged_import_is_refused_or_stays_within_bounds(mask):
         for damaged in (data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :], data[:at]):
             memory[10:20] = 0
             try:
-                delta = wire.decode(damaged, base=weights)
+                delta = delta_file.decode(damaged, base=weights)
                 delta.apply_(weights)
                 accepted += 1
             except DeltaWireError:
@@ -92,7 +92,7 @@ def test_refusing_a_file_takes_little_memory_whatever_it_claims():
     try:
         for lie in lies:
             with pytest.raises(FormatError):
-                wire.decode(lie)
+                delta_file.decode(lie)
         assert tracemalloc.get_traced_memory()[1] < 32 << 20
     finally:
         tracemalloc.stop()

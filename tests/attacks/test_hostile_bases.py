@@ -5,11 +5,13 @@ import json
 import pytest
 
 from attacks.hostile import add, begin, continued
-from deltawire import checkpoint, materialize, open_bucket, torch, verify
-from deltawire.compactor import Compactor
+from deltawire import open_bucket, torch
 from deltawire.errors import DeltaWireError, FormatError, NotFound
-from deltawire.manifests import BaseCheckpoint
-from deltawire.tensors import equal
+from deltawire.format import checkpoint
+from deltawire.runlog.records import BaseCheckpoint
+from deltawire.upkeep import materialize, verify
+from deltawire.upkeep.compactor import Compactor
+from deltawire.weights.tensors import equal
 from runs import edit, fresh, model, publish_all, read_weights, served, table
 
 

@@ -4,13 +4,17 @@ import pytest
 from blake3 import blake3
 
 from attacks.hostile import encode
-from deltawire import Subscriber, digest, log, materialize, retention, wire
-from deltawire.checkpoint import Checkpoint
-from deltawire.compactor import Compactor
-from deltawire.delta import Delta
-from deltawire.digest import root as root_of
-from deltawire.manifests import Derived, Link, Payload, Way, commit_key, derived_key, hash_of, way_key
-from deltawire.tensors import equal
+from deltawire import Subscriber
+from deltawire.format import delta_file
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.runlog import log
+from deltawire.runlog.records import Derived, Link, Payload, Way, commit_key, derived_key, hash_of, way_key
+from deltawire.upkeep import materialize, retention
+from deltawire.upkeep.compactor import Compactor
+from deltawire.weights import digest
+from deltawire.weights.delta import Delta
+from deltawire.weights.digest import root as root_of
+from deltawire.weights.tensors import equal
 from runs import commits, edit, fresh, model, position, publish_all, publishing, served, table, updates
 
 
@@ -133,7 +137,7 @@ def test_a_fold_that_lies_stops_neither_a_trainer_nor_a_folder_of_a_pruned_run(t
     bucket.delete(way_key(run))
     materialize(bucket, tmp_path / "out", 4)
     start, end = (log.load_commit(bucket, run, version) for version in (4, 9))
-    data = wire.encode(Delta(), run=run, parent=4, version=9)
+    data = delta_file.encode(Delta(), run=run, parent=4, version=9)
     payload = Payload("folds/step_000004-000009-0123456789ab.safetensors", len(data), blake3(data).hexdigest())
     lie = Derived(run, 9, 4, end.record.root, {}, (payload,), end.hash, start.hash)
     bucket.put(f"runs/{run}/{payload.key}", data)

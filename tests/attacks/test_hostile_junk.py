@@ -6,15 +6,19 @@ import pytest
 from blake3 import blake3
 
 from attacks.hostile import JUNK, add, anchor_of, claim, continued, encode, litter
-from deltawire import Subscriber, digest, ledger, materialize, open_bucket, retention, signing, verify, wire
-from deltawire.bits import Bits
-from deltawire.checkpoint import Checkpoint
-from deltawire.compactor import Compactor
-from deltawire.delta import Delta, TensorDelta
+from deltawire import Subscriber, open_bucket
 from deltawire.errors import BadDigest, Forked, TooLarge
-from deltawire.log import current_run
-from deltawire.manifests import HEAD_KEY, Derived, Payload, commit_key, derived_key, hash_of, read
-from deltawire.tensors import equal
+from deltawire.format import delta_file
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.runlog import heartbeats, signing
+from deltawire.runlog.log import current_run
+from deltawire.runlog.records import HEAD_KEY, Derived, Payload, commit_key, derived_key, hash_of, read
+from deltawire.upkeep import materialize, retention, verify
+from deltawire.upkeep.compactor import Compactor
+from deltawire.weights import digest
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta, TensorDelta
+from deltawire.weights.tensors import equal
 from runs import chain_of_four, commits, edit, fresh, model, publish_all, publishing, read_weights, served
 from verbs import run_verb
 
@@ -57,7 +61,7 @@ def test_junk_stops_no_verb_and_is_counted(chain, tmp_path):
     first = commits(bucket)[0]
     count = litter(bucket, first.run, 3)
     assert survives(bucket, weights, tmp_path).junk == count
-    assert ledger.read_all(bucket) == []
+    assert heartbeats.read_all(bucket) == []
 
 
 def test_junk_anchors_stop_no_reader_of_a_pruned_run(tmp_path):
@@ -129,7 +133,7 @@ def test_a_fold_of_what_the_run_does_not_train_is_passed_over(tmp_path, what):
     chain = commits(bucket)
     name, shape = ("intruder", (8,)) if what == "another tensor" else ("norm", (9,))
     delta = Delta({name: TensorDelta("BF16", shape, np.zeros(1, np.int64), np.ones(1, np.uint16))})
-    data = wire.encode(delta, run=chain[0].run, parent=0, version=8)
+    data = delta_file.encode(delta, run=chain[0].run, parent=0, version=8)
     payload = Payload(f"folds/step_000000-000008-{'0' * 12}.safetensors", len(data), blake3(data).hexdigest())
     bucket.put(f"runs/{chain[0].run}/{payload.key}", data)
     listed = {"intruder" if what == "a digest of another tensor" else "norm": "0" * 16}
@@ -188,12 +192,12 @@ def test_an_unsigned_run_beside_a_damaged_head_is_passed_over_by_who_trusts_a_ke
 
 def test_heartbeats_that_speak_for_others_or_without_an_end_are_not_read(monkeypatch):
     bucket = fresh()
-    ledger.beat(bucket, ledger.Heartbeat("a", version=3))
-    bucket.put("replicas/b.json", encode(ledger.Heartbeat("a", version=0)))
+    heartbeats.beat(bucket, heartbeats.Heartbeat("a", version=3))
+    bucket.put("replicas/b.json", encode(heartbeats.Heartbeat("a", version=0)))
     bucket.put("replicas/c.json", b"[" * 100_000)
-    bucket.put("replicas/deeper/a.json", encode(ledger.Heartbeat("a", version=1)))
-    assert [(stat.key, beat.version) for stat, beat in ledger.read_all(bucket)] == [("replicas/a.json", 3)]
-    monkeypatch.setattr(ledger, "MAX_REPLICAS", 1)
-    ledger.beat(bucket, ledger.Heartbeat("d"))
+    bucket.put("replicas/deeper/a.json", encode(heartbeats.Heartbeat("a", version=1)))
+    assert [(stat.key, beat.version) for stat, beat in heartbeats.read_all(bucket)] == [("replicas/a.json", 3)]
+    monkeypatch.setattr(heartbeats, "MAX_REPLICAS", 1)
+    heartbeats.beat(bucket, heartbeats.Heartbeat("d"))
     with pytest.raises(TooLarge, match="more than 1 heartbeats"):
-        ledger.read_all(bucket)
+        heartbeats.read_all(bucket)

@@ -6,10 +6,11 @@ import msgspec
 import pytest
 
 from attacks.hostile import encode, replay, roll_back
-from deltawire import Subscriber, signing
+from deltawire import Subscriber
 from deltawire.errors import FormatError, OtherRun, RolledBack
-from deltawire.manifests import Commit, commit_key, hash_of, read, signed
-from deltawire.seen import Seen, Sighting, given, place_of
+from deltawire.read.seen import Seen, Sighting, given, place_of
+from deltawire.runlog import signing
+from deltawire.runlog.records import Commit, commit_key, hash_of, read, signed
 from runs import commits, edit, fresh, model, publish_all, publishing
 
 

@@ -12,13 +12,17 @@ import pytest
 from blake3 import blake3
 
 from attacks.hostile import add, anchor_of, begin, claim, continued
-from deltawire import Subscriber, bounds, materialize, open_bucket, proofs, verify, wire
+from deltawire import Subscriber, open_bucket
 from deltawire.buckets.wrappers import Counting
-from deltawire.compactor import Compactor
-from deltawire.delta import Delta, TensorDelta
 from deltawire.errors import DeltaWireError, NotFound, OutOfSpace, TooLarge
-from deltawire.manifests import HEAD_KEY, TensorEntry
-from deltawire.tensors import equal
+from deltawire.format import delta_file
+from deltawire.runlog import bounds
+from deltawire.runlog.records import HEAD_KEY
+from deltawire.upkeep import materialize, proofs, verify
+from deltawire.upkeep.compactor import Compactor
+from deltawire.weights.delta import Delta, TensorDelta
+from deltawire.weights.table import TensorEntry
+from deltawire.weights.tensors import equal
 from runs import chain_of_four, commits, fresh, model, publish_all, read_weights, served, table
 
 GIB = 1 << 30
@@ -98,7 +102,7 @@ def of_zeros(elements):
     bucket, entry = fresh(), TensorEntry("w", "BF16", (elements,))
     one = TensorDelta("BF16", (elements,), np.zeros(1, np.int64), np.ones(1, np.uint16))
     first = begin(bucket, [entry])
-    data = wire.encode(Delta({"w": one}), run=first.run, version=0)
+    data = delta_file.encode(Delta({"w": one}), run=first.run, version=0)
     assert len(data) < 1200
     bucket.put(f"runs/{first.run}/anchors/step_000000-{'0' * 12}/r000.safetensors", data)
     payload = claim(f"anchors/step_000000-{'0' * 12}/r000.safetensors", len(data))
@@ -142,7 +146,7 @@ def test_declared_zeros_that_fit_are_read(temporary):
 
 def test_a_change_that_no_memory_holds_is_refused_before_it_is_decoded():
     delta = Delta({"w": TensorDelta("BF16", (1 << 20,), np.arange(1000), np.ones(1000, np.uint16))})
-    specs = wire.read_header(wire.encode(delta)).tensors
+    specs = delta_file.read_header(delta_file.encode(delta)).tensors
     bounds.require_memory(specs, "it", available=10_000)
     with pytest.raises(TooLarge, match="10,000 bytes of memory to decode, and this host has 9,999"):
         bounds.require_memory(specs, "it", available=9_999)
@@ -276,6 +280,6 @@ def test_the_bound_is_above_what_the_codecs_write():
             positions = np.flatnonzero(rng.random(total) < share) if share < 1 else np.arange(total)
             steps = rng.integers(1, np.iinfo(width).max, positions.size, dtype=width, endpoint=True)
             name = 'a "quoted" name\\ω\x01' * 5
-            data = wire.encode(Delta({name: TensorDelta(dtype, (total, 1, 1), positions, steps)}), run="0" * 16)
-            entries = table({name: wire.decode(data)[name]})
+            data = delta_file.encode(Delta({name: TensorDelta(dtype, (total, 1, 1), positions, steps)}), run="0" * 16)
+            entries = table({name: delta_file.decode(data)[name]})
             assert len(data) <= bounds.most_bytes(entries, 1)

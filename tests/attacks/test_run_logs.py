@@ -5,10 +5,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from deltawire import Subscriber, checkpoint, container, wire
-from deltawire.bits import Bits, zeros
-from deltawire.delta import Delta, TensorDelta
-from deltawire.digest import root
+from deltawire import Subscriber
 from deltawire.errors import (
     BadDigest,
     Forked,
@@ -19,8 +16,12 @@ from deltawire.errors import (
     UnknownTensor,
     UnknownVersion,
 )
-from deltawire.manifests import Payload, commit_key, delta_key, write
-from deltawire.tensors import equal
+from deltawire.format import checkpoint, container, delta_file
+from deltawire.runlog.records import Payload, commit_key, delta_key, write
+from deltawire.weights.bits import Bits, zeros
+from deltawire.weights.delta import Delta, TensorDelta
+from deltawire.weights.digest import root
+from deltawire.weights.tensors import equal
 from runs import (
     chain_of_four,
     commits,
@@ -110,7 +111,7 @@ def test_the_payload_of_another_version_is_refused_though_its_hash_is_right(chai
 def with_delta(bucket, version, delta):
     """Put a commit on the chain whose payload is `delta`, its hashes right and its digests made up."""
     last = commits(bucket)[-1]
-    data = wire.encode(delta, run=last.run, parent=last.version, version=version)
+    data = delta_file.encode(delta, run=last.run, parent=last.version, version=version)
     key = delta_key(version, blake3(data).hexdigest())
     bucket.put(f"runs/{last.run}/{key}", data)
     with Subscriber(bucket) as subscriber:
@@ -205,7 +206,7 @@ def in_parts(bucket, parts, **stated):
     run = commits(bucket)[0].run
     listed = []
     for rank, part in enumerate(parts):
-        data = part if isinstance(part, bytes) else wire.encode(part, **({"run": run, "version": 0} | stated))
+        data = part if isinstance(part, bytes) else delta_file.encode(part, **({"run": run, "version": 0} | stated))
         bucket.put(f"runs/{run}/anchors/forged/r{rank:03d}.safetensors", data)
         listed.append(Payload(f"anchors/forged/r{rank:03d}.safetensors", len(data), blake3(data).hexdigest()))
     replace_commit(bucket, 0, lambda commit: msgspec.structs.replace(commit, payloads=tuple(listed)))

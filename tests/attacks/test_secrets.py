@@ -6,8 +6,9 @@ import traceback
 
 import pytest
 
-from deltawire import open_bucket, signing
+from deltawire import open_bucket
 from deltawire.errors import DeltaWireError
+from deltawire.runlog import signing
 from deltawire.vllm.client import EngineClient
 from runs import fresh, model, publish_all
 

@@ -23,7 +23,7 @@ from deltawire.buckets.conformance import BucketTests
 from deltawire.buckets.verified import download_verified
 from deltawire.errors import AccessRefused, BadDigest, BadUrl, BucketError, NotFound, OutOfSpace, Unavailable
 from deltawire.hub_server import HubServer
-from deltawire.tensors import equal
+from deltawire.weights.tensors import equal
 from runs import PATIENCE, model, publishing, read_weights, served
 
 TOKEN = "hf_secretsecretsecret"

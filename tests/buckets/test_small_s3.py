@@ -8,10 +8,9 @@ from datetime import timedelta
 
 import pytest
 
-from deltawire import materialize, open_bucket, verify
+from deltawire import open_bucket
 from deltawire.buckets import clouds, objects
 from deltawire.buckets.conformance import BucketTests
-from deltawire.compactor import Compactor
 from deltawire.errors import (
     AccessRefused,
     AlreadyExists,
@@ -22,7 +21,9 @@ from deltawire.errors import (
     OutOfSpace,
     Unavailable,
 )
-from deltawire.tensors import equal
+from deltawire.upkeep import materialize, verify
+from deltawire.upkeep.compactor import Compactor
+from deltawire.weights.tensors import equal
 from runs import PATIENCE, edit, model, publish_all, publishing, read_weights, served
 from small_s3 import Answer, Asked, SmallS3, once, small_s3
 

@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given
 
 import reference
-from deltawire.bits import zeros
-from deltawire.codecs import dense
-from deltawire.codecs.base import TensorSpec, compress
-from deltawire.delta import TensorDelta, between_bits
 from deltawire.errors import FormatError, TooLarge, Truncated
+from deltawire.format.codecs import dense
+from deltawire.format.codecs.base import compress
+from deltawire.weights.bits import zeros
+from deltawire.weights.delta import TensorDelta, between_bits
+from deltawire.weights.table import TensorSpec
 from strategies import dtypes, pairs, random_bits, seeds, shapes
 
 

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from deltawire.bits import Bits, unsigned
-from deltawire.codecs import gap
-from deltawire.codecs.base import TensorSpec, compress, decompress, unzigzag, zigzag
-from deltawire.delta import Delta, TensorDelta, between_bits
 from deltawire.errors import FormatError, TooLarge
+from deltawire.format.codecs import gap
+from deltawire.format.codecs.base import compress, decompress, unzigzag, zigzag
+from deltawire.weights.bits import Bits, unsigned
+from deltawire.weights.delta import Delta, TensorDelta, between_bits
+from deltawire.weights.table import TensorSpec
 from strategies import every_dtype_far_apart, pairs
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from deltawire.bits import Bits
-from deltawire.codecs import raw
-from deltawire.codecs.base import TensorSpec
-from deltawire.delta import TensorDelta, between_bits
 from deltawire.errors import FormatError
+from deltawire.format.codecs import raw
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import TensorDelta, between_bits
+from deltawire.weights.table import TensorSpec
 from strategies import every_dtype_far_apart, pairs
 
 OLD = Bits("BF16", (10,), np.arange(10, dtype=np.uint16))

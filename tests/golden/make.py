@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from deltawire import wire
-from deltawire.bits import WIDTHS, Bits, unsigned
-from deltawire.container import write
-from deltawire.delta import Delta, TensorDelta
+from deltawire.format import delta_file
+from deltawire.format.container import write
+from deltawire.weights.bits import WIDTHS, Bits, unsigned
+from deltawire.weights.delta import Delta, TensorDelta
 
 HERE = Path(__file__).parent
 Tensor = tuple[str, list[int], dict[int, int]]
@@ -76,7 +76,7 @@ def main(name: str) -> None:
     """Write NAME's files; an existing one is an error."""
     table, base = TABLES[name], base_of(TABLES[name])
     codec = "raw" if name == "raw" else "gap"
-    data = wire.encode(delta_of(table), codec=codec, base=base, run="golden", parent=6, version=7)
+    data = delta_file.encode(delta_of(table), codec=codec, base=base, run="golden", parent=6, version=7)
     expected = {
         "cites": [f"docs/FORMAT.md {section}" for section in CITES[name]],
         "codec": codec,

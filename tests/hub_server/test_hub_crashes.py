@@ -57,8 +57,8 @@ while True:
     except DeltaWireError as error:
         print("problem", type(error).__name__, flush=True)
         time.sleep(0.1)
-from deltawire.checkpoint import Checkpoint
-from deltawire.tensors import cast, equal
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.weights.tensors import cast, equal
 assert equal(dict(Checkpoint(report.folder)), {name: cast(value, "BF16") for name, value in weights.items()})
 print("equal", report.position.version)
 """

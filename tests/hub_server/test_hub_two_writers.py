@@ -5,10 +5,11 @@ import threading
 import pytest
 from hub_client import client_environment
 
-from deltawire import Publisher, open_bucket, verify
+from deltawire import Publisher, open_bucket
 from deltawire.errors import ChainError, DeltaWireError
 from deltawire.hub_server import HubProcess
-from deltawire.log import list_commits, load_commit
+from deltawire.runlog.log import list_commits, load_commit
+from deltawire.upkeep import verify
 from runs import PATIENCE, edit, model
 
 ROUNDS = 5

@@ -15,7 +15,7 @@ from typing import TypeVar
 import pytest
 from hosts import Network, Rule, network, why_not
 
-from deltawire.ops.processes import Child, Children, Command
+from deltawire.demo.processes import Child, Children, Command
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]

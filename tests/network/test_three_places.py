@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from places import BITS_PER_SECOND, BUCKET_PORT, KEY, PUBLIC_PORT, ROOT, WEIGHT_PORT, Place, places
 
-from deltawire.ops.processes import Child
+from deltawire.demo.processes import Child
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(900)]
 BYTES_PER_SECOND = BITS_PER_SECOND / 8

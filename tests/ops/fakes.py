@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from scripts import TELL, python
 
-from deltawire import digest
-from deltawire.ops.cast import Act, Cast
-from deltawire.ops.processes import Command
+from deltawire.demo.cast import Act, Cast
+from deltawire.demo.processes import Command
+from deltawire.weights import digest
 
 ACTS = (Act("learn", 1e-3, 2), Act("rl", 2e-6, 1))
 WEIGHTS = np.arange(4, dtype=np.uint16)

@@ -12,13 +12,13 @@ from fakes import PROCESS_NAMES, FakeCast, fake_cast
 from rich.console import Console
 from scripts import is_running, wait_for_end
 
+from deltawire.demo import cast as real_cast
+from deltawire.demo.cast import NoExamples, find_checkout
+from deltawire.demo.demo import DemoOptions, run_demo
+from deltawire.demo.processes import ProcessFailed
+from deltawire.demo.stage import Patience
+from deltawire.demo.summary import DemoSummary
 from deltawire.errors import AlreadyExists
-from deltawire.ops import cast as real_cast
-from deltawire.ops.cast import NoExamples, find_checkout
-from deltawire.ops.demo import DemoOptions, run_demo
-from deltawire.ops.processes import ProcessFailed
-from deltawire.ops.stage import Patience
-from deltawire.ops.summary import DemoSummary
 from waiting import until
 
 FAIL = "print('the reason'); sys.exit(3)\n"
@@ -118,7 +118,7 @@ def test_no_process_survives_a_demo_that_is_interrupted(cast: FakeCast, tmp_path
 import signal
 from pathlib import Path
 from fakes import fake_cast
-from deltawire.ops.demo import DemoOptions, run_demo
+from deltawire.demo.demo import DemoOptions, run_demo
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 run_demo(DemoOptions(plain=True), cast=fake_cast(Path({str(cast.folder)!r})).breaking("trainer", {HANG!r}))
 """

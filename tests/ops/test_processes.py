@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from scripts import PARENT, POLITE, STUBBORN, TELL, WAIT, is_running, python, wait_for_end
 
-from deltawire.ops import processes
-from deltawire.ops.processes import Child, Children, Command, ProcessFailed, Tail
+from deltawire.demo import processes
+from deltawire.demo.processes import Child, Children, Command, ProcessFailed, Tail
 from waiting import until
 
 
@@ -86,8 +86,8 @@ def test_no_process_survives_an_owner_that_was_killed(tmp_path: Path) -> None:
         f"""
 import signal
 from pathlib import Path
-from deltawire.ops import processes
-from deltawire.ops.processes import Children, Command
+from deltawire.demo import processes
+from deltawire.demo.processes import Children, Command
 children = Children(Path({str(tmp_path / "logs")!r}))
 for name, source in [("plain", {WAIT!r}), ("parent", {PARENT!r}), ("stubborn", {STUBBORN!r})]:
     children.start(Command(name, [{sys.executable!r}, "-S", "-c", source], grace=0.2))

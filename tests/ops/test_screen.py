@@ -5,10 +5,10 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from deltawire.demo.cast import Act
+from deltawire.demo.screen import LiveScreen, PlainScreen, open_screen, panel, size, sparkline, step_line
+from deltawire.demo.story import Story
 from deltawire.errors import FormatError
-from deltawire.ops.cast import Act
-from deltawire.ops.screen import LiveScreen, PlainScreen, open_screen, panel, size, sparkline, step_line
-from deltawire.ops.story import Story
 
 ACTS = (Act("learn", 1e-3, 8), Act("rl", 2e-6, 4))
 

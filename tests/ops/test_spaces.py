@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from deltawire.demo.spaces import ROLES, Rendered, render, space_url
 from deltawire.errors import AlreadyExists, BadUrl, BucketError
-from deltawire.ops.spaces import ROLES, Rendered, render, space_url
 
 CHECKOUT = Path(__file__).parents[2]
 HF = shutil.which("hf", path=str(Path(sys.executable).parent))
@@ -78,8 +78,8 @@ def test_what_a_dockerfile_installs_are_extras_of_this_package(rendered: Rendere
 
 def test_a_space_carries_the_code_and_no_scripts_of_the_others(rendered: Rendered) -> None:
     for role, folder in rendered.folders.items():
-        assert (folder / "src/deltawire/publisher.py").read_bytes() == (
-            CHECKOUT / "src/deltawire/publisher.py"
+        assert (folder / "src/deltawire/publish/publisher.py").read_bytes() == (
+            CHECKOUT / "src/deltawire/publish/publisher.py"
         ).read_bytes()
         assert [path.name for path in (folder / "examples/spaces").iterdir()] == [role]
         assert not list(folder.rglob("__pycache__"))

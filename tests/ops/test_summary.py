@@ -5,9 +5,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deltawire.ops.audit import compare
-from deltawire.ops.cast import Act, Cast
-from deltawire.ops.summary import Audit, DemoSummary, Served, Step, Traffic, summarize
+from deltawire.demo.audit import compare
+from deltawire.demo.cast import Act, Cast
+from deltawire.demo.summary import Audit, DemoSummary, Served, Step, Traffic, summarize
 
 TRAFFIC = Traffic(received_bytes=500, deduplicated_bytes=20)
 EQUAL = Audit(version=30, tensors=24, vllm_differs=[], bucket_differs=[], checksums=20, fresh_server_differs=[])

@@ -15,11 +15,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import deltawire as dw
-from deltawire import shard_capture
 from deltawire.errors import DtypeMismatch, ShapeMismatch
-from deltawire.tensors import as_bits, equal
+from deltawire.publish.sharded import capture
 from deltawire.trainers.hook import publish_after_step
 from deltawire.trainers.state import checkpoint_tensors
+from deltawire.weights.tensors import as_bits, equal
 from runs import read_weights
 from test_torn_publish import FILES, Watchdog
 from test_torn_publish import publish as publish_again
@@ -192,7 +192,7 @@ def torn(folder):
     pairs = [*model.named_parameters()]
     for number in itertools.count(1, 9):
         bucket = dw.open_bucket(f"file://{folder}/{number}")
-        begun, watchdog = number % 2, Watchdog(number, files=FILES | {shard_capture.__file__})
+        begun, watchdog = number % 2, Watchdog(number, files=FILES | {capture.__file__})
         with dw.Publisher(bucket, process_group=dist.group.WORLD) as pub:
             for move_number in range(begun):
                 move(pairs, move_number)

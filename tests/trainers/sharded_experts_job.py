@@ -19,10 +19,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import deltawire as dw
 from deltawire.errors import DtypeMismatch, ShapeMismatch, UnknownTensor
-from deltawire.fp8 import Fp8
-from deltawire.names import NameMap, View
-from deltawire.tensors import cast
+from deltawire.prepare.fp8 import Fp8
+from deltawire.prepare.names import NameMap, View
 from deltawire.trainers.conversion import name_map
+from deltawire.weights.tensors import cast
 
 EXPERTS = 5
 """so that two ranks hold three and two"""

@@ -28,7 +28,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import deltawire as dw
 import deltawire.buckets.faulty as schedules
-from deltawire import checkpoint, publisher, sending
 from deltawire.errors import (
     AccessRefused,
     BadSignature,
@@ -42,11 +41,14 @@ from deltawire.errors import (
     Truncated,
     Unavailable,
 )
-from deltawire.manifests import TensorEntry
-from deltawire.names import NameMap, View
-from deltawire.signing import generate_key
-from deltawire.tensors import cast, equal, mark_of
+from deltawire.format import checkpoint
+from deltawire.prepare.names import NameMap, View
+from deltawire.publish import publisher
+from deltawire.publish.sharded import senders
+from deltawire.runlog.signing import generate_key
 from deltawire.trainers.state import checkpoint_tensors
+from deltawire.weights.table import TensorEntry
+from deltawire.weights.tensors import cast, equal, mark_of
 from faults import Fault, Faulty, never, on_key
 from runs import read_weights
 
@@ -461,7 +463,7 @@ def stops(folder):
 
 def gone(folder):
     """A rank that is killed before its changes are durable: rank 0 finds out. The last scenario of a job."""
-    sending.GONE = 1.0
+    senders.GONE = 1.0
     pub = stuck(folder)
     if dist.get_rank() == 0:
         expect(RankFailed, "rank 1 gave no sign of life", lambda: pub.flush(timeout=PATIENCE))
@@ -545,7 +547,7 @@ def main(scenarios, names, rank, size, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)  # a hang says where, and ends
-    publisher.FIRST_RETRY, publisher.LAST_RETRY, sending.BEAT = 0.01, 0.1, 0.1
+    publisher.FIRST_RETRY, publisher.LAST_RETRY, senders.BEAT = 0.01, 0.1, 0.1
     dist.init_process_group("gloo", rank=rank, world_size=size)
     for name in names.split(","):
         place = Path(folder) / name

@@ -17,13 +17,13 @@ from transformers import (
 )
 
 import deltawire as dw
-from deltawire.fp8 import Fp8
-from deltawire.names import View
-from deltawire.tensors import as_bits, cast, mark_of, marked
+from deltawire.prepare.fp8 import Fp8
+from deltawire.prepare.names import View
 from deltawire.torch import follow
 from deltawire.trainers.conversion import name_map
 from deltawire.trainers.hook import publish_after_step
 from deltawire.trainers.state import checkpoint_tensors, fp32_marks
+from deltawire.weights.tensors import as_bits, cast, mark_of, marked
 from runs import fresh, publishing, read_weights
 
 SMALL = {

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qw
 
 import deltawire as dw
 from adapters import Learner, load, logprobs
-from deltawire.compactor import Compactor
 from deltawire.errors import BucketError, NotFound, ShapeMismatch, UnknownTensor, WrongBase
 from deltawire.trainers import lora
+from deltawire.upkeep.compactor import Compactor
 
 PROMPT = [1, 2, 3]
 CLOSE = 0.02

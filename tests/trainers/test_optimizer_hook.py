@@ -8,9 +8,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import deltawire as dw
 from deltawire.errors import DtypeMismatch, MissingTensor
-from deltawire.tensors import as_bits
 from deltawire.trainers.hook import publish_after_step
 from deltawire.trainers.state import checkpoint_tensors
+from deltawire.weights.tensors import as_bits
 from runs import PATIENCE, commits, fresh, publishing, read_weights, served
 
 COMPILES = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

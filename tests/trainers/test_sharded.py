@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 import deltawire as dw
-from deltawire.bits import Bits
-from deltawire.checkpoint import Checkpoint
-from deltawire.compactor import Compactor
-from deltawire.delta import Delta
-from deltawire.ops.processes import free_port
-from deltawire.retention import Policy, carry_out, plan_prune
-from deltawire.signing import read_key
-from deltawire.tensors import equal
+from deltawire.demo.processes import free_port
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.runlog.signing import read_key
+from deltawire.upkeep.compactor import Compactor
+from deltawire.upkeep.retention import Policy, carry_out, plan_prune
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta
+from deltawire.weights.tensors import equal
 from runs import commits, read_weights
 from waiting import until
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from test_sharded import expected, run
 
 import deltawire as dw
-from deltawire.tensors import equal
+from deltawire.weights.tensors import equal
 from runs import commits, read_weights
 
 JOB = Path(__file__).parent / "sharded_experts_job.py"

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 import deltawire as dw
-from deltawire import ledger
 from deltawire.errors import AccessRefused, BadUrl, EngineUnsupported, NotServed, ShapeMismatch
-from deltawire.ledger import Heartbeat
+from deltawire.runlog import heartbeats
+from deltawire.runlog.heartbeats import Heartbeat
 from deltawire.trainers.trl import DeltaWeightTransfer
 from faults import Faulty, down
 from runs import PATIENCE, commits, fresh, read_weights
@@ -70,7 +70,7 @@ def stream(weights, taken):
 
 
 def beat(url, version, run, **said):
-    ledger.beat(dw.open_bucket(url), Heartbeat("another", run=run, version=version, **said))
+    heartbeats.beat(dw.open_bucket(url), Heartbeat("another", run=run, version=version, **said))
 
 
 def test_making_one_opens_nothing_because_every_rank_does(url, tmp_path):
@@ -225,12 +225,12 @@ def test_training_again_after_the_end_continues_the_run(url):
 def test_an_unchanged_heartbeat_is_not_fetched_again(url):
     bucket = dw.open_bucket(url, create=True)
     beat(url, 1, "0123456789abcdef")
-    known = ledger.read_all(bucket)
+    known = heartbeats.read_all(bucket)
     (tmp,) = known
     marked = [(tmp[0], Heartbeat("as it was held"))]
-    assert ledger.read_all(bucket, marked) == marked
+    assert heartbeats.read_all(bucket, marked) == marked
     beat(url, 2, "0123456789abcdef")
-    assert [entry.version for _, entry in ledger.read_all(bucket, marked)] == [2]
+    assert [entry.version for _, entry in heartbeats.read_all(bucket, marked)] == [2]
 
 
 class MergingTrainer:

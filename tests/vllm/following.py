@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from deltawire.vllm.follower import Follower, UpdateReport
+from deltawire.follow.follower import Follower, UpdateReport
 from runs import PATIENCE
 
 

@@ -35,7 +35,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from deltawire.ops.processes import KEEPER
+from deltawire.demo.processes import KEEPER
 from deltawire.trainers.state import fp32_marks
 
 START_SECONDS = 420

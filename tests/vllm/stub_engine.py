@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 from small import Fused
 
+from deltawire.live.post_load import AfterLoading
+from deltawire.live.worker import Replica
 from deltawire.vllm.hooks import _worker_method
-from deltawire.vllm.loading import AfterLoading
-from deltawire.vllm.replica import Replica
 from runs import PATIENCE
 
 Answer = tuple[int, Any]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from stub_engine import StubEngine
 
 import deltawire as dw
-from deltawire.checkpoint import Checkpoint
 from deltawire.errors import AccessRefused, EngineError, EngineUnsupported, FormatError
+from deltawire.format.checkpoint import Checkpoint
 from deltawire.vllm.adapters import AdapterFollower
 from runs import PATIENCE
 from verbs import run_verb

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 import deltawire as dw
 from adapters import Learner, load, logprobs
-from deltawire import ledger
 from deltawire.errors import BadDigest, EngineError, EngineUnsupported
+from deltawire.follow.follower import Follower
+from deltawire.runlog import heartbeats
 from deltawire.trainers import lora
 from deltawire.vllm.adapters import AdapterFollower
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2")
@@ -135,7 +135,7 @@ def test_every_version_is_answered_under_its_name_as_peft_answers_and_the_two_ne
     prompts = [torch.tensor(answer[: len(PROMPT) - 1]) for answer in answers]
     assert min(float((one - other).abs().max()) for n, one in enumerate(prompts) for other in prompts[:n]) > 4 * CLOSE
     assert ask(server, "policy")[1] == before
-    ((_, beat),) = ledger.read_all(run.publisher.bucket)
+    ((_, beat),) = heartbeats.read_all(run.publisher.bucket)
     assert (beat.version, beat.lag) == (3, 0)
     assert len(list((run.folder / "cache" / "lora" / "versions").iterdir())) == 3
 
@@ -251,7 +251,7 @@ def test_a_follower_that_was_killed_is_continued_by_the_next_one(servers, run, m
 def test_what_a_server_cannot_take_is_said_and_leaves_it_answering(servers, run, tmp_path, base):
     (server,) = servers
     run.publish()
-    with pytest.raises(EngineUnsupported, match="--adapter NAME"), Follower(run.url, server.url) as whole:
+    with pytest.raises(EngineUnsupported, match="--adapter NAME"), Follower(run.url, EngineClient(server.url)) as whole:
         whole.step()
     with dw.Publisher(dw.open_bucket((tmp_path / "whole").as_uri(), create=True), assets=base) as publisher:
         publisher.publish(run.learner.model.get_base_model().named_parameters())

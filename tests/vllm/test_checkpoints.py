@@ -7,10 +7,10 @@ from servers import START_SECONDS, Server, build, save_checkpoint, tiny_qwen3
 from test_models import LAYOUTS
 
 import deltawire as dw
+from deltawire.follow.follower import Follower
 from deltawire.trainers.conversion import name_map
 from deltawire.trainers.state import checkpoint_tensors
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
 STEPS = 3
@@ -34,7 +34,7 @@ def walk(model, base, url, server, frozen, **options):
     """Publish steps of a model on a base, have a server serve each, and go back to the first of them."""
     with (
         dw.Publisher(dw.open_bucket(url, create=True), base=base, prepare=[name_map(model)], **options) as publisher,
-        Follower(url, server.url, base=base) as follower,
+        Follower(url, EngineClient(server.url), base=base) as follower,
         EngineClient(server.url) as engine,
     ):
         for step in range(STEPS):
@@ -44,7 +44,7 @@ def walk(model, base, url, server, frozen, **options):
             assert follower.step().version == version
             audit = engine.audit()
             assert (audit.position.version, audit.mismatched, set(audit.frozen)) == (version, [], frozen)
-        with Follower(url, server.url, pin=1) as pinned:
+        with Follower(url, EngineClient(server.url), pin=1) as pinned:
             assert pinned.step().version == 1
         assert [set(worker["frozen"]) for worker in engine.placement()] == [frozen] * audit.workers
         assert (engine.audit().position.version, engine.audit().mismatched) == (1, [])

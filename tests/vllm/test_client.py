@@ -15,13 +15,14 @@ from small import Shard, SmallRun
 from stub_engine import StubEngine
 from test_replica import await_staging
 
-from deltawire import ledger, open_bucket
+from deltawire import open_bucket
 from deltawire.errors import BadAnswer, DeltaWireError, EngineError, EngineUnavailable, EngineUnsupported, Quarantined
-from deltawire.manifests import Position
-from deltawire.subscriber import Subscriber
+from deltawire.follow.follower import Follower
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog import heartbeats
+from deltawire.runlog.records import Position
 from deltawire.trainers.trl import DeltaWeightTransfer
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
 from waiting import PATIENCE, until
 
 PASSWORD = "hunter2-7f3a"
@@ -160,7 +161,7 @@ def test_a_wrong_answer_is_reported_with_what_came_and_followed_on(run, path, bo
         call = {"/is_paused": client.is_paused, "/weight_info": client.weight_version, "/resume": client.resume}[path]
         with pytest.raises(BadAnswer, match=says):
             call()
-        with Follower(run.url, engine.url, on_problem=problems.append, poll=0.01) as follower:
+        with Follower(run.url, EngineClient(engine.url), on_problem=problems.append, poll=0.01) as follower:
             thread = threading.Thread(target=follower.run, daemon=True)
             thread.start()
             until(lambda: problems, unless=lambda: not thread.is_alive())
@@ -265,11 +266,11 @@ def test_a_name_and_password_in_the_address_are_sent_and_told_nobody(run, caplog
             with pytest.raises(EngineUnavailable) as gone:
                 follower.step()
             follower._beat(error=str(gone.value))
-        replica = Follower(run.url, engine.url)._replica
+        replica = Follower(run.url, EngineClient(engine.url))._replica
     said = "".join("".join(traceback.format_exception(error.value)) for error in (failed, gone)) + caplog.text
     assert PASSWORD not in said
     assert engine.url in str(gone.value)
-    beats = {stat.key: beat for stat, beat in ledger.read_all(open_bucket(run.url))}
+    beats = {stat.key: beat for stat, beat in heartbeats.read_all(open_bucket(run.url))}
     assert f"replicas/{replica}.json" in beats
     assert PASSWORD not in repr(beats)
 

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from deltawire.vllm import cores, lanes
+from deltawire.live import cores, threads
 from runs import PATIENCE
 
 pytestmark = pytest.mark.skipif(
@@ -69,7 +69,7 @@ def test_a_process_of_its_own_keeps_to_its_core_though_its_parent_has_more(mine)
 
 
 def test_work_is_shared_with_the_cores_that_were_left_to_others(mine, monkeypatch):
-    monkeypatch.setattr(lanes, "WORTH", 0)
+    monkeypatch.setattr(threads, "WORTH", 0)
     monkeypatch.setattr(cores, "allowed", lambda: mine)
     seen, meet = {}, threading.Barrier(2)
 
@@ -78,6 +78,6 @@ def test_work_is_shared_with_the_cores_that_were_left_to_others(mine, monkeypatc
         meet.wait(PATIENCE)
 
     os.sched_setaffinity(0, {min(mine)})
-    lanes.share([job, job], 2)
+    threads.share([job, job], 2)
     assert seen.pop(threading.current_thread()) == {min(mine)}
     assert list(seen.values()) == [mine - {min(mine)}]

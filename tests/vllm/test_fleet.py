@@ -7,10 +7,10 @@ from small import Fused, SmallRun, make_weights
 from stub_engine import StubEngine
 from test_follower_faults import Running, assert_at_rest, served
 
-from deltawire import ledger
-from deltawire.compactor import Compactor
-from deltawire.vllm.loading import AfterLoading
-from deltawire.vllm.replica import Replica
+from deltawire.live.post_load import AfterLoading
+from deltawire.live.worker import Replica
+from deltawire.runlog import heartbeats
+from deltawire.upkeep.compactor import Compactor
 from waiting import until
 
 
@@ -55,7 +55,9 @@ def test_a_fleet_converges_when_a_server_restarts_a_follower_is_replaced_and_a_l
         running.append(stack.enter_context(Running(run, engine)))
 
     def told():
-        return {beat.replica: (beat.version, beat.lag, beat.error) for _, beat in ledger.read_all(run.publisher.bucket)}
+        return {
+            beat.replica: (beat.version, beat.lag, beat.error) for _, beat in heartbeats.read_all(run.publisher.bucket)
+        }
 
     until(lambda: list(told().values()) == [(8, 0, None)] * 4)
     for engine in engines:

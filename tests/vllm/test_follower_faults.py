@@ -11,7 +11,6 @@ from small import Fused, SmallRun, make_weights
 from stub_engine import StubEngine
 
 import deltawire as dw
-from deltawire import anchors, wire
 from deltawire.errors import (
     AccessRefused,
     BadDigest,
@@ -24,16 +23,18 @@ from deltawire.errors import (
     Quarantined,
     Unavailable,
 )
-from deltawire.log import load_commit
-from deltawire.manifests import Derived, Payload, derived_key, write
-from deltawire.signing import generate_key
-from deltawire.vllm import replica, staging
+from deltawire.follow.engine import audited, named_error
+from deltawire.follow.follower import Follower
+from deltawire.follow.news import Current, Fetching
+from deltawire.format import delta_file
+from deltawire.live import staging, worker
+from deltawire.live.post_load import AfterLoading
+from deltawire.live.worker import Replica
+from deltawire.read import anchors
+from deltawire.runlog.log import load_commit
+from deltawire.runlog.records import Derived, Payload, derived_key, write
+from deltawire.runlog.signing import generate_key
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
-from deltawire.vllm.loading import AfterLoading
-from deltawire.vllm.news import Current, Fetching
-from deltawire.vllm.protocol import audited, named_error
-from deltawire.vllm.replica import Replica
 from waiting import PATIENCE, until
 
 
@@ -51,7 +52,7 @@ def engine(run):
 
 @pytest.fixture
 def follower(run, engine):
-    with Follower(run.url, engine.url) as follower:
+    with Follower(run.url, EngineClient(engine.url)) as follower:
         yield follower
 
 
@@ -81,7 +82,7 @@ def test_updates_go_stage_start_pause_update_finish_resume(run, engine, follower
 @pytest.mark.parametrize("clear_cache", [True, False])
 def test_what_becomes_of_requests_and_of_the_cache_is_what_was_asked_for(run, engine, pause, clear_cache):
     run.publish(a=1)
-    with Follower(run.url, engine.url, pause=pause, clear_cache=clear_cache) as follower:
+    with Follower(run.url, EngineClient(engine.url), pause=pause, clear_cache=clear_cache) as follower:
         follower.step()
     assert engine.queries["/pause"] == f"mode={pause}&clear_cache={str(clear_cache).lower()}"
     assert_at_rest(engine, run, 1)
@@ -90,7 +91,10 @@ def test_what_becomes_of_requests_and_of_the_cache_is_what_was_asked_for(run, en
 def test_nobody_there_is_unavailable(run):
     engine = StubEngine(run.model())
     engine.stop()
-    with Follower(run.url, engine.url) as follower, pytest.raises(EngineUnavailable, match="is vLLM running there"):
+    with (
+        Follower(run.url, EngineClient(engine.url)) as follower,
+        pytest.raises(EngineUnavailable, match="is vLLM running there"),
+    ):
         follower.step()
 
 
@@ -128,7 +132,7 @@ def test_a_folder_named_from_here_reaches_the_server_by_its_whole_path(tmp_path,
     """The server's working directory is another one."""
     monkeypatch.chdir(tmp_path)
     with SmallRun(tmp_path / "bucket") as run, StubEngine(run.model()) as engine:
-        with Follower("./bucket", engine.url) as follower:
+        with Follower("./bucket", EngineClient(engine.url)) as follower:
             monkeypatch.chdir("/")
             follower.step()
         assert_at_rest(engine, run, 0)
@@ -137,7 +141,7 @@ def test_a_folder_named_from_here_reaches_the_server_by_its_whole_path(tmp_path,
 def test_the_api_key_of_the_environment_is_sent_and_never_shown(run, engine, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "sk-very-secret")
     engine.fail("/collective_rpc", 401)
-    with Follower(run.url, engine.url) as follower, pytest.raises(EngineUnsupported) as caught:
+    with Follower(run.url, EngineClient(engine.url)) as follower, pytest.raises(EngineUnsupported) as caught:
         follower.step()
     assert engine.headers[-1]["Authorization"] == "Bearer sk-very-secret"
     assert "secret" not in str(caught.value)
@@ -148,7 +152,7 @@ def test_a_server_on_this_host_is_never_asked_through_a_proxy(run, engine, monke
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with Follower(run.url, engine.url) as follower:
+    with Follower(run.url, EngineClient(engine.url)) as follower:
         follower.step()
     assert_at_rest(engine, run, 0)
 
@@ -249,7 +253,7 @@ def test_whatever_a_killed_follower_had_reached_the_next_one_mends(run, engine, 
         engine.do(path, body)
         if path == reached:
             break
-    with Follower(run.url, engine.url) as successor:
+    with Follower(run.url, EngineClient(engine.url)) as successor:
         successor.step()
         assert_at_rest(engine, run, 1)
         assert successor.step() is None
@@ -301,22 +305,22 @@ def test_keys_that_an_earlier_follower_gave_stay_with_the_server_and_the_next_is
         SmallRun(signing_key=tmp_path / "trainer.key") as signed,
         StubEngine(signed.model()) as engine,
     ):
-        with Follower(signed.url, engine.url, trusted=[key]) as first:
+        with Follower(signed.url, EngineClient(engine.url), trusted=[key]) as first:
             first.step()
         notes = []
-        with Follower(signed.url, engine.url, on_news=notes.append) as second:
+        with Follower(signed.url, EngineClient(engine.url), on_news=notes.append) as second:
             second.step()
             second.step()
         assert [f"{engine.url} accepts only what the public keys signed" in told.note for told in notes] == [True]
         with (
-            Follower(unsigned.url, engine.url) as third,
+            Follower(unsigned.url, EngineClient(engine.url)) as third,
             pytest.raises(BadSignature, match="an earlier follower gave it with --trust"),
         ):
             third.step()
 
 
 def test_a_follower_of_a_bucket_where_nothing_is_published_changes_nothing(engine):
-    with Follower("memory://empty-so-far", engine.url) as follower:
+    with Follower("memory://empty-so-far", EngineClient(engine.url)) as follower:
         assert follower.step() is None
     assert set(engine.calls) == {"/collective_rpc", "/is_paused"}
     assert engine.replica.answer_status({})["attached"] is None
@@ -325,13 +329,13 @@ def test_a_follower_of_a_bucket_where_nothing_is_published_changes_nothing(engin
 def test_a_foreign_run_is_reported_and_followed_by_a_new_follower_only(tmp_path):
     with SmallRun(tmp_path / "bucket") as old, SmallRun(tmp_path / "other", seed=1) as new:
         pass
-    with StubEngine(old.model()) as engine, Follower(old.url, engine.url) as follower:
+    with StubEngine(old.model()) as engine, Follower(old.url, EngineClient(engine.url)) as follower:
         follower.step()
         shutil.copytree(tmp_path / "other", tmp_path / "bucket", dirs_exist_ok=True)
         with pytest.raises(OtherRun):
             follower.step()
         assert_at_rest(engine, old, 0)
-        with Follower(old.url, engine.url) as successor:
+        with Follower(old.url, EngineClient(engine.url)) as successor:
             report = successor.step()
         assert (report.run, report.from_version, report.version) == (new.publisher.position.run, None, 0)
         assert_at_rest(engine, new, 0)
@@ -340,7 +344,7 @@ def test_a_foreign_run_is_reported_and_followed_by_a_new_follower_only(tmp_path)
 def test_a_run_that_supersedes_the_one_followed_is_followed_from_its_anchor(tmp_path):
     with SmallRun(tmp_path) as old:
         old.publish(a=1)
-    with StubEngine(old.model()) as engine, Follower(old.url, engine.url) as follower:
+    with StubEngine(old.model()) as engine, Follower(old.url, EngineClient(engine.url)) as follower:
         follower.step()
         with SmallRun(tmp_path, seed=1, run="supersede") as new:
             assert follower.step().run == new.publisher.position.run
@@ -356,18 +360,21 @@ def test_a_pinned_version_is_reached_backwards_by_the_bytes_of_its_delta_and_lef
         run.publish(b=1, v=1)
     sizes = [stat.size for stat in run.publisher.bucket.list("runs/") if "/deltas/" in stat.key]
     with StubEngine(run.model(2)) as engine:
-        with Follower(run.url, engine.url) as follower:
+        with Follower(run.url, EngineClient(engine.url)) as follower:
             follower.step()
             assert_at_rest(engine, run, 2)
-        with Follower(run.url, engine.url, pin=1) as follower:
+        with Follower(run.url, EngineClient(engine.url), pin=1) as follower:
             report = follower.step()
             assert (report.from_version, report.version, report.wire_bytes) == (2, 1, sizes[1])
             assert_at_rest(engine, run, 1)
             assert follower.step() is None
-        with Follower(run.url, engine.url) as follower:
+        with Follower(run.url, EngineClient(engine.url)) as follower:
             assert follower.step().version == 2
             assert_at_rest(engine, run, 2)
-        with Follower(run.url, engine.url, pin=7) as follower, pytest.raises(Gap, match="never committed"):
+        with (
+            Follower(run.url, EngineClient(engine.url), pin=7) as follower,
+            pytest.raises(Gap, match="never committed"),
+        ):
             follower.step()
 
 
@@ -379,7 +386,11 @@ class Running:
         self.told: list[Exception] = []
         self.ended_by: Exception | None = None
         self.follower = Follower(
-            run.url, engine.url, poll=0.01, on_update=lambda report: self.updates.release(), on_problem=self._problem
+            run.url,
+            EngineClient(engine.url),
+            poll=0.01,
+            on_update=lambda report: self.updates.release(),
+            on_problem=self._problem,
         )
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -479,7 +490,7 @@ def test_what_still_stands_in_the_way_is_said_again_every_minute_with_its_age(ru
         if len(ages) == 3:
             follower.stop()
 
-    with Follower(run.url, engine.url, poll=0.001, on_problem=hear) as follower:
+    with Follower(run.url, EngineClient(engine.url), poll=0.001, on_problem=hear) as follower:
         follower.standing.clock = lambda: float(next(ticks))
         follower.run()
     assert ages[0] < 30 and all(60 <= later - earlier < 90 for earlier, later in itertools.pairwise(ages))
@@ -499,11 +510,13 @@ def test_a_follower_says_how_much_of_an_anchor_is_there_and_when_its_server_is_c
 
     monkeypatch.setattr(anchors, "download_verified", slowly)
     with StubEngine(Fused(make_weights(seed=5))) as engine:
-        with Follower(run.url, engine.url, on_news=hear) as follower:
+        with Follower(run.url, EngineClient(engine.url), on_news=hear) as follower:
             follower.step()
         (size,) = [stat.size for stat in run.publisher.bucket.list("runs/") if "/anchors/" in stat.key]
         assert told == [Fetching(run.publisher.position.run, 0, 0, size)]
-        with Follower(run.url, engine.url, poll=0.01, on_news=lambda news: [hear(news), follower.stop()]) as follower:
+        with Follower(
+            run.url, EngineClient(engine.url), poll=0.01, on_news=lambda news: [hear(news), follower.stop()]
+        ) as follower:
             follower.run()
     assert told[1:] == [Current(run.publisher.position.run, 0)]
 
@@ -517,7 +530,7 @@ def test_a_bucket_without_versions_is_waited_for_aloud(engine):
         if len(said) == 2:
             follower.stop()
 
-    with Follower("memory://nothing-here", engine.url, poll=0.001, on_news=hear) as follower:
+    with Follower("memory://nothing-here", EngineClient(engine.url), poll=0.001, on_news=hear) as follower:
         follower.standing.clock = lambda: float(next(ticks))
         follower.run()
     assert "nothing is published there yet" in said[0].reason
@@ -533,7 +546,7 @@ def test_between_looks_as_many_seconds_pass_as_asked_for(run, engine):
             self.set()
             return True
 
-    with Follower(run.url, engine.url, poll=60) as follower:
+    with Follower(run.url, EngineClient(engine.url), poll=60) as follower:
         follower._stopping = Waited()
         follower.run()
     assert [wait for wait in waits if wait > 1] == [60 - run.publisher.bucket.poll_seconds]  # others are for the server
@@ -544,8 +557,8 @@ def test_what_the_store_refuses_the_server_is_told_apart_from_what_it_refuses_th
     def refused(*arguments):
         raise AccessRefused("hf://buckets/me/wordle: the token may not read")
 
-    monkeypatch.setattr(replica, "attach", refused)
-    with Follower(run.url, engine.url) as follower, pytest.raises(AccessRefused) as caught:
+    monkeypatch.setattr(worker, "attach", refused)
+    with Follower(run.url, EngineClient(engine.url)) as follower, pytest.raises(AccessRefused) as caught:
         follower.step()
     assert f"the token may not read (said by the server at {engine.url}, which reads the bucket itself" in str(
         caught.value
@@ -558,7 +571,7 @@ def test_a_follower_never_makes_the_bucket_it_follows(gone, tmp_path, engine):
         pass
     follower = Follower(
         run.url if gone else (tmp_path / "bukcet").as_uri(),
-        engine.url,
+        EngineClient(engine.url),
         poll=0.01,
         on_problem=lambda error: follower.stop(),
         on_news=lambda news: follower.stop(),
@@ -604,12 +617,12 @@ def test_closing_does_not_wait_for_a_worker_that_is_busy_for_ever(run, engine, f
 
 def test_a_base_that_was_named_for_one_bucket_is_not_used_for_another(run, engine, tmp_path):
     run.publish()
-    with Follower(run.url, engine.url, base=tmp_path) as follower:
+    with Follower(run.url, EngineClient(engine.url), base=tmp_path) as follower:
         follower.step()
     assert engine.replica.answer_status({})["base"] == str(tmp_path)
     with SmallRun() as other:
         other.publish()
-        with Follower(other.url, engine.url) as follower:
+        with Follower(other.url, EngineClient(engine.url)) as follower:
             follower.step()
     assert engine.replica.answer_status({})["base"] is None
 
@@ -621,7 +634,7 @@ def test_a_fold_that_lies_is_passed_over_for_the_commits_it_stands_for(run, engi
         run.publish(a=value)
     bucket = dw.open_bucket(run.url)
     start, end = (load_commit(bucket, run.publisher.position.run, version) for version in (1, 6))
-    data = wire.encode(dw.Delta(), run=start.record.run, parent=1, version=6)
+    data = delta_file.encode(dw.Delta(), run=start.record.run, parent=1, version=6)
     payload = Payload("folds/step_000001-000006-0123456789ab.safetensors", len(data), blake3(data).hexdigest())
     lie = Derived(start.record.run, 6, 1, end.record.root, {}, (payload,), end.hash, start.hash)
     bucket.put(f"runs/{lie.run}/{payload.key}", data)

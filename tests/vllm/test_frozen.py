@@ -8,16 +8,16 @@ from stub_engine import StubEngine
 from typer.testing import CliRunner
 
 import deltawire as dw
-from deltawire import retention
 from deltawire.cli import app
-from deltawire.compactor import Compactor
 from deltawire.errors import EngineUnsupported
+from deltawire.follow.follower import Follower
+from deltawire.live.coverage import Union
+from deltawire.live.post_load import AfterLoading
+from deltawire.live.worker import Replica
 from deltawire.torch import follow
+from deltawire.upkeep import retention
+from deltawire.upkeep.compactor import Compactor
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
-from deltawire.vllm.loading import AfterLoading
-from deltawire.vllm.replica import Replica
-from deltawire.vllm.union import Union
 
 LEFT = {"mtp.norm": torch.arange(6.0).bfloat16(), "mtp.empty": torch.zeros(0).bfloat16()}
 
@@ -74,7 +74,7 @@ def test_frozen_tensors_that_no_worker_loads_count_as_the_base_has_them(run, wor
     models = [Text(run.base)] if workers == 1 else [TextShard(run.base, rank) for rank in range(2)]
     with (
         StubEngine(*models) as engine,
-        Follower(run.url, engine.url, base=run.folder) as follower,
+        Follower(run.url, EngineClient(engine.url), base=run.folder) as follower,
         EngineClient(engine.url) as client,
     ):
         assert follower.step() is None  # the base is version 0, and found to be

@@ -7,12 +7,13 @@ import pytest
 from small import Fused, SmallRun, make_weights
 from stub_engine import StubEngine
 
-from deltawire import ledger
 from deltawire.errors import EngineError, NotFound
-from deltawire.vllm.follower import Follower
-from deltawire.vllm.health import HealthServer, Standing
-from deltawire.vllm.loading import AfterLoading
-from deltawire.vllm.replica import Replica
+from deltawire.follow.follower import Follower
+from deltawire.follow.health import HealthServer, Standing
+from deltawire.live.post_load import AfterLoading
+from deltawire.live.worker import Replica
+from deltawire.runlog import heartbeats
+from deltawire.vllm.client import EngineClient
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def asked(run):
     """A follower of a server that stands on no version, and what its health endpoint says."""
     with (
         StubEngine(Fused(make_weights(seed=5))) as engine,
-        Follower(run.url, engine.url) as follower,
+        Follower(run.url, EngineClient(engine.url)) as follower,
         HealthServer(0, lambda: follower.standing.why_unready(1), follower.standing) as server,
     ):
 
@@ -57,7 +58,7 @@ def test_a_joiner_is_ready_when_it_serves_and_unready_when_it_falls_too_far_behi
 def test_a_late_replica_is_ready_only_when_it_is_current_however_old_a_policy_may_be(run):
     for _ in range(2):
         run.publish(a=1)
-    with StubEngine(run.model(0)) as engine, Follower(run.url, engine.url) as follower:
+    with StubEngine(run.model(0)) as engine, Follower(run.url, EngineClient(engine.url)) as follower:
         engine.fail("/start_weight_update", 500)
         with pytest.raises(EngineError):
             follower.step()
@@ -75,13 +76,13 @@ def test_a_late_replica_is_ready_only_when_it_is_current_however_old_a_policy_ma
 def test_the_ledger_tells_lag_and_what_the_last_audit_found(run):
     with (
         StubEngine(run.model()) as engine,
-        Follower(run.url, engine.url, audit_every=1, replica="one") as follower,
+        Follower(run.url, EngineClient(engine.url), audit_every=1, replica="one") as follower,
     ):
         follower.step()
         run.publish(a=1)
         follower.step()
         follower._beat()
-    ((_, beat),) = ledger.read_all(run.publisher.bucket)
+    ((_, beat),) = heartbeats.read_all(run.publisher.bucket)
     assert (beat.version, beat.lag, beat.audit) == (1, 0, "version 1: equal")
 
 
@@ -92,7 +93,7 @@ def place(tmp_path):
     with (
         SmallRun(tmp_path / "bucket") as run,
         StubEngine(run.model()) as engine,
-        Follower(run.url, engine.url) as follower,
+        Follower(run.url, EngineClient(engine.url)) as follower,
         HealthServer(0, lambda: follower.standing.why_unready(**limits), follower.standing) as server,
         httpx.Client(timeout=10) as http,
     ):

@@ -10,38 +10,38 @@ from small import SmallRun
 from test_staging import plan_for
 
 import deltawire as dw
-from deltawire.vllm import lanes, staging
+from deltawire.live import staging, threads
 from runs import PATIENCE
 
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    monkeypatch.setattr(lanes, "WORTH", 0)
-    monkeypatch.setattr(lanes.cores, "allowed", lambda: {0, 1})
+    monkeypatch.setattr(threads, "WORTH", 0)
+    monkeypatch.setattr(threads.cores, "allowed", lambda: {0, 1})
 
 
 @given(count=st.integers(0, 40))
 def test_every_job_is_done_once(count):
     done = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(lanes.cores, "allowed", lambda: {0, 1, 2})
-        lanes.share([functools.partial(done.append, number) for number in range(count)], lanes.WORTH)
+        patched.setattr(threads.cores, "allowed", lambda: {0, 1, 2})
+        threads.share([functools.partial(done.append, number) for number in range(count)], threads.WORTH)
     assert sorted(done) == list(range(count))
 
 
 def test_a_thread_that_is_done_takes_what_another_has_not_begun(two_threads):
     held, done = threading.Event(), []
     jobs = [lambda: held.wait(PATIENCE), *[functools.partial(done.append, number) for number in range(8)], held.set]
-    lanes.share(jobs, 10)  # the first to begin is held until the other has done all the rest
+    threads.share(jobs, 10)  # the first to begin is held until the other has done all the rest
     assert done == list(range(8))
 
 
 def test_two_threads_work_at_once_and_one_does_little_work_alone(two_threads, monkeypatch):
     meet = threading.Barrier(2)
-    lanes.share([lambda: meet.wait(PATIENCE)] * 2, 2)  # one thread would wait in vain
-    monkeypatch.setattr(lanes, "WORTH", 3)
+    threads.share([lambda: meet.wait(PATIENCE)] * 2, 2)  # one thread would wait in vain
+    monkeypatch.setattr(threads, "WORTH", 3)
     ran = []
-    lanes.share([lambda: ran.append(threading.current_thread())] * 2, 2)
+    threads.share([lambda: ran.append(threading.current_thread())] * 2, 2)
     assert ran == [threading.current_thread()] * 2
 
 
@@ -55,7 +55,7 @@ def test_an_error_in_either_thread_is_raised_when_nothing_is_under_way_any_more(
             raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
-        lanes.share([job, job], 2)
+        threads.share([job, job], 2)
     assert threading.active_count() == before
 
 
@@ -78,7 +78,7 @@ def test_an_interrupt_is_raised_only_when_the_other_thread_has_ended(two_threads
 
     monkeypatch.setattr(threading.Thread, "join", interrupt_once)
     with pytest.raises(KeyboardInterrupt):
-        lanes.share([job, job], 2)
+        threads.share([job, job], 2)
     assert done == ["written"]
 
 
@@ -88,7 +88,7 @@ def test_where_no_thread_can_be_started_one_does_all(two_threads, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     done = []
-    lanes.share([functools.partial(done.append, number) for number in range(4)], 4)
+    threads.share([functools.partial(done.append, number) for number in range(4)], 4)
     assert done == [0, 1, 2, 3]
 
 

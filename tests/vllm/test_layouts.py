@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire.vllm.boxes import Box
-from deltawire.vllm.layouts import fit
+from deltawire.live.boxes import Box
+from deltawire.live.layouts import fit
 
 
 def packed(shape, blocks):

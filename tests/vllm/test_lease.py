@@ -13,9 +13,9 @@ from stub_engine import StubEngine
 
 import deltawire as dw
 from deltawire.errors import AnotherFollower, EngineError, EngineUnavailable
+from deltawire.follow.follower import Follower
+from deltawire.live.lease import TTL, Holder, Lease, this_follower
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
-from deltawire.vllm.lease import TTL, Holder, Lease, this_follower
 from waiting import PATIENCE, until
 
 HERE = socket.gethostname()
@@ -71,7 +71,7 @@ class Place:
 
 @pytest.fixture
 def place(request, monkeypatch):
-    monkeypatch.setattr("deltawire.vllm.holding.LOOK", 0.02)
+    monkeypatch.setattr("deltawire.follow.holding.LOOK", 0.02)
     with Place(getattr(request, "param", 2)) as place:
         yield place
 
@@ -158,7 +158,7 @@ def test_a_follower_that_is_closed_lets_go(place):
 
 
 def test_a_long_stage_and_a_long_wait_for_the_bucket_keep_the_lease(place, monkeypatch):
-    monkeypatch.setattr("deltawire.vllm.holding.RENEW", 0.01)
+    monkeypatch.setattr("deltawire.follow.holding.RENEW", 0.01)
     with place.follower(place.mine, host=ELSEWHERE) as first, ThreadPoolExecutor() as pool:
         monkeypatch.setattr(first.bucket, "watch", lambda *args, **options: first._stopping.wait(PATIENCE) and None)
         running = pool.submit(first.run)

@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 import deltawire as dw
-from deltawire.digest import digest_bits
 from deltawire.errors import EngineUnsupported
-from deltawire.manifests import TensorEntry
-from deltawire.tensors import as_bits
-from deltawire.vllm.live import LiveWeights, watch_loading
-from deltawire.vllm.loading import held
-from deltawire.vllm.memory import same_bits
-from deltawire.vllm.protocol import audited
-from deltawire.vllm.replica import Replica
-from deltawire.vllm.union import Union
+from deltawire.follow.engine import audited
+from deltawire.live.coverage import Union
+from deltawire.live.live_weights import LiveWeights, watch_loading
+from deltawire.live.memory import same_bits
+from deltawire.live.post_load import held
+from deltawire.live.worker import Replica
+from deltawire.weights.digest import digest_bits
+from deltawire.weights.table import TensorEntry
+from deltawire.weights.tensors import as_bits
 from runs import PATIENCE
 
 SHAPE = (4, 32, 6)

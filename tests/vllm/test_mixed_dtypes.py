@@ -8,8 +8,8 @@ from torch import nn
 
 import deltawire as dw
 from deltawire.errors import DtypeMismatch
-from deltawire.vllm.loading import AfterLoading
-from deltawire.vllm.replica import Replica
+from deltawire.live.post_load import AfterLoading
+from deltawire.live.worker import Replica
 from runs import publishing
 
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from servers import START_SECONDS, VOCABULARY, Server, build, repeat_head, save_checkpoint
 
 import deltawire as dw
-from deltawire.fp8 import Fp8
-from deltawire.tensors import as_bits, as_torch
+from deltawire.follow.follower import Follower
+from deltawire.prepare.fp8 import Fp8
 from deltawire.trainers.conversion import name_map
 from deltawire.trainers.state import checkpoint_tensors
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
+from deltawire.weights.tensors import as_bits, as_torch
 
 TP2 = ("--tensor-parallel-size", "2")
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -115,7 +115,7 @@ def test_every_version_is_served_bit_for_bit(combination, tmp_path):
     fresh = Server(chain.checkpoint, tmp_path / "fresh.log", options=options, **environ)
     try:
         fresh.wait()
-        with Follower(chain.url, fresh.url) as follower:
+        with Follower(chain.url, EngineClient(fresh.url)) as follower:
             assert follower.step() is None
         assert fresh.logprobs([1, 2, 3]) == served
         assert fresh.checksums() == sums
@@ -137,7 +137,7 @@ def test_a_tied_head_that_the_file_repeats_is_one_tensor_in_every_layout(layout,
         server.wait()
         with (
             dw.Publisher(bucket, base=checkpoint) as publisher,
-            Follower(bucket.url, server.url) as follower,
+            Follower(bucket.url, EngineClient(server.url)) as follower,
             EngineClient(server.url) as engine,
         ):
             for version in range(3):
@@ -157,7 +157,7 @@ def test_a_tied_head_that_the_file_repeats_is_one_tensor_in_every_layout(layout,
 
 def walk(chain, server, *, remade=False):
     """From the checkpoint a server was started on through deltas, a fold, a dense change and a rollback."""
-    with Follower(chain.url, server.url) as follower, EngineClient(server.url) as engine:
+    with Follower(chain.url, EngineClient(server.url)) as follower, EngineClient(server.url) as engine:
         start = server.logprobs([1, 2, 3])
         follower.step()
         modules = [module for worker in engine.placement() for module in worker["remade"]]
@@ -176,10 +176,10 @@ def walk(chain, server, *, remade=False):
         assert_served(chain, engine, dense)
         newest = server.logprobs([1, 2, 3])
         assert newest != start
-    with Follower(chain.url, server.url, pin=2) as follower, EngineClient(server.url) as engine:
+    with Follower(chain.url, EngineClient(server.url), pin=2) as follower, EngineClient(server.url) as engine:
         assert follower.step().version == 2
         assert_served(chain, engine, 2)
-    with Follower(chain.url, server.url) as follower, EngineClient(server.url) as engine:
+    with Follower(chain.url, EngineClient(server.url)) as follower, EngineClient(server.url) as engine:
         chain.publish()
         follower.step()
         assert_served(chain, engine, 7)

@@ -11,14 +11,14 @@ from torch import nn
 
 import deltawire as dw
 from deltawire.errors import EngineUnsupported
-from deltawire.manifests import TensorEntry
-from deltawire.tensors import as_bits
-from deltawire.vllm.boxes import Box, Placement
-from deltawire.vllm.live import LiveWeights, changes_between, tensors_of, watch_loading
-from deltawire.vllm.loading import AfterLoading
-from deltawire.vllm.memory import Memory, fingerprint
-from deltawire.vllm.placement import probe
-from deltawire.vllm.union import Union
+from deltawire.live.boxes import Box, Placement
+from deltawire.live.coverage import Union
+from deltawire.live.live_weights import LiveWeights, changes_between, tensors_of, watch_loading
+from deltawire.live.memory import Memory, fingerprint
+from deltawire.live.placement import probe
+from deltawire.live.post_load import AfterLoading
+from deltawire.weights.table import TensorEntry
+from deltawire.weights.tensors import as_bits
 
 
 class Model(nn.Module):

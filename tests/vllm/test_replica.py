@@ -9,12 +9,12 @@ import pytest
 from small import Fused, SmallRun, make_weights
 
 import deltawire as dw
-from deltawire.digest import root
-from deltawire.vllm import staging
+from deltawire.follow.engine import audited
+from deltawire.live import staging
+from deltawire.live.post_load import AfterLoading
+from deltawire.live.worker import Replica
 from deltawire.vllm.hooks import _worker_method
-from deltawire.vllm.loading import AfterLoading
-from deltawire.vllm.protocol import audited
-from deltawire.vllm.replica import Replica
+from deltawire.weights.digest import root
 from runs import PATIENCE, replace_commit
 
 

@@ -12,11 +12,12 @@ from torch import nn
 
 import deltawire as dw
 from attacks.hostile import replay, roll_back
-from deltawire import signing
 from deltawire.errors import FormatError, RolledBack
+from deltawire.follow.follower import Follower
+from deltawire.follow.news import Note
+from deltawire.runlog import signing
 from deltawire.torch import follow
-from deltawire.vllm.follower import Follower
-from deltawire.vllm.news import Note
+from deltawire.vllm.client import EngineClient
 from verbs import run_verb
 from waiting import PATIENCE, until
 
@@ -53,7 +54,9 @@ def served(engine):
 
 def test_a_running_follower_goes_on_serving_what_it_serves(run, engine, key):
     problems = []
-    follower = Follower(run.url, engine.url, trusted=[key[1].public], poll=0.01, on_problem=problems.append)
+    follower = Follower(
+        run.url, EngineClient(engine.url), trusted=[key[1].public], poll=0.01, on_problem=problems.append
+    )
     with follower:
         follower.step()
         assert served(engine) == 5
@@ -73,18 +76,21 @@ def test_a_running_follower_goes_on_serving_what_it_serves(run, engine, key):
 def test_a_restarted_follower_remembers_by_default_and_goes_back_by_a_pin(run, engine, key):
     options = {"trusted": [key[1].public]}
     news = []
-    with Follower(run.url, engine.url, on_news=news.append, **options) as follower:
+    with Follower(run.url, EngineClient(engine.url), on_news=news.append, **options) as follower:
         follower.step()
     assert [type(item) for item in news].count(Note) == 1
     took_back(run)
-    with Follower(run.url, engine.url, on_news=news.append, **options) as follower, pytest.raises(RolledBack):
+    with (
+        Follower(run.url, EngineClient(engine.url), on_news=news.append, **options) as follower,
+        pytest.raises(RolledBack),
+    ):
         follower.step()
     assert served(engine) == 5
-    with Follower(run.url, engine.url, pin=2, **options) as follower:
+    with Follower(run.url, EngineClient(engine.url), pin=2, **options) as follower:
         assert follower.step().version == 2
-    with Follower(run.url, engine.url, **options) as follower, pytest.raises(RolledBack):
+    with Follower(run.url, EngineClient(engine.url), **options) as follower, pytest.raises(RolledBack):
         follower.step()
-    with Follower(run.url, engine.url, forget_state=True, **options) as follower:
+    with Follower(run.url, EngineClient(engine.url), forget_state=True, **options) as follower:
         follower.step()
     assert served(engine) == 2
     assert [type(item) for item in news].count(Note) == 1
@@ -93,23 +99,26 @@ def test_a_restarted_follower_remembers_by_default_and_goes_back_by_a_pin(run, e
 def test_a_run_of_the_same_key_from_another_bucket_is_not_served_after_a_restart(run, engine, key, tmp_path):
     state = tmp_path / "state"
     options = {"trusted": [key[1].public], "state": state}
-    with Follower(run.url, engine.url, **options) as follower:
+    with Follower(run.url, EngineClient(engine.url), **options) as follower:
         follower.step()
     with SmallRun(tmp_path / "other", seed=1, signing_key=key[0]) as other:
         other.publish(**dict.fromkeys(list(other.weights)[:1], 0.01))
         replay(dw.open_bucket(other.url), dw.open_bucket(run.url))
-    with Follower(run.url, engine.url, **options) as follower, pytest.raises(RolledBack, match="--forget-state"):
+    with (
+        Follower(run.url, EngineClient(engine.url), **options) as follower,
+        pytest.raises(RolledBack, match="--forget-state"),
+    ):
         follower.step()
     assert served(engine) == 5
     state.write_bytes(b"junk")
     with pytest.raises(FormatError, match="is damaged"):
-        Follower(run.url, engine.url, **options)
-    with Follower(run.url, engine.url, forget_state=True, **options) as follower:
+        Follower(run.url, EngineClient(engine.url), **options)
+    with Follower(run.url, EngineClient(engine.url), forget_state=True, **options) as follower:
         assert follower.step().version == 1
 
 
 def test_without_keys_nothing_is_remembered(run, engine, tmp_path):
-    with Follower(run.url, engine.url, state=tmp_path / "state") as follower:
+    with Follower(run.url, EngineClient(engine.url), state=tmp_path / "state") as follower:
         follower.step()
     assert not (tmp_path / "state").exists()
 
@@ -171,10 +180,10 @@ def test_a_module_is_not_taken_back_and_goes_back_when_told_to(key, tmp_path):
 
 
 def test_a_follower_with_keys_tells_them_to_a_server_that_stands_on_the_bucket_already(run, engine, key, tmp_path):
-    with Follower(run.url, engine.url) as follower:
+    with Follower(run.url, EngineClient(engine.url)) as follower:
         follower.step()
     assert engine.replica.answer_status({})["trusted"] == []
-    with Follower(run.url, engine.url, trusted=[key[1].public], base=tmp_path) as follower:
+    with Follower(run.url, EngineClient(engine.url), trusted=[key[1].public], base=tmp_path) as follower:
         follower.step()
     status = engine.replica.answer_status({})
     assert (status["trusted"], status["base"]) == ([key[1].public], str(tmp_path))

@@ -20,8 +20,8 @@ from transformers import Qwen3ForCausalLM
 
 import deltawire as dw
 from deltawire.errors import BadDigest, EngineUnavailable, EngineUnsupported, NotFound
+from deltawire.follow.follower import Follower
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
 from waiting import until
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "vllm"))
@@ -80,7 +80,10 @@ def on_base(tmp_path, checkpoint):
 def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(server, on_base, checkpoint, tmp_path):
     trainer = on_base
     before = server.logprobs([1, 2, 3])
-    with Follower(trainer.url, server.url, base=checkpoint) as follower, EngineClient(server.url) as engine:
+    with (
+        Follower(trainer.url, EngineClient(server.url), base=checkpoint) as follower,
+        EngineClient(server.url) as engine,
+    ):
         for version in range(6):
             assert trainer.step().version == version
             report = follower.step()
@@ -108,7 +111,7 @@ def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(s
         assert fresh.logprobs([1, 2, 3]) == after
     finally:
         fresh.stop()
-    with pytest.raises(EngineUnavailable), Follower(trainer.url, fresh.url) as other:
+    with pytest.raises(EngineUnavailable), Follower(trainer.url, EngineClient(fresh.url)) as other:
         other.step()
 
 
@@ -119,7 +122,7 @@ def test_a_server_started_without_our_engine_is_refused_and_left_as_vllm_makes_i
         plain.wait()
         with (
             pytest.raises(EngineUnsupported, match="weight-transfer-config"),
-            Follower(trainer.url, plain.url) as follower,
+            Follower(trainer.url, EngineClient(plain.url)) as follower,
         ):
             follower.step()
         sums = plain.checksums()
@@ -135,17 +138,20 @@ def test_a_base_folder_is_opened_by_a_worker_only_where_a_follower_names_it(serv
         other.step()
         on_base.step()
     other.publisher.close(10)
-    with Follower(other.url, server.url) as follower:
+    with Follower(other.url, EngineClient(server.url)) as follower:
         follower.step()  # now the server stands on no version of the run that has a base
-    with Follower(on_base.url, server.url) as follower, pytest.raises(NotFound, match="--base FOLDER"):
+    with Follower(on_base.url, EngineClient(server.url)) as follower, pytest.raises(NotFound, match="--base FOLDER"):
         follower.step()
-    with Follower(on_base.url, server.url, base=checkpoint) as follower, EngineClient(server.url) as engine:
+    with (
+        Follower(on_base.url, EngineClient(server.url), base=checkpoint) as follower,
+        EngineClient(server.url) as engine,
+    ):
         assert follower.step().from_version is None
         assert engine.audit().digests == on_base.published
 
 
 def test_versions_that_were_missed_arrive_as_one_update(server, trainer):
-    with Follower(trainer.url, server.url) as follower:
+    with Follower(trainer.url, EngineClient(server.url)) as follower:
         trainer.step()
         follower.step()
         for _ in range(3):
@@ -157,7 +163,7 @@ def test_versions_that_were_missed_arrive_as_one_update(server, trainer):
 
 
 def test_a_damaged_delta_is_refused_and_the_old_version_is_still_served(server, trainer, tmp_path):
-    with Follower(trainer.url, server.url) as follower, EngineClient(server.url) as engine:
+    with Follower(trainer.url, EngineClient(server.url)) as follower, EngineClient(server.url) as engine:
         trainer.step()
         follower.step()
         served, label, digests = server.checksums(), engine.weight_version(), trainer.published
@@ -177,11 +183,11 @@ def test_a_damaged_delta_is_refused_and_the_old_version_is_still_served(server, 
 
 
 def test_a_new_follower_takes_over_from_the_engines_own_word(server, trainer):
-    with Follower(trainer.url, server.url) as follower:
+    with Follower(trainer.url, EngineClient(server.url)) as follower:
         trainer.step()
         follower.step()
     trainer.step()
-    with Follower(trainer.url, server.url) as follower:
+    with Follower(trainer.url, EngineClient(server.url)) as follower:
         assert follower.step().from_version == 0
         assert follower.step() is None
 
@@ -210,7 +216,7 @@ def test_plain_posts_update_without_a_follower(server, trainer):
 
 def test_a_version_that_was_never_committed_and_a_bucket_that_is_not_there_change_nothing(server, trainer, tmp_path):
     trainer.step()
-    with Follower(trainer.url, server.url) as follower:
+    with Follower(trainer.url, EngineClient(server.url)) as follower:
         follower.step()
     served = server.checksums()
     with EngineClient(server.url) as engine:
@@ -236,7 +242,7 @@ def test_a_request_in_flight_lives_through_an_update(server, trainer):
             "stream": True, "return_token_ids": True}  # fmt: skip
     tokens = []
     with (
-        Follower(trainer.url, server.url) as follower,
+        Follower(trainer.url, EngineClient(server.url)) as follower,
         httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer,
     ):
         lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: {"))
@@ -263,7 +269,7 @@ class AskingBeforeItPauses(EngineClient):
 def test_a_request_that_meets_an_update_names_the_versions_that_made_its_tokens(server, trainer, pause):
     """Kept, it shows both; waited for, it is the old version's alone and whole; aborted, it ends there."""
     trainer.step()
-    with Follower(trainer.url, server.url) as follower:
+    with Follower(trainer.url, EngineClient(server.url)) as follower:
         follower.step()
     old = trainer.publisher.position
     trainer.step()
@@ -281,7 +287,7 @@ def test_a_request_that_meets_an_update_names_the_versions_that_made_its_tokens(
 
 def test_a_copy_of_the_bucket_elsewhere_is_the_same_run(server, trainer, tmp_path):
     trainer.step()
-    with Follower(trainer.url, server.url) as follower:
+    with Follower(trainer.url, EngineClient(server.url)) as follower:
         follower.step()
     shutil.copytree(tmp_path / "bucket", tmp_path / "copy")
     with Follower((tmp_path / "copy").as_uri(), server.url) as follower:
@@ -291,7 +297,7 @@ def test_a_copy_of_the_bucket_elsewhere_is_the_same_run(server, trainer, tmp_pat
 KILLED = """
 import os, signal, sys
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
+from deltawire.follow.follower import Follower
 
 bucket, engine, moment = sys.argv[1:]
 setattr(EngineClient, moment, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL))
@@ -303,7 +309,7 @@ with Follower(bucket, engine) as follower:
 @pytest.mark.parametrize("moment", ["stage", "start", "pause", "update", "finish", "resume"])
 def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_one_mends(server, trainer, moment):
     trainer.step()
-    with Follower(trainer.url, server.url) as follower:
+    with Follower(trainer.url, EngineClient(server.url)) as follower:
         follower.step()
     trainer.step()
     killed = subprocess.run([sys.executable, "-c", KILLED, trainer.url, server.url, moment], check=False, timeout=120)
@@ -311,7 +317,7 @@ def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_o
     with EngineClient(server.url) as engine:
         assert engine.is_paused() == (moment in ("update", "finish", "resume"))
         assert engine.status().session_open == (moment in ("pause", "update", "finish"))
-        with Follower(trainer.url, server.url) as follower:
+        with Follower(trainer.url, EngineClient(server.url)) as follower:
             started = time.monotonic()
             report = follower.step()
             assert time.monotonic() < started + 20
@@ -327,7 +333,7 @@ def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_o
 STOPPED = """
 import os, signal, sys
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
+from deltawire.follow.follower import Follower
 
 bucket, engine, moment = sys.argv[1:]
 original = getattr(EngineClient, moment)
@@ -351,7 +357,7 @@ def test_a_follower_stopped_in_an_update_loses_the_server_to_another_and_changes
     other = Trainer(tmp_path / "other", assets=checkpoint)
     for each in (trainer, other, other):
         each.step()
-    with Follower(trainer.url, server.url) as follower:
+    with Follower(trainer.url, EngineClient(server.url)) as follower:
         follower.step()
     trainer.step()
     command = [sys.executable, "-c", STOPPED, trainer.url, server.url, moment]
@@ -359,7 +365,7 @@ def test_a_follower_stopped_in_an_update_loses_the_server_to_another_and_changes
         until(lambda: psutil.Process(old.pid).status() == psutil.STATUS_STOPPED, unless=old.poll)
         assert engine.is_paused() == (moment == "update")
         assert engine.status().lease.holder.pid == old.pid
-        with Follower(other.url, server.url, take_over=True) as new:
+        with Follower(other.url, EngineClient(server.url), take_over=True) as new:
             new.step()
             assert engine.weight_version() == str(other.publisher.position)
             served = server.checksums()
@@ -377,7 +383,7 @@ def test_a_follower_stopped_in_an_update_loses_the_server_to_another_and_changes
 
 def test_what_is_generated_after_an_update_is_what_the_new_weights_say(server, trainer):
     prompt = [5, 6, 7]
-    with Follower(trainer.url, server.url) as follower:
+    with Follower(trainer.url, EngineClient(server.url)) as follower:
         old = trainer.first_logprob(prompt)
         trainer.step()
         follower.step()
@@ -393,7 +399,9 @@ def test_what_is_generated_after_an_update_is_what_the_new_weights_say(server, t
 
 def test_a_follower_runs_until_it_is_closed_and_serves_what_is_published(server, trainer):
     served = threading.Semaphore(0)
-    with Follower(trainer.url, server.url, poll=0.05, on_update=lambda report: served.release()) as follower:
+    with Follower(
+        trainer.url, EngineClient(server.url), poll=0.05, on_update=lambda report: served.release()
+    ) as follower:
         thread = threading.Thread(target=follower.run, daemon=True)
         thread.start()
         for _ in range(3):

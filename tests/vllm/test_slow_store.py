@@ -14,10 +14,12 @@ from small import SmallRun
 from stub_engine import StubEngine
 
 import deltawire as dw
+from deltawire.buckets import environment
 from deltawire.errors import EngineUnavailable, NotFound, Unavailable
-from deltawire.vllm import environment, follower, replica, staging
+from deltawire.follow import follower
+from deltawire.follow.follower import Follower
+from deltawire.live import staging, worker
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
 from waiting import PATIENCE, until
 
 WORKER = "deltawire-stage"
@@ -40,7 +42,7 @@ def door(monkeypatch):
     """A store that answers the workers nothing while the door is shut: `shut()`, `open()`, `open_for(url)`."""
     opened, others = threading.Event(), set()
     opened.set()
-    original = replica.open_bucket
+    original = worker.open_bucket
 
     class Door:
         open, shut, open_for = opened.set, opened.clear, others.add
@@ -59,7 +61,7 @@ def door(monkeypatch):
 
         return answer
 
-    monkeypatch.setattr(replica, "open_bucket", behind)
+    monkeypatch.setattr(worker, "open_bucket", behind)
     yield Door
     opened.set()
 
@@ -68,7 +70,7 @@ def test_a_bucket_that_hangs_when_it_is_opened_or_read_holds_no_call_of_the_serv
     monkeypatch.setattr(follower, "SLOW", 0.05)
     problems = []
     with (
-        Follower(run.url, engine.url, on_problem=problems.append) as following,
+        Follower(run.url, EngineClient(engine.url), on_problem=problems.append) as following,
         EngineClient(engine.url) as client,
         ThreadPoolExecutor() as pool,
     ):
@@ -98,7 +100,7 @@ def test_a_bucket_that_never_answers_is_left_for_another_at_once(run, engine, do
         until(lambda: client.status().reading == run.url)
         hanging = next(thread for thread in threading.enumerate() if thread.name == WORKER)
         door.open_for(other.url)
-        with Follower(other.url, engine.url) as following:
+        with Follower(other.url, EngineClient(engine.url)) as following:
             assert following.step().version == 0
             assert hanging.is_alive()
             door.open()
@@ -140,7 +142,7 @@ def test_memory_is_digested_on_a_thread_of_ours_and_the_loader_watched_on_the_se
 
     monkeypatch.setattr(model, "load_weights", loading)
     monkeypatch.setattr(staging.LiveWeights, "digests", digesting)
-    with Follower(run.url, engine.url) as following:
+    with Follower(run.url, EngineClient(engine.url)) as following:
         following.step()
         following.audit()
     assert digested == {WORKER}
@@ -151,7 +153,7 @@ def test_memory_is_digested_on_a_thread_of_ours_and_the_loader_watched_on_the_se
 def test_a_plain_post_waits_for_a_slow_bucket_only_so_long_and_is_taken_when_posted_again(
     run, engine, door, monkeypatch
 ):
-    monkeypatch.setattr(replica, "PLAIN_WAIT", 0.05)
+    monkeypatch.setattr(worker, "PLAIN_WAIT", 0.05)
     run.publish(a=1)
     door.shut()
     body = {"update_info": {"bucket": run.url, "version": 1}}
@@ -271,7 +273,7 @@ def test_on_vllm_completions_are_answered_as_before_while_s3_refuses_hangs_and_t
     model = tiny_qwen3()
     with (
         dw.Publisher(dw.open_bucket(s3_url), assets=checkpoint) as publisher,
-        Follower(s3_url, server.url, pass_endpoint=True, on_problem=problems.append) as following,
+        Follower(s3_url, EngineClient(server.url), pass_endpoint=True, on_problem=problems.append) as following,
         EngineClient(server.url) as engine,
         Completing(server) as completing,
         ThreadPoolExecutor() as pool,

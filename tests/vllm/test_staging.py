@@ -6,11 +6,11 @@ from small import Fused, SmallRun, make_weights
 
 import deltawire as dw
 from deltawire.errors import Gap, OtherRun
-from deltawire.subscriber import Subscriber
-from deltawire.vllm import staging
-from deltawire.vllm.live import LiveWeights
-from deltawire.vllm.loading import AfterLoading
-from deltawire.vllm.staging import Fill, Plan, Scatter
+from deltawire.live import staging
+from deltawire.live.live_weights import LiveWeights
+from deltawire.live.post_load import AfterLoading
+from deltawire.live.staging import Fill, Plan, Scatter
+from deltawire.read.subscriber import Subscriber
 
 
 @pytest.fixture

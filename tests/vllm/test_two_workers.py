@@ -12,8 +12,8 @@ from servers import START_SECONDS, Server
 from test_models import TP2, TWO, Chain, assert_served, every, walk
 
 from deltawire.errors import AnotherFollower, EngineError
+from deltawire.follow.follower import Follower
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
 from waiting import PATIENCE, until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
@@ -68,12 +68,12 @@ def test_a_failure_in_one_worker_leaves_both_in_step_and_the_next_update_works(p
 
 def test_both_workers_refuse_a_follower_that_has_lost_the_server_and_stay_in_step(place):
     chain, server, _ = place
-    with Follower(chain.url, server.url) as first, EngineClient(server.url) as engine:
+    with Follower(chain.url, EngineClient(server.url)) as first, EngineClient(server.url) as engine:
         first.step()
         served = len(chain.versions) - 1
         chain.publish()
         assert engine.init(chain.url).error["kind"] == "AnotherFollower"
-        with Follower(chain.url, server.url, pin=served) as second:
+        with Follower(chain.url, EngineClient(server.url), pin=served) as second:
             assert second.step() is None
             for _ in range(2):
                 with pytest.raises(AnotherFollower, match=f"pid {os.getpid()} on"):
@@ -86,7 +86,7 @@ def test_both_workers_refuse_a_follower_that_has_lost_the_server_and_stay_in_ste
             first._engine.finish(None)
             first._engine.finish(None)
             assert_served(chain, engine, served)
-    with Follower(chain.url, server.url) as third:
+    with Follower(chain.url, EngineClient(server.url)) as third:
         assert third.step().version == served + 1
         with EngineClient(server.url) as engine:
             assert_served(chain, engine, served + 1)
@@ -95,7 +95,7 @@ def test_both_workers_refuse_a_follower_that_has_lost_the_server_and_stay_in_ste
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_that_cannot_finish_an_update_answers_in_step_and_serves_what_the_other_does(place, rank):
     chain, server, fault = place
-    with Follower(chain.url, server.url) as follower, EngineClient(server.url) as engine:
+    with Follower(chain.url, EngineClient(server.url)) as follower, EngineClient(server.url) as engine:
         follower.step()
         fault.write_text(f"{rank} finish")
         version = chain.publish()
@@ -117,7 +117,7 @@ def test_no_forward_pass_sees_two_versions_within_a_worker_or_between_them(place
         while not done.is_set():
             server.logprobs([1, 2, 3], length=100)
 
-    with Follower(chain.url, server.url) as follower, ThreadPoolExecutor(2) as pool:
+    with Follower(chain.url, EngineClient(server.url)) as follower, ThreadPoolExecutor(2) as pool:
         follower.step()
         (journal / "on").touch()
         streams = [pool.submit(generate) for _ in range(2)]
@@ -164,7 +164,7 @@ def test_a_killed_worker_ends_the_server_and_a_new_one_is_brought_to_the_newest_
     mine = psutil.Process(server.pid).children(recursive=True)
     workers = [process for process in mine if "Worker" in " ".join(process.cmdline())]
     assert len(workers) == 2
-    with Follower(chain.url, server.url) as follower:
+    with Follower(chain.url, EngineClient(server.url)) as follower:
         follower.step()
         chain.publish()
         os.kill(workers[1].pid, signal.SIGKILL)

@@ -12,13 +12,13 @@ from stub_engine import StubEngine
 from test_replica import await_staging
 
 import deltawire as dw
-from deltawire.digest import digest_at
 from deltawire.errors import BadDigest, EngineError, EngineUnsupported, WrongBase
-from deltawire.vllm import staging
+from deltawire.follow.follower import Follower
+from deltawire.live import staging
+from deltawire.live.coverage import Union
+from deltawire.live.worker import Replica
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.follower import Follower
-from deltawire.vllm.replica import Replica
-from deltawire.vllm.union import Union
+from deltawire.weights.digest import digest_at
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def engine(shards):
 
 @pytest.fixture
 def follower(run, engine):
-    with Follower(run.url, engine.url) as follower:
+    with Follower(run.url, EngineClient(engine.url)) as follower:
         yield follower
 
 
@@ -135,7 +135,7 @@ def test_a_follower_killed_between_the_writes_of_two_workers_leaves_nothing_that
     engine.replicas[0].update({"bucket": run.url, "version": 1, "root": target.root, "lease": lease})
     with EngineClient(engine.url) as client:
         assert client.status().torn
-    with Follower(run.url, engine.url) as second:
+    with Follower(run.url, EngineClient(engine.url)) as second:
         assert second.step().version == 1
     assert_served(run, engine, shards, 1)
 
@@ -148,7 +148,7 @@ def test_a_failure_to_attach_on_one_worker_is_told_and_the_next_step_attaches_bo
             raise RuntimeError("no memory left")
         return original(replica, url)
 
-    with Follower(run.url, engine.url) as follower:
+    with Follower(run.url, EngineClient(engine.url)) as follower:
         with monkeypatch.context() as faulty:
             faulty.setattr(Replica, "_opened", failing)
             with pytest.raises(EngineError, match="worker 0: no memory left"):
@@ -174,7 +174,7 @@ def test_weights_that_drifted_on_one_worker_are_found_before_a_write_and_repaire
 @pytest.mark.parametrize("worker", [0, 1])
 def test_an_audit_names_a_copy_that_differs_and_the_follower_makes_it_anew(run, engine, shards, worker):
     problems = []
-    with Follower(run.url, engine.url, audit_every=1, on_problem=problems.append) as follower:
+    with Follower(run.url, EngineClient(engine.url), audit_every=1, on_problem=problems.append) as follower:
         follower.step()
         run.publish(a=1)
         shards[worker].v.data[3] = 42.0
@@ -221,7 +221,7 @@ def test_a_tensor_that_no_worker_loads_whole_is_named(run):
     shards = [Shard(run.versions[0], rank, without="b" if rank else "") for rank in range(2)]
     with (
         StubEngine(*shards) as engine,
-        Follower(run.url, engine.url) as follower,
+        Follower(run.url, EngineClient(engine.url)) as follower,
         pytest.raises(EngineUnsupported, match=r"b \(400 of its 800 elements arrive"),
     ):
         follower.step()

@@ -37,6 +37,11 @@ def download_verified(bucket: Bucket, key: str, path: Path, *, size: int, blake3
             _check(f"{bucket.url}/{key}", file.tell(), hasher.hexdigest(), size=size, blake3=blake3)
 
 
+def hash_file(path: Path) -> str:
+    """The BLAKE3 of a file, in hex."""
+    return _Blake3(max_threads=_Blake3.AUTO).update_mmap(path).hexdigest()
+
+
 def _check(where: str, found_size: int, found_digest: str, *, size: int, blake3: str) -> None:
     if found_size < size:
         raise Truncated(f"{where} has {found_size:,} of its {size:,} bytes; download it again")

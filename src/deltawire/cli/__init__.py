@@ -11,8 +11,8 @@ from deltawire.cli.printing import named
 from deltawire.cli.reading import inspect, log, materialize, verify
 from deltawire.cli.starting import demo, render, serve
 from deltawire.cli.upkeep import compact, keygen, prune
+from deltawire.demo.cast import in_checkout
 from deltawire.errors import DeltaWireError
-from deltawire.ops.cast import in_checkout
 
 app = typer.Typer(
     no_args_is_help=True,

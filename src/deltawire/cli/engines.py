@@ -15,9 +15,9 @@ from deltawire.cli.telling import Teller
 from deltawire.errors import NotFound, some
 
 if TYPE_CHECKING:
+    from deltawire.follow.follower import Follower, UpdateReport
+    from deltawire.follow.health import HealthServer, Standing
     from deltawire.vllm.adapters import AdapterFollower, AdapterReport
-    from deltawire.vllm.follower import Follower, UpdateReport
-    from deltawire.vllm.health import HealthServer, Standing
 
 PauseChoice = Literal["keep", "wait", "abort"]
 
@@ -74,10 +74,11 @@ def follow(
     With --adapter it runs with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora instead. It then holds the two
     newest versions of the adapter, and nothing is paused, kept or audited.
     """
-    from deltawire.compactor import Compactor
-    from deltawire.tending import Tending
+    from deltawire.follow.follower import Follower
+    from deltawire.upkeep.background import Tending
+    from deltawire.upkeep.compactor import Compactor
     from deltawire.vllm.adapters import AdapterFollower
-    from deltawire.vllm.follower import Follower
+    from deltawire.vllm.client import EngineClient
 
     teller, tending = Teller(as_json=json), None
 
@@ -100,7 +101,9 @@ def follow(
         if adapter is None:
             updating: dict[str, Any] = {"pause": pause, "clear_cache": not keep_cache, "audit_every": audit_every}
             updating |= {"pass_endpoint": pass_endpoint, "take_over": take_over}
-            follower = stack.enter_context(Follower(bucket, engine, on_update=report, **updating, **common))
+            follower = stack.enter_context(
+                Follower(bucket, EngineClient(engine), on_update=report, **updating, **common)
+            )
         else:
             loading = AdapterFollower(bucket, engine, adapter, folder=adapter_folder, on_update=report, **common)
             follower = stack.enter_context(loading)
@@ -121,7 +124,7 @@ def follow(
 def _serve_health(
     address: str, standing: "Standing", max_staleness: int | None, max_age: float | None
 ) -> "HealthServer":
-    from deltawire.vllm.health import HealthServer
+    from deltawire.follow.health import HealthServer
 
     host, _, port = address.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
@@ -139,7 +142,7 @@ def _serve_health(
 
 
 def _follow_once(follower: "Follower | AdapterFollower", teller: Teller) -> None:
-    from deltawire.vllm.news import Current
+    from deltawire.follow.news import Current
 
     if follower.step() is not None:
         return

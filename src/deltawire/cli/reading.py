@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from deltawire import checkpoint, wire
 from deltawire.buckets import open_bucket
-from deltawire.changes import Update
 from deltawire.cli.options import AsJson, BaseFolder, BucketUrl, Trusted
 from deltawire.cli.printing import emit, size
 from deltawire.errors import EngineUnsupported
-from deltawire.materialize import materialize as materialize_version
-from deltawire.paths import Edge
-from deltawire.subscriber import Subscriber
-from deltawire.verify import verify as verify_run
+from deltawire.format import checkpoint, delta_file
+from deltawire.read.changes import Update
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.planner import Edge
+from deltawire.upkeep.materialize import materialize as materialize_version
+from deltawire.upkeep.verify import verify as verify_run
 
 LISTED = 20
 """versions that `deltawire log` lists unless told otherwise"""
@@ -72,7 +72,7 @@ def inspect(
     if file.is_dir() or ":/" in str(file):
         raise typer.BadParameter(f"{file} is no delta file; `deltawire log` and `deltawire verify` read a bucket")
     data = file.read_bytes()
-    header = wire.read_header(data)
+    header = delta_file.read_header(data)
     if json:
         emit({"file": str(file), "bytes": len(data), **msgspec.to_builtins(header)}, "", json)
         return

@@ -42,7 +42,7 @@ def demo(
     plain: Annotated[bool, typer.Option(help="Plain lines even on a terminal.")] = False,
 ) -> None:
     """Train a tiny model by RL while vLLM serves it, weights travelling as deltas through a bucket, on this machine."""
-    from deltawire.ops.demo import DemoOptions, run_demo
+    from deltawire.demo.demo import DemoOptions, run_demo
 
     summary = run_demo(DemoOptions(out=out, quick=quick, plain=plain))
     raise typer.Exit(0 if summary.audit_equal else 1)
@@ -57,8 +57,8 @@ def render(
 
     The printed `hf` commands take two secrets from the environment: HF_TOKEN and a VLLM_API_KEY of your own.
     """
-    from deltawire.ops.cast import find_checkout
-    from deltawire.ops.spaces import render as render_spaces
+    from deltawire.demo.cast import find_checkout
+    from deltawire.demo.spaces import render as render_spaces
 
     rendered = render_spaces(find_checkout(), user, out)
     emit({"folders": rendered.folders, "commands": rendered.commands}, "\n".join(rendered.commands), json)

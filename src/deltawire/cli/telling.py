@@ -11,10 +11,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from deltawire.cli.printing import emit, named, size
 
 if TYPE_CHECKING:
+    from deltawire.follow.follower import UpdateReport
+    from deltawire.follow.health import Standing
+    from deltawire.follow.news import Fetching, News
     from deltawire.vllm.adapters import AdapterReport
-    from deltawire.vllm.follower import UpdateReport
-    from deltawire.vllm.health import Standing
-    from deltawire.vllm.news import Fetching, News
 
 ANNOUNCED = 16 << 20
 """bytes of an anchor from which its fetching is told: less is there at once"""
@@ -46,7 +46,7 @@ class Teller:
 
     def news(self, news: "News") -> None:
         """What a follower says between updates."""
-        from deltawire.vllm.news import Current, Fetching, Note, Waiting
+        from deltawire.follow.news import Current, Fetching, Note, Waiting
 
         facts = msgspec.to_builtins(news)
         event = facts.pop("event")
@@ -114,7 +114,7 @@ def duration(seconds: float) -> str:
 
 
 def _as_text(update: "UpdateReport | AdapterReport") -> str:
-    from deltawire.vllm.follower import UpdateReport
+    from deltawire.follow.follower import UpdateReport
 
     how = f"pause {update.pause_ms:.1f} ms" if isinstance(update, UpdateReport) else f"load {update.load_s:.2f} s"
     return (

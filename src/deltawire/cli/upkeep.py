@@ -10,8 +10,8 @@ import typer
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, BaseFolder, BucketUrl, Trusted
 from deltawire.cli.printing import emit, size
-from deltawire.manifests import HEAD_KEY
-from deltawire.subscriber import Subscriber
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.records import HEAD_KEY
 
 
 def compact(
@@ -27,7 +27,7 @@ def compact(
     json: AsJson = False,
 ) -> None:
     """Write folded deltas (over 4, 16, 64 versions) and anchors, so that late readers fetch little."""
-    from deltawire.compactor import Cadence, Compactor
+    from deltawire.upkeep.compactor import Cadence, Compactor
 
     store = open_bucket(bucket)
     with tempfile.TemporaryDirectory(prefix="deltawire-") as folder:
@@ -55,8 +55,8 @@ def prune(
     json: AsJson = False,
 ) -> None:
     """Remove old versions that no active replica needs. Says what would go, and deletes with --delete."""
-    from deltawire import retention
-    from deltawire.proofs import default_memory
+    from deltawire.upkeep import retention
+    from deltawire.upkeep.proofs import default_memory
 
     store = open_bucket(bucket)
     with Subscriber(store, trusted=trust or ()) as subscriber:
@@ -76,7 +76,7 @@ def keygen(
     json: AsJson = False,
 ) -> None:
     """Make a key that signs a run's records, and print its public half, which followers are told to --trust."""
-    from deltawire import signing
+    from deltawire.runlog import signing
 
     public = signing.generate_key(file).public
     emit({"file": str(file), "public": public}, public, json)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from deltawire.errors import NoView
-from deltawire.names import NameMap, View, bare, is_adapters, place_of
+from deltawire.prepare.names import NameMap, View, bare, is_adapters, place_of
 
 LEADS_IN = ("_orig_mod", "module", "model")
 """attributes under which torch.compile, DDP and PEFT give the model they wrap"""

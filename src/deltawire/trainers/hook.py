@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from deltawire.errors import DtypeMismatch, MissingTensor
-from deltawire.fsdp import modules_of
-from deltawire.publisher import Publisher
+from deltawire.publish.fsdp import modules_of
+from deltawire.publish.publisher import Publisher
 from deltawire.trainers.optimizers import unwrap
 from deltawire.trainers.rounding import RoundingWatch
 from deltawire.trainers.state import checkpoint_tensors

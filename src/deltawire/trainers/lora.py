@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from deltawire.buckets.atomic import file_system_errors
-from deltawire.checkpoint import ADAPTER_CONFIG
 from deltawire.errors import UnknownTensor
-from deltawire.fsdp import reshard
+from deltawire.format.checkpoint import ADAPTER_CONFIG
+from deltawire.publish.fsdp import reshard
 
 try:
     import peft

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deltawire import ledger
 from deltawire.buckets.base import Bucket, Stat
 from deltawire.errors import EngineError, EngineUnsupported, NotServed, Unavailable
-from deltawire.ledger import Heartbeat
-from deltawire.manifests import Position
+from deltawire.runlog import heartbeats
+from deltawire.runlog.heartbeats import Heartbeat
+from deltawire.runlog.records import Position
 
 if TYPE_CHECKING:
     from deltawire.vllm.client import EngineClient
@@ -62,7 +62,7 @@ def ledger_look(bucket: Bucket) -> Look:
 
     def look() -> list[Seen]:
         try:
-            known[:] = ledger.read_all(bucket, known)
+            known[:] = heartbeats.read_all(bucket, known)
         except Unavailable as error:
             return [Seen("the ledger", note=f" ({error})")]
         return [Seen(_plain(beat.replica, 100), beat.run, beat.version, _note(beat)) for _, beat in known]

@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from deltawire.fsdp import reshard
-from deltawire.names import bare, is_adapters, without_wrappers
-from deltawire.tensors import FLOATS, NAMES, Mark, as_bits, is_dense, is_sharded, marked
+from deltawire.prepare.names import bare, is_adapters, without_wrappers
+from deltawire.publish.fsdp import reshard
+from deltawire.weights.tensors import FLOATS, NAMES, Mark, as_bits, is_dense, is_sharded, marked
 
 CAST = tuple(getattr(torch, NAMES[name]) for name in FLOATS)
 """dtypes that a Publisher casts to its own"""

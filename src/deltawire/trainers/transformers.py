@@ -20,8 +20,8 @@ from torch import nn
 from deltawire.buckets import open_bucket
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.errors import DeltaWireError
-from deltawire.publisher import Publisher
-from deltawire.reports import PublishReport
+from deltawire.publish.publisher import Publisher
+from deltawire.publish.reports import PublishReport
 from deltawire.trainers.hook import require_whole
 from deltawire.trainers.rounding import RoundingWatch
 from deltawire.trainers.state import checkpoint_tensors

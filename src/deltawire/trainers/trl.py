@@ -14,9 +14,9 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 from deltawire.buckets import Bucket, open_bucket
-from deltawire.manifests import Position
-from deltawire.publisher import Publisher
-from deltawire.reports import PublishReport
+from deltawire.publish.publisher import Publisher
+from deltawire.publish.reports import PublishReport
+from deltawire.runlog.records import Position
 from deltawire.trainers.merging import model_behind, warn_of_merging
 from deltawire.trainers.serving import ASK_ENGINE_EVERY, Look, engine_look, ledger_look, wait_until_served
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deltawire.vllm.follower import Follower
+    from deltawire.follow.follower import Follower
 
 
 def register() -> None:

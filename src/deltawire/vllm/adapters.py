@@ -12,19 +12,19 @@ from pathlib import Path
 
 import msgspec
 
-from deltawire import checkpoint
-from deltawire.bits import count
 from deltawire.buckets.atomic import file_system_errors
-from deltawire.checkpoint import Checkpoint
-from deltawire.copies import LocalCopy
 from deltawire.errors import EngineError, EngineUnsupported, FormatError
-from deltawire.manifests import Position
-from deltawire.mirror import Mirror, building, held
-from deltawire.proofs import cache_folder
-from deltawire.seen import place_of
+from deltawire.follow.loop import Following, replica_name
+from deltawire.follow.news import News
+from deltawire.format import checkpoint
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.read.local_copy import LocalCopy
+from deltawire.read.mirror import Mirror, building, held
+from deltawire.read.seen import place_of
+from deltawire.runlog.records import Position
+from deltawire.upkeep.proofs import cache_folder
 from deltawire.vllm.client import EngineClient
-from deltawire.vllm.following import Following, replica_name
-from deltawire.vllm.news import News
+from deltawire.weights.bits import count
 
 KEPT = 2
 """versions that requests may name: the one served, and the one before it"""

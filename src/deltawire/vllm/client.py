@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from deltawire.buckets.proxies import is_loopback, proxy_note
 from deltawire.errors import BadAnswer, EngineError, EngineUnavailable, EngineUnsupported, Quarantined
-from deltawire.manifests import Position
+from deltawire.follow.engine import Engine, PauseMode, opening
+from deltawire.runlog.records import Position
 from deltawire.vllm.answers import Done, Models, Paused, Results, WeightInfo, decoded
-from deltawire.vllm.protocol import Engine, PauseMode, opening
 
 try:
     import httpx

@@ -10,10 +10,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from deltawire import kernels
-from deltawire.codecs import gap
+from deltawire.format.codecs import gap
+from deltawire.live.worker import Replica
 from deltawire.vllm.hooks import LOADING
-from deltawire.vllm.replica import Replica
+from deltawire.weights import kernels
 
 
 @dataclass

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from deltawire.errors import EngineUnsupported
+from deltawire.live.live_weights import watch_loading
 from deltawire.vllm import versions
-from deltawire.vllm.live import watch_loading
 
 ENGINE = "deltawire"
 LOADING = "_deltawire_loading"

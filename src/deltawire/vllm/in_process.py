@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from deltawire.errors import EngineError, EngineUnsupported
-from deltawire.manifests import Position
-from deltawire.vllm.follower import Follower
+from deltawire.follow.engine import Engine, PauseMode, opening
+from deltawire.follow.follower import Follower
+from deltawire.runlog.records import Position
 from deltawire.vllm.hooks import NOT_CHOSEN
-from deltawire.vllm.protocol import Engine, PauseMode, opening
 
 
 def follow(llm: Any, bucket: str, **options: Any) -> Follower:
@@ -20,6 +20,7 @@ class LocalEngine(Engine):
     """The engine behind an `LLM`. It generates only inside `generate`, so there is nothing to pause."""
 
     url = "this process's LLM"
+    outlives_follower = False
 
     def __init__(self, llm: Any) -> None:
         self._llm, self._label = llm, "default"

@@ -12,7 +12,7 @@ STEPS = {"init": "_opened", "stage": "_prepare", "commit": "_write", "finish": "
 
 
 def register() -> None:
-    from deltawire.vllm.replica import Replica
+    from deltawire.live.worker import Replica
 
     if getattr(Replica, "_faulty", False):
         return

@@ -1,0 +1,220 @@
+"""How a running demo looks: one live screen on a terminal, plain lines anywhere else."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from deltawire.demo.story import Light, Story
+from deltawire.demo.summary import DemoSummary, Step
+
+PLAIN_STEPS = 5
+"""a plain line each so many steps"""
+PLAIN_SECONDS = 10.0
+"""and one each so many seconds while something is waited for"""
+SPARKS = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH = 32
+LIGHTS: dict[Light, str] = {
+    "waiting": "dim",
+    "starting": "yellow",
+    "ready": "green",
+    "ended": "blue",
+    "failed": "red",
+}
+
+
+class Screen(Protocol):
+    """What the demo tells. `seconds` are since it began."""
+
+    def draw(self, story: Story, waiting: str, seconds: float) -> None:
+        """Show how things stand; `waiting` says for what, "" for nothing in particular."""
+
+    def tell(self, text: str, seconds: float) -> None:
+        """Something happened, once."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_screen(console: Console, *, plain: bool) -> "Screen":
+    """The live screen if the console is a terminal and `plain` is not asked for, else plain lines."""
+    return LiveScreen(console) if console.is_terminal and not plain else PlainScreen(console)
+
+
+class PlainScreen:
+    """A line for each event and for every few steps."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._steps = 0
+        self._said_at = 0.0
+
+    def draw(self, story: Story, waiting: str, seconds: float) -> None:
+        done = len(story.steps)
+        due = done - self._steps >= PLAIN_STEPS or (done > self._steps and done == story.total_steps)
+        if due:
+            self._steps = done
+            self.tell(step_line(story), seconds)
+        elif waiting and seconds - self._said_at >= PLAIN_SECONDS:
+            self.tell(waiting, seconds)
+
+    def tell(self, text: str, seconds: float) -> None:
+        self._said_at = seconds
+        self._console.print(f"[{seconds:4.0f} s] {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class LiveScreen:
+    """One panel, redrawn in place, with the events scrolling above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._live = Live(console=console, auto_refresh=False, transient=False)
+
+    def draw(self, story: Story, waiting: str, seconds: float) -> None:
+        self._live.update(panel(story, waiting, seconds), refresh=True)
+
+    def tell(self, text: str, seconds: float) -> None:
+        self._live.console.print(Text(f"{seconds:5.0f} s  {text}", style="dim"))
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+
+
+def step_line(story: Story) -> str:
+    """The last step and the last update, on one line."""
+    step = story.steps[-1]
+    parts = [
+        f"{where(story, step)}: reward {step.reward:.3f}, win {step.win_rate:.0%}",
+        f"version {step.version} published, {_or_none(story.served_version)} served",
+        f"changed {step.changed_fraction:.2%}",
+        f"delta {size(step.delta_bytes)} of {size(step.model_bytes)}",
+        f"staleness {step.staleness:g}",
+    ]
+    if story.upload_seconds is not None:
+        parts.insert(4, f"upload {story.upload_seconds:.2f} s")
+    if story.served:
+        update = story.served[-1]
+        parts.append(f"pause {update.pause_ms:.1f} ms, {'verified' if update.verified else 'NOT VERIFIED'}")
+    return ", ".join(parts)
+
+
+def where(story: Story, step: Step) -> str:
+    """Act, learning rate and step: "act 1 of 2, learn at 1e-03, step 12/80"."""
+    number = next(i for i, act in enumerate(story.acts) if act.name == step.act)
+    before = sum(act.steps for act in story.acts[:number])
+    act = story.acts[number]
+    place = f"act {number + 1} of {len(story.acts)}, {act.name} at {act.learning_rate:g}"
+    return f"{place}, step {step.step - before}/{act.steps}"
+
+
+def panel(story: Story, waiting: str, seconds: float) -> RenderableType:
+    """The live screen."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("processes", _lights(story))
+    if story.steps:
+        _add_figures(table, story)
+    if story.problem:
+        table.add_row("problem", Text(story.problem, style="red"))
+    rows: list[RenderableType] = [table]
+    if waiting:
+        rows.append(Text(waiting, style="yellow"))
+    title = f"deltawire demo · {int(seconds) // 60}:{int(seconds) % 60:02d}"
+    if story.steps:
+        title += f" · {where(story, story.steps[-1])}"
+    return Panel(Group(*rows), title=title, title_align="left")
+
+
+def _lights(story: Story) -> Text:
+    text = Text()
+    for name, light in story.lights.items():
+        text.append("● ", style=LIGHTS[light]).append(f"{name}   ", style="dim" if light == "waiting" else "")
+    return text
+
+
+def _add_figures(table: Table, story: Story) -> None:
+    step = story.steps[-1]
+    rewards, wins = [s.reward for s in story.steps], [s.win_rate for s in story.steps]
+    table.add_row("reward", f"{step.reward:6.3f}  {sparkline(rewards)}")
+    table.add_row("win rate", f"{step.win_rate:6.0%}  {sparkline(wins)}")
+    lag = f"staleness {step.staleness:g}"
+    table.add_row("version", f"{step.version} published, {_or_none(story.served_version)} served, {lag}")
+    bar = Table.grid(padding=(0, 1))
+    upload = "" if story.upload_seconds is None else f", uploaded in {story.upload_seconds:.2f} s"
+    bar.add_row(
+        ProgressBar(total=step.model_bytes, completed=step.delta_bytes, width=24),
+        f"{size(step.delta_bytes)} of {size(step.model_bytes)}{upload}",
+    )
+    table.add_row("delta", bar)
+    table.add_row("changed", f"{step.changed_fraction:.2%} of the weights")
+    if story.served:
+        update = story.served[-1]
+        verified = Text("verified", style="green") if update.verified else Text("NOT VERIFIED", style="red")
+        paused = f"pause {update.pause_ms:.1f} ms, {update.publish_to_served_s:.2f} s after publish, "
+        table.add_row("served", Text(paused).append_text(verified))
+
+
+def final_table(summary: DemoSummary) -> Table:
+    """What the demo showed, act by act."""
+    table = Table("act", "rate", "versions", "reward", "win rate", "changed", "delta", title="deltawire demo")
+    for act in summary.acts:
+        table.add_row(
+            act.name,
+            f"{act.learning_rate:g}",
+            str(act.versions),
+            f"{act.reward_first:.3f} → {act.reward_last:.3f}",
+            f"{act.win_rate_first:.0%} → {act.win_rate_last:.0%}",
+            f"{act.changed_fraction:.2%}",
+            size(act.delta_bytes),
+        )
+    audit = summary.audit
+    equal = "equal" if audit.equal else "DIFFERENT"
+    table.caption = (
+        f"vLLM, bucket, fresh server and trainer at version {audit.version}: {equal}\n"
+        f"{audit.tensors} tensors, {size(summary.model_bytes)}; pause {summary.pause_ms:.1f} ms, "
+        f"published to served {summary.publish_to_served_s:.2f} s (medians)"
+    )
+    return table
+
+
+def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
+    """The values as `width` or fewer bars, neighbours averaged, from their lowest to their highest."""
+    if len(values) > width:
+        cuts = [round(i * len(values) / width) for i in range(width + 1)]
+        values = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
+    low, high = min(values), max(values)
+    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(SPARKS[round((value - low) * scale)] for value in values)
+
+
+def size(count: float) -> str:
+    """Bytes for people: "312.5 KiB", "1.9 MiB"."""
+    kib = count / 1024
+    return f"{kib / 1024:.2f} MiB" if kib >= 1024 else f"{kib:.1f} KiB"
+
+
+def _or_none(version: int | None) -> str:
+    return "none" if version is None else str(version)

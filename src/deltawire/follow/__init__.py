@@ -1,0 +1,1 @@
+"""Follow a bucket and drive any inference engine through each version."""

@@ -1,0 +1,163 @@
+"""One worker's weights beside the run they follow: which parts of its tensors they are, and at which version."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deltawire.errors import BadDigest, Forked, Gap, WrongBase, some
+from deltawire.live import staging
+from deltawire.live.coverage import Union, disagreement
+from deltawire.live.live_weights import BetweenPasses, LiveWeights, at_once
+from deltawire.live.post_load import AfterLoading
+from deltawire.live.staging import PartDigests, Plan
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.records import Position
+from deltawire.weights.digest import root as root_of
+
+
+@dataclass(eq=False)
+class Attached:
+    """A bucket's run, this worker's weights as that run names them, the digests of their parts as the last update left
+    them, and which version they are.
+
+    `frozen` are the committed digests, which no version changes, of frozen tensors of which this worker loads nothing.
+    `asked` is the address that was asked for. `union` is None when other workers hold the rest, `joined` whether
+    somebody has found out the version. `undo` is the last update until it is confirmed, with what was before.
+    """
+
+    asked: str
+    subscriber: Subscriber
+    live: LiveWeights
+    union: Union | None
+    digests: PartDigests
+    frozen: dict[str, int]
+    position: Position | None = None
+    joined: bool = False
+    undo: tuple[Plan, PartDigests, Position | None] | None = None
+
+    def find_version(self) -> None:
+        """Of the only worker: its digests say at which committed version it is, or at none, as when it holds a tensor
+        twice and differently. Raises EngineUnsupported when it does not hold the whole model."""
+        self.union = Union(self.live.sizes, [self.live.parts], self.live.placement.computed, self.frozen)
+        digests, differing = self.union.digests([self.digests])
+        root = root_of(self.live.table.values(), digests)
+        self.position, self.joined = None if differing else self.subscriber.position_of(root), True
+
+    def wrote(self, plan: Plan) -> None:
+        """The plan's bits are in place: stand where it leads, and keep what was before until `confirm`."""
+        self.undo = plan, self.digests, self.position
+        self.digests, self.position, self.joined = plan.digests, plan.after, True
+
+    def confirm(self) -> None:
+        """Forget what the last update replaced."""
+        self.undo = None
+
+    def take_back(self) -> bool:
+        """Put back what the last update replaced; False when it was confirmed, or there was none."""
+        if self.undo is None:
+            return False
+        (plan, self.digests, self.position), self.undo = self.undo, None
+        staging.undo(plan.writes)
+        return True
+
+    def forget_version(self) -> None:
+        """Stand at no version: these weights are not what was thought."""
+        self.position = self.undo = None
+
+    def drifted(self, names: Iterable[str]) -> list[str]:
+        """Which of these tensors hold something else than the last update left there."""
+        return [name for name in names if self.live.digest(name) != self.digests[name]]
+
+    def plan(self, version: int) -> Plan:
+        """The plan that leads to a version, newer or older, from where these weights stand; from an anchor when they
+        stand at no version, or at one that the chain no longer has. It is compared with its commit, unless other
+        workers hold the rest.
+
+        Raises BucketError, FormatError, ChainError; WrongBase for live weights that drifted, BadDigest for a change
+        that does not lead where its commit says.
+        """
+        since = self.position
+        try:
+            plan = staging.stage(self.live, self.digests, self.subscriber, since, version)
+        except (Gap, Forked):
+            if since is None:
+                raise
+            plan = staging.stage(self.live, self.digests, self.subscriber, None, version)
+        try:
+            self._require_promised(plan)
+        except BadDigest:
+            if self.subscriber.pass_over(plan.way):
+                return self.plan(version)
+            raise
+        return plan
+
+    def require_written(self, plan: Plan) -> None:
+        """After an anchor read every weight back: no earlier digest vouches for the rest of the memory. Raises
+        WrongBase, with the old weights put back."""
+        if plan.since is not None:
+            return
+        digests = self.live.digests()
+        if wrong := [name for name, value in plan.digests.items() if digests[name] != value]:
+            staging.undo(plan.writes)
+            raise WrongBase(f"{plan.after}: {len(wrong)} tensors read back wrong ({some(wrong)}); put back")
+
+    def audit(self) -> dict[str, Any]:
+        """Recompute every digest from live memory. `promised` are those of the version these weights are said to be,
+        or of the newest when they are none; `drifted` names what the last update did not leave so."""
+        digests = self.live.digests()
+        stale = [step for step in self.live.rebuilt() if not step.is_current()]
+        drifted = [
+            name
+            for name in self.live.table
+            if digests[name] != self.digests[name] or any(step in stale for step in self.live.steps.get(name, ()))
+        ]
+        version = self.position.version if self.position else self.subscriber.latest().version
+        promised = self.subscriber.digests_at(version)
+        return {
+            "sizes": self.live.sizes,
+            "parts": self.live.parts,
+            "digests": as_hex(digests),
+            "frozen": whole_as_hex(self.frozen),
+            "drifted": drifted,
+            "promised": whole_as_hex(promised),
+        }
+
+    def _require_promised(self, plan: Plan) -> None:
+        if self.union is None:
+            return
+        digests, differing = self.union.digests([plan.digests])
+        if not differing and root_of(self.live.table.values(), digests) == plan.after.root:
+            return
+        promised = self.subscriber.digests_at(plan.after.version)
+        wrong = [name for name, value in promised.items() if digests[name] != value or name in differing]
+        raise disagreement(plan.after, wrong, self.drifted(wrong))
+
+
+def attach(
+    url: str,
+    subscriber: Subscriber,
+    model: torch.nn.Module,
+    loading: AfterLoading,
+    between_passes: BetweenPasses = at_once,
+) -> Attached:
+    """Put a worker's weights beside the run that a bucket's HEAD names, at no version yet; `url` asked for it.
+    `between_passes` does what must not meet a forward pass.
+
+    Raises BucketError, FormatError, ChainError; EngineUnsupported for a model that cannot be patched.
+    """
+    live = LiveWeights(model, subscriber.run.table, loading=loading, between_passes=between_passes)
+    absent = live.absent
+    committed = subscriber.digests_at(subscriber.latest().version) if absent else {}
+    return Attached(url, subscriber, live, None, live.digests(), {name: committed[name] for name in absent})
+
+
+def whole_as_hex(digests: Mapping[str, int]) -> dict[str, str]:
+    """Digests of whole tensors as they travel in JSON."""
+    return {name: f"{value:016x}" for name, value in digests.items()}
+
+
+def as_hex(digests: PartDigests) -> dict[str, list[str]]:
+    """Digests as they travel in JSON."""
+    return {name: [f"{value:016x}" for value in values] for name, values in digests.items()}

@@ -1,0 +1,173 @@
+"""Rectangles of checkpoint tensors, the live memory that holds them, and what makes a tensor unfit to be patched there.
+
+Pure values over sizes and strides: how they are learned is in `placement`.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from deltawire.errors import EngineUnsupported, some
+from deltawire.weights.bits import Positions, UInts
+
+Shape = tuple[int, ...]
+Part = tuple[int, Shape, Shape]
+"""offset, shape and strides, in elements, of a rectangle of a flat checkpoint tensor"""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle of a checkpoint tensor and the rectangle of a live storage that holds it; offsets and strides count
+    elements, `source_*` in the flat checkpoint tensor, `target_*` in the storage behind parameter `parameter`.
+    Dimensions stand by falling source stride. Live elements are `shift` bits wider (below 0: narrower), at the low end,
+    where all bits are zero."""
+
+    shape: Shape
+    source_offset: int
+    source_strides: Shape
+    parameter: str
+    target_offset: int
+    target_strides: Shape
+    shift: int = 0
+
+    @property
+    def size(self) -> int:
+        """Elements in the box."""
+        return prod(self.shape)
+
+    @property
+    def part(self) -> "Part":
+        """The rectangle of the checkpoint tensor, written the one way in which equal rectangles are equal."""
+        joined: list[tuple[int, int]] = []
+        for length, stride in zip(self.shape, self.source_strides, strict=True):
+            if joined and joined[-1][1] == length * stride:
+                joined[-1] = (joined[-1][0] * length, stride)
+            else:
+                joined.append((length, stride))
+        return self.source_offset, tuple(length for length, _ in joined), tuple(stride for _, stride in joined)
+
+    def at(self, index: Positions) -> tuple[Positions, Positions]:
+        """Flat checkpoint positions and storage offsets of elements named by their row-major index in the box."""
+        source, target = np.full(index.size, self.source_offset), np.full(index.size, self.target_offset)
+        for dim in reversed(range(len(self.shape))):
+            index, digit = np.divmod(index, self.shape[dim])
+            source += digit * self.source_strides[dim]
+            target += digit * self.target_strides[dim]
+        return source, target
+
+    def pick(self, whole: UInts) -> UInts:
+        """The box's elements of a flat checkpoint tensor, in row-major order; a copy."""
+        step = whole.itemsize
+        strides = tuple(step * stride for stride in self.source_strides)
+        view = np.lib.stride_tricks.as_strided(whole[self.source_offset :], self.shape, strides, writeable=False)
+        return view.reshape(-1).copy()
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the box's elements lie one after the other, in the checkpoint tensor and in the storage."""
+        rows = tuple(prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
+        return self.source_strides == self.target_strides == rows
+
+    def locate(self, positions: Positions) -> tuple[np.ndarray | slice, Positions]:
+        """Which of these sorted flat checkpoint positions lie in the box (a slice or a mask), and their offsets in the
+        storage."""
+        if self.is_contiguous:
+            first, end = np.searchsorted(positions, (self.source_offset, self.source_offset + self.size))
+            here, moved = positions[first:end], self.target_offset - self.source_offset
+            return slice(first, end), here + moved if moved else here
+        rest = positions - self.source_offset
+        inside = rest >= 0
+        offsets = np.full(positions.size, self.target_offset, np.int64)
+        order = sorted(range(len(self.shape)), key=lambda dim: -self.source_strides[dim])
+        for dim in order:
+            at, rest = np.divmod(rest, self.source_strides[dim])
+            inside &= at < self.shape[dim]
+            offsets += at * self.target_strides[dim]
+        inside &= rest == 0
+        return inside, offsets[inside]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """First and last storage offset the box touches."""
+        return extent_of(self.target_offset, self.shape, self.target_strides)
+
+
+def box_of(dims: Iterable[tuple[int, int, int]], source: int, parameter: str, target: int, shift: int = 0) -> Box:
+    """A box of (length, source stride, target stride) in any order; dimensions of one element are left out."""
+    kept = sorted((dim for dim in dims if dim[0] != 1), key=lambda dim: -dim[1])
+    shape, sources, targets = zip(*kept, strict=True) if kept else ((), (), ())
+    return Box(shape, source, sources, parameter, target, targets, shift)
+
+
+@dataclass(slots=True)
+class Placement:
+    """Boxes by checkpoint name, and for names that cannot be patched in place, why. `computed` says of names of which
+    something did not arrive as a copy what wrote it instead."""
+
+    boxes: dict[str, list[Box]] = field(default_factory=dict)
+    unfit: dict[str, str] = field(default_factory=dict)
+    computed: dict[str, str] = field(default_factory=dict)
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise EngineUnsupported, naming each tensor that cannot be patched in place and why."""
+        refuse({name: self.unfit[name] for name in names if name in self.unfit})
+
+    @property
+    def parts(self) -> dict[str, list[Part]]:
+        """Which rectangles of each checkpoint tensor are here."""
+        return {name: [box.part for box in boxes] for name, boxes in self.boxes.items()}
+
+
+def refuse(reasons: Mapping[str, str]) -> None:
+    """Raise EngineUnsupported for tensors that cannot be patched; nothing when there are none."""
+    if reasons:
+        first = some(f"{name} ({reason})" for name, reason in reasons.items())
+        raise EngineUnsupported(
+            f"{len(reasons)} tensors cannot be patched in place on this server: {first}. "
+            "Serve this model with weights that vLLM keeps as they are loaded"
+        )
+
+
+def overwritten(boxes: Mapping[str, list[Box]], writes: list[tuple[str, int, int, str]]) -> dict[str, str]:
+    """Names whose memory some operation other than their own copy would write."""
+    by_parameter: dict[str, list[tuple[int, int, str]]] = {}
+    for name, parts in boxes.items():
+        for box in parts:
+            by_parameter.setdefault(box.parameter, []).append((*box.extent, name))
+    return {
+        name: f"its loader also runs {what} over it"
+        for parameter, first, last, what in writes
+        for start, stop, name in by_parameter.get(parameter, [])
+        if first <= stop and start <= last
+    }
+
+
+def shared(boxes: Mapping[str, list[Box]]) -> dict[str, str]:
+    """Names that land, somewhere, where another name landed before: only one of the two can be read back."""
+    faults: dict[str, str] = {}
+    by_parameter: dict[str, list[tuple[str, Box]]] = {}
+    for name, parts in boxes.items():
+        for box in parts:
+            by_parameter.setdefault(box.parameter, []).append((name, box))
+    for parameter, tenants in by_parameter.items():
+        ends = sorted(box.extent for _, box in tenants)
+        if all(stop < start for (_, stop), (start, _) in itertools.pairwise(ends)):
+            continue
+        taken = np.zeros(1 + max(stop for _, stop in ends), bool)
+        for name, box in tenants:
+            region = np.lib.stride_tricks.as_strided(taken[box.target_offset :], box.shape, box.target_strides)
+            if region.any():
+                faults[name] = (
+                    f"another tensor of the run lands in the same part of {parameter}: this server ties what are two "
+                    "tensors in the run; begin a run that gives the tied tensor once, as model.named_parameters() does"
+                )
+            region[...] = True
+    return faults
+
+
+def extent_of(offset: int, shape: Shape, strides: Shape) -> tuple[int, int]:
+    """First and last offset of a rectangle."""
+    return offset, offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

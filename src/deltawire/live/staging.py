@@ -1,0 +1,275 @@
+"""Everything about an update that can be done while the server generates: fetch, verify, place, gather, compare.
+
+Weights move only by our own updates, so old bits gathered while generating are still right in the pause. A Plan tells
+the digests that it leads to, to be compared with its commit's before it is applied; applying it only scatters.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from deltawire.errors import DtypeMismatch, EngineUnsupported
+from deltawire.live.boxes import Box
+from deltawire.live.live_weights import LiveWeights
+from deltawire.live.memory import Memory, digest_box
+from deltawire.live.post_load import Step
+from deltawire.live.threads import share
+from deltawire.read.changes import Change
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.records import Position
+from deltawire.weights.bits import UInts
+from deltawire.weights.delta import Delta, TensorDelta
+from deltawire.weights.digest import digest_at, moved
+
+PartDigests = Mapping[str, tuple[int, ...]]
+"""by name, the digest of each part of a tensor that this worker holds"""
+DENSE = 4
+"""one element in so many changed, and the whole part is written"""
+PIECE = 1 << 16
+"""elements that a thread writes at a time, a third of a millisecond's work"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scatter:
+    """Elements of one storage: where, what is there, and what will be. On the device already."""
+
+    memory: Memory
+    offsets: torch.Tensor
+    old: torch.Tensor
+    new: torch.Tensor
+
+    def put(self, memory: Memory, bits: torch.Tensor) -> None:
+        """Write bits to the same elements of a storage."""
+        memory.scatter(self.offsets, bits)
+
+    def write(self) -> None:
+        """Put the new bits."""
+        self.put(self.memory, self.new)
+
+    def undo(self) -> None:
+        """Put the old bits back."""
+        self.put(self.memory, self.old)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fill:
+    """A whole rectangle of live memory, for a tensor that changed nearly everywhere."""
+
+    memory: Memory
+    box: Box
+    old: torch.Tensor
+    new: torch.Tensor
+
+    def put(self, memory: Memory, bits: torch.Tensor) -> None:
+        """Write bits to the same rectangle of a storage."""
+        memory.view(self.box).copy_(bits)
+
+    def write(self) -> None:
+        """Put the new bits."""
+        self.put(self.memory, self.new)
+
+    def undo(self) -> None:
+        """Put the old bits back."""
+        self.put(self.memory, self.old)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Swap:
+    """What a module's step after loading makes of its new weights, made on a shadow: into its live tensors, in place,
+    and into the attributes that hold what it keeps out of sight."""
+
+    module: nn.Module
+    tensors: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
+    attributes: tuple[tuple[str, object, object], ...]
+
+    def write(self) -> None:
+        """Put the new results."""
+        for live, _, new in self.tensors:
+            live.copy_(new)
+        for name, _, made in self.attributes:
+            setattr(self.module, name, made)
+
+    def undo(self) -> None:
+        """Put the old results back."""
+        for live, old, _ in self.tensors:
+            live.copy_(old)
+        for name, held, _ in self.attributes:
+            setattr(self.module, name, held)
+
+
+Write = Scatter | Fill | Swap
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """One update, checked and ready. `since` is None when it starts from an anchor rather than a known version.
+
+    `digests` are those of every part of every tensor after it. `way` is the change it was made of, without its weights.
+    Seconds by the worker's clock, `created` by the publisher's.
+    """
+
+    since: Position | None
+    after: Position
+    digests: PartDigests
+    writes: tuple[Write, ...]
+    changed: int
+    wire_bytes: int
+    created: float
+    fetch_seconds: float
+    stage_seconds: float
+    way: Change
+
+
+def stage(
+    live: LiveWeights, digests: PartDigests, subscriber: Subscriber, since: Position | None, version: int
+) -> Plan:
+    """Make the plan that leads from the live weights (whose `digests` are known) to a committed version.
+
+    The way there is the cheapest, folded into one change, forward or back; with None it starts from an anchor. Whether
+    the plan's digests are what the commit promises is for the caller to compare, with those of all workers.
+
+    Raises BucketError, FormatError, ChainError; DtypeMismatch for values that the server's dtype cannot hold.
+    """
+    started = time.monotonic()
+    change = subscriber.change(since, version)
+    fetched = time.monotonic()
+    writes: list[Scatter | Fill] = []
+    after, changed = dict(digests), change.delta.changed
+    if change.anchor is None:
+        for name, tensor in change.delta.items():
+            with _naming(name):
+                after[name] = _place(live, name, tensor, digests[name], writes)
+        touched = [step for name in change.delta for step in live.steps.get(name, ())]
+    else:
+        changed = 0
+        for name in live.placement.boxes:  # of other tensors nothing is here
+            wanted = change.anchor[name].copy()
+            if name in change.delta:
+                change.delta[name].apply_(wanted.data)
+            with _naming(name):
+                after[name], moved_here = _place_whole(live, name, wanted.data, writes)
+            changed += moved_here
+        touched = live.rebuilt()
+    swaps = [_remake(step, writes) for step in dict.fromkeys(touched)]
+    return Plan(
+        since=change.since,
+        after=change.position,
+        digests=after,
+        writes=(*writes, *swaps),
+        changed=changed,
+        wire_bytes=change.wire_bytes,
+        created=change.commit.created,
+        fetch_seconds=fetched - started,
+        stage_seconds=time.monotonic() - fetched,
+        way=replace(change, anchor=None, delta=Delta()),
+    )
+
+
+def apply(writes: Sequence[Write]) -> None:
+    """Write everything, or (when a write fails) put everything back and raise. No two writes touch one element."""
+    shared, elements, rest = [], 0, []
+    for write in writes:
+        if isinstance(write, Scatter) and write.memory.is_on_host:
+            shared.append(write.write)
+            elements += write.new.numel()
+        else:
+            rest.append(write)
+    try:
+        share(shared, elements)
+        with torch.inference_mode():
+            for write in rest:
+                write.write()
+    except BaseException:
+        undo(writes)
+        raise
+
+
+def undo(writes: Iterable[Write]) -> None:
+    """Put back what `apply` replaced, all of it or a part."""
+    with torch.inference_mode():
+        for write in writes:
+            write.undo()
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Have a DtypeMismatch name the tensor."""
+    try:
+        yield
+    except DtypeMismatch as error:
+        raise DtypeMismatch(f"{name}: {error}") from None
+
+
+def _place(
+    live: LiveWeights, name: str, tensor: TensorDelta, known: tuple[int, ...], writes: list[Scatter | Fill]
+) -> tuple[int, ...]:
+    """Add the writes of one tensor's change. Returns the digest of each part after it."""
+    digests = []
+    for (memory, box), digest in zip(live.places(name), known, strict=True):
+        if tensor.positions is None:
+            old = memory.read(box)
+            new = old + box.pick(tensor.steps)
+            before, after = digest_box(old, box), digest_box(new, box)
+            _fill(memory, box, new, writes)
+        else:
+            inside, offsets = box.locate(tensor.positions)
+            positions, on_device = tensor.positions[inside], memory.on_device(offsets)
+            there = memory.gather(on_device)
+            old = memory.from_device(there)
+            new = old + tensor.steps[inside]
+            before, after = digest_at(positions, old), digest_at(positions, new)
+            writes += _scatters(memory, on_device, there, memory.bits_on_device(new))
+        digests.append(moved(digest, before, after))
+    return tuple(digests)
+
+
+def _place_whole(
+    live: LiveWeights, name: str, wanted: UInts, writes: list[Scatter | Fill]
+) -> tuple[tuple[int, ...], int]:
+    """Add the writes that make one tensor what it should be, whatever it is. The digest of each part after it, and how
+    many elements change."""
+    digests, changed = [], 0
+    for memory, box in live.places(name):
+        new = box.pick(wanted)
+        differ = memory.differing(box, new)
+        if differ.size * DENSE > new.size:
+            _fill(memory, box, new, writes)
+        elif differ.size:
+            offsets = memory.on_device(box.at(differ)[1])
+            writes += _scatters(memory, offsets, memory.gather(offsets), memory.bits_on_device(new[differ]))
+        changed += differ.size
+        digests.append(digest_box(new, box))
+    return tuple(digests), changed
+
+
+def _scatters(memory: Memory, offsets: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> Iterator[Scatter]:
+    """The writes of these elements; on the host in pieces, for threads to share."""
+    pieces = [tensor.split(PIECE if memory.is_on_host else max(new.numel(), 1)) for tensor in (offsets, old, new)]
+    return (Scatter(memory, *piece) for piece in zip(*pieces, strict=True) if piece[0].numel())
+
+
+def _fill(memory: Memory, box: Box, new: UInts, writes: list[Scatter | Fill]) -> None:
+    writes.append(Fill(memory, box, memory.view(box).clone(), memory.bits_on_device(new).reshape(box.shape)))
+
+
+def _remake(step: Step, writes: Iterable[Scatter | Fill]) -> Swap:
+    """Run a module's step on a shadow of it with its new weights."""
+    values = step.copies()
+    storages = {old.untyped_storage().data_ptr(): values[leaf] for leaf, old in step.loaded.items()}
+    for write in writes:
+        if (copied := storages.get(write.memory.flat.untyped_storage().data_ptr())) is not None:
+            write.put(Memory(copied), write.new)
+    shadow = step.shadow(values)
+    live, made = step.results(step.module), step.results(shadow)
+    if any(name not in made or made[name].shape != tensor.shape for name, tensor in live.items()):
+        raise EngineUnsupported(f"what vLLM makes of {step.prefix} after loading does not fit in its place")
+    attributes = (*step.hidden, *(name for name in step.plain if name in vars(shadow)))
+    return Swap(
+        step.module,
+        tuple((tensor, tensor.detach().clone(), made[name].detach()) for name, tensor in live.items()),
+        tuple((name, getattr(step.module, name), getattr(shadow, name)) for name in attributes),
+    )

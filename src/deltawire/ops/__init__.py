@@ -1,1 +1,0 @@
-"""What operators use: the demo."""

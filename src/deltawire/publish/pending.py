@@ -1,0 +1,132 @@
+"""A change that no commit covers yet: folded while it waits, frozen to exact bytes once it is sent."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from blake3 import blake3
+
+from deltawire.buckets.verified import hash_file
+from deltawire.format import delta_file
+from deltawire.publish.sharded.boxes import Box, spread
+from deltawire.runlog.log import Attempt
+from deltawire.runlog.records import Commit, Payload, Run, delta_key, hash_of, part_key, signed, write
+from deltawire.runlog.signing import SigningKey
+from deltawire.weights.delta import Delta
+from deltawire.weights.digest import root as root_of
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """Versions captured and not yet attempted, folded into one: the change, and what its commit will say.
+
+    `parent` is None for a run's first version, which carries its anchor's files in `payloads` (key below the run ->
+    bytes or file) or, with a base, nothing. A delta's payload is dropped when it folds, and made again when frozen.
+
+    Of a sharded job, `rank` captured what it owns: its delta counts positions inside its `boxes`. The digests are those
+    of whole tensors all the same.
+    """
+
+    run: Run
+    version: int
+    parent: int | None
+    versions: int
+    delta: Delta
+    digests: Mapping[str, int]
+    created: float
+    step: int | None
+    metrics: Mapping[str, float]
+    payloads: Mapping[str, bytes | Path] | None
+    rank: int | None = None
+    boxes: Mapping[str, Box] = field(default_factory=dict)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the payloads made so far."""
+        return sum(_size(data) for data in (self.payloads or {}).values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory: the change, and the payloads made so far that are not files."""
+        encoded = sum(len(data) for data in (self.payloads or {}).values() if isinstance(data, bytes))
+        return self.delta.nbytes + encoded
+
+
+def fold(earlier: Captured, later: Captured) -> Captured:
+    """Two deltas captured one after the other, as one."""
+    return replace(
+        later,
+        parent=earlier.parent,
+        versions=earlier.versions + later.versions,
+        delta=earlier.delta + later.delta,
+        payloads=None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one process gives to a commit, frozen: its payloads by key below the run, their records, and the names of
+    the tensors they change."""
+
+    payloads: Mapping[str, bytes | Path]
+    records: tuple[Payload, ...]
+    names: tuple[str, ...]
+
+
+def part_of(captured: Captured) -> Part:
+    """The exact bytes a process sends for a version, again and again until the outcome is known."""
+    payloads = captured.payloads if captured.payloads is not None else encode(captured)
+    records = tuple(
+        Payload(key, _size(data), blake3(data).hexdigest() if isinstance(data, bytes) else hash_file(data))
+        for key, data in payloads.items()
+    )
+    return Part(payloads, records, tuple(captured.delta))
+
+
+def freeze(
+    captured: Captured,
+    parts: Sequence[Part] = (),
+    *,
+    parent_hash: str | None = None,
+    writer: str | None = None,
+    key: SigningKey | None = None,
+) -> Attempt:
+    """The exact bytes of an append, to be sent again unchanged until the outcome is known. Equal input, equal bytes.
+
+    `parts` are those of every process that trains, this one's first (by default it is the only one). `parent_hash` is
+    that of the commit before (a run's first names its run.json); `writer` says who holds the run.
+    """
+    run, first = signed(captured.run, key), captured.parent is None
+    own, *others = parts or (part_of(captured),)
+    names = {name for part in (own, *others) for name in part.names}
+    changed = [entry.name for entry in run.table if first or entry.name in names]
+    commit = Commit(
+        run=run.run,
+        version=captured.version,
+        parent=captured.parent,
+        root=root_of(run.table, captured.digests),
+        digests={name: f"{captured.digests[name]:016x}" for name in changed},
+        payloads=tuple(record for part in (own, *others) for record in part.records),
+        created=captured.created,
+        step=captured.step,
+        metrics=dict(captured.metrics),
+        parent_hash=hash_of(write(run)) if first else parent_hash,
+        writer=writer,
+    )
+    return Attempt(run, signed(commit, key), own.payloads)
+
+
+def encode(captured: Captured) -> dict[str, bytes | Path]:
+    """The delta's file under its key; nothing for a version in which nothing changed."""
+    if not captured.delta:
+        return {}
+    delta = captured.delta if captured.rank is None else spread(captured.delta, captured.boxes)
+    data = delta_file.encode(delta, run=captured.run.run, parent=captured.parent, version=captured.version)
+    sealed = blake3(data).hexdigest()
+    if captured.parent is None and captured.rank is not None:
+        return {part_key(captured.version, sealed, captured.rank): data}
+    return {delta_key(captured.version, sealed, captured.rank): data}
+
+
+def _size(data: bytes | Path) -> int:
+    return len(data) if isinstance(data, bytes) else data.stat().st_size

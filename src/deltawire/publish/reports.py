@@ -1,0 +1,51 @@
+"""What a publisher reports: one frozen record for each version captured, and one for each commit uploaded."""
+
+from dataclasses import dataclass
+
+from deltawire.runlog.records import Position
+
+
+@dataclass(frozen=True, slots=True)
+class PublishReport:
+    """What one `publish` captured.
+
+    `wire_bytes` is the size of this version's own file (the anchor's, for a run's first version); versions that wait
+    for the network are folded, so fewer bytes may be sent. `compare_seconds` is part of `seconds`; the upload is in
+    neither, it goes on behind. `waiting` versions were captured and are not committed yet; they take `waiting_bytes` of
+    memory, and never more than `waiting_bound`: a step for every element, beside the upload under way. `problem` is the
+    last upload error, None while all is well.
+
+    In a sharded job every rank gets one. `changed`, `total`, `wire_bytes` and `model_bytes` are of all ranks together,
+    and the same on each; seconds, what waits, and `problem` are the rank's own.
+    """
+
+    run: str
+    version: int
+    step: int | None
+    changed: int
+    total: int
+    wire_bytes: int
+    model_bytes: int
+    seconds: float
+    compare_seconds: float
+    waiting: int
+    waiting_bytes: int
+    waiting_bound: int
+    problem: str | None
+
+    @property
+    def density(self) -> float:
+        """Share of elements that changed, 0 to 1."""
+        return self.changed / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class UploadReport:
+    """What one commit put into the bucket: `versions` captured versions folded into one, bytes and seconds."""
+
+    position: Position
+    parent: int | None
+    versions: int
+    wire_bytes: int
+    seconds: float
+    attempts: int

@@ -1,0 +1,1 @@
+"""Publishing when every rank of a job holds a part of each tensor."""

@@ -1,0 +1,140 @@
+"""Where the run of a sharded job opens: rank 0 decides it for all, and each rank reads there the boxes it turns out to
+hold, from the last commit, from the base, or as all-zero bits."""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deltawire.buckets.base import Bucket
+from deltawire.errors import MissingTensor
+from deltawire.format import checkpoint
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.publish.capture import holds_run, near_base, newest, newest_of
+from deltawire.publish.resuming import require_same_adapter
+from deltawire.publish.sharded.boxes import Box, share
+from deltawire.publish.sharded.ranks import Ranks
+from deltawire.publish.ties import Ties, in_file, ties_words
+from deltawire.read.bases import open_base, resolve_base
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.records import BaseCheckpoint, Position, Run
+from deltawire.weights.bits import Bits, zeros
+from deltawire.weights.delta import Delta
+from deltawire.weights.table import TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What rank 0 found in the bucket: the run, and the commit it stands at; or what a new run begins with."""
+
+    run: str
+    resumed: Position | None = None
+    hash: str | None = None
+    base: BaseCheckpoint | None = None
+    supersedes: Position | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether the run begins from nothing: all-zero bits, of tensors that the first publish names."""
+        return self.resumed is None and self.base is None
+
+
+class Opening:
+    """The weights at the position where the run opens, on this rank. Opening is done by every rank; all raise, or none.
+
+    `run` and `table` are those of the run that is continued; `table` that of the base; both are empty without either.
+    It is `open` until `close`: any box can be read. Of a run that begins, `tied` is what the config says of its word
+    embeddings, and `declared` are the base's aliases.
+    """
+
+    def __init__(
+        self, bucket: Bucket, ranks: Ranks, *, base: str | Path | None, assets: Path | None, supersede: bool
+    ) -> None:
+        self._bucket, self._ranks, self._near = bucket, ranks, near_base(base)
+        self.decision = ranks.from_first(lambda: _decide(bucket, base, assets, supersede))
+        self.run: Run | None = None
+        self.tied: bool | None = None
+        self.declared: Ties = {}
+        self.table: dict[str, TensorEntry] = {}
+        self._recorded: dict[str, int] = {}
+        self._reader: Subscriber | None = None
+        self._weights: Mapping[str, Bits] = {}
+        self._since = Delta()
+        self.open = True
+        problem: Exception | None = None
+        try:
+            self._open()
+        except Exception as error:
+            problem = error
+        try:
+            self.digests = self.add_up_digests(self.table, problem)
+            if self.decision.resumed is None:
+                self.tied, self.declared = ranks.from_first(lambda: self._ties(assets))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Remove what was downloaded; every box has been read."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader, self._weights, self._since, self.open = None, {}, Delta(), False
+
+    def bits(self, entry: TensorEntry, box: Box) -> Bits:
+        """A box of a tensor at the opening position."""
+        if entry.name not in self._weights:
+            return zeros(entry.dtype, box.shape)
+        bits = box.cut(self._weights[entry.name])
+        if entry.name in self._since:
+            box.restrict(self._since[entry.name]).apply_(bits.data)
+        return bits
+
+    def add_up_digests(self, table: Mapping[str, TensorEntry], problem: BaseException | None) -> dict[str, int]:
+        """The digest of every tensor at the opening position: as its commit says, or added up, each rank reading as
+        much as the others. Raises on every rank where one has a problem."""
+        width = self._ranks.from_first(lambda: len(table) if problem is None else -1)
+        if problem is None and width not in (len(table), -1):
+            here = f"the base of rank {self._ranks.rank} has {len(table)} tensors"
+            problem = MissingTensor(f"{here}, that of rank 0 has {width}; give every rank the same base")
+        sums = np.zeros(max(width, 0), np.uint64)
+        if problem is None and width >= 0 and not self._recorded:
+            for number, entry in enumerate(table.values()):
+                weights = self._weights.get(entry.name)
+                data = zeros(entry.dtype, entry.shape).data if weights is None else weights.data
+                sums[number] = share(data, self._ranks.rank, self._ranks.size)
+        sums = self._ranks.add_up(sums, problem)
+        return self._recorded or {name: int(value) for name, value in zip(table, sums, strict=True)}
+
+    def _ties(self, assets: Path | None) -> tuple[bool | None, Ties]:
+        """What rank 0 reads of ties for all."""
+        if isinstance(self._weights, Checkpoint):
+            return None, in_file(self._weights.folder, self._weights, self.digests)
+        return ties_words(assets), {}
+
+    def _open(self) -> None:
+        if self.decision.resumed is not None:
+            self._reader = Subscriber(self._bucket, base=self._near)
+            change = self._reader.change(None, self.decision.resumed.version)
+            assert change.anchor is not None
+            self._weights, self._since, self.run = change.anchor, change.delta, self._reader.run
+            self.table = {entry.name: entry for entry in self.run.table}
+            self._recorded = self._reader.digests_at(change.position.version)
+        elif self.decision.base is not None:
+            weights = Checkpoint(open_base(self.decision.base))
+            self._weights = weights
+            self.table = {name: TensorEntry(name, weights[name].dtype, weights[name].shape) for name in weights}
+
+
+def _decide(bucket: Bucket, base: str | Path | None, assets: Path | None, supersede: bool) -> Decision:
+    """Rank 0 looks at the bucket for all."""
+    if not supersede and holds_run(bucket):
+        with Subscriber(bucket, base=near_base(base)) as subscriber:
+            position = newest_of(subscriber)
+            require_same_adapter(subscriber, assets)
+            return Decision(position.run, position, subscriber.chain.settled(position.version).hash)
+    if assets is not None:
+        checkpoint.assets(assets)  # a folder that is not there is named now, not at the first publish
+    pinned = None if base is None else resolve_base(str(base))
+    return Decision(secrets.token_hex(8), base=pinned, supersedes=newest(bucket) if supersede else None)

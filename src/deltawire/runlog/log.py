@@ -1,0 +1,364 @@
+"""The run log: append a version and read the records. Write order is payload, commit, head; read order is the reverse.
+
+Invariants (docs/DESIGN.md §4): a commit refers only to durable payloads; committed objects never change; appending the
+same attempt twice is the same as once, so retry is the recovery.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from deltawire.buckets.base import Bucket, fenced
+from deltawire.errors import AlreadyExists, ChainError, Forked, FormatError, NotFound, Unavailable
+from deltawire.runlog import records
+from deltawire.runlog.records import (
+    HEAD_KEY,
+    MAX_HEAD,
+    MAX_RECORD,
+    Commit,
+    Derived,
+    Head,
+    Run,
+    commit_key,
+    commit_keys,
+    commit_version,
+    hash_of,
+    run_key,
+)
+from deltawire.runlog.signing import Trust
+
+NOBODY = Trust()
+"""no key is asked for: unsigned records are accepted"""
+Record = TypeVar("Record", Run, Commit, Derived)
+
+
+@dataclass(frozen=True, slots=True)
+class Filed(Generic[Record]):
+    """A record as it lies in the bucket: what it says, the BLAKE3 of its bytes that its children name, and its key."""
+
+    record: Record
+    hash: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Everything one append writes, frozen: a retry sends exactly these bytes until the outcome is known."""
+
+    run: Run
+    commit: Commit
+    payloads: Mapping[str, bytes | Path]
+    """by key below the run, in the commit's order; those of other ranks are durable by now, and not here"""
+
+    @property
+    def hash(self) -> str:
+        """What the next commit's `parent_hash` will say."""
+        return hash_of(records.write(self.commit))
+
+    def key_in(self, bucket: Bucket) -> str:
+        """The key of its commit. Its number alone is the fence against a second writer where a store has one; where
+        not, the record's hash in it keeps either from overwriting the other, so that a fork shows."""
+        number_alone = fenced(bucket, f"runs/{self.run.run}")
+        return commit_key(self.run.run, self.commit.version, None if number_alone else self.hash)
+
+
+def append(bucket: Bucket, attempt: Attempt, *, on_step: Callable[[str], None] = lambda step: None) -> None:
+    """Make a version exist. Idempotent: after a lost acknowledgement it finds its own objects and calls that success.
+
+    `on_step` hears "run", "payload", "commit", "head" after each is durable. Raises Forked when another writer holds
+    the commit's place, or HEAD tells of one: of another trainer of this run, or of a run that took its place;
+    BucketError.
+    """
+    run, commit = attempt.run, attempt.commit
+    key = attempt.key_in(bucket)
+    begins = commit.parent is None and run.supersedes is None
+    if commit.parent is None:
+        put_run(bucket, run)
+        on_step("run")
+    if not begins:
+        _require_head_ours(bucket, attempt)
+    put_payloads(bucket, run.run, attempt.payloads, on_step=on_step)
+    _put_once(bucket, key, records.write(commit))
+    on_step("commit")
+    head = records.write(Head(run.run, commit.version, key))
+    if begins:
+        _begin_bucket(bucket, head, run.run)
+    else:
+        _require_head_ours(bucket, attempt)  # another may have come meanwhile
+        bucket.put(HEAD_KEY, head)
+    on_step("head")
+
+
+def put_run(bucket: Bucket, run: Run) -> None:
+    """Write a run's record, before anything else of the run. Raises Forked when another is there; BucketError."""
+    _put_once(bucket, run_key(run.run), records.write(run))
+
+
+def put_payloads(
+    bucket: Bucket,
+    run: str,
+    payloads: Mapping[str, bytes | Path],
+    *,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> None:
+    """Make payloads durable, by key below the run; a rank of a sharded job does so before its commit is written."""
+    for key, data in payloads.items():
+        put_payload(bucket, f"runs/{run}/{key}", data)
+        on_step("payload")
+
+
+def put_payload(bucket: Bucket, key: str, data: bytes | Path) -> None:
+    """Make one payload durable, under a key that holds its content's hash.
+
+    What is there already is an earlier try of these very bytes, or what became of one: if its size (or its MD5, where
+    the store's tag is one) is another, it is written again. Raises BucketError; Unavailable when the store says that
+    the key exists, and has no such object.
+    """
+    try:
+        bucket.put_new(key, data)
+    except AlreadyExists:
+        if not _holds(bucket, key, data):
+            bucket.put(key, data)
+
+
+def _holds(bucket: Bucket, key: str, data: bytes | Path) -> bool:
+    """Whether the object of a key is `data`, as far as its size and tag tell."""
+    with surely_there(bucket, key):
+        found = bucket.stat(key)
+    if found.size != (data.stat().st_size if isinstance(data, Path) else len(data)):
+        return False
+    tag = found.tag.strip('"')
+    if not re.fullmatch(r"[0-9a-f]{32}", tag):
+        return True
+    with open(data, "rb") if isinstance(data, Path) else BytesIO(data) as source:
+        return hashlib.file_digest(source, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == tag
+
+
+@contextmanager
+def surely_there(bucket: Bucket, key: str) -> Iterator[None]:
+    """Reading a key that a write was just told exists: that it is not there is no answer to build on. Raises
+    Unavailable then."""
+    try:
+        yield
+    except NotFound as error:
+        raise Unavailable(
+            f"{bucket.url}/{key}: the store says that it exists, and does not have it; try again"
+        ) from error
+
+
+def load(bucket: Bucket, kind: type[Record], key: str, *, trust: Trust = NOBODY) -> Filed[Record]:
+    """A record and its hash. Raises NotFound, FormatError; BadSignature unless a trusted key signed it."""
+    where, data = f"{bucket.url}/{key}", bucket.get(key, limit=MAX_RECORD)
+    record = records.read(kind, data, where=where)
+    trust.check(data, record.signer, record.signature, where=where)
+    return Filed(record, hash_of(data), key)
+
+
+def read_head(bucket: Bucket) -> Head:
+    """The hint at the newest commit. Raises NotFound while nothing is published, FormatError."""
+    try:
+        data = bucket.get(HEAD_KEY, limit=MAX_HEAD)
+    except NotFound as error:
+        raise NotFound(f"{bucket.url} has no {HEAD_KEY}: nothing is published there yet ({error})") from None
+    return records.read(Head, data, where=f"{bucket.url}/{HEAD_KEY}")
+
+
+def hinted(bucket: Bucket) -> Head | None:
+    """HEAD where there is one that can be read: it is a hint, and a damaged one is as good as none."""
+    with suppress(NotFound, FormatError):
+        return read_head(bucket)
+    return None
+
+
+def current_run(bucket: Bucket, *, trust: Trust = NOBODY) -> str:
+    """The run that HEAD names. Without a HEAD of a run that is there (its writer was killed just before, or it is
+    damaged) the only run with a commit that no other such run supersedes; what is no run, or not signed as `trust`
+    asks, is passed over.
+
+    Raises NotFound while nothing is published, Forked when there are several such runs.
+    """
+    head = hinted(bucket)
+    if head is not None:
+        with suppress(NotFound):
+            bucket.stat(run_key(head.run))
+            return head.run
+    found = {stat.key.split("/")[1] for stat in bucket.list("runs/") if stat.key.split("/")[2:3] == ["commits"]}
+    if not found:
+        return read_head(bucket).run  # says what is there
+    if len(found) > 1:
+        runs: dict[str, Run] = {}
+        for run in found:
+            with suppress(NotFound, FormatError, ChainError):
+                runs[run] = load_run(bucket, run, trust=trust).record
+        earlier = {record.supersedes.run for record in runs.values() if record.supersedes is not None}
+        found = {*runs} - earlier or found
+    if len(found) != 1:
+        named = ", ".join(sorted(found)[:4])
+        raise Forked(f"{bucket.url} has no {HEAD_KEY} and {len(found)} runs: {named}; remove all but one")
+    return found.pop()
+
+
+def load_run(bucket: Bucket, run: str, *, trust: Trust = NOBODY) -> Filed[Run]:
+    """A run's record and its hash. Raises NotFound, FormatError, ChainError."""
+    filed = load(bucket, Run, run_key(run), trust=trust)
+    if filed.record.run != run:
+        raise ChainError(f"{bucket.url}/{run_key(run)} is the record of run {filed.record.run}")
+    return filed
+
+
+def load_commit(
+    bucket: Bucket, run: str, version: int, *, key: str | None = None, trust: Trust = NOBODY
+) -> Filed[Commit]:
+    """One version's commit, under the key it has, or (by default) under either form of key.
+
+    Raises NotFound, FormatError, ChainError; Forked where two writers committed that version."""
+    if key is None:
+        key = _find_commit(bucket, run, version)
+    filed = load(bucket, Commit, key, trust=trust)
+    if (filed.record.run, filed.record.version) != (run, version):
+        raise ChainError(f"{bucket.url}/{key} holds the commit of {filed.record.run}:{filed.record.version}")
+    if key not in commit_keys(run, version, filed.hash):
+        raise ChainError(f"{bucket.url}/{key} holds another record than its key names")
+    return filed
+
+
+def _find_commit(bucket: Bucket, run: str, version: int) -> str:
+    plain = commit_key(run, version)
+    with suppress(NotFound):
+        bucket.stat(plain)
+        return plain
+    hashed = [stat.key for stat in bucket.list(plain.removesuffix(".json") + "-")]
+    found = [key for key in hashed if commit_version(run, key) == version]
+    if len(found) > 1:
+        raise Forked(f"{bucket.url}: {len(found)} commits {version} of run {run}: two trainers published one run")
+    return found[0] if found else plain
+
+
+def read_run(bucket: Bucket, run: str) -> Run:
+    """A run's record. Raises NotFound, FormatError, ChainError."""
+    return load_run(bucket, run).record
+
+
+def read_commit(bucket: Bucket, run: str, version: int) -> Commit:
+    """One version's commit. Raises NotFound, FormatError, ChainError."""
+    return load_commit(bucket, run, version).record
+
+
+def list_commits(bucket: Bucket, run: str, *, after: int = -1) -> list[tuple[int, str]]:
+    """(version, key) of each commit above `after`, by version, from a listing alone. Two writers on a store that cannot
+    refuse one leave two of a version."""
+    prefix = f"runs/{run}/commits/"
+    start = f"{prefix}{after + 1:06d}" if after >= 0 else ""
+    found = ((commit_version(run, stat.key), stat.key) for stat in bucket.list(prefix, after=start))
+    return sorted((version, key) for version, key in found if version is not None and version > after)
+
+
+def list_versions(bucket: Bucket, run: str) -> list[int]:
+    """The committed versions of a run, ascending, by a listing alone."""
+    return sorted({version for version, _ in list_commits(bucket, run)})
+
+
+def continues(bucket: Bucket, run: str, earlier: str, *, trust: Trust = NOBODY, depth: int = 64) -> bool:
+    """Whether a run supersedes an earlier one, itself or through at most `depth` runs between."""
+    for _ in range(depth):
+        supersedes = load_run(bucket, run, trust=trust).record.supersedes
+        if supersedes is None:
+            return False
+        if supersedes.run == earlier:
+            return True
+        run = supersedes.run
+    return False
+
+
+def _put_once(bucket: Bucket, key: str, data: bytes) -> None:
+    try:
+        bucket.put_new(key, data)
+    except AlreadyExists:
+        with surely_there(bucket, key):
+            found = _foreign(bucket, key, data)
+        if found is not None:
+            raise Forked(
+                f"{bucket.url}/{key} was written by someone else{_holder(found)}: two trainers publish one run. "
+                "Stop one of them"
+            ) from None
+
+
+def _begin_bucket(bucket: Bucket, head: bytes, run: str) -> None:
+    """The first HEAD of a bucket. Of two trainers that start on an empty one, the second is told."""
+    try:
+        bucket.put_new(HEAD_KEY, head)
+    except AlreadyExists:
+        with surely_there(bucket, HEAD_KEY):
+            found = read_head(bucket)
+        if found.run != run:
+            raise Forked(
+                f"{bucket.url} holds run {found.run}, published by someone else since this trainer opened it: "
+                "two trainers publish to one bucket. Stop one of them, or give it a bucket of its own"
+            ) from None
+
+
+def _require_head_ours(bucket: Bucket, attempt: Attempt) -> None:
+    """Raise Forked where HEAD tells of another writer than the one who made `attempt`. Read twice before anyone is
+    accused: a reading may be damaged."""
+    for _ in range(2):
+        head = hinted(bucket)
+        problem = None if head is None else _foreign_head(bucket, head, attempt)
+        if problem is None:
+            return
+    raise Forked(f"{bucket.url}: {problem}")
+
+
+def _foreign_head(bucket: Bucket, head: Head, attempt: Attempt) -> str | None:
+    """What is wrong with HEAD for one who is about to write `attempt`; None where it is ours or an ancestor's, or
+    names nothing that is there."""
+    run, commit = attempt.run, attempt.commit
+    try:
+        if head.run != run.run:
+            load_run(bucket, head.run)  # one that is not there was never begun: HEAD is damaged
+            if _continues(bucket, run.run, head.run):
+                return None
+            verb = "was superseded by" if _continues(bucket, head.run, run.run) else "was replaced by"
+            return f"run {run.run} {verb} run {head.run} since this trainer opened it; stop this trainer"
+        if commit.parent is not None and head.version < commit.parent:
+            return None
+        ours = {*commit_keys(run.run, commit.version, attempt.hash)}
+        if commit.parent is not None:
+            ours |= {*commit_keys(run.run, commit.parent, commit.parent_hash)}
+        if head.commit in ours:
+            return None
+        there = load_commit(bucket, run.run, head.version, key=head.commit)
+    except (NotFound, FormatError, ChainError):
+        return None
+    who = f" ({there.record.writer})" if there.record.writer else ""
+    return (
+        f"{head.commit} was written by someone else{who}: two trainers publish one run. Stop one of them; a restarted "
+        "trainer continues from what is there"
+    )
+
+
+def _continues(bucket: Bucket, run: str, earlier: str) -> bool:
+    with suppress(NotFound):
+        return continues(bucket, run, earlier)
+    return False
+
+
+def _foreign(bucket: Bucket, key: str, ours: bytes) -> bytes | None:
+    """What lies under a key, unless it is these bytes. Read twice before anyone is accused: a reading may be wrong."""
+    for _ in range(2):
+        found = bucket.get(key, limit=MAX_RECORD)
+        if found == ours:
+            return None
+    return found
+
+
+def _holder(data: bytes) -> str:
+    """Who wrote a commit, as far as it can be read."""
+    with suppress(Exception):
+        writer = records.read(Commit, data, where="").writer
+        return f" ({writer})" if writer else ""
+    return ""

@@ -1,0 +1,129 @@
+"""The cheapest way from one version to another, over anchors, folds and deltas, from a listing alone. Pure functions.
+
+A delta can be undone, so every fold and delta is a way in both directions: rolling back is a path like any other.
+"""
+
+import heapq
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from deltawire.buckets.base import Stat
+from deltawire.errors import Gap
+from deltawire.runlog.records import commit_version
+
+RECORD_COST = 2048
+"""bytes that reading one more object counts for: its record, beside its payload"""
+_VERSION = r"([0-9]{6,16})"
+_DELTA = re.compile(rf"deltas/step_{_VERSION}[-.][^/]+")
+_FOLD = re.compile(rf"folds/step_{_VERSION}-{_VERSION}-[^/]+")
+_ANCHOR = re.compile(rf"anchors/step_{_VERSION}-[0-9a-f]{{12}}/[^/]+")
+_FOLD_RECORD = re.compile(rf"derived/fold-{_VERSION}-{_VERSION}-[0-9a-f]{{12}}\.json")
+_ANCHOR_RECORD = re.compile(rf"derived/anchor-{_VERSION}-[0-9a-f]{{12}}\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """One thing to fetch: it leads from `start` (None: from nothing, an anchor) to `end`, or (`undo`) back.
+
+    `record` is the key of the commit or manifest that describes it; `size` the bytes of its payloads, as listed.
+    """
+
+    start: int | None
+    end: int
+    size: int
+    record: str
+    undo: bool = False
+
+    @property
+    def derived(self) -> bool:
+        """Whether a compactor's manifest describes it; else a commit does."""
+        return "/derived/" in self.record
+
+    @property
+    def kind(self) -> Literal["delta", "fold", "anchor"]:
+        """A commit's own delta, several of them folded, or a whole checkpoint (a run's base counts as one)."""
+        if self.start is None:
+            return "anchor"
+        return "fold" if self.derived else "delta"
+
+    @property
+    def target(self) -> int:
+        """The version this edge arrives at."""
+        return self.start if self.undo and self.start is not None else self.end
+
+
+Commits = list[tuple[int, str]]
+"""(version, key) of commits, by version"""
+
+
+def survey(stats: Iterable[Stat], run: str, *, whole: int, on_chain: Callable[[Commits], Commits]) -> list[Edge]:
+    """Every edge that a listing of `runs/<run>/` shows. `whole` is the size of a checkpoint, in bytes: what version 0
+    counts for when it is a reference. Sizes come from the keys, and decide nothing but the way taken. `on_chain` picks
+    the commits that count where two writers left two of a version."""
+    prefix = f"runs/{run}/"
+    keys = {stat.key.removeprefix(prefix): stat.size for stat in stats}
+    deltas, folds, anchors = _sizes(keys, _DELTA), _sizes(keys, _FOLD), _sizes(keys, _ANCHOR)
+    found_commits = ((commit_version(run, prefix + key), prefix + key) for key in keys)
+    commits = sorted((version, key) for version, key in found_commits if version is not None)
+    committed = {version for version, _ in commits}
+    if len(committed) < len(commits):
+        commits = on_chain(commits)
+    edges = [Edge(start, end, deltas.get((end,), 0), key) for (start, _), (end, key) in itertools.pairwise(commits)]
+    if commits and commits[0][0] == 0:
+        edges.append(Edge(None, 0, anchors.get((0,), whole), commits[0][1]))
+    for key in keys:
+        if (found := _FOLD_RECORD.fullmatch(key)) and {int(found[1]), int(found[2])} <= committed:
+            start, end = int(found[1]), int(found[2])
+            edges.append(Edge(start, end, folds.get((start, end), 0), prefix + key))
+        elif (found := _ANCHOR_RECORD.fullmatch(key)) and int(found[1]) in committed:
+            edges.append(Edge(None, int(found[1]), anchors.get((int(found[1]),), whole), prefix + key))
+    return edges
+
+
+def cheapest(edges: Iterable[Edge], since: int | None, target: int, *, forward: bool = False) -> list[Edge]:
+    """The edges from `since` (None: from nothing) to `target` that take the fewest bytes; an anchor may be the cheapest
+    even for someone who stands somewhere. `forward` takes no edge back. Raises Gap when none lead there."""
+    ways: dict[int | None, list[Edge]] = defaultdict(list)
+    for edge in edges:
+        ways[edge.start].append(edge)
+        if edge.start is not None and not forward:
+            ways[edge.end].append(replace(edge, undo=True))
+    best: dict[int | None, int] = {None: 0, since: 0}
+    came: dict[int, Edge] = {}
+    queue: list[tuple[int, int, int | None]] = [(0, 0, since), (0, 1, None)]
+    number = 1
+    while queue:
+        cost, _, node = heapq.heappop(queue)
+        if node == target:
+            return _trace(came, since, target)
+        if cost > best[node]:
+            continue
+        for edge in ways[node]:
+            further, there = cost + edge.size + RECORD_COST, edge.target
+            if there not in best or further < best[there]:
+                best[there], came[there], number = further, edge, number + 1
+                heapq.heappush(queue, (further, number, there))
+    raise Gap(f"nothing leads from version {'none' if since is None else since} to version {target}")
+
+
+def _trace(came: dict[int, Edge], since: int | None, target: int) -> list[Edge]:
+    path: list[Edge] = []
+    node: int | None = target
+    while node is not None and node != since:
+        edge = came[node]
+        path.append(edge)
+        node = edge.end if edge.undo else edge.start
+    return path[::-1]
+
+
+def _sizes(keys: dict[str, int], pattern: re.Pattern[str]) -> dict[tuple[int, ...], int]:
+    """Bytes under the keys that match, by the version numbers in them."""
+    sizes: dict[tuple[int, ...], int] = defaultdict(int)
+    for key, size in keys.items():
+        if found := pattern.fullmatch(key):
+            sizes[tuple(map(int, found.groups()))] += size
+    return dict(sizes)

@@ -1,0 +1,345 @@
+"""The records a bucket holds beside payloads, as typed JSON: run, commit, derived and head. docs/FORMAT.md §6 specifies
+them, §7 their signatures."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import msgspec
+from blake3 import blake3
+
+from deltawire.buckets.base import is_key
+from deltawire.errors import FormatError, ShapeMismatch, UnknownTensor, UnknownVersion, some
+from deltawire.format.container import MAX_RANK
+from deltawire.runlog.signing import UNSIGNED, SigningKey, is_public_key
+from deltawire.weights.bits import WIDTHS, count
+from deltawire.weights.table import TensorEntry, TensorSpec
+
+FORMAT = 1
+ALIASES = 2
+"""format of a run.json whose table lists aliases: a reader that does not know them must refuse it"""
+MAX_RECORD = 64 << 20
+"""bytes of the largest run.json or commit accepted (a table of 100,000 tensors is about 12 MB)"""
+MAX_HEAD = 64 << 10
+"""bytes of the largest HEAD.json accepted"""
+_RUN_ID = re.compile(r"[0-9a-f]{16}")
+_COMMIT_KEY = re.compile(r"commits/([0-9]{6,16})(?:-[0-9a-f]{12})?\.json")
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+_HEX16 = re.compile(r"[0-9a-f]{16}")
+_HEX128 = re.compile(r"[0-9a-f]{128}")
+_MAX_VERSION = 1 << 53
+"""JSON numbers are exact below it, in every language"""
+
+
+class Position(msgspec.Struct, frozen=True):
+    """Where a copy of the weights stands: which run, which version, and the root of its digests (64 hex digits)."""
+
+    run: str
+    version: int
+    root: str
+
+    def __str__(self) -> str:
+        return f"{self.run}:{self.version}"
+
+
+class BaseCheckpoint(msgspec.Struct, frozen=True):
+    """The checkpoint version 0 refers to: a Hub repository at a revision, or (revision None) a folder."""
+
+    source: str
+    revision: str | None = None
+
+
+class Run(msgspec.Struct, frozen=True):
+    """run.json: what is true of every version of a run. `base` None means version 0 is an anchor in the bucket.
+
+    `supersedes` is where the run before it ended; `compactors` are public keys that may sign folds and anchors.
+    `format` is ALIASES where the table lists an alias, and FORMAT elsewhere.
+    """
+
+    run: str
+    table: tuple[TensorEntry, ...]
+    created: float
+    base: BaseCheckpoint | None = None
+    supersedes: Position | None = None
+    compactors: tuple[str, ...] = ()
+    signer: str | None = None
+    signature: str | None = None
+    format: int = FORMAT
+
+
+class Payload(msgspec.Struct, frozen=True):
+    """One object a commit refers to: its key below the run, bytes, and BLAKE3 (64 hex digits)."""
+
+    key: str
+    size: int
+    blake3: str
+
+
+class Covering(msgspec.Struct, frozen=True):
+    """What the records of a commit, a fold and an anchor say alike: the changes in (parent, version], or with parent
+    None a whole version."""
+
+    run: str
+    version: int
+    parent: int | None
+    root: str
+    digests: dict[str, str]
+    payloads: tuple[Payload, ...]
+
+    @property
+    def position(self) -> Position:
+        """Where a copy stands that has applied this."""
+        return Position(self.run, self.version, self.root)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of all payloads."""
+        return sum(payload.size for payload in self.payloads)
+
+
+class Commit(Covering, frozen=True):
+    """The record that makes a version exist. It covers (parent, version]; parent None means its payloads are an anchor,
+    whole or as changes from all-zero bits (or, without payloads, the run's base).
+
+    `digests` are those of the tensors that changed since the parent, as 16 hex digits; `root` hashes all of them.
+    `created` is seconds since the epoch by the publisher's clock, `step` the trainer's own counter. A metric that was
+    not finite is read as None: JSON has no NaN. `parent_hash` is the BLAKE3 of the parent's record (of run.json, for
+    the first commit), None only in buckets older than the links. `writer` names the process that holds the run.
+    """
+
+    created: float
+    step: int | None = None
+    metrics: dict[str, float | None] = {}
+    parent_hash: str | None = None
+    writer: str | None = None
+    signer: str | None = None
+    signature: str | None = None
+    format: int = FORMAT
+
+
+class Derived(Covering, frozen=True):
+    """The manifest of a fold (all changes in (parent, version] as one delta) or of an anchor (parent None: a whole
+    checkpoint of `version`). Made from commits by whoever compacts; the same commits make the same bytes.
+
+    `digests` are those at `version` of the tensors a fold changes, or for an anchor of all. `commit_hash` is the BLAKE3
+    of the record of commit `version`, `parent_hash` that of commit `parent`: a fold is a link of the same chain.
+    """
+
+    commit_hash: str
+    parent_hash: str | None = None
+    signer: str | None = None
+    signature: str | None = None
+    format: int = FORMAT
+
+
+class Head(msgspec.Struct, frozen=True):
+    """HEAD.json: a hint, perhaps stale, at the newest commit."""
+
+    run: str
+    version: int
+    commit: str
+    format: int = FORMAT
+
+
+class Link(msgspec.Struct, frozen=True):
+    """One anchor (`start` None) or fold on a way: where it leads, the bytes of its payloads, the key of its record."""
+
+    start: int | None
+    end: int
+    size: int
+    record: str
+
+
+class Way(msgspec.Struct, frozen=True):
+    """A hint, perhaps stale: anchors and folds that lead to recent versions, so that a joiner need not list the run."""
+
+    run: str
+    links: tuple[Link, ...]
+    format: int = FORMAT
+
+
+Record = TypeVar("Record", Run, Commit, Derived, Head, Way)
+Signable = TypeVar("Signable", Run, Commit, Derived)
+
+
+def aliases_of(table: Iterable[TensorEntry]) -> dict[str, str]:
+    """Canonical name by alias."""
+    return {alias: entry.name for entry in table for alias in entry.aliases}
+
+
+def with_aliases(table: Iterable[TensorEntry], aliases: Mapping[str, str]) -> tuple[TensorEntry, ...]:
+    """The table with each tensor's further names, and without entries of their own for those; canonical name by alias
+    is given."""
+    listed = {name: tuple(sorted(alias for alias in aliases if aliases[alias] == name)) for name in aliases.values()}
+    kept = (entry for entry in table if entry.name not in aliases)
+    return tuple(msgspec.structs.replace(entry, aliases=listed.get(entry.name, ())) for entry in kept)
+
+
+def in_its_format(run: Run) -> Run:
+    """The record of a run that begins, in the oldest format that says all of it."""
+    return msgspec.structs.replace(run, format=ALIASES if aliases_of(run.table) else FORMAT)
+
+
+def require_in_table(specs: Iterable[TensorSpec], entries: Mapping[str, TensorEntry], where: str) -> None:
+    """Raise UnknownTensor or ShapeMismatch unless a delta file changes only what the run trains, and as it is there."""
+    listed = list(specs)
+    trainable = {entry.name for entry in entries.values() if entry.trainable}
+    if unknown := [spec.name for spec in listed if spec.name not in trainable]:
+        raise UnknownTensor(f"{where} changes {some(map(repr, unknown))}, which the run does not train")
+    for spec in listed:
+        entry = entries[spec.name]
+        if (spec.dtype, spec.shape) != (entry.dtype, entry.shape):
+            raise ShapeMismatch(f"{where}: {spec.name} is {spec.dtype} {list(spec.shape)}, not as in the run's table")
+
+
+def run_key(run: str) -> str:
+    """Key of a run's record."""
+    return f"runs/{run}/run.json"
+
+
+def commit_key(run: str, version: int, record_hash: str | None = None) -> str:
+    """Key of a version's commit: by its number alone where the store lets one writer have it, with the start of the
+    record's hash in it where the store would let a second writer overwrite the first."""
+    mark = "" if record_hash is None else f"-{record_hash[:12]}"
+    return f"runs/{run}/commits/{version:06d}{mark}.json"
+
+
+def commit_keys(run: str, version: int, record_hash: str | None) -> tuple[str, ...]:
+    """Every key that a version's commit may have, whatever the store can refuse; by its number alone without a hash."""
+    plain = commit_key(run, version)
+    return (plain,) if record_hash is None else (plain, commit_key(run, version, record_hash))
+
+
+def commit_version(run: str, key: str) -> int | None:
+    """The version in the key of a commit of this run; None for a key that is none."""
+    found = _COMMIT_KEY.fullmatch(key.removeprefix(f"runs/{run}/"))
+    if found is None or not key.startswith(f"runs/{run}/") or found[1] != f"{int(found[1]):06d}":
+        return None
+    return int(found[1])
+
+
+def way_key(run: str) -> str:
+    """Key of the hint at the cheapest way to a recent version, which a compactor keeps."""
+    return f"runs/{run}/way.json"
+
+
+def delta_key(version: int, blake3: str, rank: int | None = None) -> str:
+    """Key, below the run, of a version's delta file, or of one rank's part of it. The hash in it is why no key ever
+    has two contents."""
+    part = "" if rank is None else f".r{rank:03d}"
+    return f"deltas/step_{version:06d}{part}-{blake3[:12]}.safetensors"
+
+
+def anchor_prefix(version: int, blake3: str) -> str:
+    """Prefix, below the run, of a version's anchor files."""
+    return f"anchors/step_{version:06d}-{blake3[:12]}"
+
+
+def anchor_hash(files: Mapping[str, str]) -> str:
+    """What an anchor's prefix is named by: the hash of its files' names and BLAKE3s, in the order of the names."""
+    return blake3("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
+
+
+def part_key(version: int, blake3: str, rank: int) -> str:
+    """Key, below the run, of one rank's part of an anchor: its change from all-zero bits."""
+    return f"{anchor_prefix(version, blake3)}/r{rank:03d}.safetensors"
+
+
+def fold_key(parent: int, version: int, blake3: str) -> str:
+    """Key, below the run, of the delta file that leads from `parent` to `version` in one."""
+    return f"folds/step_{parent:06d}-{version:06d}-{blake3[:12]}.safetensors"
+
+
+def derived_key(run: str, parent: int | None, version: int, payloads: tuple[Payload, ...]) -> str:
+    """Key of a fold's or (parent None) an anchor's manifest; it names what it lists, so it never has two contents."""
+    named = blake3("".join(f"{payload.key} {payload.blake3}\n" for payload in payloads).encode()).hexdigest()[:12]
+    span = f"anchor-{version:06d}" if parent is None else f"fold-{parent:06d}-{version:06d}"
+    return f"runs/{run}/derived/{span}-{named}.json"
+
+
+HEAD_KEY = "HEAD.json"
+
+
+def hash_of(data: bytes) -> str:
+    """What a child's `parent_hash` says of a record: the BLAKE3 of its bytes, 64 hex digits."""
+    return blake3(data).hexdigest()
+
+
+def signed(record: Signable, key: SigningKey | None) -> Signable:
+    """The record with its signature; as it is without a key."""
+    if key is None:
+        return record
+    blank = msgspec.structs.replace(record, signer=key.public, signature=UNSIGNED)
+    return msgspec.structs.replace(blank, signature=key.sign(write(blank)))
+
+
+def write(record: Run | Commit | Derived | Head | Way) -> bytes:
+    """A record as JSON; equal records give equal bytes. Raises FormatError for one that no reader would accept."""
+    _check(record, f"this {type(record).__name__.lower()} record")
+    return msgspec.json.encode(record, order="sorted")
+
+
+def read(kind: type[Record], data: bytes, *, where: str) -> Record:
+    """A record from JSON, checked. `where` names the object in errors. Raises FormatError, UnknownVersion."""
+    try:
+        version = msgspec.json.decode(data, type=_AnyFormat).format
+        if version != FORMAT and not (kind is Run and version == ALIASES):
+            known = f"{FORMAT} or {ALIASES}" if kind is Run else FORMAT
+            raise UnknownVersion(f"{where}: format {version}; this deltawire reads format {known}, upgrade it")
+        record = msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FormatError(f"{where}: not a {kind.__name__.lower()} record: {error}") from None
+    _check(record, where)
+    return record
+
+
+class _AnyFormat(msgspec.Struct):
+    format: int
+
+
+def _check(record: Run | Commit | Derived | Head | Way, where: str) -> None:
+    def require(sound: object, what: str) -> None:
+        if not sound:
+            raise FormatError(f"{where}: {what}")
+
+    require(_RUN_ID.fullmatch(record.run), f"run {record.run!r} is not 16 hex digits")
+    if isinstance(record, Way):
+        for link in record.links:
+            bounded = 0 <= (link.start or 0) <= link.end < _MAX_VERSION and 0 <= link.size < _MAX_VERSION
+            require(bounded and is_key(link.record), f"link {link}")
+        return
+    if not isinstance(record, Head):
+        signer, signature = record.signer, record.signature
+        require((signer is None) == (signature is None), "a signer without a signature, or the reverse")
+        require(signer is None or is_public_key(signer), "the signer is not a key of 64 hex digits")
+        require(signature is None or _HEX128.fullmatch(signature), "the signature is not 128 hex digits")
+    if isinstance(record, Run):
+        require(all(map(is_public_key, record.compactors)), "a compactor is not a key of 64 hex digits")
+        require(record.table, "the tensor table is empty")
+        names = [name for entry in record.table for name in (entry.name, *entry.aliases)]
+        require(len({*names}) == len(names), "a name stands twice in the tensor table")
+        require(not any("\0" in name for name in names), "a name in the tensor table has a NUL")
+        aliased = any(entry.aliases for entry in record.table)
+        require(record.format == (ALIASES if aliased else FORMAT), f"format {record.format} is not that of its table")
+        for entry in record.table:
+            require(_is_possible(entry), f"{entry.name}: impossible dtype {entry.dtype!r} or shape {list(entry.shape)}")
+        return
+    require(0 <= record.version < _MAX_VERSION, f"version {record.version}")
+    if isinstance(record, Derived):
+        require(_HEX64.fullmatch(record.commit_hash), "the commit's hash is not 64 hex digits")
+    if isinstance(record, Commit | Derived):
+        require(record.parent_hash is None or _HEX64.fullmatch(record.parent_hash), "parent hash is not 64 hex digits")
+        require(record.parent is None or 0 <= record.parent < record.version, f"parent {record.parent}")
+        require(_HEX64.fullmatch(record.root), "root is not 64 hex digits")
+        require(all(_HEX16.fullmatch(value) for value in record.digests.values()), "a digest is not 16 hex digits")
+        for payload in record.payloads:
+            safe = is_key(payload.key) and payload.size >= 0 and _HEX64.fullmatch(payload.blake3)
+            require(safe, f"payload {payload.key!r}: unsafe key, negative size or malformed hash")
+        files = {payload.key.rpartition("/")[2] for payload in record.payloads}
+        require(len(files) == len(record.payloads), "two payloads have the same file name")
+
+
+def _is_possible(entry: TensorEntry) -> bool:
+    sizes = entry.shape
+    bounded = len(sizes) <= MAX_RANK and all(0 <= size < 1 << 48 for size in sizes) and count(sizes) < 1 << 48
+    return entry.dtype in WIDTHS and bounded

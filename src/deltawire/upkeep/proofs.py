@@ -1,0 +1,118 @@
+"""Whether an anchor can be begun at: its record, its signature, every byte of its files. What was read is remembered.
+
+Whoever deletes what lies before an anchor must know. At 70 billion parameters an anchor is 140 GB, so it is read once:
+later proofs ask the store for the tags of its files alone.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from deltawire.buckets.atomic import file_system_errors, replacing
+from deltawire.buckets.base import Bucket, Stat
+from deltawire.buckets.verified import download_verified
+from deltawire.errors import DAMAGE, BadDigest, DeltaWireError, Forked
+from deltawire.format import checkpoint
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.bounds import require_anchor
+from deltawire.runlog.planner import Edge
+from deltawire.runlog.records import Commit, Derived, Payload
+from deltawire.weights.digest import digest_bits
+from deltawire.weights.table import TensorEntry
+
+REMEMBERED = 1000
+"""anchors; the oldest are forgotten"""
+
+
+def cache_folder() -> Path:
+    """Where this user's things that can be made anew are kept, by the XDG base directories."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltawire"
+
+
+def default_memory() -> Path:
+    """Where this user's proofs are remembered."""
+    return cache_folder() / "anchors.json"
+
+
+class Proofs:
+    """Proves anchors of one run. `memory` is a file that remembers them across processes; without it nothing is
+    remembered. One that cannot be read or written is as none."""
+
+    def __init__(self, subscriber: Subscriber, *, memory: Path | None = None) -> None:
+        self._subscriber, self._memory = subscriber, memory
+        self._known = _read(memory)
+
+    def problem(self, edge: Edge) -> DeltaWireError | None:
+        """Why a reader could not begin at an anchor; None where it can. Raises what passes: Unavailable, OutOfSpace,
+        AccessRefused."""
+        try:
+            self._prove(edge)
+        except DAMAGE as error:
+            return error
+        return None
+
+    def _prove(self, edge: Edge) -> None:
+        chain, bucket = self._subscriber.chain, self._subscriber.bucket
+        ((_, filed),) = chain.read([edge])
+        record = filed.record
+        if isinstance(record, Commit):
+            return  # a run's first version: nothing older is there to be deleted
+        if record.commit_hash != chain.commit(edge.end).hash:
+            raise Forked(f"{bucket.url}/{edge.record} is the anchor of another commit {edge.end}")
+        stats = [bucket.stat(f"runs/{record.run}/{payload.key}") for payload in record.payloads]
+        tags = _tags(stats)
+        if self._known.get(filed.hash) == tags:
+            return
+        _read_all(bucket, record, edge, self._subscriber.run.table)
+        self._known = {**self._known, filed.hash: tags}
+        _write(self._memory, self._known)
+
+
+def _read_all(bucket: Bucket, record: Derived, edge: Edge, table: Iterable[TensorEntry]) -> None:
+    """Read every file of an anchor, one at a time, and digest every tensor."""
+    require_anchor(record, table, f"{bucket.url}/{edge.record}")
+    missing = {name: int(value, 16) for name, value in record.digests.items()}
+    with (
+        file_system_errors(f"{tempfile.gettempdir()} (TMPDIR chooses another disk)"),
+        tempfile.TemporaryDirectory(prefix="deltawire-") as folder,
+    ):
+        for payload in record.payloads:
+            path = Path(folder) / "file"
+            key = f"runs/{record.run}/{payload.key}"
+            download_verified(bucket, key, path, size=payload.size, blake3=payload.blake3)
+            if _is_shard(payload):
+                for name, bits in checkpoint.shard(path).items():
+                    if name in missing and digest_bits(bits.data) == missing[name]:
+                        del missing[name]
+    if missing:
+        named = ", ".join(sorted(missing)[:5])
+        raise BadDigest(f"{bucket.url}/{edge.record}: {len(missing)} tensors are wrong or missing: {named}")
+
+
+def _is_shard(payload: Payload) -> bool:
+    return payload.key.endswith(".safetensors")
+
+
+def _tags(stats: list[Stat]) -> list[str]:
+    return [f"{stat.key} {stat.size} {stat.tag}" for stat in stats]
+
+
+def _read(memory: Path | None) -> Mapping[str, list[str]]:
+    if memory is None:
+        return {}
+    with suppress(OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return msgspec.json.decode(memory.read_bytes(), type=dict[str, list[str]])
+    return {}
+
+
+def _write(memory: Path | None, known: Mapping[str, list[str]]) -> None:
+    if memory is None:
+        return
+    with suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(memory) as aside:
+            aside.write_bytes(msgspec.json.encode(dict([*known.items()][-REMEMBERED:])))

@@ -1,0 +1,177 @@
+"""What may go from a bucket: one number, the floor, decides. References go before what they refer to.
+
+The floor is the newest anchor at or below everything that is still wanted: the newest anchors of the policy, what was
+committed lately, and what an active replica stands on. Whoever stands at or above it never misses anything.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deltawire.buckets.base import Bucket, Stat
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog import log
+from deltawire.runlog.heartbeats import Heartbeat, read_all
+from deltawire.runlog.planner import Edge
+from deltawire.runlog.signing import trust
+from deltawire.upkeep.proofs import Proofs
+
+BATCH = 500
+"""keys deleted in one call"""
+_KINDS = {
+    "commit": re.compile(r"commits/(?P<end>\d{6,16})(?:-[0-9a-f]{12})?\.json"),
+    "delta": re.compile(r"deltas/step_(?P<end>\d{6,16})[-.][^/]+"),
+    "fold": re.compile(r"folds/step_(?P<start>\d{6,16})-(?P<end>\d{6,16})-[^/]+"),
+    "anchor": re.compile(r"anchors/step_(?P<end>\d{6,16})-[0-9a-f]{12}/[^/]+"),
+    "fold record": re.compile(r"derived/fold-(?P<start>\d{6,16})-(?P<end>\d{6,16})-[0-9a-f]{12}\.json"),
+    "anchor record": re.compile(r"derived/anchor-(?P<end>\d{6,16})-[0-9a-f]{12}\.json"),
+}
+_ORDER = ("fold record", "anchor record", "commit", "fold", "delta", "anchor")
+"""references before referents; among commits the oldest first, so that what is left of a chain is its newest part"""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What stays: the chains of the newest `anchors`, what was committed within `hours`, and all that a replica needs
+    whose heartbeat is no older than `replica_hours`."""
+
+    anchors: int = 2
+    hours: float = 24.0
+    replica_hours: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What goes, in order: everything of the run below version `floor`. `reason` says what keeps the rest, `anchors`
+    which versions' anchors readers then begin at, `passed_over` which records of anchors are none, and why."""
+
+    floor: int
+    keys: tuple[str, ...]
+    bytes: int
+    reason: str
+    anchors: tuple[int, ...] = ()
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def objects(self) -> int:
+        """Objects that go."""
+        return len(self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    kind: str
+    start: int
+    end: int
+    stat: Stat
+
+
+def plan_prune(
+    bucket: Bucket,
+    run: str,
+    policy: Policy | None = None,
+    *,
+    trusted: Iterable[str | Path] = (),
+    memory: Path | None = None,
+) -> Plan:
+    """What a policy lets go of a run, by one listing and the ledger. Changes nothing.
+
+    Where something would go, the anchors that what is left leans on are proved first: record, signature and every byte
+    of their files, which `memory`, a file, remembers. One that is not sound counts as not there. `trusted` are public
+    keys, or files of them; a signed run's anchors are signed by its own key or its compactors' in any case.
+
+    Raises BucketError, FormatError, ChainError."""
+    heartbeats = read_all(bucket)  # before the listing: a joiner that writes its need later lists later
+    stats = [*bucket.list(f"runs/{run}/")]
+    given = trust(trusted)
+    if not given and (signer := log.load_run(bucket, run).record.signer) is not None:
+        given = trust([signer])
+    wrong: dict[str, str] = {}
+    with Subscriber(bucket, trusted=given) as subscriber:
+        proofs = Proofs(subscriber, memory=memory)
+        while True:
+            kept = [stat for stat in stats if stat.key not in wrong]
+            found = plan(kept, run, heartbeats, policy or Policy())
+            problems = _unsound(proofs, kept, run, found.anchors) if found.keys else {}
+            wrong |= problems
+            if not problems:
+                return replace(found, passed_over=tuple(f"{key}: {why}" for key, why in sorted(wrong.items())))
+
+
+def plan(
+    stats: Iterable[Stat],
+    run: str,
+    heartbeats: Iterable[tuple[Stat, Heartbeat]],
+    policy: Policy,
+    *,
+    clock: Callable[[], float] = time.time,
+) -> Plan:
+    """What a listing lets go. Ages are differences of the store's own timestamps: now is the newest of them, which is
+    never later than the store's clock, and not later than this host's: one file from the future makes nobody old. A
+    replica is silent only where the store's stamp and the time in its heartbeat both say so."""
+    objects, beats = _sorted_out(stats, run), list(heartbeats)
+    commits = {item.end: item.stat.modified for item in objects if item.kind == "commit"}
+    anchored = {item.end for item in objects if item.kind == "anchor record" and item.end in commits}
+    anchors = sorted(anchored | ({0} & commits.keys()))
+    if not anchors:
+        return Plan(0, (), 0, "there is no anchor to start from")
+    here = clock()
+    now = min(here, max([item.stat.modified for item in objects] + [stat.modified for stat, _ in beats]))
+    wanted = {f"the newest {policy.anchors} anchors": anchors[-max(policy.anchors, 1) :][0]}
+    if lately := [version for version, when in commits.items() if max(now - when, 0) <= 3600 * policy.hours]:
+        wanted[f"commits of the last {policy.hours:g} hours"] = min(lately)
+    for stat, beat in beats:
+        stands = beat.version if beat.need is None else beat.need
+        age = min(max(now - stat.modified, 0), max(here - beat.at, 0) if beat.at is not None else math.inf)
+        if beat.run in (None, run) and stands is not None and age <= 3600 * policy.replica_hours:
+            wanted[f"replica {beat.replica}"] = stands
+    reason, lowest = min(wanted.items(), key=lambda item: item[1])
+    floor = max((version for version in anchors if version <= lowest), default=0)
+    going = [item for item in objects if _goes(item, floor)]
+    going.sort(key=lambda item: (_ORDER.index(item.kind), item.end, item.stat.key))
+    leans_on = tuple(sorted({floor, *anchors[-max(policy.anchors, 1) :]}))
+    size = sum(item.stat.size for item in going)
+    return Plan(floor, tuple(item.stat.key for item in going), size, reason, leans_on)
+
+
+def carry_out(bucket: Bucket, plan: Plan, *, on_step: Callable[[str], None] = lambda step: None) -> None:
+    """Delete what a plan says, in its order; `on_step` hears each batch's last key. Interrupted, the next plan holds
+    what is left. Raises BucketError."""
+    for first in range(0, len(plan.keys), BATCH):
+        batch = plan.keys[first : first + BATCH]
+        bucket.delete(*batch)
+        on_step(batch[-1])
+
+
+def _unsound(proofs: Proofs, stats: list[Stat], run: str, versions: Collection[int]) -> dict[str, str]:
+    """Which records of these versions' anchors lead to no anchor, and why."""
+    found = {}
+    for item in _sorted_out(stats, run):
+        if item.kind == "anchor record" and item.end in versions:
+            problem = proofs.problem(Edge(None, item.end, 0, item.stat.key))
+            if problem is not None:
+                found[item.stat.key] = str(problem)
+    return found
+
+
+def _goes(item: _Object, floor: int) -> bool:
+    """Below the floor: the deltas and folds that lead up to it, what stands below it, but not the commit on it."""
+    if item.kind == "delta":
+        return item.end <= floor
+    if item.kind in ("fold", "fold record"):
+        return item.start < floor
+    return item.end < floor
+
+
+def _sorted_out(stats: Iterable[Stat], run: str) -> list[_Object]:
+    prefix = f"runs/{run}/"
+    found = []
+    for stat in stats:
+        for kind, pattern in _KINDS.items():
+            if match := pattern.fullmatch(stat.key.removeprefix(prefix)):
+                numbers = {name: int(value) for name, value in match.groupdict().items()}
+                found.append(_Object(kind, numbers.get("start", numbers["end"]), numbers["end"], stat))
+    return found

@@ -1,0 +1,1 @@
+"""Tensors as bits: their changes, digests and inner loops. Pure functions over numpy and torch: no I/O, no clock."""

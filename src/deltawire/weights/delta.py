@@ -1,0 +1,294 @@
+"""The sparse vector of changes between two versions of the weights. Pure functions over numpy: no I/O, no clock.
+
+A step is `(new - old) mod 2^bits` over a tensor's elements as unsigned integers, so steps add, negate and restrict
+exactly, for every dtype and every value:
+
+    new == old + delta        old == new + (-delta)        delta(a, c) == delta(a, b) + delta(b, c)
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deltawire.errors import DtypeMismatch, FormatError, MissingTensor, ShapeMismatch, UnknownTensor, some
+from deltawire.weights.bits import Bits, Positions, UInts, count, unsigned
+from deltawire.weights.digest import digest_at, moved
+from deltawire.weights.tensors import as_bits, like
+
+POSITION_BYTES = 8
+"""memory of one position; where positions and steps would take more than a step per element, those are kept instead"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorDelta:
+    """The change of one tensor.
+
+    Sparse: `positions` (int64, sorted, unique, in range) and as many `steps`, none of them zero.
+    Dense: `positions` is None and `steps` has one entry per element, zeros included.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    positions: Positions | None
+    steps: UInts
+
+    def __post_init__(self) -> None:
+        if self.steps.dtype != unsigned(self.dtype):
+            raise DtypeMismatch(f"steps of {self.dtype} are {unsigned(self.dtype)}, not {self.steps.dtype}")
+        expected = count(self.shape) if self.positions is None else self.positions.size
+        if self.steps.size != expected:
+            raise ShapeMismatch(f"{self.steps.size} steps where {expected} belong, shape {list(self.shape)}")
+
+    @property
+    def changed(self) -> int:
+        """Elements that change."""
+        return self.steps.size if self.positions is not None else int(np.count_nonzero(self.steps))
+
+    @property
+    def total(self) -> int:
+        """Elements in the tensor."""
+        return count(self.shape)
+
+    def sparse(self) -> tuple[Positions, UInts]:
+        """Positions and non-zero steps, whichever way they are kept."""
+        if self.positions is not None:
+            return self.positions, self.steps
+        positions = np.flatnonzero(self.steps)
+        return positions, self.steps[positions]
+
+    def __eq__(self, other: object) -> bool:
+        """The same change, whichever way either side keeps it."""
+        if not isinstance(other, TensorDelta) or (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        return all(np.array_equal(a, b) for a, b in zip(self.sparse(), other.sparse(), strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # mutable arrays are inside
+
+    def __neg__(self) -> "TensorDelta":
+        """The change that undoes this one."""
+        return TensorDelta(self.dtype, self.shape, self.positions, np.negative(self.steps))
+
+    def __add__(self, later: "TensorDelta") -> "TensorDelta":
+        """This change and then `later`, as one. Raises DtypeMismatch, ShapeMismatch."""
+        _check_same("a tensor", self, later)
+        if self.positions is not None and later.positions is not None:
+            return settle(self.dtype, self.shape, *_merge(self, later))
+        steps = _dense_steps(self)
+        positions, added = (slice(None), later.steps) if later.positions is None else (later.positions, later.steps)
+        steps[positions] += added
+        return settle(self.dtype, self.shape, None, steps)
+
+    def restrict(self, start: int, stop: int) -> "TensorDelta":
+        """The change of the flat elements in [start, stop), with positions counted from `start`: what a shard needs.
+        Its shape is (stop - start,)."""
+        shape = (stop - start,)
+        if self.positions is None:
+            return settle(self.dtype, shape, None, self.steps[start:stop].copy())
+        first, last = np.searchsorted(self.positions, (start, stop))
+        return TensorDelta(self.dtype, shape, self.positions[first:last] - start, self.steps[first:last])
+
+    def apply_(self, bits: UInts) -> tuple[int, int]:
+        """Add the steps to flat `bits` in place. Returns the touched elements' part of the digest, before and after."""
+        from deltawire.weights import kernels
+
+        return kernels.apply_with_digest(bits, *self.sparse())
+
+
+def settle(dtype: str, shape: tuple[int, ...], positions: Positions | None, steps: UInts) -> TensorDelta:
+    """A TensorDelta kept the cheaper way, by its share of changed elements; drops zero steps from a sparse one."""
+    total = count(shape)
+    if positions is None:
+        if _is_dense(np.count_nonzero(steps), max(total, 1), steps):
+            return TensorDelta(dtype, shape, None, steps)
+        positions = np.flatnonzero(steps)
+        return TensorDelta(dtype, shape, positions, steps[positions])
+    kept = steps != 0
+    if not kept.all():
+        positions, steps = positions[kept], steps[kept]
+    delta = TensorDelta(dtype, shape, positions, steps)
+    if total and _is_dense(positions.size, total, steps):
+        return TensorDelta(dtype, shape, None, _dense_steps(delta))
+    return delta
+
+
+def _is_dense(changed: int | np.intp, total: int, steps: UInts) -> bool:
+    """Whether a step per element takes no more memory than positions and steps: from 20 % for 2-byte elements. So no
+    delta, however much is folded into it, ever takes more than its tensors themselves."""
+    return int(changed) * (POSITION_BYTES + steps.itemsize) >= total * steps.itemsize
+
+
+def between_bits(old: Bits, new: Bits) -> TensorDelta:
+    """The change from one tensor to another. Raises DtypeMismatch, ShapeMismatch."""
+    _check_same("a tensor", old, new)
+    from deltawire.weights import kernels
+
+    return settle(old.dtype, old.shape, *kernels.compare_and_collect(old.data, new.data))
+
+
+def _check_same(what: str, a: Any, b: Any) -> None:
+    if a.dtype != b.dtype:
+        raise DtypeMismatch(f"{what} is {a.dtype} on one side and {b.dtype} on the other")
+    if a.shape != b.shape:
+        raise ShapeMismatch(f"{what} has shape {list(a.shape)} on one side and {list(b.shape)} on the other")
+
+
+def _dense_steps(delta: TensorDelta) -> UInts:
+    if delta.positions is None:
+        return delta.steps.copy()
+    steps = np.zeros(delta.total, delta.steps.dtype)
+    steps[delta.positions] = delta.steps
+    return steps
+
+
+def _merge(a: TensorDelta, b: TensorDelta) -> tuple[Positions, UInts]:
+    """Sum of two sparse vectors, zeros still inside."""
+    assert a.positions is not None and b.positions is not None
+    together = np.concatenate([a.positions, b.positions])
+    order = np.argsort(together, kind="stable")  # two sorted runs: timsort merges them in linear time
+    positions, steps = together[order], np.concatenate([a.steps, b.steps])[order]
+    first = np.ones(positions.size, bool)
+    first[1:] = positions[1:] != positions[:-1]
+    starts = np.flatnonzero(first)
+    return positions[starts], np.add.reduceat(steps, starts, dtype=steps.dtype) if starts.size else steps
+
+
+class Delta(Mapping[str, TensorDelta]):
+    """What changed between two versions of a set of named tensors: names of changed tensors -> TensorDelta.
+
+    Immutable. A tensor that did not change has no entry.
+    """
+
+    __slots__ = ("_tensors",)
+
+    def __init__(self, tensors: Mapping[str, TensorDelta] | None = None) -> None:
+        self._tensors = {name: tensor for name, tensor in (tensors or {}).items() if tensor.changed}
+
+    @classmethod
+    def between(cls, old: Mapping[str, Any], new: Mapping[str, Any]) -> "Delta":
+        """The delta with `new == old + delta`, for mappings name -> torch, numpy or Bits tensor.
+
+        Raises UnknownTensor for a name only `new` has, MissingTensor for one only `old` has, DtypeMismatch,
+        ShapeMismatch.
+        """
+        _check_names(old, new)
+        changes = {}
+        for name in old:
+            before, after = as_bits(old[name]), as_bits(new[name])
+            _check_same(name, before, after)
+            changes[name] = between_bits(before, after)
+        return cls(changes)
+
+    def __getitem__(self, name: str) -> TensorDelta:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"<Delta of {self.changed:,} elements in {len(self)} tensors>"
+
+    @property
+    def changed(self) -> int:
+        """Elements that change."""
+        return sum(tensor.changed for tensor in self._tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held by positions and steps."""
+        return sum(
+            tensor.steps.nbytes + (tensor.positions.nbytes if tensor.positions is not None else 0)
+            for tensor in self._tensors.values()
+        )
+
+    def __neg__(self) -> "Delta":
+        """The delta that undoes this one."""
+        return Delta({name: -tensor for name, tensor in self._tensors.items()})
+
+    def __add__(self, later: "Delta") -> "Delta":
+        """This delta and then `later`, folded into one. Needs no weights."""
+        if not isinstance(later, Delta):
+            return NotImplemented
+        folded = dict(self._tensors)
+        for name, tensor in later.items():
+            folded[name] = folded[name] + tensor if name in folded else tensor
+        return Delta(folded)
+
+    def __radd__(self, old: Mapping[str, Any]) -> dict[str, Any]:
+        """`old + delta`: the new tensors, of the kind the old ones are. Unchanged tensors are the same objects."""
+        self.check(old)
+        new = dict(old)
+        for name, tensor in self._tensors.items():
+            bits = as_bits(old[name]).copy()
+            tensor.apply_(bits.data)
+            new[name] = like(bits, old[name])
+        return new
+
+    def apply_(self, tensors: Mapping[str, Any]) -> None:
+        """Add the steps in place to contiguous CPU tensors. All are checked before the first is written.
+
+        Raises UnknownTensor, DtypeMismatch, ShapeMismatch; ShapeMismatch too for a tensor that cannot be written in
+        place (not contiguous, read-only, or not in host memory) and for one memory under two names (tied weights),
+        where each step would be added twice.
+        """
+        self.check(tensors)
+        targets = {name: _in_place(name, tensors[name]) for name in self._tensors}
+        _check_apart(targets)
+        for name, tensor in self._tensors.items():
+            tensor.apply_(targets[name])
+
+    def digests_after(self, digests: Mapping[str, int], tensors: Mapping[str, Any]) -> dict[str, int]:
+        """What the `digests` of these tensors will be once the steps are added. Nothing is written. Raises
+        UnknownTensor, DtypeMismatch, ShapeMismatch."""
+        self.check(tensors)
+        after = dict(digests)
+        for name, tensor in self._tensors.items():
+            positions, steps = tensor.sparse()
+            bits = as_bits(tensors[name]).data[positions]
+            after[name] = moved(after[name], digest_at(positions, bits), digest_at(positions, bits + steps))
+        return after
+
+    def check(self, tensors: Mapping[str, Any]) -> None:
+        """Raise what `apply_` would raise, and change nothing."""
+        if unknown := [name for name in self._tensors if name not in tensors]:
+            raise UnknownTensor(f"the delta changes what these tensors do not have: {some(map(repr, unknown))}")
+        for name, tensor in self._tensors.items():
+            _check_same(name, tensor, as_bits(tensors[name]))
+
+    def split(self, name: str, bounds: list[int]) -> list[TensorDelta]:
+        """One tensor's change cut at flat positions `bounds` (ascending, first 0, last the element count)."""
+        tensor = self._tensors[name]
+        if bounds[0] != 0 or bounds[-1] != tensor.total or bounds != sorted(bounds):
+            raise FormatError(f"{name}: bounds {bounds} do not cover its {tensor.total} elements in order")
+        return [tensor.restrict(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def _check_names(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    if extra := sorted(new.keys() - old.keys()):
+        raise UnknownTensor(f"only the new weights have {some(map(repr, extra))}")
+    if missing := sorted(old.keys() - new.keys()):
+        raise MissingTensor(f"the new weights lack {some(map(repr, missing))}")
+
+
+def _in_place(name: str, tensor: Any) -> UInts:
+    data = as_bits(tensor).data
+    if isinstance(tensor, Bits):
+        own = data.ctypes.data
+    else:
+        own = tensor.data_ptr() if hasattr(tensor, "data_ptr") else tensor.ctypes.data
+    if own != data.ctypes.data or not data.flags.writeable:
+        raise ShapeMismatch(f"{name}: not contiguous, writable host memory; use `old + delta`, which copies")
+    return data
+
+
+def _check_apart(targets: Mapping[str, UInts]) -> None:
+    owners: dict[int, str] = {}
+    for name, data in targets.items():
+        twin = owners.setdefault(data.ctypes.data, name)
+        if twin != name:
+            raise ShapeMismatch(f"{twin} and {name} are the same memory: apply to one name of tied weights")
