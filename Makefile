@@ -23,7 +23,7 @@ soak: setup      ## a thousand versions under faults, kills, compaction and prun
 	@DELTAWIRE_SOAK_VERSIONS=1000 .venv/bin/python -m pytest tests/test_soak.py tests/test_soak_writers.py --log-cli-level=INFO
 
 test-vllm: setup ## every model and parallel layout on real vLLM servers, about 35 minutes
-	@DELTAWIRE_TEST_VLLM=all .venv/bin/python -m pytest tests/vllm
+	@DELTAWIRE_TEST_VLLM=all .venv/bin/python -m pytest tests/live tests/follow tests/vllm
 
 bench-vllm: setup ## the pause of an update beside vLLM's own ways, on this machine
 	@.venv/bin/python benchmarks/vllm_pause.py

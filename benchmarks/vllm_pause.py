@@ -91,7 +91,7 @@ def measure(folder: Path, server, seconds: int, small: bool) -> None:
     """Print what was measured, and which of the claims made of it hold here."""
     trainer = Trainer(folder)
     trainer.publish(0)
-    with Follower(trainer.url, server.url) as follower, EngineClient(server.url) as engine:
+    with Follower(trainer.url, EngineClient(server.url)) as follower, EngineClient(server.url) as engine:
         follower.step()
         server.logprobs([1, 2, 3])
         idle = [pause_and_resume(engine) for _ in range(10)]
@@ -182,7 +182,7 @@ def throughput(trainer: Trainer, server, seconds: int) -> dict[bool, float]:
     for clear in kinds * rounds:
         before, started = count[0], time.perf_counter()
         if clear is not None:
-            with Follower(trainer.url, server.url, pin=versions.pop(0), clear_cache=clear) as follower:
+            with Follower(trainer.url, EngineClient(server.url), pin=versions.pop(0), clear_cache=clear) as follower:
                 follower.step()
         time.sleep(max(0.0, started + WINDOW - time.perf_counter()))
         tokens[clear] += count[0] - before

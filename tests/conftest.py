@@ -9,6 +9,7 @@ from hypothesis import settings
 settings.register_profile("deltawire", deadline=None, max_examples=60)
 settings.load_profile("deltawire")
 REGION = "us-east-1"
+pytest_plugins = ["vllm_fixtures"]
 
 
 def pytest_collection_modifyitems(items):

@@ -11,8 +11,9 @@ from contextlib import suppress
 import msgspec
 import pytest
 from blake3 import blake3
+from runs import PATIENCE, edit, fresh, served
 
-from deltawire import Publisher, Subscriber
+from deltawire import Publisher, Subscriber, digest
 from deltawire.buckets.faulty import Faulty
 from deltawire.errors import ApplyError, Forked, FormatError, NotFound
 from deltawire.format.checkpoint import Checkpoint
@@ -31,10 +32,8 @@ from deltawire.runlog.records import (
 )
 from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
-from deltawire.weights import digest
 from deltawire.weights.digest import root as root_of
 from deltawire.weights.tensors import equal
-from runs import PATIENCE, edit, fresh, served
 from test_any_order import World
 
 LIMIT = 1 << 20

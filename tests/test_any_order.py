@@ -4,14 +4,14 @@ import random
 import shutil
 
 import pytest
+from runs import PATIENCE, edit, fresh, model, served
 
-from deltawire import Publisher, Subscriber
+from deltawire import Publisher, Subscriber, materialize
 from deltawire.errors import AlreadyExists
 from deltawire.format.checkpoint import Checkpoint
-from deltawire.upkeep import materialize, retention
+from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
 from deltawire.weights.tensors import equal
-from runs import PATIENCE, edit, fresh, model, served
 
 
 class World:

@@ -14,6 +14,7 @@ from collections import Counter
 from functools import partial
 
 import pytest
+from runs import commits, edit, model, served
 
 from deltawire import Publisher, Subscriber, open_bucket
 from deltawire.buckets.faulty import Faulty, seeded
@@ -23,7 +24,6 @@ from deltawire.read.mirror import Mirror, held
 from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
 from deltawire.weights.tensors import equal
-from runs import commits, edit, model, served
 
 VERSIONS = int(os.environ.get("DELTAWIRE_SOAK_VERSIONS", "60"))
 SEED = int(os.environ.get("DELTAWIRE_SOAK_SEED", "1"))
@@ -34,7 +34,8 @@ FAULTS = 0.05
 FOLLOWER = """
 import sys, time
 from pathlib import Path
-from deltawire import Subscriber, ledger, open_bucket
+from deltawire import Subscriber, open_bucket
+from deltawire.runlog import heartbeats
 from deltawire.buckets.faulty import Faulty, seeded
 from deltawire.format.checkpoint import files
 from deltawire.errors import DeltaWireError
@@ -53,7 +54,7 @@ while True:
             mirror = Mirror(folder, subscriber.run.table)
         here = mirror.position if mirror else None
         if here != target and (here is None or target.version > here.version):
-            ledger.beat(bucket, Heartbeat(name, target.run, here and here.version, need=here.version if here else 0))
+            heartbeats.beat(bucket, Heartbeat(name, target.run, here and here.version, need=here.version if here else 0))
             change = subscriber.change(here, target.version, anchors=here is None)
             if mirror is None:
                 found, at = files(change.anchor.folder), change.anchor_position
@@ -63,7 +64,7 @@ while True:
             with open(log, "a") as file:
                 here = mirror.position
                 file.write(f"{here.version} {here.root} {change.payloads} {change.wire_bytes} {time.time()}\\n")
-            ledger.beat(bucket, Heartbeat(name, target.run, mirror.position.version))
+            heartbeats.beat(bucket, Heartbeat(name, target.run, mirror.position.version))
     except DeltaWireError:
         subscriber = None
     time.sleep(pause)

@@ -7,12 +7,11 @@ import os
 import random
 
 import pytest
+from runs import PATIENCE, edit, model
 
-from deltawire import Publisher, Subscriber, open_bucket
+from deltawire import Publisher, Subscriber, open_bucket, verify
 from deltawire.errors import DeltaWireError, Forked
 from deltawire.runlog.log import continues
-from deltawire.upkeep import verify
-from runs import PATIENCE, edit, model
 
 ROUNDS = 10 if "DELTAWIRE_SOAK_VERSIONS" not in os.environ else int(os.environ["DELTAWIRE_SOAK_VERSIONS"]) // 4
 SEED = int(os.environ.get("DELTAWIRE_SOAK_SEED", "1"))

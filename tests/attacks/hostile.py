@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from blake3 import blake3
 
+from deltawire import digest
 from deltawire.buckets import Bucket
 from deltawire.runlog.records import (
     HEAD_KEY,
@@ -24,7 +25,6 @@ from deltawire.runlog.records import (
     hash_of,
     run_key,
 )
-from deltawire.weights import digest
 from deltawire.weights.bits import Bits
 from deltawire.weights.digest import root
 from deltawire.weights.table import TensorEntry

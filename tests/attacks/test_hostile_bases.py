@@ -3,16 +3,15 @@
 import json
 
 import pytest
+from runs import edit, fresh, model, publish_all, read_weights, served, table
 
 from attacks.hostile import add, begin, continued
-from deltawire import open_bucket, torch
+from deltawire import materialize, open_bucket, torch, verify
 from deltawire.errors import DeltaWireError, FormatError, NotFound
 from deltawire.format import checkpoint
 from deltawire.runlog.records import BaseCheckpoint
-from deltawire.upkeep import materialize, verify
 from deltawire.upkeep.compactor import Compactor
 from deltawire.weights.tensors import equal
-from runs import edit, fresh, model, publish_all, read_weights, served, table
 
 
 @pytest.fixture

@@ -2,20 +2,19 @@
 
 import pytest
 from blake3 import blake3
+from runs import commits, edit, fresh, model, position, publish_all, publishing, served, table, updates
 
 from attacks.hostile import encode
-from deltawire import Subscriber
+from deltawire import Subscriber, digest, materialize
 from deltawire.format import delta_file
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.runlog import log
 from deltawire.runlog.records import Derived, Link, Payload, Way, commit_key, derived_key, hash_of, way_key
-from deltawire.upkeep import materialize, retention
+from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
-from deltawire.weights import digest
 from deltawire.weights.delta import Delta
 from deltawire.weights.digest import root as root_of
 from deltawire.weights.tensors import equal
-from runs import commits, edit, fresh, model, position, publish_all, publishing, served, table, updates
 
 
 @pytest.fixture

@@ -4,23 +4,22 @@ import msgspec
 import numpy as np
 import pytest
 from blake3 import blake3
+from runs import chain_of_four, commits, edit, fresh, model, publish_all, publishing, read_weights, served
+from verbs import run_verb
 
 from attacks.hostile import JUNK, add, anchor_of, claim, continued, encode, litter
-from deltawire import Subscriber, open_bucket
+from deltawire import Subscriber, digest, materialize, open_bucket, verify
 from deltawire.errors import BadDigest, Forked, TooLarge
 from deltawire.format import delta_file
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.runlog import heartbeats, signing
 from deltawire.runlog.log import current_run
 from deltawire.runlog.records import HEAD_KEY, Derived, Payload, commit_key, derived_key, hash_of, read
-from deltawire.upkeep import materialize, retention, verify
+from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
-from deltawire.weights import digest
 from deltawire.weights.bits import Bits
 from deltawire.weights.delta import Delta, TensorDelta
 from deltawire.weights.tensors import equal
-from runs import chain_of_four, commits, edit, fresh, model, publish_all, publishing, read_weights, served
-from verbs import run_verb
 
 
 @pytest.fixture

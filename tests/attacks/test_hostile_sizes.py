@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from blake3 import blake3
+from runs import chain_of_four, commits, fresh, model, publish_all, read_weights, served, table
 
 from attacks.hostile import add, anchor_of, begin, claim, continued
-from deltawire import Subscriber, open_bucket
+from deltawire import Subscriber, materialize, open_bucket, verify
 from deltawire.buckets.wrappers import Counting
 from deltawire.errors import DeltaWireError, NotFound, OutOfSpace, TooLarge
 from deltawire.format import delta_file
 from deltawire.runlog import bounds
 from deltawire.runlog.records import HEAD_KEY
-from deltawire.upkeep import materialize, proofs, verify
+from deltawire.upkeep import proofs
 from deltawire.upkeep.compactor import Compactor
 from deltawire.weights.delta import Delta, TensorDelta
 from deltawire.weights.table import TensorEntry
 from deltawire.weights.tensors import equal
-from runs import chain_of_four, commits, fresh, model, publish_all, read_weights, served, table
 
 GIB = 1 << 30
 WEIGHTS = served(model())

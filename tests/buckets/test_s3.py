@@ -3,15 +3,14 @@
 import sys
 
 import pytest
+from runs import PATIENCE, commits, edit, model, publish_all, publishing, read_weights, served
 
-from deltawire import Publisher, open_bucket
+from deltawire import Publisher, materialize, open_bucket
 from deltawire.buckets import objects
 from deltawire.buckets.conformance import BucketTests
 from deltawire.buckets.faulty import Faulty, at
 from deltawire.errors import AlreadyExists, BucketError, Forked, NotFound, Unavailable
-from deltawire.upkeep import materialize
 from deltawire.weights.tensors import equal
-from runs import PATIENCE, commits, edit, model, publish_all, publishing, read_weights, served
 
 
 @pytest.fixture

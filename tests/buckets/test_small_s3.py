@@ -7,8 +7,10 @@ import sys
 from datetime import timedelta
 
 import pytest
+from runs import PATIENCE, edit, model, publish_all, publishing, read_weights, served
+from small_s3 import Answer, Asked, SmallS3, once, small_s3
 
-from deltawire import open_bucket
+from deltawire import materialize, open_bucket, verify
 from deltawire.buckets import clouds, objects
 from deltawire.buckets.conformance import BucketTests
 from deltawire.errors import (
@@ -21,11 +23,8 @@ from deltawire.errors import (
     OutOfSpace,
     Unavailable,
 )
-from deltawire.upkeep import materialize, verify
 from deltawire.upkeep.compactor import Compactor
 from deltawire.weights.tensors import equal
-from runs import PATIENCE, edit, model, publish_all, publishing, read_weights, served
-from small_s3 import Answer, Asked, SmallS3, once, small_s3
 
 pytestmark = pytest.mark.usefixtures("quick_retries", "hasty_client")
 CONFLICT = Answer(409, "ConditionalRequestConflict")

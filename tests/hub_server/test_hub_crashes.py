@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 from hub_client import client_environment
+from waiting import until
 
 from deltawire.hub_server import HubProcess
-from waiting import until
 
 TRAINER = """
 import os, signal, sys, time
 import numpy as np
 import deltawire as dw
-from deltawire import log, publisher
+from deltawire.publish import publisher
+from deltawire.runlog import log
 from deltawire.errors import DeltaWireError
 publisher.FIRST_RETRY = 0.05
 step, pid_file = sys.argv[1:]

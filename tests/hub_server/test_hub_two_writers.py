@@ -4,13 +4,12 @@ import threading
 
 import pytest
 from hub_client import client_environment
+from runs import PATIENCE, edit, model
 
-from deltawire import Publisher, open_bucket
+from deltawire import Publisher, open_bucket, verify
 from deltawire.errors import ChainError, DeltaWireError
 from deltawire.hub_server import HubProcess
 from deltawire.runlog.log import list_commits, load_commit
-from deltawire.upkeep import verify
-from runs import PATIENCE, edit, model
 
 ROUNDS = 5
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from test_sharded import run
 
-JOB = Path(__file__).parent / "fsdp_orders_job.py"
+JOB = Path(__file__).parents[1] / "support" / "fsdp_orders_job.py"
 
 
 @pytest.mark.parametrize("size", [1, 2])

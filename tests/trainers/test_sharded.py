@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import commits, read_weights
+from waiting import until
 
 import deltawire as dw
 from deltawire.demo.processes import free_port
@@ -20,11 +22,9 @@ from deltawire.upkeep.retention import Policy, carry_out, plan_prune
 from deltawire.weights.bits import Bits
 from deltawire.weights.delta import Delta
 from deltawire.weights.tensors import equal
-from runs import commits, read_weights
-from waiting import until
 
-TESTS = Path(__file__).parents[1]
-JOB = TESTS / "trainers" / "sharded_job.py"
+SUPPORT = Path(__file__).parents[1] / "support"
+JOB = SUPPORT / "sharded_job.py"
 LIMIT = 240.0
 """seconds for one job, on a busy machine"""
 
@@ -33,7 +33,7 @@ def start(scenarios, size, folder, job=JOB):
     """The ranks of a job, as processes of ours."""
     command = [sys.executable, "-W", "error::ResourceWarning", str(job), scenarios]
     port = str(free_port())
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), *filter(None, sys.path)])}
     return [
         subprocess.Popen(
             [*command, str(rank), str(size), port, str(folder)], stderr=subprocess.PIPE, text=True, env=environment

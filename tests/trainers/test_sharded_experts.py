@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import pytest
+from runs import commits, read_weights
 from safetensors.torch import load_file
 from test_sharded import expected, run
 
 import deltawire as dw
 from deltawire.weights.tensors import equal
-from runs import commits, read_weights
 
-JOB = Path(__file__).parent / "sharded_experts_job.py"
+JOB = Path(__file__).parents[1] / "support" / "sharded_experts_job.py"
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from learners import Settling, small_model, small_trainer
+from runs import PATIENCE, commits, publishing, read_weights, served
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import deltawire as dw
 from deltawire.errors import BadUrl, BucketError, DeltaWireError, DtypeMismatch
 from deltawire.trainers.transformers import DeltaWeightSyncCallback
-from runs import PATIENCE, commits, publishing, read_weights, served
 
-PROGRAM = Path(__file__).with_name("learners.py")
+PROGRAM = Path(__file__).parents[1] / "support" / "learners.py"
 
 
 class Remember(TrainerCallback):

@@ -1,28 +1,24 @@
 """DeltaWeightTransfer by itself: what TRL's protocol asks of it, and for whom it waits. tests/vllm has TRL and vLLM."""
 
-import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import msgspec
 import peft
 import pytest
 import torch
+from faults import Faulty, down
+from following import following
+from runs import PATIENCE, commits, fresh, read_weights
 from safetensors.torch import save_file
+from small import Fused, make_weights
+from stub_engine import StubEngine
 
 import deltawire as dw
 from deltawire.errors import AccessRefused, BadUrl, EngineUnsupported, NotServed, ShapeMismatch
 from deltawire.runlog import heartbeats
 from deltawire.runlog.heartbeats import Heartbeat
 from deltawire.trainers.trl import DeltaWeightTransfer
-from faults import Faulty, down
-from runs import PATIENCE, commits, fresh, read_weights
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "vllm"))
-from following import following
-from small import Fused, make_weights
-from stub_engine import StubEngine
 
 BRIEFLY = 2.0
 """seconds of a wait that is to fail; the commit has to fit into it, on a busy machine too"""

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from small import Shard, SmallRun
 from stub_engine import StubEngine
-from test_replica import await_staging
+from waiting import PATIENCE, await_staging, until
 
 from deltawire import open_bucket
 from deltawire.errors import BadAnswer, DeltaWireError, EngineError, EngineUnavailable, EngineUnsupported, Quarantined
@@ -23,7 +23,6 @@ from deltawire.runlog import heartbeats
 from deltawire.runlog.records import Position
 from deltawire.trainers.trl import DeltaWeightTransfer
 from deltawire.vllm.client import EngineClient
-from waiting import PATIENCE, until
 
 PASSWORD = "hunter2-7f3a"
 
@@ -256,7 +255,7 @@ def with_password(url: str) -> str:
 
 def test_a_name_and_password_in_the_address_are_sent_and_told_nobody(run, caplog):
     with StubEngine(run.model()) as engine, caplog.at_level(logging.DEBUG):
-        with Follower(run.url, with_password(engine.url)) as follower:
+        with Follower(run.url, EngineClient(with_password(engine.url))) as follower:
             follower.step()
             assert httpx.BasicAuth("someone", PASSWORD)._auth_header == engine.headers[-1]["Authorization"]
             engine.fail("/is_paused", 500)

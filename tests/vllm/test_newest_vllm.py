@@ -51,7 +51,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(source: Path, code: str) -> Any:
     """What `code` prints last, as JSON, run by a Python that finds this vLLM."""
-    path = os.pathsep.join([str(source), str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join([str(source), str(Path(__file__).parents[1] / "live"), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=600, env=environment
@@ -134,7 +134,7 @@ def test_steps_that_use_its_own_replace_parameter_are_done_again_alike(source):
         source,
         """
 import json
-import test_loading
+import test_post_load
 from vllm.model_executor.utils import replace_parameter
 
 def replace(layer, name, new, **marks):
@@ -144,8 +144,8 @@ def replace(layer, name, new, **marks):
     kept.add(getattr(layer, name) is before)
 
 kept = set()
-for method in (test_loading.Doubled, test_loading.Marked, test_loading.Wider, test_loading.Measured):
-    test_loading.assert_updated_as_loaded(lambda: method(replace), test_loading.SHAPE)
+for method in (test_post_load.Doubled, test_post_load.Marked, test_post_load.Wider, test_post_load.Measured):
+    test_post_load.assert_updated_as_loaded(lambda: method(replace), test_post_load.SHAPE)
 print(json.dumps(sorted(kept)))
 """,
     )

@@ -17,12 +17,12 @@ import pytest
 import torch
 from servers import START_SECONDS, VOCABULARY, Server, tiny_qwen3
 from transformers import Qwen3ForCausalLM
+from waiting import until
 
 import deltawire as dw
 from deltawire.errors import BadDigest, EngineUnavailable, EngineUnsupported, NotFound
 from deltawire.follow.follower import Follower
 from deltawire.vllm.client import EngineClient
-from waiting import until
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "vllm"))
 import weight_versions
@@ -290,7 +290,7 @@ def test_a_copy_of_the_bucket_elsewhere_is_the_same_run(server, trainer, tmp_pat
     with Follower(trainer.url, EngineClient(server.url)) as follower:
         follower.step()
     shutil.copytree(tmp_path / "bucket", tmp_path / "copy")
-    with Follower((tmp_path / "copy").as_uri(), server.url) as follower:
+    with Follower((tmp_path / "copy").as_uri(), EngineClient(server.url)) as follower:
         assert follower.step() is None  # the live digests say where the server stands; nothing is fetched
 
 
@@ -301,7 +301,7 @@ from deltawire.follow.follower import Follower
 
 bucket, engine, moment = sys.argv[1:]
 setattr(EngineClient, moment, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL))
-with Follower(bucket, engine) as follower:
+with Follower(bucket, EngineClient(engine)) as follower:
     follower.step()
 """
 
@@ -345,7 +345,7 @@ def stopped(*arguments, **options):
 
 
 setattr(EngineClient, moment, stopped)
-with Follower(bucket, engine) as follower:
+with Follower(bucket, EngineClient(engine)) as follower:
     follower.run()
 """
 

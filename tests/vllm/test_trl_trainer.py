@@ -12,12 +12,12 @@ from statistics import fmean
 import pytest
 from following import following
 from servers import save_checkpoint
-
-from deltawire.vllm.client import EngineClient
 from waiting import until
 
+from deltawire.vllm.client import EngineClient
+
 pytestmark = pytest.mark.vllm
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 STEPS = 30
 LIMIT = 200.0
 """seconds; learning took 107 to 121 on two cores under a load of 12"""
@@ -26,9 +26,9 @@ LIMIT = 200.0
 @contextmanager
 def python(script, *arguments, folder):
     """A trainer's process, killed at the end with all it started; what it says is in trainer.log."""
-    path = os.pathsep.join([str(HERE.parents[1]), *sys.path])
+    path = os.pathsep.join([str(ROOT), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(HERE / script), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tests" / "support" / script), *map(str, arguments)]
     with (folder / "trainer.log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:

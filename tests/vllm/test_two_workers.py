@@ -10,14 +10,14 @@ import psutil
 import pytest
 from servers import START_SECONDS, Server
 from test_models import TP2, TWO, Chain, assert_served, every, walk
+from waiting import PATIENCE, until
 
 from deltawire.errors import AnotherFollower, EngineError
 from deltawire.follow.follower import Follower
 from deltawire.vllm.client import EngineClient
-from waiting import PATIENCE, until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
-PLUGIN = Path(__file__).parent / "faults_plugin"
+PLUGIN = Path(__file__).parents[1] / "support" / "faults_plugin"
 
 
 @pytest.fixture(scope="module")

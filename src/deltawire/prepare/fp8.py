@@ -19,7 +19,7 @@ cent). Not exact: elements below 2**-6 of the scale, subnormal in fp8, which los
 
 Scales of "amax" / 448, as most quantisers make them, move with almost every step of a trainer with fp32 masters, and
 with them the value that every number of the block stands for. Either way about as many fp8 bytes change
-(`tests/test_fp8.py` measures both).
+(`tests/prepare/test_fp8.py` measures both).
 """
 
 import sys

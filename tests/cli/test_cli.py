@@ -1,0 +1,157 @@
+"""The command line: every verb has help, the reference is current, and an error is one typed line and exit code 1."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from verbs import run_verb
+
+import deltawire as dw
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder bucket with an anchor and two deltas; its URL."""
+    url = (tmp_path / "bucket").as_uri()
+    weights = {"w": np.arange(1000, dtype=np.float16), "b": np.zeros(3, np.float16)}
+    with dw.Publisher(dw.open_bucket(url, create=True)) as publisher:
+        for step in range(3):
+            weights["w"][step * 7] += 1
+            publisher.publish(weights, step=step)
+            publisher.flush(20)
+    return url
+
+
+def test_the_cli_reference_is_what_the_commands_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import cli_reference
+
+    assert cli_reference.PAGE.read_text() == cli_reference.reference(), "run `make docs`"
+
+
+def test_log_lists_every_version(published):
+    commits = [json.loads(line) for line in run_verb("log", published, "--json").stdout.splitlines()]
+    assert [(commit["version"], commit.get("parent")) for commit in commits] == [(0, None), (1, 0), (2, 1)]
+    assert "anchor" in run_verb("log", published).stdout
+
+
+def test_verify_reads_the_whole_run(published):
+    assert "2 deltas, 0 folds, 1 anchors or bases" in run_verb("verify", published).stdout
+    report = json.loads(run_verb("verify", published, "--json").stdout)
+    assert (report["first"], report["position"]["version"], report["deltas"]) == (0, 2, 2)
+
+
+def test_verify_refuses_a_damaged_run(published, tmp_path):
+    (victim,) = (tmp_path / "bucket").glob("runs/*/deltas/step_000001-*")
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    assert "BadDigest" in run_verb("verify", published, code=1).stderr
+
+
+def test_materialize_writes_the_version_asked_for(published, tmp_path):
+    report = json.loads(run_verb("materialize", published, tmp_path / "out", "--version", 1, "--json").stdout)
+    assert report["position"]["version"] == 1
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert "no config.json" in run_verb("materialize", published, tmp_path / "plain").stdout
+
+
+def test_compact_folds_once_and_prune_deletes_only_when_told(published, tmp_path):
+    with dw.Publisher(dw.open_bucket(published)) as publisher:
+        weights = {"w": np.arange(1000, dtype=np.float16) + 3, "b": np.zeros(3, np.float16)}
+        for step in range(6):
+            weights["w"][step] += 1
+            publisher.publish(weights, step=step)
+            publisher.flush(20)
+    command = ("compact", published, "--mirror", tmp_path / "mirror", "--anchor-every", "5", "--json")
+    written = [json.loads(line) for line in run_verb(*command).stdout.splitlines()]
+    assert [(report["parent"], report["version"]) for report in written] == [(0, 4), (4, 8), (None, 8)]
+    assert run_verb(*command).stdout == ""
+    folder = tmp_path / "bucket"
+    before = sorted(folder.rglob("*"))
+    plan = json.loads(run_verb("prune", published, "--keep-anchors", "1", "--keep-hours", "0", "--json").stdout)
+    assert (plan["deleted"], plan["floor"]) == (False, 8)
+    assert sorted(folder.rglob("*")) == before
+    run_verb("prune", published, "--keep-anchors", "1", "--keep-hours", "0", "--delete")
+    assert not [key for key in plan["keys"] if (folder / key).exists()]
+    assert "versions 8 to 8" in run_verb("verify", published).stdout
+
+
+def test_a_key_that_keygen_made_signs_a_run_that_is_read_with_its_public_half_alone(tmp_path):
+    made = [json.loads(run_verb("keygen", tmp_path / name, "--json").stdout) for name in ("mine", "other")]
+    assert "exists" in run_verb("keygen", tmp_path / "mine", code=1).stderr
+    url = (tmp_path / "bucket").as_uri()
+    with dw.Publisher(dw.open_bucket(url, create=True), signing_key=tmp_path / "mine") as publisher:
+        publisher.publish({"w": np.ones(3, np.float16)})
+    run_verb("log", url, "--trust", made[0]["public"])
+    assert "BadSignature" in run_verb("log", url, "--trust", made[1]["public"], code=1).stderr
+
+
+def test_inspect_shows_a_delta_file(published, tmp_path):
+    (file,) = (tmp_path / "bucket").glob("runs/*/deltas/step_000002-*")
+    shown = json.loads(run_verb("inspect", file, "--json").stdout)
+    assert [tensor["name"] for tensor in shown["tensors"]] == ["w"]
+    assert "seal right" in run_verb("inspect", file).stdout
+    for bucket in (published, tmp_path / "bucket"):
+        assert "`deltawire log`" in run_verb("inspect", bucket, code=2).stderr
+
+
+def test_an_empty_bucket_is_one_typed_line(tmp_path):
+    done = run_verb("log", (tmp_path / "nothing").as_uri(), code=1)
+    assert done.stderr.startswith("deltawire: NotFound:")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_url_that_is_none_names_the_known_kinds():
+    assert "hf://buckets/" in run_verb("log", "ftp://x", code=1).stderr
+
+
+def test_following_without_a_server_says_so(published):
+    done = run_verb("follow", "--bucket", published, "--engine", "http://127.0.0.1:9", "--once", code=1)
+    assert "EngineUnavailable" in done.stderr
+
+
+def test_the_version_is_told():
+    assert run_verb("--version").stdout == f"deltawire {importlib.metadata.version('deltawire')}\n"
+
+
+def test_log_lists_as_many_of_the_newest_as_asked_for(published):
+    said = run_verb("log", published, "-n", 1).stdout
+    assert "2 older" in said and "anchor" not in said
+    two = [json.loads(line) for line in run_verb("log", published, "-n", 2, "--json").stdout.splitlines()]
+    assert [commit["version"] for commit in two] == [1, 2]
+    assert "older" not in run_verb("log", published, "-n", 0).stdout
+
+
+def test_what_needs_the_repository_is_offered_only_there(tmp_path):
+    """The package alone, as a wheel installs it: `demo` and `spaces` are not listed, and say what they need."""
+    shutil.copytree(ROOT / "src" / "deltawire", tmp_path / "deltawire", ignore=shutil.ignore_patterns("__pycache__"))
+    alone = [sys.executable, "-c", "from deltawire.cli import main; main()"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def say(*arguments):
+        command = [*alone, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    assert " demo " in run_verb("--help").stdout and " spaces " in run_verb("--help").stdout
+    listed = say("--help").stdout
+    assert " follow " in listed and " demo " not in listed and " spaces " not in listed
+    for arguments in (["spaces", "render", "--user", "me"], ["demo"]):
+        assert "run it in a checkout" in say(*arguments).stderr
+
+
+def test_a_table_cuts_no_name(tmp_path):
+    name = "model.layers.0.self_attn." + 5 * "a_very_long_name." + "weight"
+    delta = dw.Delta.between({name: np.zeros(3, np.float16)}, {name: np.ones(3, np.float16)})
+    (tmp_path / "delta.safetensors").write_bytes(dw.encode(delta))
+    shown = run_verb("inspect", tmp_path / "delta.safetensors").stdout
+    rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")]
+    assert "".join(rows) == name

@@ -1,0 +1,259 @@
+"""Several workers hold a model together: compared as one, updated as one, and never left at two versions."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small import Shard, SmallRun
+from stub_engine import StubEngine
+from waiting import await_staging
+
+import deltawire as dw
+from deltawire.errors import BadDigest, EngineError, EngineUnsupported, WrongBase
+from deltawire.follow.follower import Follower
+from deltawire.live import staging
+from deltawire.live.coverage import Union
+from deltawire.live.worker import Replica
+from deltawire.vllm.client import EngineClient
+from deltawire.weights.digest import digest_at
+
+
+@pytest.fixture
+def run():
+    with SmallRun() as run:
+        yield run
+
+
+@pytest.fixture
+def shards(run):
+    return [Shard(run.versions[0], rank) for rank in range(2)]
+
+
+@pytest.fixture
+def engine(shards):
+    with StubEngine(*shards) as engine:
+        yield engine
+
+
+@pytest.fixture
+def follower(run, engine):
+    with Follower(run.url, EngineClient(engine.url)) as follower:
+        yield follower
+
+
+def assert_served(run, engine, shards, version):
+    with EngineClient(engine.url) as client:
+        report, status = client.audit(), client.status()
+    assert dw.equal(Shard.served(shards), run.versions[version])
+    assert torch.equal(shards[1].v, run.versions[version]["v"])
+    assert (report.position.version, report.mismatched, report.workers) == (version, [], 2)
+    assert report.digests == {name: f"{value:016x}" for name, value in dw.digest(run.versions[version]).items()}
+    assert (status.position.version, status.torn, status.quarantined) == (version, False, False)
+    assert engine.weight_version == f"{run.publisher.position.run}:{version}"
+    assert (engine.paused, engine.session_open) == (False, False)
+
+
+def test_workers_are_brought_from_version_to_version_together(run, engine, shards, follower):
+    assert follower.step() is None
+    assert_served(run, engine, shards, 0)
+    for version in range(1, 4):
+        run.publish(a=1, b=-1, v=1)
+        assert follower.step().from_version == version - 1
+        assert_served(run, engine, shards, version)
+
+
+def test_workers_that_stand_on_no_version_start_from_the_anchor(run, engine, shards, follower):
+    run.publish(a=1)
+    shards[0].ab.data[0, 0] = shards[1].v.data[3] = 42.0
+    assert follower.step().from_version is None
+    assert_served(run, engine, shards, 1)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("where", ["apply", "stage"])
+def test_when_one_worker_fails_none_serves_the_new_version_and_the_next_update_works(
+    run, engine, shards, follower, monkeypatch, broken, where
+):
+    follower.step()
+    run.publish(a=1, v=1)
+    original = getattr(Replica, {"apply": "_write", "stage": "_prepare"}[where])
+
+    def failing(replica, *arguments):
+        if replica is engine.replicas[broken]:
+            raise RuntimeError("this worker is out of order")
+        return original(replica, *arguments)
+
+    with monkeypatch.context() as faulty:
+        faulty.setattr(Replica, original.__name__, failing)
+        with pytest.raises(EngineError, match=f"worker {broken}: this worker is out of order"):
+            follower.step()
+    assert_served(run, engine, shards, 0)
+    assert follower.step().version == 1
+    assert_served(run, engine, shards, 1)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_worker_that_cannot_confirm_serves_what_the_others_do_and_takes_back_no_more_than_the_next_update(
+    run, engine, shards, follower, monkeypatch, broken
+):
+    follower.step()
+
+    def failing(replica, *arguments):
+        if replica is engine.replicas[broken]:
+            raise RuntimeError("this worker is out of order")
+        return original(replica, *arguments)
+
+    for version, method in ((1, "_keep"), (2, "_write")):
+        run.publish(a=1, v=1)
+        original = getattr(Replica, method)
+        with monkeypatch.context() as faulty:
+            faulty.setattr(Replica, method, failing)
+            if method == "_keep":
+                assert follower.step().version == version
+            else:
+                with pytest.raises(EngineError, match=f"worker {broken}: this worker is out of order"):
+                    follower.step()
+        assert_served(run, engine, shards, 1)
+    assert follower.step().version == 2
+    assert_served(run, engine, shards, 2)
+
+
+def test_a_follower_killed_between_the_writes_of_two_workers_leaves_nothing_that_the_next_does_not_mend(
+    run, engine, shards, follower
+):
+    follower.step()
+    run.publish(a=1, v=1)
+    with EngineClient(engine.url) as client:
+        client.start()
+        client.pause("keep", clear_cache=True)
+    target, lease = run.publisher.position, follower._engine.token
+    engine.replicas[0].answer_stage({"bucket": run.url, "version": 1, "lease": lease})
+    await_staging()
+    engine.replicas[0].update({"bucket": run.url, "version": 1, "root": target.root, "lease": lease})
+    with EngineClient(engine.url) as client:
+        assert client.status().torn
+    with Follower(run.url, EngineClient(engine.url)) as second:
+        assert second.step().version == 1
+    assert_served(run, engine, shards, 1)
+
+
+def test_a_failure_to_attach_on_one_worker_is_told_and_the_next_step_attaches_both(run, engine, shards, monkeypatch):
+    original = Replica._opened
+
+    def failing(replica, url):
+        if replica is engine.replicas[0]:
+            raise RuntimeError("no memory left")
+        return original(replica, url)
+
+    with Follower(run.url, EngineClient(engine.url)) as follower:
+        with monkeypatch.context() as faulty:
+            faulty.setattr(Replica, "_opened", failing)
+            with pytest.raises(EngineError, match="worker 0: no memory left"):
+                follower.step()
+        follower.step()
+    assert_served(run, engine, shards, 0)
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_weights_that_drifted_on_one_worker_are_found_before_a_write_and_repaired(
+    run, engine, shards, follower, worker
+):
+    follower.step()
+    run.publish(v=1)
+    shards[worker].v.data[1] = 42.0
+    with pytest.raises(WrongBase, match="something else wrote to v"):
+        follower.step()
+    assert "/pause" not in engine.calls
+    assert follower.step().version == 1
+    assert_served(run, engine, shards, 1)
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_an_audit_names_a_copy_that_differs_and_the_follower_makes_it_anew(run, engine, shards, worker):
+    problems = []
+    with Follower(run.url, EngineClient(engine.url), audit_every=1, on_problem=problems.append) as follower:
+        follower.step()
+        run.publish(a=1)
+        shards[worker].v.data[3] = 42.0
+        assert follower.step().from_version is None  # the delta's own update, found wrong, then from the anchor
+        assert "version 1: 1 tensors differ: v" in str(problems[0])
+    assert_served(run, engine, shards, 1)
+
+
+def test_a_change_that_does_not_lead_to_its_commit_is_refused_for_all(run, engine, shards, follower, monkeypatch):
+    follower.step()
+    run.publish(a=1)
+    original = staging._place
+
+    def wrong(live, name, tensor, known, writes):
+        return tuple(value + 1 for value in original(live, name, tensor, known, writes))
+
+    with monkeypatch.context() as faulty:
+        faulty.setattr(staging, "_place", wrong)
+        with pytest.raises(BadDigest, match="1 tensors would not match the commit: a"):
+            follower.step()
+    assert_served(run, engine, shards, 0)
+    follower.step()
+    assert_served(run, engine, shards, 1)
+
+
+def test_a_plain_post_is_refused_because_nobody_compared_the_workers(run, engine, shards, follower):
+    follower.step()
+    follower.close()
+    run.publish(a=1)
+    for staged in (False, True):
+        for replica in engine.replicas:
+            if staged:
+                replica.answer_stage({"bucket": run.url, "version": 1})
+                await_staging()
+            replica.commit({"bucket": run.url, "version": 1, **({} if staged else {"root": "unvouched"})})
+        with EngineClient(engine.url) as client:
+            error = client.status().error
+        assert error["kind"] == "EngineUnsupported"
+        assert "only a follower can compare" in error["message"]
+    assert_served(run, engine, shards, 0)
+
+
+def test_a_tensor_that_no_worker_loads_whole_is_named(run):
+    shards = [Shard(run.versions[0], rank, without="b" if rank else "") for rank in range(2)]
+    with (
+        StubEngine(*shards) as engine,
+        Follower(run.url, EngineClient(engine.url)) as follower,
+        pytest.raises(EngineUnsupported, match=r"b \(400 of its 800 elements arrive"),
+    ):
+        follower.step()
+
+
+@given(rows=st.integers(1, 6), columns=st.integers(1, 6), data=st.data())
+def test_however_a_matrix_is_cut_and_copied_its_digest_is_that_of_the_whole(rows, columns, data):
+    whole = np.arange(1, 1 + rows * columns, dtype=np.uint16)
+    across = data.draw(st.booleans())
+    length = columns if across else rows
+    cuts = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=3))})
+    parts = [
+        (first, (rows, last - first), (columns, 1)) if across else (first * columns, ((last - first) * columns,), (1,))
+        for first, last in itertools.pairwise(cuts)
+    ]
+    owners = [data.draw(st.sets(st.integers(0, 2), min_size=1)) for _ in parts]
+    held = [[part for part, who in zip(parts, owners, strict=True) if rank in who] for rank in range(3)]
+
+    def digest(part):
+        offset, shape, strides = part
+        index = np.indices(shape).reshape(len(shape), -1)
+        positions = offset + sum(at * stride for at, stride in zip(index, strides, strict=True))
+        return digest_at(positions.astype(np.int64), whole[positions])
+
+    union = Union({"x": whole.size}, [{"x": part} for part in held])
+    digests = [{"x": [digest(part) for part in mine]} for mine in held]
+    assert union.digests(digests) == (dw.digest({"x": whole}), [])
+    if copied := next((rank for rank in range(3) if any(rank in who and len(who) > 1 for who in owners)), None):
+        index = next(n for n, part in enumerate(held[copied]) if len(owners[parts.index(part)]) > 1)
+        digests[copied]["x"][index] ^= 1
+        assert union.digests(digests)[1] == ["x"]
+    if len(parts) > 1 and len(owners[0]) == 1:
+        lacking = [[part for part in mine if part != parts[0]] for mine in held]
+        with pytest.raises(EngineUnsupported, match="elements arrive"):
+            Union({"x": whole.size}, [{"x": part} for part in lacking])

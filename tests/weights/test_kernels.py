@@ -1,0 +1,163 @@
+"""The compiled loops do what their plain numpy twins say, for every element width and kind of memory."""
+
+import threading
+
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import pairs
+
+from deltawire.weights import kernels
+
+WIDTHS = [np.uint8, np.uint16, np.uint32, np.uint64]
+
+
+@given(pairs())
+def test_compare_and_collect_finds_the_positions_and_steps_its_twin_finds(pair):
+    old, new = pair
+    positions, steps = kernels.compare_and_collect(old.data, new.data)
+    expected = kernels.plain.compare_and_collect(old.data, new.data)
+    assert (positions.dtype, steps.dtype) == (np.int64, old.data.dtype)
+    assert np.array_equal(positions, expected[0])
+    assert np.array_equal(steps, expected[1])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_compare_finds_a_change_at_every_place_of_a_block_wherever_the_memory_begins(width, offset):
+    for size in (0, 1, 31, 32, 33, 71):
+        old = np.arange(offset + size, dtype=width)[offset:]
+        for place in range(size):
+            new = old.copy()
+            new[place] += width(3)
+            positions, steps = kernels.compare_and_collect(old, new)
+            assert (positions.tolist(), steps.tolist()) == ([place], [3])
+        assert kernels.compare_and_collect(old, old + width(1))[0].tolist() == list(range(size))
+
+
+@given(pairs(), st.integers(0, 2**40))
+def test_apply_with_digest_writes_and_sums_what_its_twin_does(pair, start):
+    old, new = pair
+    change = kernels.plain.compare_and_collect(old.data, new.data)
+    one, other = old.copy(), old.copy()
+    expected = kernels.plain.apply_with_digest(other.data, *change, start)
+    assert kernels.apply_with_digest(one.data, *change, start) == expected
+    assert one == other == new
+
+
+@given(pairs())
+def test_scatter_writes_what_its_twin_writes(pair):
+    old, new = pair
+    positions = np.flatnonzero(old.data != new.data)
+    one, other = old.copy(), old.copy()
+    kernels.scatter(one.data, positions, new.data[positions])
+    kernels.plain.scatter(other.data, positions, new.data[positions])
+    assert one == other == new
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("changed", [0, 1, kernels.AHEAD, kernels.AHEAD + 1, 3 * kernels.AHEAD])
+def test_gather_and_scatter_reach_every_position_however_many_there_are(width, changed):
+    random = np.random.default_rng(changed)
+    bits = random.integers(0, np.iinfo(width).max, 5 * kernels.AHEAD, width, endpoint=True)
+    positions = np.sort(random.choice(bits.size, changed, replace=False))
+    assert np.array_equal(kernels.gather(bits, positions), kernels.plain.gather(bits, positions))
+    one, other = bits.copy(), bits.copy()
+    kernels.scatter(one, positions, ~bits[positions])
+    kernels.plain.scatter(other, positions, ~bits[positions])
+    assert np.array_equal(one, other)
+    assert np.count_nonzero(one != bits) == changed
+
+
+@given(pairs(), st.integers(0, 2**40))
+def test_the_digest_kernels_sum_what_their_twins_sum(pair, start):
+    old, new = pair
+    assert kernels.digest_sweep(old.data, start) == kernels.plain.digest_sweep(old.data, start)
+    positions = np.flatnonzero(old.data != new.data)
+    values = new.data[positions]
+    assert kernels.digest_at(positions, values) == kernels.plain.digest_at(positions, values)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_twins_sum_what_plain_python_sums(width):
+    data = np.random.default_rng(1).integers(0, np.iinfo(width).max, 40, width, endpoint=True)
+    assert kernels.plain.digest_sweep(data) == reference.digest(map(int, data)) == kernels.digest_sweep(data)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_memory_that_is_read_only_or_unaligned_as_in_a_file_is_read_right(width):
+    data = np.random.default_rng(2).integers(0, np.iinfo(width).max, 100, width, endpoint=True)
+    in_file = np.frombuffer(b"x" + data.tobytes(), width, offset=1)
+    later = data.copy()
+    later[[0, 50, 99]] += 1
+    assert kernels.digest_sweep(in_file) == kernels.digest_sweep(data)
+    assert kernels.compare_and_collect(in_file, later)[0].tolist() == [0, 50, 99]
+
+
+@pytest.mark.parametrize("size", [31, 32, 33, 64, 1000])
+def test_a_change_is_found_wherever_it_falls_in_a_block(size):
+    for at in {0, size // 2, 31 % size, size - 1}:
+        old, new = np.zeros(size, np.uint16), np.zeros(size, np.uint16)
+        new[at] = 65535
+        positions, steps = kernels.compare_and_collect(old, new)
+        assert (positions.tolist(), steps.tolist()) == ([at], [65535])
+
+
+def test_two_threads_in_one_kernel_both_get_the_right_sum():
+    data = np.random.default_rng(3).integers(0, 65536, 2_000_000, np.uint16)
+    half = data.size // 2
+    barrier, sums = threading.Barrier(2), [0, 0]
+
+    def sweep(k: int) -> None:
+        barrier.wait()
+        sums[k] = kernels.digest_sweep(data[k * half : (k + 1) * half], k * half)
+
+    threads = [threading.Thread(target=sweep, args=(k,), daemon=True) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(sums) % 2**64 == kernels.plain.digest_sweep(data)
+
+
+def test_after_warming_up_no_element_width_compiles_anything_more():
+    kernels.warm_up()
+    digests, writes = (kernels._digest_sweep, kernels._digest_at), (kernels._apply, kernels._gather, kernels._scatter)
+    loops = (kernels._count_changed, kernels._collect, *digests, *writes)
+    compiled = [len(loop.signatures) for loop in loops]
+    for width in WIDTHS:
+        old, new = np.zeros(100, width), np.ones(100, width)
+        kernels.apply_with_digest(old, *kernels.compare_and_collect(old, new))
+        kernels.digest_at(np.arange(100), new)
+        kernels.digest_sweep(new)
+        kernels.scatter(old, np.arange(100), kernels.gather(new, np.arange(100)))
+    assert [len(loop.signatures) for loop in loops] == compiled
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_does_not_fit_is_not_written_whatever_was_counted(width):
+    old, new = np.zeros(67, width), np.ones(67, width)
+    for room in (0, 3, 8, 30, 66):
+        positions, steps = np.full(80, -7, np.int64), np.full(80, 7, width)
+        arguments = (old, new), (kernels._words(old), kernels._words(new)), positions[:room], steps[:room]
+        assert kernels._collect(*arguments) == -1
+        assert set(positions[room:]) == {-7}
+        assert set(steps[room:]) == {7}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("counted", "size"), [(1, 67), (60, 67), (67, 67), (1, 3)])
+def test_weights_written_after_they_were_counted_are_compared_as_they_then_are(width, counted, size, monkeypatch):
+    old, new = np.zeros(size, width), np.zeros(size, width)
+
+    def count(old, live):
+        live[::2] = 3
+        return counted
+
+    monkeypatch.setattr(kernels, "_count_changed", count)
+    positions, steps = kernels.compare_and_collect(old, new)
+    kernels.apply_with_digest(old, positions, steps)
+    assert np.array_equal(old, new)
+    assert positions.tolist() == list(range(0, size, 2))
