@@ -54,7 +54,8 @@ while True:
             mirror = Mirror(folder, subscriber.run.table)
         here = mirror.position if mirror else None
         if here != target and (here is None or target.version > here.version):
-            heartbeats.beat(bucket, Heartbeat(name, target.run, here and here.version, need=here.version if here else 0))
+            need = here.version if here else 0
+            heartbeats.beat(bucket, Heartbeat(name, target.run, here and here.version, need=need))
             change = subscriber.change(here, target.version, anchors=here is None)
             if mirror is None:
                 found, at = files(change.anchor.folder), change.anchor_position
