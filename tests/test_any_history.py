@@ -18,18 +18,8 @@ from deltawire.buckets.faulty import Faulty
 from deltawire.errors import ApplyError, Forked, FormatError, NotFound
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.runlog import log
-from deltawire.runlog.records import (
-    HEAD_KEY,
-    Derived,
-    Head,
-    Link,
-    Payload,
-    Way,
-    commit_key,
-    derived_key,
-    way_key,
-    write,
-)
+from deltawire.runlog.keys import HEAD_KEY, commit_key, derived_key, way_key
+from deltawire.runlog.records import Derived, Head, Link, Payload, Way, write
 from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
 from deltawire.weights.digest import root as root_of

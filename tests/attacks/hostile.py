@@ -12,19 +12,8 @@ from blake3 import blake3
 
 from deltawire import digest
 from deltawire.buckets import Bucket
-from deltawire.runlog.records import (
-    HEAD_KEY,
-    BaseCheckpoint,
-    Commit,
-    Derived,
-    Head,
-    Payload,
-    Run,
-    commit_key,
-    derived_key,
-    hash_of,
-    run_key,
-)
+from deltawire.runlog.keys import HEAD_KEY, commit_key, derived_key, run_key
+from deltawire.runlog.records import BaseCheckpoint, Commit, Derived, Head, Payload, Run, hash_of
 from deltawire.weights.bits import Bits
 from deltawire.weights.digest import root
 from deltawire.weights.table import TensorEntry

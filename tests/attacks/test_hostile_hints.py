@@ -9,7 +9,8 @@ from deltawire import Subscriber, digest, materialize
 from deltawire.format import delta_file
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.runlog import log
-from deltawire.runlog.records import Derived, Link, Payload, Way, commit_key, derived_key, hash_of, way_key
+from deltawire.runlog.keys import commit_key, derived_key, way_key
+from deltawire.runlog.records import Derived, Link, Payload, Way, hash_of
 from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
 from deltawire.weights.delta import Delta

@@ -13,8 +13,9 @@ from deltawire.errors import BadDigest, Forked, TooLarge
 from deltawire.format import delta_file
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.runlog import heartbeats, signing
+from deltawire.runlog.keys import HEAD_KEY, commit_key, derived_key
 from deltawire.runlog.log import current_run
-from deltawire.runlog.records import HEAD_KEY, Derived, Payload, commit_key, derived_key, hash_of, read
+from deltawire.runlog.records import Derived, Payload, hash_of, read
 from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
 from deltawire.weights.bits import Bits

@@ -4,14 +4,15 @@ import json
 
 import msgspec
 import pytest
+from runs import commits, edit, fresh, model, publish_all, publishing
 
 from attacks.hostile import encode, replay, roll_back
 from deltawire import Subscriber
 from deltawire.errors import FormatError, OtherRun, RolledBack
 from deltawire.read.seen import Seen, Sighting, given, place_of
 from deltawire.runlog import signing
-from deltawire.runlog.records import Commit, commit_key, hash_of, read, signed
-from runs import commits, edit, fresh, model, publish_all, publishing
+from deltawire.runlog.keys import commit_key
+from deltawire.runlog.records import Commit, hash_of, read, signed
 
 
 @pytest.fixture

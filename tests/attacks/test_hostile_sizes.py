@@ -18,7 +18,7 @@ from deltawire.buckets.wrappers import Counting
 from deltawire.errors import DeltaWireError, NotFound, OutOfSpace, TooLarge
 from deltawire.format import delta_file
 from deltawire.runlog import bounds
-from deltawire.runlog.records import HEAD_KEY
+from deltawire.runlog.keys import HEAD_KEY
 from deltawire.upkeep import proofs
 from deltawire.upkeep.compactor import Compactor
 from deltawire.weights.delta import Delta, TensorDelta

@@ -4,24 +4,6 @@ import msgspec
 import numpy as np
 import pytest
 from blake3 import blake3
-
-from deltawire import Subscriber
-from deltawire.errors import (
-    BadDigest,
-    Forked,
-    FormatError,
-    ShapeMismatch,
-    TooLarge,
-    Truncated,
-    UnknownTensor,
-    UnknownVersion,
-)
-from deltawire.format import checkpoint, container, delta_file
-from deltawire.runlog.records import Payload, commit_key, delta_key, write
-from deltawire.weights.bits import Bits, zeros
-from deltawire.weights.delta import Delta, TensorDelta
-from deltawire.weights.digest import root
-from deltawire.weights.tensors import equal
 from runs import (
     chain_of_four,
     commits,
@@ -36,6 +18,25 @@ from runs import (
     table,
     updates,
 )
+
+from deltawire import Subscriber
+from deltawire.errors import (
+    BadDigest,
+    Forked,
+    FormatError,
+    ShapeMismatch,
+    TooLarge,
+    Truncated,
+    UnknownTensor,
+    UnknownVersion,
+)
+from deltawire.format import checkpoint, container, delta_file
+from deltawire.runlog.keys import commit_key, delta_key
+from deltawire.runlog.records import Payload, write
+from deltawire.weights.bits import Bits, zeros
+from deltawire.weights.delta import Delta, TensorDelta
+from deltawire.weights.digest import root
+from deltawire.weights.tensors import equal
 
 
 @pytest.fixture

@@ -33,8 +33,9 @@ from deltawire.live import staging, worker
 from deltawire.live.post_load import AfterLoading
 from deltawire.live.worker import Replica
 from deltawire.read import anchors
+from deltawire.runlog.keys import derived_key
 from deltawire.runlog.log import load_commit
-from deltawire.runlog.records import Derived, Payload, derived_key, write
+from deltawire.runlog.records import Derived, Payload, write
 from deltawire.runlog.signing import generate_key
 from deltawire.vllm.client import EngineClient
 

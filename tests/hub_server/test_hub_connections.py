@@ -18,10 +18,10 @@ from hub_client import ask, run_client
 from starlette.types import Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.server import ServerState
+from waiting import until
 
 from deltawire.hub_server import Bounds, HubProcess, HubServer
 from deltawire.hub_server.connections import Connection
-from waiting import until
 
 SHORT = Bounds(header_seconds=0.4, stall_seconds=0.6)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from hub_client import ask
+from verbs import run_verb
 
 from deltawire.errors import AccessRefused, FormatError, Unavailable
 from deltawire.hub_server import HubProcess, HubServer, Store
-from verbs import run_verb
 
 NOBODY = 65534
 

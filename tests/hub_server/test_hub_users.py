@@ -12,13 +12,13 @@ from hub_client import ask, client_environment, run_client
 from huggingface_hub import HfApi
 from huggingface_hub.errors import BucketBatchError, BucketNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from starlette.responses import JSONResponse
+from waiting import until
 
 from deltawire import open_bucket
 from deltawire.errors import AccessRefused, FormatError
 from deltawire.hub_server import HubServer
 from deltawire.hub_server.access import Access, Pass
 from deltawire.hub_server.users import read_users
-from waiting import until
 
 TOKENS = {name: f"token-of-{name}" for name in ("ada", "bob", "eve", "__CI_ROBOT__")}
 LAB = {"name": "lab", "private_by_default": True}

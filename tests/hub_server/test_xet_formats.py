@@ -10,7 +10,7 @@ from xet_builders import nodes, shard, xorb
 
 from deltawire.errors import FormatError, NotFound, Truncated, UnknownVersion
 from deltawire.hub_server.grants import LIFETIME_SECONDS, MAX_OPEN, Grants
-from deltawire.hub_server.reconstruct import plan_as_json, plan_range
+from deltawire.hub_server.reconstruct import as_json, reconstruct_range
 from deltawire.hub_server.shards import Segment, build_dedup_shard, parse_shard
 from deltawire.hub_server.xet_hashes import chunk_hash, file_hash, from_text, to_text, xorb_hash
 from deltawire.hub_server.xorbs import ChunkTable, read_chunks, verify_xorb
@@ -89,7 +89,7 @@ def test_a_plan_covers_the_range_and_no_chunk_more(xorbs: list[list[bytes]], dat
     start = data.draw(st.integers(0, len(file) - 1))
     stop = data.draw(st.integers(start + 1, len(file)))
 
-    plan = plan_range(segments, start, stop, tables.__getitem__)
+    plan = reconstruct_range(segments, start, stop, tables.__getitem__)
     pieces = [b"".join(contents[term.xorb][term.first : term.last]) for term in plan.terms]
     assert [len(piece) for piece in pieces] == [term.length for term in plan.terms]
     assert b"".join(pieces)[plan.skip : plan.skip + plan.length] == file[start:stop]
@@ -98,7 +98,7 @@ def test_a_plan_covers_the_range_and_no_chunk_more(xorbs: list[list[bytes]], dat
     unused = len(b"".join(pieces)) - plan.skip - plan.length
     assert unused < len(contents[last_term.xorb][last_term.last - 1])
 
-    body = plan_as_json(plan, version=1, table_of=tables.__getitem__, url_of=lambda name: f"/{name}")
+    body = as_json(plan, version=1, table_of=tables.__getitem__, url_of=lambda name: f"/{name}")
     for name, fetches in body["fetch_info"].items():
         spans = [(fetch["range"]["start"], fetch["range"]["end"]) for fetch in fetches]
         assert all(before[1] < after[0] for before, after in pairwise(spans))

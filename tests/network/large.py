@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import deltawire as dw
-from deltawire.runlog.records import HEAD_KEY
+from deltawire.runlog.keys import HEAD_KEY
 from deltawire.torch import follow
 
 PARTS = 6

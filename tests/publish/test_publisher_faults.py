@@ -24,8 +24,8 @@ from deltawire.errors import (
     Unavailable,
 )
 from deltawire.format.checkpoint import Checkpoint
+from deltawire.runlog.keys import commit_key
 from deltawire.runlog.log import list_versions, read_head
-from deltawire.runlog.records import commit_key
 from deltawire.weights.tensors import equal
 
 pytestmark = pytest.mark.usefixtures("quick_retries")

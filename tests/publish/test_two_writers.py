@@ -10,8 +10,9 @@ from deltawire.errors import AccessRefused, AlreadyExists, DeltaWireError, Forke
 from deltawire.format.checkpoint import files
 from deltawire.read.mirror import Mirror
 from deltawire.runlog import log
+from deltawire.runlog.keys import HEAD_KEY, commit_key
 from deltawire.runlog.log import Attempt
-from deltawire.runlog.records import HEAD_KEY, Head, commit_key, write
+from deltawire.runlog.records import Head, write
 from deltawire.weights.tensors import equal
 
 

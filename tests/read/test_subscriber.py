@@ -32,7 +32,8 @@ from deltawire.errors import (
     OtherRun,
 )
 from deltawire.format import checkpoint
-from deltawire.runlog.records import HEAD_KEY, Head, Position, commit_key, run_key, write
+from deltawire.runlog.keys import HEAD_KEY, commit_key, run_key
+from deltawire.runlog.records import Head, Position, write
 from deltawire.weights.bits import Bits
 from deltawire.weights.delta import Delta
 from deltawire.weights.digest import root

@@ -11,7 +11,7 @@ from runs import PATIENCE, commits, edit, fresh, model, publish_all, publishing,
 from deltawire import Publisher, Subscriber
 from deltawire.buckets.wrappers import Counting
 from deltawire.errors import Forked, OtherRun
-from deltawire.runlog.records import HEAD_KEY, way_key
+from deltawire.runlog.keys import HEAD_KEY, way_key
 from deltawire.upkeep.compactor import Compactor
 from deltawire.weights.tensors import equal
 

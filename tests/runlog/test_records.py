@@ -256,16 +256,6 @@ def test_a_metric_that_is_not_finite_is_written_as_null():
     assert read(Commit, data, where="here").metrics == {"nan": None, "inf": None}
 
 
-def test_keys_say_what_they_hold():
-    assert records.run_key(RUN) == f"runs/{RUN}/run.json"
-    assert records.commit_key(RUN, 11) == f"runs/{RUN}/commits/000011.json"
-    assert records.commit_key(RUN, 12_345_678) == f"runs/{RUN}/commits/12345678.json"
-    assert records.delta_key(11, "ab" * 32) == "deltas/step_000011-abababababab.safetensors"
-    assert records.delta_key(11, "ab" * 32, 3) == "deltas/step_000011.r003-abababababab.safetensors"
-    assert records.part_key(0, "ab" * 32, 3) == "anchors/step_000000-abababababab/r003.safetensors"
-    assert records.anchor_prefix(0, "ab" * 32) == "anchors/step_000000-abababababab"
-
-
 def test_a_position_reads_as_run_and_version():
     assert str(Position(RUN, 7, "a" * 64)) == f"{RUN}:7"
     commit = Commit(RUN, 7, 6, "a" * 64, {}, (Payload("a", 3, "a" * 64), Payload("b", 4, "a" * 64)), 0.0)

@@ -9,8 +9,9 @@ from runs import commits, edit, fresh, model, publish_all, read_weights, replace
 from deltawire import Publisher, Subscriber, materialize
 from deltawire.errors import AlreadyExists, BadSignature, ChainError, Forked, FormatError
 from deltawire.runlog import signing
+from deltawire.runlog.keys import HEAD_KEY, commit_key, run_key
 from deltawire.runlog.log import list_versions
-from deltawire.runlog.records import HEAD_KEY, Commit, Derived, Head, Run, commit_key, read, run_key, signed, write
+from deltawire.runlog.records import Commit, Derived, Head, Run, read, signed, write
 from deltawire.weights.tensors import equal
 
 

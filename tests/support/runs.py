@@ -13,8 +13,9 @@ from waiting import PATIENCE
 
 from deltawire import Publisher, Subscriber, Update, digest, open_bucket
 from deltawire.buckets import Bucket
+from deltawire.runlog.keys import commit_key
 from deltawire.runlog.log import list_versions, read_commit
-from deltawire.runlog.records import Commit, Position, commit_key, hash_of, read, write
+from deltawire.runlog.records import Commit, Position, hash_of, read, write
 from deltawire.weights.bits import Bits
 from deltawire.weights.table import TensorEntry
 from deltawire.weights.tensors import cast

@@ -9,6 +9,7 @@ import pytest
 import torch
 from blake3 import blake3
 from peft import LoraConfig, get_peft_model
+from runs import PATIENCE
 from safetensors.torch import load_file, save_file
 from transformers import (
     GemmaConfig,
@@ -23,13 +24,12 @@ import deltawire as dw
 from deltawire.errors import CopiesDiffer, EngineUnsupported, FormatError
 from deltawire.format.checkpoint import INDEX
 from deltawire.publish.ties import in_file
-from deltawire.runlog import records
+from deltawire.runlog import keys, records
 from deltawire.runlog.records import Derived, Payload
 from deltawire.torch import follow
 from deltawire.trainers.conversion import name_map
 from deltawire.upkeep.compactor import Compactor
 from deltawire.weights.tensors import as_bits
-from runs import PATIENCE
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 WORDS = torch.arange(40).reshape(2, 20)
@@ -353,7 +353,7 @@ def test_an_anchor_that_holds_a_tensor_under_both_names_is_refused(tmp_path):
     step(trained, 2)
     files = {path.name: path.read_bytes() for path in saved(trained, tmp_path / "both").iterdir()}
     hashes = {name: blake3(data).hexdigest() for name, data in files.items()}
-    prefix = records.anchor_prefix(1, records.anchor_hash(hashes))
+    prefix = keys.anchor_prefix(1, keys.anchor_hash(hashes))
     with dw.Subscriber(bucket) as subscriber:
         commit, run = subscriber.chain.commit(1), subscriber.run.run
         payloads = tuple(Payload(f"{prefix}/{name}", len(files[name]), hashes[name]) for name in sorted(files))
@@ -361,7 +361,7 @@ def test_an_anchor_that_holds_a_tensor_under_both_names_is_refused(tmp_path):
         record = Derived(run, 1, None, commit.record.root, digests, payloads, commit.hash)
     for payload in payloads:
         bucket.put(f"runs/{run}/{payload.key}", files[payload.key.rpartition("/")[2]])
-    bucket.put(records.derived_key(run, None, 1, payloads), records.write(record))
+    bucket.put(keys.derived_key(run, None, 1, payloads), records.write(record))
     with pytest.raises(FormatError, match=r"holds 'model.embed_tokens.weight' again as its alias 'lm_head.weight'"):
         dw.verify(bucket, base=near(tmp_path))
 

@@ -13,7 +13,8 @@ from deltawire.buckets.wrappers import Counting
 from deltawire.errors import FormatError, Gap
 from deltawire.runlog import heartbeats, log, signing
 from deltawire.runlog.heartbeats import Heartbeat
-from deltawire.runlog.records import Derived, commit_key, hash_of, read, signed, write
+from deltawire.runlog.keys import commit_key
+from deltawire.runlog.records import Derived, hash_of, read, signed, write
 from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
 from deltawire.upkeep.retention import Policy, carry_out, plan, plan_prune

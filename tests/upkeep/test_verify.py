@@ -13,7 +13,8 @@ from deltawire import decode, encode, verify
 from deltawire.errors import BadDigest, BadSignature, Forked, FormatError, Gap, NotFound
 from deltawire.format import checkpoint
 from deltawire.runlog import signing
-from deltawire.runlog.records import Derived, Payload, derived_key, fold_key, read, write
+from deltawire.runlog.keys import derived_key, fold_key
+from deltawire.runlog.records import Derived, Payload, read, write
 from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
 from deltawire.weights.delta import Delta

@@ -11,7 +11,7 @@ from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, BaseFolder, BucketUrl, Trusted
 from deltawire.cli.printing import emit, size
 from deltawire.read.subscriber import Subscriber
-from deltawire.runlog.records import HEAD_KEY
+from deltawire.runlog.keys import HEAD_KEY
 
 
 def compact(

@@ -32,7 +32,8 @@ from deltawire.read.seen import Seen
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog import heartbeats, log
 from deltawire.runlog.heartbeats import Heartbeat
-from deltawire.runlog.records import HEAD_KEY, Position
+from deltawire.runlog.keys import HEAD_KEY
+from deltawire.runlog.records import Position
 from deltawire.runlog.signing import trust
 
 BEAT_EVERY = 30.0

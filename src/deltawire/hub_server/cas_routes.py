@@ -18,7 +18,7 @@ from deltawire.hub_server.access import access_of
 from deltawire.hub_server.answers import base_url, parse_range, read_body, save_body, store_of
 from deltawire.hub_server.content import total_size
 from deltawire.hub_server.grants import Grants
-from deltawire.hub_server.reconstruct import plan_as_json, plan_range
+from deltawire.hub_server.reconstruct import as_json, reconstruct_range
 from deltawire.hub_server.shards import MAX_SHARD_BYTES
 from deltawire.hub_server.xet_hashes import from_text
 from deltawire.hub_server.xorbs import MAX_CHUNKS, MAX_XORB_BYTES
@@ -138,9 +138,9 @@ def _reconstruction(request: Request, *, version: int) -> Response:
     segments = content.segments(file)
     size = total_size(segments)
     start, stop = parse_range(request.headers.get("range"), size) or (0, size)
-    plan = plan_range(segments, start, stop, content.xorb_table)
-    answer = plan_as_json(
-        plan,
+    reconstruction = reconstruct_range(segments, start, stop, content.xorb_table)
+    answer = as_json(
+        reconstruction,
         version=version,
         table_of=content.xorb_table,
         url_of=lambda name: f"{base_url(request)}{_XORB_BYTES}/{name}{access.sign_address(f'{_XORB_BYTES}/{name}')}",

@@ -14,7 +14,7 @@ from pathlib import Path
 from deltawire.errors import BadDigest, FormatError, NotFound
 from deltawire.hub_server.database import Database
 from deltawire.hub_server.durable import move_into_place, no_space_is_typed
-from deltawire.hub_server.reconstruct import Plan
+from deltawire.hub_server.reconstruct import Reconstruction
 from deltawire.hub_server.shards import FileRecord, Segment, Shard, XorbRecord, build_dedup_shard, parse_shard
 from deltawire.hub_server.xet_hashes import EMPTY_FILE, file_hash, last_word, segment_hash, to_text
 from deltawire.hub_server.xorbs import ChunkTable, read_chunks, verify_xorb
@@ -132,10 +132,10 @@ class Content:
             raise NotFound(f"no file with hash {to_text(digest)} is stored")
         return tuple(Segment(xorb, length, first, last) for xorb, length, first, last in _SEGMENT.iter_unpack(found[0]))
 
-    def read(self, plan: Plan) -> Iterator[bytes]:
-        """The bytes a plan stands for, in pieces of at most one chunk. Raises Damaged where the disk changed them."""
-        skip, left = plan.skip, plan.length
-        for term in plan.terms:
+    def read(self, reconstruction: Reconstruction) -> Iterator[bytes]:
+        """The bytes it stands for, in pieces of at most one chunk. Raises Damaged where the disk changed them."""
+        skip, left = reconstruction.skip, reconstruction.length
+        for term in reconstruction.terms:
             with self.xorb_path(term.xorb).open("rb") as file:
                 for chunk in read_chunks(file, self.xorb_table(term.xorb), term.first, term.last):
                     piece = chunk[skip : skip + left]

@@ -33,7 +33,7 @@ from deltawire.hub_server.batch import (
 )
 from deltawire.hub_server.catalog import Entry, Folder
 from deltawire.hub_server.content import Content
-from deltawire.hub_server.reconstruct import plan_range
+from deltawire.hub_server.reconstruct import reconstruct_range
 from deltawire.hub_server.xet_hashes import EMPTY_FILE, to_text
 
 Operation = PutFile | DeleteFile | Failure
@@ -190,8 +190,8 @@ def _milliseconds(text: str) -> int:
 
 
 def _read(content: Content, entry: Entry, start: int, stop: int) -> Iterator[bytes]:
-    plan = plan_range(content.segments(entry.xet_hash), start, stop, content.xorb_table)
-    return content.read(plan)
+    reconstruction = reconstruct_range(content.segments(entry.xet_hash), start, stop, content.xorb_table)
+    return content.read(reconstruction)
 
 
 def _item_json(item: Entry | Folder) -> dict[str, Any]:

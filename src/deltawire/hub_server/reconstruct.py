@@ -1,4 +1,4 @@
-"""Which chunks of which xorbs hold a range of a file: the plan, and the plan as the client's JSON (both versions)."""
+"""Which chunks of which xorbs hold a range of a file, and the same as the client's JSON (both versions)."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from deltawire.hub_server.xorbs import ChunkTable
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Reconstruction:
     """Whole chunks that cover a range of a file: drop `skip` bytes of what they decode to, then keep `length`."""
 
     terms: tuple[Segment, ...]
@@ -19,7 +19,9 @@ class Plan:
     length: int
 
 
-def plan_range(segments: Sequence[Segment], start: int, stop: int, table_of: Callable[[bytes], ChunkTable]) -> Plan:
+def reconstruct_range(
+    segments: Sequence[Segment], start: int, stop: int, table_of: Callable[[bytes], ChunkTable]
+) -> Reconstruction:
     """The fewest chunks that hold bytes `start` up to and not including `stop` of a file made of `segments`.
 
     The range must lie inside the file and not be empty. Only xorbs that the range touches are looked up.
@@ -37,23 +39,30 @@ def plan_range(segments: Sequence[Segment], start: int, stop: int, table_of: Cal
                 skip = start + origin - offsets[first]
             terms.append(Segment(segment.xorb, offsets[last] - offsets[first], first, last))
         position += segment.length
-    return Plan(tuple(terms), skip, stop - start)
+    return Reconstruction(tuple(terms), skip, stop - start)
 
 
-def plan_as_json(
-    plan: Plan, *, version: int, table_of: Callable[[bytes], ChunkTable], url_of: Callable[[str], str]
+def as_json(
+    reconstruction: Reconstruction,
+    *,
+    version: int,
+    table_of: Callable[[bytes], ChunkTable],
+    url_of: Callable[[str], str],
 ) -> dict[str, Any]:
-    """The plan as the body of `/v1/reconstructions` or `/v2/…`; `url_of` names where a xorb's bytes are."""
+    """The reconstruction as the body of `/v1/reconstructions` or `/v2/…`; `url_of` names where a xorb's bytes are."""
     terms = [
         {
             "hash": to_text(term.xorb),
             "unpacked_length": term.length,
             "range": {"start": term.first, "end": term.last},
         }
-        for term in plan.terms
+        for term in reconstruction.terms
     ]
-    fetches = {to_text(xorb): _fetches(xorb, plan.terms, table_of(xorb)) for xorb in {t.xorb for t in plan.terms}}
-    body: dict[str, Any] = {"offset_into_first_range": plan.skip, "terms": terms}
+    fetches = {
+        to_text(xorb): _fetches(xorb, reconstruction.terms, table_of(xorb))
+        for xorb in {t.xorb for t in reconstruction.terms}
+    }
+    body: dict[str, Any] = {"offset_into_first_range": reconstruction.skip, "terms": terms}
     if version == 1:
         body["fetch_info"] = {
             name: [{"range": chunks, "url": url_of(name), "url_range": span} for chunks, span in ranges]

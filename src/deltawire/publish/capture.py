@@ -25,16 +25,8 @@ from deltawire.read.bases import open_base, resolve_base
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog import log
 from deltawire.runlog.bounds import require_assets
-from deltawire.runlog.records import (
-    BaseCheckpoint,
-    Position,
-    Run,
-    aliases_of,
-    anchor_hash,
-    anchor_prefix,
-    in_its_format,
-    with_aliases,
-)
+from deltawire.runlog.keys import anchor_hash, anchor_prefix
+from deltawire.runlog.records import BaseCheckpoint, Position, Run, aliases_of, in_its_format, with_aliases
 from deltawire.weights.bits import Bits, count
 from deltawire.weights.delta import Delta, TensorDelta
 from deltawire.weights.digest import root as root_of

@@ -13,7 +13,8 @@ from deltawire.format import checkpoint, delta_file
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.bases import base_of
 from deltawire.runlog.bounds import require_anchor, require_memory
-from deltawire.runlog.records import Commit, Derived, Position, Run, aliases_of, anchor_hash, require_in_table
+from deltawire.runlog.keys import anchor_hash, payload_key
+from deltawire.runlog.records import Commit, Derived, Position, Run, aliases_of, require_in_table
 
 _WHOLE = "whole"
 """the folder in which an anchor that comes in parts is put together"""
@@ -93,7 +94,7 @@ class Anchors:
             for payload, path in paths.items():
                 self.fetching = done, total
                 if not path.is_file():
-                    key = f"runs/{record.run}/{payload.key}"
+                    key = payload_key(record.run, payload.key)
                     download_verified(self._bucket, key, path, size=payload.size, blake3=payload.blake3)
                 done += payload.size
         finally:

@@ -23,9 +23,10 @@ from deltawire.read.changes import Change, Update
 from deltawire.runlog import log, planner
 from deltawire.runlog.bounds import require_delta, require_memory
 from deltawire.runlog.chain import Chain, as_numbers, ends_at
+from deltawire.runlog.keys import HEAD_KEY, payload_key, run_key
 from deltawire.runlog.log import Filed
 from deltawire.runlog.planner import Edge
-from deltawire.runlog.records import HEAD_KEY, Commit, Derived, Position, Run, require_in_table, run_key
+from deltawire.runlog.records import Commit, Derived, Position, Run, require_in_table
 from deltawire.runlog.signing import Trust, trust
 from deltawire.weights.delta import Delta
 
@@ -207,7 +208,7 @@ class Subscriber:
         delta = Delta()
         require_delta(record, self.run.table, f"{self.bucket.url}: {record.position}")
         for payload in record.payloads:
-            key = f"runs/{record.run}/{payload.key}"
+            key = payload_key(record.run, payload.key)
             data = get_verified(self.bucket, key, size=payload.size, blake3=payload.blake3)
             header = delta_file.read_header(data)
             if (header.run, header.parent, header.version) != (record.run, record.parent, record.version):

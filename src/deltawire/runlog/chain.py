@@ -11,20 +11,10 @@ from functools import partial
 from deltawire.buckets.base import Bucket
 from deltawire.errors import DAMAGE, BadDigest, Forked, FormatError, Gap, NotFound, UnknownTensor, some
 from deltawire.runlog import log, planner
+from deltawire.runlog.keys import commit_key, commit_version, commits_prefix, run_prefix, way_key
 from deltawire.runlog.log import Filed
 from deltawire.runlog.planner import Edge
-from deltawire.runlog.records import (
-    MAX_RECORD,
-    Commit,
-    Derived,
-    Head,
-    Run,
-    Way,
-    commit_key,
-    commit_version,
-    read,
-    way_key,
-)
+from deltawire.runlog.records import MAX_RECORD, Commit, Derived, Head, Run, Way, read
 from deltawire.runlog.signing import Trust
 from deltawire.weights.digest import root as root_of
 
@@ -266,11 +256,11 @@ class Chain:
     def edges(self, *, checked: bool = False) -> list[Edge]:
         """Everything that leads somewhere, by a listing of the whole run. `checked` reads every commit, and leaves out
         what lies among them and is none of the chain's."""
-        listed = [*self.bucket.list(f"runs/{self.run.run}/")]
+        listed = [*self.bucket.list(run_prefix(self.run.run))]
         if checked:
             with suppress(*DAMAGE):
                 on_chain = {filed.key for filed in self.back(self._newest_listed())}
-                commits = f"runs/{self.run.run}/commits/"
+                commits = commits_prefix(self.run.run)
                 listed = [stat for stat in listed if stat.key in on_chain or not stat.key.startswith(commits)]
         return planner.survey(listed, self.run.run, whole=self._whole, on_chain=self._pick)
 
@@ -290,7 +280,7 @@ class Chain:
         with suppress(NotFound, FormatError):
             data = self.bucket.get(way_key(self.run.run), limit=MAX_RECORD)
             way = read(Way, data, where=f"{self.bucket.url}/{way_key(self.run.run)}")
-            inside = (link for link in way.links if link.record.startswith(f"runs/{self.run.run}/"))
+            inside = (link for link in way.links if link.record.startswith(run_prefix(self.run.run)))
             return [Edge(link.start, link.end, link.size, link.record) for link in inside]
         return []
 

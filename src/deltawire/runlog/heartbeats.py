@@ -1,18 +1,17 @@
 """The fleet's ledger: what each replica serves and still needs, one small record each under `replicas/`."""
 
-import re
 from collections.abc import Iterable
 
 import msgspec
 
 from deltawire.buckets.base import Bucket, Stat
-from deltawire.errors import FormatError, NotFound, TooLarge
+from deltawire.errors import NotFound, TooLarge
+from deltawire.runlog.keys import REPLICAS, replica_key
 
 MAX_HEARTBEAT = 64 << 10
 """bytes"""
 MAX_REPLICAS = 10_000
 """heartbeats that are read; beyond, somebody writes them who is no replica"""
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
@@ -36,13 +35,6 @@ class Heartbeat(msgspec.Struct, frozen=True):
     format: int = 1
 
 
-def replica_key(replica: str) -> str:
-    """Key of a replica's record. Raises FormatError for a name that is no safe part of a key."""
-    if not _ID.fullmatch(replica):
-        raise FormatError(f"replica name {replica!r}: use at most 100 letters, digits, '.', '_' and '-'")
-    return f"replicas/{replica}.json"
-
-
 def beat(bucket: Bucket, heartbeat: Heartbeat) -> None:
     """Write a replica's record. Raises BucketError: AccessRefused where this host may only read."""
     bucket.put(replica_key(heartbeat.replica), msgspec.json.encode(heartbeat))
@@ -53,10 +45,10 @@ def read_all(bucket: Bucket, known: Iterable[tuple[Stat, Heartbeat]] = ()) -> li
     earlier answer, only what changed since is fetched. Raises TooLarge where more than MAX_REPLICAS lie there."""
     held = {(stat.key, stat.tag): heartbeat for stat, heartbeat in known}
     found: list[tuple[Stat, Heartbeat]] = []
-    for stat in bucket.list("replicas/"):
+    for stat in bucket.list(REPLICAS):
         if len(found) >= MAX_REPLICAS:
             raise TooLarge(
-                f"{bucket.url}/replicas/ holds more than {MAX_REPLICAS:,} heartbeats; remove those of no replica"
+                f"{bucket.url}/{REPLICAS} holds more than {MAX_REPLICAS:,} heartbeats; remove those of no replica"
             )
         if heartbeat := held.get((stat.key, stat.tag)):
             found.append((stat, heartbeat))
@@ -65,6 +57,6 @@ def read_all(bucket: Bucket, known: Iterable[tuple[Stat, Heartbeat]] = ()) -> li
             heartbeat = msgspec.json.decode(bucket.get(stat.key, limit=MAX_HEARTBEAT), type=Heartbeat)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, NotFound, TooLarge):
             continue
-        if stat.key == f"replicas/{heartbeat.replica}.json":
+        if stat.key == f"{REPLICAS}{heartbeat.replica}.json":
             found.append((stat, heartbeat))
     return found

@@ -16,20 +16,19 @@ from typing import Generic, TypeVar
 from deltawire.buckets.base import Bucket, fenced
 from deltawire.errors import AlreadyExists, ChainError, Forked, FormatError, NotFound, Unavailable
 from deltawire.runlog import records
-from deltawire.runlog.records import (
+from deltawire.runlog.keys import (
     HEAD_KEY,
-    MAX_HEAD,
-    MAX_RECORD,
-    Commit,
-    Derived,
-    Head,
-    Run,
+    RUNS,
     commit_key,
     commit_keys,
     commit_version,
-    hash_of,
+    commits_prefix,
+    payload_key,
     run_key,
+    run_of,
+    run_prefix,
 )
+from deltawire.runlog.records import MAX_HEAD, MAX_RECORD, Commit, Derived, Head, Run, hash_of
 from deltawire.runlog.signing import Trust
 
 NOBODY = Trust()
@@ -63,7 +62,7 @@ class Attempt:
     def key_in(self, bucket: Bucket) -> str:
         """The key of its commit. Its number alone is the fence against a second writer where a store has one; where
         not, the record's hash in it keeps either from overwriting the other, so that a fork shows."""
-        number_alone = fenced(bucket, f"runs/{self.run.run}")
+        number_alone = fenced(bucket, run_prefix(self.run.run).rstrip("/"))
         return commit_key(self.run.run, self.commit.version, None if number_alone else self.hash)
 
 
@@ -108,7 +107,7 @@ def put_payloads(
 ) -> None:
     """Make payloads durable, by key below the run; a rank of a sharded job does so before its commit is written."""
     for key, data in payloads.items():
-        put_payload(bucket, f"runs/{run}/{key}", data)
+        put_payload(bucket, payload_key(run, key), data)
         on_step("payload")
 
 
@@ -187,7 +186,7 @@ def current_run(bucket: Bucket, *, trust: Trust = NOBODY) -> str:
         with suppress(NotFound):
             bucket.stat(run_key(head.run))
             return head.run
-    found = {stat.key.split("/")[1] for stat in bucket.list("runs/") if stat.key.split("/")[2:3] == ["commits"]}
+    found = {run for stat in bucket.list(RUNS) if (run := run_of(stat.key)) is not None}
     if not found:
         return read_head(bucket).run  # says what is there
     if len(found) > 1:
@@ -252,7 +251,7 @@ def read_commit(bucket: Bucket, run: str, version: int) -> Commit:
 def list_commits(bucket: Bucket, run: str, *, after: int = -1) -> list[tuple[int, str]]:
     """(version, key) of each commit above `after`, by version, from a listing alone. Two writers on a store that cannot
     refuse one leave two of a version."""
-    prefix = f"runs/{run}/commits/"
+    prefix = commits_prefix(run)
     start = f"{prefix}{after + 1:06d}" if after >= 0 else ""
     found = ((commit_version(run, stat.key), stat.key) for stat in bucket.list(prefix, after=start))
     return sorted((version, key) for version, key in found if version is not None and version > after)

@@ -5,7 +5,6 @@ A delta can be undone, so every fold and delta is a way in both directions: roll
 
 import heapq
 import itertools
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -13,16 +12,10 @@ from typing import Literal
 
 from deltawire.buckets.base import Stat
 from deltawire.errors import Gap
-from deltawire.runlog.records import commit_version
+from deltawire.runlog.keys import Kind, listed
 
 RECORD_COST = 2048
 """bytes that reading one more object counts for: its record, beside its payload"""
-_VERSION = r"([0-9]{6,16})"
-_DELTA = re.compile(rf"deltas/step_{_VERSION}[-.][^/]+")
-_FOLD = re.compile(rf"folds/step_{_VERSION}-{_VERSION}-[^/]+")
-_ANCHOR = re.compile(rf"anchors/step_{_VERSION}-[0-9a-f]{{12}}/[^/]+")
-_FOLD_RECORD = re.compile(rf"derived/fold-{_VERSION}-{_VERSION}-[0-9a-f]{{12}}\.json")
-_ANCHOR_RECORD = re.compile(rf"derived/anchor-{_VERSION}-[0-9a-f]{{12}}\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +57,25 @@ def survey(stats: Iterable[Stat], run: str, *, whole: int, on_chain: Callable[[C
     """Every edge that a listing of `runs/<run>/` shows. `whole` is the size of a checkpoint, in bytes: what version 0
     counts for when it is a reference. Sizes come from the keys, and decide nothing but the way taken. `on_chain` picks
     the commits that count where two writers left two of a version."""
-    prefix = f"runs/{run}/"
-    keys = {stat.key.removeprefix(prefix): stat.size for stat in stats}
-    deltas, folds, anchors = _sizes(keys, _DELTA), _sizes(keys, _FOLD), _sizes(keys, _ANCHOR)
-    found_commits = ((commit_version(run, prefix + key), prefix + key) for key in keys)
-    commits = sorted((version, key) for version, key in found_commits if version is not None)
+    found = [(name, stat) for stat in stats if (name := listed(run, stat.key)) is not None]
+    sizes: dict[tuple[Kind, int | None, int], int] = defaultdict(int)
+    for name, stat in found:
+        sizes[name.kind, name.start, name.end] += stat.size
+    commits = sorted((name.end, stat.key) for name, stat in found if name.kind == "commit")
     committed = {version for version, _ in commits}
     if len(committed) < len(commits):
         commits = on_chain(commits)
-    edges = [Edge(start, end, deltas.get((end,), 0), key) for (start, _), (end, key) in itertools.pairwise(commits)]
+    edges = [
+        Edge(start, end, sizes.get(("delta", None, end), 0), key)
+        for (start, _), (end, key) in itertools.pairwise(commits)
+    ]
     if commits and commits[0][0] == 0:
-        edges.append(Edge(None, 0, anchors.get((0,), whole), commits[0][1]))
-    for key in keys:
-        if (found := _FOLD_RECORD.fullmatch(key)) and {int(found[1]), int(found[2])} <= committed:
-            start, end = int(found[1]), int(found[2])
-            edges.append(Edge(start, end, folds.get((start, end), 0), prefix + key))
-        elif (found := _ANCHOR_RECORD.fullmatch(key)) and int(found[1]) in committed:
-            edges.append(Edge(None, int(found[1]), anchors.get((int(found[1]),), whole), prefix + key))
+        edges.append(Edge(None, 0, sizes.get(("anchor", None, 0), whole), commits[0][1]))
+    for name, stat in found:
+        if name.kind == "fold record" and {name.start, name.end} <= committed:
+            edges.append(Edge(name.start, name.end, sizes.get(("fold", name.start, name.end), 0), stat.key))
+        elif name.kind == "anchor record" and name.end in committed:
+            edges.append(Edge(None, name.end, sizes.get(("anchor", None, name.end), whole), stat.key))
     return edges
 
 
@@ -118,12 +113,3 @@ def _trace(came: dict[int, Edge], since: int | None, target: int) -> list[Edge]:
         path.append(edge)
         node = edge.end if edge.undo else edge.start
     return path[::-1]
-
-
-def _sizes(keys: dict[str, int], pattern: re.Pattern[str]) -> dict[tuple[int, ...], int]:
-    """Bytes under the keys that match, by the version numbers in them."""
-    sizes: dict[tuple[int, ...], int] = defaultdict(int)
-    for key, size in keys.items():
-        if found := pattern.fullmatch(key):
-            sizes[tuple(map(int, found.groups()))] += size
-    return dict(sizes)

@@ -23,7 +23,6 @@ MAX_RECORD = 64 << 20
 MAX_HEAD = 64 << 10
 """bytes of the largest HEAD.json accepted"""
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
-_COMMIT_KEY = re.compile(r"commits/([0-9]{6,16})(?:-[0-9a-f]{12})?\.json")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _HEX16 = re.compile(r"[0-9a-f]{16}")
 _HEX128 = re.compile(r"[0-9a-f]{128}")
@@ -190,74 +189,6 @@ def require_in_table(specs: Iterable[TensorSpec], entries: Mapping[str, TensorEn
         entry = entries[spec.name]
         if (spec.dtype, spec.shape) != (entry.dtype, entry.shape):
             raise ShapeMismatch(f"{where}: {spec.name} is {spec.dtype} {list(spec.shape)}, not as in the run's table")
-
-
-def run_key(run: str) -> str:
-    """Key of a run's record."""
-    return f"runs/{run}/run.json"
-
-
-def commit_key(run: str, version: int, record_hash: str | None = None) -> str:
-    """Key of a version's commit: by its number alone where the store lets one writer have it, with the start of the
-    record's hash in it where the store would let a second writer overwrite the first."""
-    mark = "" if record_hash is None else f"-{record_hash[:12]}"
-    return f"runs/{run}/commits/{version:06d}{mark}.json"
-
-
-def commit_keys(run: str, version: int, record_hash: str | None) -> tuple[str, ...]:
-    """Every key that a version's commit may have, whatever the store can refuse; by its number alone without a hash."""
-    plain = commit_key(run, version)
-    return (plain,) if record_hash is None else (plain, commit_key(run, version, record_hash))
-
-
-def commit_version(run: str, key: str) -> int | None:
-    """The version in the key of a commit of this run; None for a key that is none."""
-    found = _COMMIT_KEY.fullmatch(key.removeprefix(f"runs/{run}/"))
-    if found is None or not key.startswith(f"runs/{run}/") or found[1] != f"{int(found[1]):06d}":
-        return None
-    return int(found[1])
-
-
-def way_key(run: str) -> str:
-    """Key of the hint at the cheapest way to a recent version, which a compactor keeps."""
-    return f"runs/{run}/way.json"
-
-
-def delta_key(version: int, blake3: str, rank: int | None = None) -> str:
-    """Key, below the run, of a version's delta file, or of one rank's part of it. The hash in it is why no key ever
-    has two contents."""
-    part = "" if rank is None else f".r{rank:03d}"
-    return f"deltas/step_{version:06d}{part}-{blake3[:12]}.safetensors"
-
-
-def anchor_prefix(version: int, blake3: str) -> str:
-    """Prefix, below the run, of a version's anchor files."""
-    return f"anchors/step_{version:06d}-{blake3[:12]}"
-
-
-def anchor_hash(files: Mapping[str, str]) -> str:
-    """What an anchor's prefix is named by: the hash of its files' names and BLAKE3s, in the order of the names."""
-    return blake3("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
-
-
-def part_key(version: int, blake3: str, rank: int) -> str:
-    """Key, below the run, of one rank's part of an anchor: its change from all-zero bits."""
-    return f"{anchor_prefix(version, blake3)}/r{rank:03d}.safetensors"
-
-
-def fold_key(parent: int, version: int, blake3: str) -> str:
-    """Key, below the run, of the delta file that leads from `parent` to `version` in one."""
-    return f"folds/step_{parent:06d}-{version:06d}-{blake3[:12]}.safetensors"
-
-
-def derived_key(run: str, parent: int | None, version: int, payloads: tuple[Payload, ...]) -> str:
-    """Key of a fold's or (parent None) an anchor's manifest; it names what it lists, so it never has two contents."""
-    named = blake3("".join(f"{payload.key} {payload.blake3}\n" for payload in payloads).encode()).hexdigest()[:12]
-    span = f"anchor-{version:06d}" if parent is None else f"fold-{parent:06d}-{version:06d}"
-    return f"runs/{run}/derived/{span}-{named}.json"
-
-
-HEAD_KEY = "HEAD.json"
 
 
 def hash_of(data: bytes) -> str:

@@ -31,22 +31,10 @@ from deltawire.read.mirror import Mirror
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog import log, records, signing
 from deltawire.runlog.bounds import require_anchor
+from deltawire.runlog.keys import anchor_hash, anchor_prefix, derived_key, fold_key, way_key
 from deltawire.runlog.log import Filed
 from deltawire.runlog.planner import Edge
-from deltawire.runlog.records import (
-    Commit,
-    Derived,
-    Link,
-    Payload,
-    Position,
-    Way,
-    anchor_hash,
-    anchor_prefix,
-    derived_key,
-    fold_key,
-    signed,
-    way_key,
-)
+from deltawire.runlog.records import Commit, Derived, Link, Payload, Position, Way, signed
 from deltawire.runlog.signing import Trust
 from deltawire.weights.delta import Delta
 from deltawire.weights.digest import root as root_of

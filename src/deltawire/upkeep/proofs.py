@@ -19,6 +19,7 @@ from deltawire.errors import DAMAGE, BadDigest, DeltaWireError, Forked
 from deltawire.format import checkpoint
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.bounds import require_anchor
+from deltawire.runlog.keys import payload_key
 from deltawire.runlog.planner import Edge
 from deltawire.runlog.records import Commit, Derived, Payload
 from deltawire.weights.digest import digest_bits
@@ -63,7 +64,7 @@ class Proofs:
             return  # a run's first version: nothing older is there to be deleted
         if record.commit_hash != chain.commit(edge.end).hash:
             raise Forked(f"{bucket.url}/{edge.record} is the anchor of another commit {edge.end}")
-        stats = [bucket.stat(f"runs/{record.run}/{payload.key}") for payload in record.payloads]
+        stats = [bucket.stat(payload_key(record.run, payload.key)) for payload in record.payloads]
         tags = _tags(stats)
         if self._known.get(filed.hash) == tags:
             return
@@ -82,7 +83,7 @@ def _read_all(bucket: Bucket, record: Derived, edge: Edge, table: Iterable[Tenso
     ):
         for payload in record.payloads:
             path = Path(folder) / "file"
-            key = f"runs/{record.run}/{payload.key}"
+            key = payload_key(record.run, payload.key)
             download_verified(bucket, key, path, size=payload.size, blake3=payload.blake3)
             if _is_shard(payload):
                 for name, bits in checkpoint.shard(path).items():

@@ -5,7 +5,6 @@ committed lately, and what an active replica stands on. Whoever stands at or abo
 """
 
 import math
-import re
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
@@ -15,21 +14,14 @@ from deltawire.buckets.base import Bucket, Stat
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog import log
 from deltawire.runlog.heartbeats import Heartbeat, read_all
+from deltawire.runlog.keys import Kind, Listed, listed, run_prefix
 from deltawire.runlog.planner import Edge
 from deltawire.runlog.signing import trust
 from deltawire.upkeep.proofs import Proofs
 
 BATCH = 500
 """keys deleted in one call"""
-_KINDS = {
-    "commit": re.compile(r"commits/(?P<end>\d{6,16})(?:-[0-9a-f]{12})?\.json"),
-    "delta": re.compile(r"deltas/step_(?P<end>\d{6,16})[-.][^/]+"),
-    "fold": re.compile(r"folds/step_(?P<start>\d{6,16})-(?P<end>\d{6,16})-[^/]+"),
-    "anchor": re.compile(r"anchors/step_(?P<end>\d{6,16})-[0-9a-f]{12}/[^/]+"),
-    "fold record": re.compile(r"derived/fold-(?P<start>\d{6,16})-(?P<end>\d{6,16})-[0-9a-f]{12}\.json"),
-    "anchor record": re.compile(r"derived/anchor-(?P<end>\d{6,16})-[0-9a-f]{12}\.json"),
-}
-_ORDER = ("fold record", "anchor record", "commit", "fold", "delta", "anchor")
+_ORDER: tuple[Kind, ...] = ("fold record", "anchor record", "commit", "fold", "delta", "anchor")
 """references before referents; among commits the oldest first, so that what is left of a chain is its newest part"""
 
 
@@ -44,7 +36,7 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PruneList:
     """What goes, in order: everything of the run below version `floor`. `reason` says what keeps the rest, `anchors`
     which versions' anchors readers then begin at, `passed_over` which records of anchors are none, and why."""
 
@@ -63,9 +55,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Object:
-    kind: str
-    start: int
-    end: int
+    name: Listed
     stat: Stat
 
 
@@ -76,7 +66,7 @@ def plan_prune(
     *,
     trusted: Iterable[str | Path] = (),
     memory: Path | None = None,
-) -> Plan:
+) -> PruneList:
     """What a policy lets go of a run, by one listing and the ledger. Changes nothing.
 
     Where something would go, the anchors that what is left leans on are proved first: record, signature and every byte
@@ -85,7 +75,7 @@ def plan_prune(
 
     Raises BucketError, FormatError, ChainError."""
     heartbeats = read_all(bucket)  # before the listing: a joiner that writes its need later lists later
-    stats = [*bucket.list(f"runs/{run}/")]
+    stats = [*bucket.list(run_prefix(run))]
     given = trust(trusted)
     if not given and (signer := log.load_run(bucket, run).record.signer) is not None:
         given = trust([signer])
@@ -108,16 +98,16 @@ def plan(
     policy: Policy,
     *,
     clock: Callable[[], float] = time.time,
-) -> Plan:
+) -> PruneList:
     """What a listing lets go. Ages are differences of the store's own timestamps: now is the newest of them, which is
     never later than the store's clock, and not later than this host's: one file from the future makes nobody old. A
     replica is silent only where the store's stamp and the time in its heartbeat both say so."""
     objects, beats = _sorted_out(stats, run), list(heartbeats)
-    commits = {item.end: item.stat.modified for item in objects if item.kind == "commit"}
-    anchored = {item.end for item in objects if item.kind == "anchor record" and item.end in commits}
+    commits = {item.name.end: item.stat.modified for item in objects if item.name.kind == "commit"}
+    anchored = {item.name.end for item in objects if item.name.kind == "anchor record" and item.name.end in commits}
     anchors = sorted(anchored | ({0} & commits.keys()))
     if not anchors:
-        return Plan(0, (), 0, "there is no anchor to start from")
+        return PruneList(0, (), 0, "there is no anchor to start from")
     here = clock()
     now = min(here, max([item.stat.modified for item in objects] + [stat.modified for stat, _ in beats]))
     wanted = {f"the newest {policy.anchors} anchors": anchors[-max(policy.anchors, 1) :][0]}
@@ -131,13 +121,13 @@ def plan(
     reason, lowest = min(wanted.items(), key=lambda item: item[1])
     floor = max((version for version in anchors if version <= lowest), default=0)
     going = [item for item in objects if _goes(item, floor)]
-    going.sort(key=lambda item: (_ORDER.index(item.kind), item.end, item.stat.key))
+    going.sort(key=lambda item: (_ORDER.index(item.name.kind), item.name.end, item.stat.key))
     leans_on = tuple(sorted({floor, *anchors[-max(policy.anchors, 1) :]}))
     size = sum(item.stat.size for item in going)
-    return Plan(floor, tuple(item.stat.key for item in going), size, reason, leans_on)
+    return PruneList(floor, tuple(item.stat.key for item in going), size, reason, leans_on)
 
 
-def carry_out(bucket: Bucket, plan: Plan, *, on_step: Callable[[str], None] = lambda step: None) -> None:
+def carry_out(bucket: Bucket, plan: PruneList, *, on_step: Callable[[str], None] = lambda step: None) -> None:
     """Delete what a plan says, in its order; `on_step` hears each batch's last key. Interrupted, the next plan holds
     what is left. Raises BucketError."""
     for first in range(0, len(plan.keys), BATCH):
@@ -150,8 +140,8 @@ def _unsound(proofs: Proofs, stats: list[Stat], run: str, versions: Collection[i
     """Which records of these versions' anchors lead to no anchor, and why."""
     found = {}
     for item in _sorted_out(stats, run):
-        if item.kind == "anchor record" and item.end in versions:
-            problem = proofs.problem(Edge(None, item.end, 0, item.stat.key))
+        if item.name.kind == "anchor record" and item.name.end in versions:
+            problem = proofs.problem(Edge(None, item.name.end, 0, item.stat.key))
             if problem is not None:
                 found[item.stat.key] = str(problem)
     return found
@@ -159,19 +149,12 @@ def _unsound(proofs: Proofs, stats: list[Stat], run: str, versions: Collection[i
 
 def _goes(item: _Object, floor: int) -> bool:
     """Below the floor: the deltas and folds that lead up to it, what stands below it, but not the commit on it."""
-    if item.kind == "delta":
-        return item.end <= floor
-    if item.kind in ("fold", "fold record"):
-        return item.start < floor
-    return item.end < floor
+    if item.name.kind == "delta":
+        return item.name.end <= floor
+    if item.name.kind in ("fold", "fold record"):
+        return item.name.start is not None and item.name.start < floor
+    return item.name.end < floor
 
 
 def _sorted_out(stats: Iterable[Stat], run: str) -> list[_Object]:
-    prefix = f"runs/{run}/"
-    found = []
-    for stat in stats:
-        for kind, pattern in _KINDS.items():
-            if match := pattern.fullmatch(stat.key.removeprefix(prefix)):
-                numbers = {name: int(value) for name, value in match.groupdict().items()}
-                found.append(_Object(kind, numbers.get("start", numbers["end"]), numbers["end"], stat))
-    return found
+    return [_Object(name, stat) for stat in stats if (name := listed(run, stat.key)) is not None]

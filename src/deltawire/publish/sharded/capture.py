@@ -27,7 +27,8 @@ from deltawire.publish.sharded.boxes import Shard
 from deltawire.publish.sharded.opening import Opening
 from deltawire.publish.sharded.ranks import Ranks, Sums
 from deltawire.publish.ties import Given, Ties, head_of, settle
-from deltawire.runlog.records import Run, aliases_of, anchor_hash, anchor_prefix, in_its_format, with_aliases
+from deltawire.runlog.keys import anchor_hash, anchor_prefix
+from deltawire.runlog.records import Run, aliases_of, in_its_format, with_aliases
 from deltawire.weights.bits import WIDTHS, count
 from deltawire.weights.delta import Delta, TensorDelta
 from deltawire.weights.digest import MODULUS

@@ -27,6 +27,7 @@ from deltawire.publish import pending
 from deltawire.publish.pending import Captured, Part
 from deltawire.publish.sharded.ranks import LOOK, Notes, Ranks
 from deltawire.runlog import log
+from deltawire.runlog.keys import payload_key
 from deltawire.runlog.log import Attempt
 from deltawire.runlog.records import Payload, Position, signed
 from deltawire.runlog.signing import SigningKey
@@ -127,7 +128,7 @@ class First:
         if rank in self._met or not records:
             return
         try:
-            self._bucket.stat(f"runs/{run}/{records[0].key}")
+            self._bucket.stat(payload_key(run, records[0].key))
         except NotFound:
             raise NotFound(
                 f"{self._bucket.url}: what rank {rank} wrote is not there: all ranks must open one bucket, which each "
