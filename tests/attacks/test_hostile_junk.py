@@ -114,12 +114,12 @@ def test_two_anchors_of_one_version_do_not_share_what_was_fetched(chain, tmp_pat
     with Subscriber(bucket) as subscriber:
         edges = {edge.record: edge for edge in subscriber.chain.edges()}
         for record_key, is_sound in ((key, False), (sound, True)):
-            ((_, filed),) = subscriber.chain.read([edges[record_key]])
+            (hop,) = subscriber.chain.read([edges[record_key]])
             if is_sound:
-                assert equal({name: subscriber.open_anchor(filed.record)[name] for name in weights}, weights)
+                assert equal({name: subscriber.open_anchor(hop.filed.record)[name] for name in weights}, weights)
             else:
                 with pytest.raises(BadDigest):
-                    subscriber.open_anchor(filed.record)
+                    subscriber.open_anchor(hop.filed.record)
 
 
 @pytest.mark.parametrize("what", ["another tensor", "another shape", "a digest of another tensor"])

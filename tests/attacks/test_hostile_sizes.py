@@ -92,7 +92,7 @@ def test_an_anchor_that_claims_more_than_its_tensors_take_is_refused_before_a_by
             assert isinstance(proofs.Proofs(subscriber).problem(edges[key]), TooLarge)
         else:
             with pytest.raises(TooLarge, match=r"claims|beside"):
-                subscriber.open_anchor(subscriber.chain.read([edges[key]])[0][1].record)
+                subscriber.open_anchor(subscriber.chain.read([edges[key]])[0].filed.record)
     assert equal(read_weights(bucket), read_weights(bucket, 3))  # everybody begins elsewhere
     assert list(temporary.iterdir()) == []
 

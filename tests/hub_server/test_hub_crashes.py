@@ -17,16 +17,16 @@ import os, signal, sys, time
 import numpy as np
 import deltawire as dw
 from deltawire.publish import publisher
-from deltawire.runlog import log
+from deltawire.runlog import writing
 from deltawire.errors import DeltaWireError
 publisher.FIRST_RETRY = 0.05
 step, pid_file = sys.argv[1:]
-append, killed = log.append, []
+append, killed = writing.append, []
 def die(name):
     if name == step and version == 2 and not killed:
         killed.append(name)
         os.kill(int(open(pid_file).read()), signal.SIGKILL)
-log.append = lambda bucket, attempt: append(bucket, attempt, on_step=die)
+writing.append = lambda bucket, attempt: append(bucket, attempt, on_step=die)
 bucket = dw.open_bucket("hf://buckets/me/run", create=True)
 rng = np.random.default_rng(0)
 weights = {name: rng.normal(0, 1, 5000).astype(np.float32) for name in "ab"}

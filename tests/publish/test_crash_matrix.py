@@ -16,7 +16,10 @@ VERSIONS = 9
 CHILD = """
 import functools, os, signal, sys
 from pathlib import Path
-from deltawire import Publisher, Subscriber, log, mirror, open_bucket, retention
+from deltawire import Publisher, Subscriber, open_bucket
+from deltawire.read import mirror
+from deltawire.runlog import writing
+from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
 from runs import edit, model
 url, folder, step, occurrence = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
@@ -26,8 +29,8 @@ def die(name):
         seen[0] += 1
         if seen[0] == occurrence:
             os.kill(os.getpid(), signal.SIGKILL)
-append = log.append
-log.append = lambda bucket, attempt: append(bucket, attempt, on_step=lambda name: die("publish " + name))
+append = writing.append
+writing.append = lambda bucket, attempt: append(bucket, attempt, on_step=lambda name: die("publish " + name))
 mirror.Mirror.__init__.__kwdefaults__["on_step"] = lambda name: die("mirror " + name)
 mirror.Mirror.create.__func__.__kwdefaults__["on_step"] = lambda name: die("mirror " + name)
 retention.BATCH = 3

@@ -14,7 +14,8 @@ from deltawire.hub_server import HubProcess
 
 PUBLISHES = """
 import os, sys
-from deltawire import Publisher, open_bucket, publisher
+from deltawire import Publisher, open_bucket
+from deltawire.publish import publisher
 from deltawire.buckets.faulty import Faulty, at
 from runs import edit, model
 bucket, weights = open_bucket(sys.argv[1], create=True), model()

@@ -9,10 +9,10 @@ from deltawire.buckets.faulty import Faulty
 from deltawire.errors import AccessRefused, AlreadyExists, DeltaWireError, Forked, NotFound
 from deltawire.format.checkpoint import files
 from deltawire.read.mirror import Mirror
-from deltawire.runlog import log
+from deltawire.runlog import log, writing
 from deltawire.runlog.keys import HEAD_KEY, commit_key
-from deltawire.runlog.log import Attempt
 from deltawire.runlog.records import Head, write
+from deltawire.runlog.writing import Attempt
 from deltawire.weights.tensors import equal
 
 
@@ -78,7 +78,7 @@ def test_where_nothing_can_be_refused_two_commits_of_one_version_stand_side_by_s
         run = log.read_run(bucket, mine.run)
         other = Attempt(run, msgspec.structs.replace(mine, writer="elsewhere pid 7"), {})
         with pytest.raises(Forked, match=r"two trainers publish one run"):
-            log.append(bucket, other)  # the second is told at its own publish
+            writing.append(bucket, other)  # the second is told at its own publish
         assert [version for version, _ in log.list_commits(bucket, mine.run)] == [0, 1]
         key = other.key_in(bucket)
         bucket.put(key, write(other.commit))  # unless both look before either writes: HEAD then says who was last

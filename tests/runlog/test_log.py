@@ -8,8 +8,8 @@ from runs import fresh
 from deltawire.errors import AccessRefused, ChainError, Forked, FormatError, NotFound, TooLarge, Unavailable
 from deltawire.runlog import log, records
 from deltawire.runlog.keys import HEAD_KEY, commit_key, run_key
-from deltawire.runlog.log import Attempt, append
 from deltawire.runlog.records import Commit, Head, Payload, Run
+from deltawire.runlog.writing import Attempt, append
 from deltawire.weights.table import TensorEntry
 
 RUN = "0123456789abcdef"

@@ -15,7 +15,8 @@ from deltawire.errors import BadDigest, BadSignature, Unavailable
 from deltawire.runlog import signing
 from deltawire.runlog.records import Derived, read, signed, write
 from deltawire.upkeep.background import Tending
-from deltawire.upkeep.compactor import Compactor, due
+from deltawire.upkeep.compactor import Compactor
+from deltawire.upkeep.inventory import due
 from deltawire.weights.digest import root
 from deltawire.weights.tensors import equal
 

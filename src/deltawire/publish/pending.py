@@ -10,9 +10,9 @@ from deltawire.buckets.verified import hash_file
 from deltawire.format import delta_file
 from deltawire.publish.sharded.boxes import Box, spread
 from deltawire.runlog.keys import delta_key, part_key
-from deltawire.runlog.log import Attempt
 from deltawire.runlog.records import Commit, Payload, Run, hash_of, signed, write
 from deltawire.runlog.signing import SigningKey
+from deltawire.runlog.writing import Attempt
 from deltawire.weights.delta import Delta
 from deltawire.weights.digest import root as root_of
 

@@ -1,11 +1,9 @@
 """Read a bucket's run: verified updates in order, or the cheapest change from where a copy stands to a version."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from deltawire.buckets.base import Bucket, Stat
-from deltawire.buckets.verified import get_verified
 from deltawire.errors import (
     DAMAGE,
     ChainError,
@@ -16,18 +14,15 @@ from deltawire.errors import (
     NotFound,
     OtherRun,
 )
-from deltawire.format import delta_file
 from deltawire.format.checkpoint import Checkpoint, files
-from deltawire.read.anchors import Anchors
 from deltawire.read.changes import Change, Update
+from deltawire.read.opened import OpenedRun
 from deltawire.runlog import log, planner
-from deltawire.runlog.bounds import require_delta, require_memory
-from deltawire.runlog.chain import Chain, as_numbers, ends_at
-from deltawire.runlog.keys import HEAD_KEY, payload_key, run_key
+from deltawire.runlog.keys import HEAD_KEY, run_key
 from deltawire.runlog.log import Filed
 from deltawire.runlog.planner import Edge
-from deltawire.runlog.records import Commit, Derived, Position, Run, require_in_table
-from deltawire.runlog.signing import Trust, trust
+from deltawire.runlog.records import Commit, Derived, Position
+from deltawire.runlog.ways import Hop, as_numbers
 from deltawire.weights.delta import Delta
 
 PLANS = 3
@@ -36,7 +31,7 @@ LOOK_BACK = 64
 """commits that are read to find out which version a copy of unknown origin is"""
 
 
-class Subscriber:
+class Subscriber(OpenedRun):
     """Follows one run in a bucket. Reading is all it does to the store.
 
     The run is the one HEAD names at first use; when HEAD moves to another run, OtherRun is raised, not followed.
@@ -44,47 +39,11 @@ class Subscriber:
     `trusted` are public keys, or files of them: then every record must be signed by one (BadSignature).
     """
 
-    def __init__(
-        self, bucket: Bucket, *, base: Path | str | None = None, trusted: Iterable[str | Path] | Trust = ()
-    ) -> None:
-        self.bucket = bucket
-        self.trust = trusted if isinstance(trusted, Trust) else trust(trusted)
-        self._anchors = Anchors(bucket, base=Path(base) if base is not None else None)
-        self._opened: Chain | None = None
-        self._wrong: set[str] = set()
-
     def __enter__(self) -> "Subscriber":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        """Remove downloaded anchor files; mappings handed out before stop being usable."""
-        self._anchors.close()
-
-    @property
-    def fetching(self) -> tuple[int, int] | None:
-        """While an anchor is downloaded, how many of its bytes are on this host, and how many there are."""
-        return self._anchors.fetching
-
-    def refresh(self) -> None:
-        """Forget the records read so far, so that one damaged on its way is read again; the run stays the same."""
-        if self._opened is not None:
-            self._opened = Chain(self.bucket, self._opened.filed, self.trust)
-
-    @property
-    def chain(self) -> Chain:
-        """The run's records. Raises NotFound while nothing is published."""
-        if self._opened is None:
-            run = log.load_run(self.bucket, log.current_run(self.bucket, trust=self.trust), trust=self.trust)
-            self._opened = Chain(self.bucket, run, self.trust)
-        return self._opened
-
-    @property
-    def run(self) -> Run:
-        """The run's record, read once. Raises NotFound while nothing is published."""
-        return self.chain.run
 
     def latest(self) -> Position:
         """The newest committed position, never older than one seen before. Raises NotFound while nothing is published,
@@ -196,39 +155,6 @@ class Subscriber:
         self._wrong |= blamed
         return bool(blamed)
 
-    def watch(self, *, timeout: float, tag: str | None = None) -> Stat | None:
-        """Wait until HEAD's tag differs from `tag`, at most `timeout` seconds."""
-        return self.bucket.watch(HEAD_KEY, tag=tag, timeout=timeout)
-
-    def fetch_delta(self, record: Commit | Derived) -> Delta:
-        """What a commit or a fold changes, its bytes checked; the digests it leads to are the caller's to compare.
-
-        Raises BucketError; FormatError for damaged bytes, or those of another version.
-        """
-        delta = Delta()
-        require_delta(record, self.run.table, f"{self.bucket.url}: {record.position}")
-        for payload in record.payloads:
-            key = payload_key(record.run, payload.key)
-            data = get_verified(self.bucket, key, size=payload.size, blake3=payload.blake3)
-            header = delta_file.read_header(data)
-            if (header.run, header.parent, header.version) != (record.run, record.parent, record.version):
-                raise FormatError(f"{key} says {header.run}:{header.parent}→{header.version}, not what its commit says")
-            require_in_table(header.tensors, self.chain.entries, key)
-            require_memory(header.tensors, key)
-            delta += delta_file.decode(data)
-        if delta.keys() != record.digests.keys():
-            raise FormatError(f"{record.position}: the payload changes other tensors than the commit lists")
-        return delta
-
-    def open_anchor(self, record: Commit | Derived) -> Checkpoint:
-        """The checkpoint of an anchor, or of the first commit of a run, in files on this host; bytes and digests are
-        checked. Raises BucketError; BadDigest, FormatError unless it holds the run's table."""
-        return self._anchors.sound(record, self.run)
-
-    def read_anchor(self, record: Commit | Derived) -> Checkpoint:
-        """As `open_anchor`, but its digests are the caller's to compare."""
-        return self._anchors.open(record, self.run)
-
     def anchor_files(self, version: int | None = None) -> list[Path]:
         """The files of the anchor that a version (the newest) is reached from, on this host, downloaded and verified if
         need be: a whole checkpoint. Those of a base may hold the run's aliases too, which no delta moves."""
@@ -281,9 +207,9 @@ class Subscriber:
         while True:
             first = self._way(None, version, True, passed_over, problem, forward=True)[0]
             try:
-                ((_, filed),) = self.chain.read([first])
-                commit = self.chain.commit(first.end)
-                if ends_at(first, filed) != commit.hash or filed.record.root != commit.record.root:
+                (hop,) = self.chain.read([first])
+                filed, commit = hop.filed, self.chain.commit(first.end)
+                if hop.ends_at != commit.hash or filed.record.root != commit.record.root:
                     raise Forked(f"{self.bucket.url}/{first.record} is the anchor of another commit {first.end}")
                 return filed, self.open_anchor(filed.record)
             except DAMAGE as error:
@@ -296,17 +222,17 @@ class Subscriber:
         hops = self.chain.read(path, None if since is None else self.chain.commit(since.version).hash)
         commit = self.chain.commit(version)
         delta, anchor, anchor_position = Delta(), None, None
-        for edge, filed in hops:
-            if edge.start is None:
-                anchor = self.open_anchor(filed.record)
-                anchor_position = filed.record.position
+        for hop in hops:
+            record = hop.filed.record
+            if hop.edge.start is None:
+                anchor, anchor_position = self.open_anchor(record), record.position
             else:
-                part = self.fetch_delta(filed.record)
-                delta += -part if edge.undo else part
-        if hops and not _arrives(*hops[-1], commit):
+                part = self.fetch_delta(record)
+                delta += -part if hop.edge.undo else part
+        if hops and not _arrives(hops[-1], commit):
             raise Forked(f"{self.bucket.url}: the path to version {version} ends at another commit of that number")
-        read = {edge.record for edge, _ in hops} | {commit.key}
-        payloads = [payload for _, filed in hops for payload in filed.record.payloads]
+        read = {hop.edge.record for hop in hops} | {commit.key}
+        payloads = [payload for hop in hops for payload in hop.filed.record.payloads]
         return Change(
             since=None if anchor is not None else since,
             position=commit.record.position,
@@ -317,7 +243,7 @@ class Subscriber:
             wire_bytes=sum(payload.size for payload in payloads),
             records=len(read),
             payloads=len(payloads),
-            derived=tuple(edge.record for edge, _ in hops if edge.derived),
+            derived=tuple(hop.edge.record for hop in hops if hop.edge.derived),
         )
 
     def _newest(self) -> Filed[Commit]:
@@ -349,6 +275,6 @@ class Subscriber:
         return since
 
 
-def _arrives(edge: Edge, filed: Filed[Commit] | Filed[Derived], commit: Filed[Commit]) -> bool:
-    """Whether the last record of a path ends at a commit, by its hash and, going forward, by its root."""
-    return ends_at(edge, filed) in (None, commit.hash) and (edge.undo or filed.record.root == commit.record.root)
+def _arrives(last: Hop, commit: Filed[Commit]) -> bool:
+    """Whether a way ends at a commit, by its hash and, going forward, by its root."""
+    return last.ends_at in (None, commit.hash) and (last.edge.undo or last.filed.record.root == commit.record.root)

@@ -4,11 +4,8 @@ A fold of level L replaces the deltas between two multiples of L by their sum. B
 lists is checked against committed roots on a mirror of the weights.
 """
 
-from bisect import bisect_left, bisect_right
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -29,13 +26,14 @@ from deltawire.read.bases import require_public
 from deltawire.read.local_copy import LocalCopy
 from deltawire.read.mirror import Mirror
 from deltawire.read.subscriber import Subscriber
-from deltawire.runlog import log, records, signing
+from deltawire.runlog import log, records, signing, writing
 from deltawire.runlog.bounds import require_anchor
 from deltawire.runlog.keys import anchor_hash, anchor_prefix, derived_key, fold_key, way_key
 from deltawire.runlog.log import Filed
 from deltawire.runlog.planner import Edge
-from deltawire.runlog.records import Commit, Derived, Link, Payload, Position, Way, signed
+from deltawire.runlog.records import Commit, Derived, Payload, Position, Way, signed
 from deltawire.runlog.signing import Trust
+from deltawire.upkeep.inventory import Inventory
 from deltawire.weights.delta import Delta
 from deltawire.weights.digest import root as root_of
 
@@ -43,8 +41,6 @@ LEVELS = tuple(4**power for power in range(1, 12))
 """versions that a fold of each level spans: so many that few lead anywhere, however long the run is"""
 PLAIN_LEVEL = 64
 """a longer fold is made only where its parts take less than half of a checkpoint; beyond, an anchor is better"""
-LATE = 256
-"""newest versions of which the hint names every fold, for those who are some way behind"""
 Cadence = Literal["adaptive", "never"] | int
 """when an anchor is written: when catching up from the newest costs more bytes than it, never, or every N versions"""
 
@@ -87,7 +83,7 @@ class Compactor:
         self._subscriber = Subscriber(bucket, base=base, trusted=trusted)
         self._may_copy_base = base is not None
         self._sound: set[str] = set()
-        self._known: _Known | None = None
+        self._known: Inventory | None = None
         self._way = b""
         self._on_step = on_step
 
@@ -125,11 +121,11 @@ class Compactor:
         self._leave_way(known)
         return reports
 
-    def _looked_up(self, target: Position) -> "_Known":
+    def _looked_up(self, target: Position) -> Inventory:
         """What is there: listed once, then as far as it grew."""
         chain = self._subscriber.chain
         if self._known is None or self._known.run != chain.run.run:
-            known = _Known(chain.run.run)
+            known = Inventory(chain.run.run)
             for edge in chain.edges():
                 if self._is_sound(edge):
                     known.add(edge)
@@ -178,7 +174,7 @@ class Compactor:
         self._sound.add(edge.record)
         return True
 
-    def _fold(self, known: "_Known", start: int, end: int) -> CompactReport | None:
+    def _fold(self, known: Inventory, start: int, end: int) -> CompactReport | None:
         """Write a fold, unless one so long would be larger than it is worth."""
         parts = known.parts(start, end)
         whole = sum(entry.nbytes for entry in self._subscriber.run.table)
@@ -197,12 +193,12 @@ class Compactor:
             self._subscriber.refresh()
             return self._fold(known, start, end)
 
-    def _write_fold(self, known: "_Known", start: int, end: int, parts: list[Edge]) -> CompactReport:
+    def _write_fold(self, known: Inventory, start: int, end: int, parts: list[Edge]) -> CompactReport:
         chain = self._subscriber.chain
         first, last = chain.settled(start), chain.settled(end)
         delta = Delta()
-        for _, hop in chain.read(parts, first.hash):
-            delta += self._subscriber.fetch_delta(hop.record)
+        for hop in chain.read(parts, first.hash):
+            delta += self._subscriber.fetch_delta(hop.filed.record)
         mirror = self._checked_at(first, last, delta)
         data = delta_file.encode(delta, run=chain.run.run, parent=start, version=end)
         key = fold_key(start, end, blake3(data).hexdigest())
@@ -234,7 +230,7 @@ class Compactor:
             )
         return mirror
 
-    def _anchor(self, known: "_Known", version: int) -> CompactReport:
+    def _anchor(self, known: Inventory, version: int) -> CompactReport:
         self._require_base_to_copy()
         mirror = self._mirror_at(version)
         if not self._copy.is_sound():  # it rotted on this disk: what others will begin at is not made of it
@@ -261,7 +257,7 @@ class Compactor:
 
     def _put(self, record: Derived, payloads: Mapping[str, bytes | Path]) -> str:
         """Payloads, then their manifest; its key."""
-        log.put_payloads(self.bucket, record.run, payloads, on_step=self._on_step)
+        writing.put_payloads(self.bucket, record.run, payloads, on_step=self._on_step)
         key = derived_key(record.run, record.parent, record.version, record.payloads)
         data = records.write(signed(record, self._key))
         try:
@@ -270,12 +266,12 @@ class Compactor:
             if self._key is not None:  # nobody could use what was there, or we would not have made this
                 self.bucket.put(key, data)
             else:
-                with log.surely_there(self.bucket, key):
+                with writing.surely_there(self.bucket, key):
                     self.bucket.stat(key)
         self._on_step("manifest")
         return key
 
-    def _leave_way(self, known: "_Known") -> None:
+    def _leave_way(self, known: Inventory) -> None:
         """Leave joiners, and those not far behind, a hint at what leads to the newest versions."""
         way = records.write(Way(known.run, known.way()))
         if known.derived and way != self._way:
@@ -285,101 +281,10 @@ class Compactor:
     def _mirror_at(self, version: int) -> Mirror:
         return self._copy.at(self._subscriber, version)[0]
 
-    def _wants_anchor(self, known: "_Known", version: int) -> bool:
+    def _wants_anchor(self, known: Inventory, version: int) -> bool:
         newest = known.anchors[max(known.anchors)]
         if newest.end == version or self._cadence == "never":
             return False
         if isinstance(self._cadence, int):
             return version - newest.end >= self._cadence
         return sum(edge.size for edge in known.parts(newest.end, version)) > newest.size
-
-
-class _Known:
-    """The anchors, folds and deltas of one run that a compactor knows of, and how far it has folded them."""
-
-    def __init__(self, run: str) -> None:
-        self.run, self.anchors, self.derived = run, dict[int, Edge](), False
-        self._ahead: dict[int, dict[int, Edge]] = defaultdict(dict)
-        self._versions: list[int] = []
-        self._sizes: dict[int, int] = {}
-        self._folded = -1
-
-    @property
-    def newest(self) -> int:
-        """The newest version known of."""
-        return self._versions[-1]
-
-    def add(self, edge: Edge) -> None:
-        """Take note of something that is there. Deltas come in order."""
-        self.derived |= edge.derived
-        for version in [edge.start, edge.end] if not edge.derived else []:
-            if version is not None and (not self._versions or version > self._versions[-1]):
-                self._versions.append(version)
-        if edge.start is None:
-            self.anchors[edge.end] = edge
-            self._versions = self._versions or [edge.end]
-        elif edge.end not in self._ahead[edge.start]:  # what stands in for one delta alone is no compactor's
-            self._ahead[edge.start][edge.end] = edge
-        if edge.kind == "delta":
-            self._sizes[edge.end] = edge.size
-
-    def drop(self, edge: Edge) -> None:
-        """Forget a fold that cannot be read."""
-        assert edge.start is not None
-        del self._ahead[edge.start][edge.end]
-
-    def due(self, levels: Iterable[int]) -> list[tuple[int, int]]:
-        """The folds that are called for and not there, of what came since `folded_to`."""
-        first = bisect_left(self._versions, min(self.anchors))
-        found: set[tuple[int, int]] = set()
-        for level in levels:
-            if level > self.newest - self._versions[first]:
-                break
-            since = bisect_right(self._versions, self._folded // level * level) - 1
-            found |= {*due(self._versions[max(first, since) :], level)}
-        return [(start, end) for start, end in found if not self._is_fold(start, end)]
-
-    def folded_to(self, version: int) -> None:
-        """Every fold up to here was made, or is not worth it."""
-        self._folded = version
-
-    def parts(self, start: int, end: int) -> list[Edge]:
-        """The longest folds and deltas that lead from one version to another, but not in one. Raises Gap."""
-        found: list[Edge] = []
-        here = start
-        while here < end:
-            ahead = self._ahead.get(here, {})
-            there = max((stop for stop in ahead if stop <= end and (here, stop) != (start, end)), default=None)
-            if there is None:
-                there = end if end in ahead else None
-            if there is None:
-                raise Gap(f"run {self.run}: nothing leads from version {here} on to version {end}")
-            found.append(ahead[there])
-            here = there
-        return found
-
-    def delta_bytes(self, start: int, end: int) -> int:
-        """Bytes of the deltas between two versions."""
-        first, last = bisect_right(self._versions, start), bisect_right(self._versions, end)
-        return sum(self._sizes.get(version, 0) for version in self._versions[first:last])
-
-    def way(self) -> tuple[Link, ...]:
-        """The newest anchor, what leads on from it in the longest strides, and every fold of late versions."""
-        anchor = self.anchors[max(self.anchors)]
-        late = self._versions[bisect_left(self._versions, self.newest - LATE) :]
-        folds = [edge for version in late for edge in self._ahead.get(version, {}).values() if edge.derived]
-        strides = self.parts(anchor.end, self.newest) if self.newest > anchor.end else []
-        edges = dict.fromkeys([anchor, *strides, *folds])
-        return tuple(Link(edge.start, edge.end, edge.size, edge.record) for edge in edges)
-
-    def _is_fold(self, start: int, end: int) -> bool:
-        edge = self._ahead.get(start, {}).get(end)
-        return edge is not None and edge.derived
-
-
-def due(versions: list[int], level: int) -> list[tuple[int, int]]:
-    """The folds of a level that a chain of committed versions (ascending, from its start) calls for: between the last
-    version up to each multiple of the level and the last up to the next one, where they span several commits."""
-    following = [*versions[1:], versions[-1] + 1] if versions else []
-    at = [number for number, version in enumerate(versions) if -(-version // level) * level < following[number]]
-    return [(versions[start], versions[end]) for start, end in pairwise(at) if end - start > 1]

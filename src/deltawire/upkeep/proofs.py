@@ -58,8 +58,8 @@ class Proofs:
 
     def _prove(self, edge: Edge) -> None:
         chain, bucket = self._subscriber.chain, self._subscriber.bucket
-        ((_, filed),) = chain.read([edge])
-        record = filed.record
+        (hop,) = chain.read([edge])
+        filed, record = hop.filed, hop.filed.record
         if isinstance(record, Commit):
             return  # a run's first version: nothing older is there to be deleted
         if record.commit_hash != chain.commit(edge.end).hash:

@@ -13,9 +13,9 @@ from deltawire.format import checkpoint
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.subscriber import PLANS, Subscriber
 from deltawire.runlog import log
-from deltawire.runlog.chain import as_numbers, ends_at
 from deltawire.runlog.planner import Edge
 from deltawire.runlog.records import Commit, Derived, Position, aliases_of
+from deltawire.runlog.ways import as_numbers
 from deltawire.weights.digest import root as root_of
 
 OnRead = Callable[[Edge, int], None]
@@ -138,7 +138,7 @@ class _Walk:
         """Check what an edge leads to, and go there if it is a delta. The bytes of its payloads."""
         since = None if edge.start is None else self._chain.commit(edge.start).hash
         (hop,) = self._chain.read([edge], since)
-        record = hop[1].record
+        record = hop.filed.record
         if edge.start is None:
             self._check_anchor(edge, record)
         elif edge.kind == "delta":
@@ -150,7 +150,7 @@ class _Walk:
             back = -self._subscriber.fetch_delta(record)
             self._require(back.digests_after(self._digests, self._here), edge.start, edge)
         if isinstance(record, Derived):
-            self._require_joined(edge, record, ends_at(*hop))
+            self._require_joined(edge, record, hop.ends_at)
         return record.wire_bytes
 
     def _check_anchor(self, edge: Edge, record: Commit | Derived) -> None:

@@ -26,11 +26,11 @@ from deltawire.errors import DeltaWireError, NotFound, RankFailed, made_again
 from deltawire.publish import pending
 from deltawire.publish.pending import Captured, Part
 from deltawire.publish.sharded.ranks import LOOK, Notes, Ranks
-from deltawire.runlog import log
+from deltawire.runlog import writing
 from deltawire.runlog.keys import payload_key
-from deltawire.runlog.log import Attempt
 from deltawire.runlog.records import Payload, Position, signed
 from deltawire.runlog.signing import SigningKey
+from deltawire.runlog.writing import Attempt
 
 Stop = Callable[[], bool]
 BEAT = 5.0
@@ -75,7 +75,7 @@ class Alone:
 
         Raises BucketError, ChainError."""
         attempt = pending.freeze(captured, [part], parent_hash=parent_hash, writer=self._writer, key=self._key)
-        log.append(self._bucket, attempt)
+        writing.append(self._bucket, attempt)
         return _landed(attempt)
 
     def tell(self, error: DeltaWireError) -> None:
@@ -103,9 +103,9 @@ class First:
         number = self._line.number
         self._ranks.notes.post(f"range/{number}", str(captured.version).encode())
         if captured.parent is None:
-            log.put_run(self._bucket, signed(captured.run, self._key))
+            writing.put_run(self._bucket, signed(captured.run, self._key))
             self._ranks.notes.post(f"begun/{number}", b"")
-        log.put_payloads(self._bucket, captured.run.run, part.payloads)
+        writing.put_payloads(self._bucket, captured.run.run, part.payloads)
         handed = []
         for rank in range(1, self._ranks.size):
             note = self._line.wait(f"part/{number}/{rank}", stop, of=rank)
@@ -116,7 +116,7 @@ class First:
             handed.append(Part({}, found.records, found.names))
         own = Part({}, part.records, part.names)
         attempt = pending.freeze(captured, [own, *handed], parent_hash=parent_hash, writer=self._writer, key=self._key)
-        log.append(self._bucket, attempt)
+        writing.append(self._bucket, attempt)
         landed = _landed(attempt)
         self._ranks.notes.post(f"done/{number}", msgspec.json.encode(landed))
         self._line.number += 1
@@ -167,7 +167,7 @@ class Other:
         number = self._line.number
         if captured.parent is None and self._line.wait(f"begun/{number}", stop) is None:
             return None
-        log.put_payloads(self._bucket, captured.run.run, part.payloads)
+        writing.put_payloads(self._bucket, captured.run.run, part.payloads)
         handed = msgspec.json.encode(_Handed(part.records, part.names))
         self._ranks.notes.post(f"part/{number}/{self._ranks.rank}", handed)
         note = self._line.wait(f"done/{number}", stop)

@@ -1,0 +1,91 @@
+"""One run of a bucket, opened: its records, and its payloads with every byte checked."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from deltawire.buckets.base import Bucket, Stat
+from deltawire.buckets.verified import get_verified
+from deltawire.errors import FormatError
+from deltawire.format import delta_file
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.read.anchors import Anchors
+from deltawire.runlog import log
+from deltawire.runlog.bounds import require_delta, require_memory
+from deltawire.runlog.chain import Chain
+from deltawire.runlog.keys import HEAD_KEY, payload_key
+from deltawire.runlog.records import Commit, Derived, Run, require_in_table
+from deltawire.runlog.signing import Trust, trust
+from deltawire.weights.delta import Delta
+
+
+class OpenedRun:
+    """The run that HEAD names at first use, read and checked. Options are `Subscriber`'s."""
+
+    def __init__(
+        self, bucket: Bucket, *, base: Path | str | None = None, trusted: Iterable[str | Path] | Trust = ()
+    ) -> None:
+        self.bucket = bucket
+        self.trust = trusted if isinstance(trusted, Trust) else trust(trusted)
+        self._anchors = Anchors(bucket, base=Path(base) if base is not None else None)
+        self._opened: Chain | None = None
+        self._wrong: set[str] = set()
+
+    def close(self) -> None:
+        """Remove downloaded anchor files; mappings handed out before stop being usable."""
+        self._anchors.close()
+
+    @property
+    def fetching(self) -> tuple[int, int] | None:
+        """While an anchor is downloaded, how many of its bytes are on this host, and how many there are."""
+        return self._anchors.fetching
+
+    def refresh(self) -> None:
+        """Forget the records read so far, so that one damaged on its way is read again; the run stays the same."""
+        if self._opened is not None:
+            self._opened = Chain(self.bucket, self._opened.filed, self.trust)
+
+    @property
+    def chain(self) -> Chain:
+        """The run's records. Raises NotFound while nothing is published."""
+        if self._opened is None:
+            run = log.load_run(self.bucket, log.current_run(self.bucket, trust=self.trust), trust=self.trust)
+            self._opened = Chain(self.bucket, run, self.trust)
+        return self._opened
+
+    @property
+    def run(self) -> Run:
+        """The run's record, read once. Raises NotFound while nothing is published."""
+        return self.chain.run
+
+    def watch(self, *, timeout: float, tag: str | None = None) -> Stat | None:
+        """Wait until HEAD's tag differs from `tag`, at most `timeout` seconds."""
+        return self.bucket.watch(HEAD_KEY, tag=tag, timeout=timeout)
+
+    def fetch_delta(self, record: Commit | Derived) -> Delta:
+        """What a commit or a fold changes, its bytes checked; the digests it leads to are the caller's to compare.
+
+        Raises BucketError; FormatError for damaged bytes, or those of another version.
+        """
+        delta = Delta()
+        require_delta(record, self.run.table, f"{self.bucket.url}: {record.position}")
+        for payload in record.payloads:
+            key = payload_key(record.run, payload.key)
+            data = get_verified(self.bucket, key, size=payload.size, blake3=payload.blake3)
+            header = delta_file.read_header(data)
+            if (header.run, header.parent, header.version) != (record.run, record.parent, record.version):
+                raise FormatError(f"{key} says {header.run}:{header.parent}→{header.version}, not what its commit says")
+            require_in_table(header.tensors, self.chain.entries, key)
+            require_memory(header.tensors, key)
+            delta += delta_file.decode(data)
+        if delta.keys() != record.digests.keys():
+            raise FormatError(f"{record.position}: the payload changes other tensors than the commit lists")
+        return delta
+
+    def open_anchor(self, record: Commit | Derived) -> Checkpoint:
+        """The checkpoint of an anchor, or of the first commit of a run, in files on this host; bytes and digests are
+        checked. Raises BucketError; BadDigest, FormatError unless it holds the run's table."""
+        return self._anchors.sound(record, self.run)
+
+    def read_anchor(self, record: Commit | Derived) -> Checkpoint:
+        """As `open_anchor`, but its digests are the caller's to compare."""
+        return self._anchors.open(record, self.run)
