@@ -7,8 +7,9 @@ from urllib.parse import urlsplit
 
 from obstore import exceptions, store
 
+from deltawire.buckets.addresses import is_loopback, without_password
 from deltawire.buckets.objects import ObjectBucket
-from deltawire.buckets.proxies import is_loopback, proxy_note, spare_loopback
+from deltawire.buckets.proxies import proxy_note, spare_loopback
 from deltawire.buckets.refusals import first_line
 from deltawire.errors import BadUrl
 
@@ -49,7 +50,7 @@ def _endpoint(settings: dict[str, Any], scheme: str) -> str:
     endpoint = os.environ[named] if named else settings.get("endpoint", "https://s3.amazonaws.com")
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname or " " in endpoint:
-        shown = endpoint.rpartition("@")[2]
+        shown = without_password(endpoint)
         raise BadUrl(f"{named or 'endpoint_url'} is {shown!r}: not an address that starts with http:// or https://")
     return endpoint
 

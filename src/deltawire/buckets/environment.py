@@ -5,9 +5,10 @@ of secrets are never told, compared or handed over: only whether they are set.
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+from deltawire.buckets.addresses import without_password
 
 _ENDPOINTS = {
     "hf": ("HF_ENDPOINT",),
@@ -41,7 +42,7 @@ def seen(url: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What decides whether this process reaches a bucket, by name; of secrets, `SET`. What is unset is left out."""
     scheme = _scheme(url)
     shown = (*_ENDPOINTS.get(scheme, ()), *_HOST.get(scheme, ()), *(_PROXIES if scheme in _ENDPOINTS else ()))
-    told = {name: _without_password(environ[name]) for name in shown if environ.get(name)}
+    told = {name: without_password(environ[name], "…@") for name in shown if environ.get(name)}
     return told | {name: SET for name in _SECRETS.get(scheme, ()) if environ.get(name)}
 
 
@@ -81,7 +82,3 @@ def applied(url: str, settings: Mapping[str, str]) -> Iterator[None]:
 
 def _scheme(url: str) -> str:
     return url.partition("://")[0].lower()
-
-
-def _without_password(value: str) -> str:
-    return re.sub(r"//[^/@]*@", "//…@", value)

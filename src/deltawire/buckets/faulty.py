@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from deltawire.buckets.base import Bucket, Stat, fenced, watch_by_polling
+from deltawire.buckets.base import Bucket, Stat, fenced
+from deltawire.buckets.forwarding import Forwarding
 from deltawire.errors import Unavailable
 
 Kind = Literal[
@@ -85,15 +86,14 @@ class _Memory:
     late: builtins.list[Callable[[], None]] = field(default_factory=list)
 
 
-class Faulty:
+class Faulty(Forwarding):
     """`bucket` under a schedule, which may be exchanged at any time. `injected` counts faults by kind."""
 
     def __init__(self, bucket: Bucket, schedule: Schedule, *, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._bucket, self.schedule, self._sleep = bucket, schedule, sleep
+        super().__init__(bucket)
+        self.schedule, self._sleep = schedule, sleep
         self._memory, self._lock, self._calls = _Memory(), threading.Lock(), 0
         self.injected: Counter[str] = Counter()
-        self.url = bucket.url
-        self.poll_seconds = bucket.poll_seconds
         self._denied: bool | None = None
 
     @property
@@ -107,9 +107,6 @@ class Faulty:
 
     def prove(self, folder: str) -> bool:
         return fenced(self._bucket, folder) if self._denied is None else self._denied
-
-    def __repr__(self) -> str:
-        return f"<bucket {self.url}, faulty>"
 
     def stat(self, key: str) -> Stat:
         fault = self._begin("stat", key)
@@ -154,9 +151,6 @@ class Faulty:
         self._bucket.delete(*(keys[:1] if fault == "partial" else keys))
         if fault in ("partial", "fail after"):
             raise Unavailable(f"{self.url}: injected: {fault}")
-
-    def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
-        return watch_by_polling(self, key, tag=tag, timeout=timeout)
 
     def _write(self, verb: str, key: str, send: Callable[[], None], data: bytes | Path) -> None:
         fault = self._begin(verb, key)

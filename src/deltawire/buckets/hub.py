@@ -34,10 +34,11 @@ try:
 except ImportError:
     raise ImportError("the hub bucket needs huggingface_hub: pip install 'deltawire[hub]'") from None
 
+from deltawire.buckets.addresses import is_loopback
 from deltawire.buckets.atomic import replacing
 from deltawire.buckets.base import Listing, Stat, check_key, check_prefix, is_key, look_then_put, watch_by_polling
 from deltawire.buckets.hub_refusals import batch_refusal, local_refusal
-from deltawire.buckets.proxies import is_loopback, proxy_note, spare_loopback
+from deltawire.buckets.proxies import proxy_note, spare_loopback
 from deltawire.buckets.refusals import first_line, from_anything, is_later
 from deltawire.errors import (
     AccessRefused,

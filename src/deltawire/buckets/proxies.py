@@ -1,20 +1,12 @@
 """HTTP proxies: never in front of this host's own servers, and named when no answer came through one."""
 
-import ipaddress
 import os
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from deltawire.buckets.addresses import is_loopback, without_password
+
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-def is_loopback(url: str) -> bool:
-    """Whether a URL's host is this machine itself."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def spare_loopback(url: str) -> bool:
@@ -50,5 +42,5 @@ def proxy_note(url: str, also: tuple[str, ...] = ()) -> str:
 
 def _note(address: str, variable: str) -> str:
     """Without a name or password, which a proxy's address may carry."""
-    host = address.rpartition("@")[2].removeprefix("http://").removeprefix("https://").rstrip("/")
+    host = without_password(address).removeprefix("http://").removeprefix("https://").rstrip("/")
     return f" (through the proxy {host} that {variable} names; NO_PROXY lists hosts to reach without it)"

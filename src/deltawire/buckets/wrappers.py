@@ -8,31 +8,15 @@ from typing import TypeVar
 
 import tenacity
 
-from deltawire.buckets.base import Bucket, Stat, check_key, check_prefix, fenced, watch_by_polling
+from deltawire.buckets.base import Bucket, Stat, check_key, check_prefix, fenced
+from deltawire.buckets.forwarding import Forwarding
 from deltawire.buckets.refusals import from_anything
 from deltawire.errors import DeltaWireError, Unavailable
 
 T = TypeVar("T")
 
 
-class _Around:
-    """A bucket inside another, which has its address and says of it what it says itself."""
-
-    def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
-        self.url = bucket.url
-        self.poll_seconds = bucket.poll_seconds
-
-    @property
-    def conditional_writes(self) -> bool:
-        """That of the bucket inside, which may have to `prove` it."""
-        return self._bucket.conditional_writes
-
-    def prove(self, folder: str) -> bool:
-        return fenced(self._bucket, folder)
-
-
-class Prefix(_Around):
+class Prefix(Forwarding):
     """The part of `bucket` whose keys start with `prefix` and a "/", under the rest of those keys."""
 
     def __init__(self, bucket: Bucket, prefix: str) -> None:
@@ -81,42 +65,7 @@ class Prefix(_Around):
         return replace(stat, key=stat.key.removeprefix(self._prefix))
 
 
-class _Asking(_Around):
-    """Every verb of `bucket` goes through `_ask`, with what it is about."""
-
-    def prove(self, folder: str) -> bool:
-        return self._ask(lambda: fenced(self._bucket, folder), folder)
-
-    def stat(self, key: str) -> Stat:
-        return self._ask(lambda: self._bucket.stat(key), key)
-
-    def get(self, key: str, *, limit: int) -> bytes:
-        return self._ask(lambda: self._bucket.get(key, limit=limit), key)
-
-    def get_file(self, key: str, path: Path, *, limit: int) -> None:
-        self._ask(lambda: self._bucket.get_file(key, path, limit=limit), key)
-
-    def put(self, key: str, data: bytes | Path) -> None:
-        self._ask(lambda: self._bucket.put(key, data), key)
-
-    def put_new(self, key: str, data: bytes | Path) -> None:
-        self._ask(lambda: self._bucket.put_new(key, data), key)
-
-    def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
-        # Collected: a listing that breaks off halfway is asked for again from its start, so none of it may be out yet.
-        return iter(self._ask(lambda: [*self._bucket.list(prefix, after=after)], prefix))
-
-    def delete(self, *keys: str) -> None:
-        self._ask(lambda: self._bucket.delete(*keys), keys[0] if keys else "")
-
-    def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
-        return watch_by_polling(self, key, tag=tag, timeout=timeout)
-
-    def _ask(self, ask: Callable[[], T], key: str) -> T:
-        raise NotImplementedError
-
-
-class Retry(_Asking):
+class Retry(Forwarding):
     """`bucket`, asked again while it is Unavailable, `attempts` times in all; any other error is final at once.
 
     Waits are random, up to `first_wait` seconds at first, then doubling up to `longest_wait`; the last error is raised
@@ -144,23 +93,17 @@ class Retry(_Asking):
             reraise=True,
         )
 
-    def __repr__(self) -> str:
-        return f"<bucket {self.url}, retrying>"
-
-    def _ask(self, ask: Callable[[], T], key: str) -> T:
-        return self._policy.copy()(ask)
+    def _call(self, verb: Callable[[], T], key: str) -> T:
+        return self._policy.copy()(verb)
 
 
-class Typed(_Asking):
+class Typed(Forwarding):
     """`bucket`, whose every failure is a DeltaWireError, for stores written elsewhere and sources that cannot be read:
     what else it raises is named, and is Unavailable unless no other try can help."""
 
-    def __repr__(self) -> str:
-        return f"<bucket {self.url}, typed>"
-
-    def _ask(self, ask: Callable[[], T], key: str) -> T:
+    def _call(self, verb: Callable[[], T], key: str) -> T:
         try:
-            return ask()
+            return verb()
         except DeltaWireError:
             raise
         except Exception as error:
@@ -176,7 +119,7 @@ class Traffic:
     bytes_down: int = 0
 
 
-class Counting(_Around):
+class Counting(Forwarding):
     """`bucket`, with `traffic` saying how much has gone through it. Bytes count once they have arrived whole."""
 
     def __init__(self, bucket: Bucket) -> None:
@@ -184,44 +127,29 @@ class Counting(_Around):
         self._lock = threading.Lock()
         self.traffic = Traffic()
 
-    def __repr__(self) -> str:
-        return f"<bucket {self.url}, counting>"
-
-    def stat(self, key: str) -> Stat:
-        self._count(calls=1)
-        return self._bucket.stat(key)
-
     def get(self, key: str, *, limit: int) -> bytes:
-        self._count(calls=1)
-        data = self._bucket.get(key, limit=limit)
+        data = super().get(key, limit=limit)
         self._count(down=len(data))
         return data
 
     def get_file(self, key: str, path: Path, *, limit: int) -> None:
-        self._count(calls=1)
-        self._bucket.get_file(key, path, limit=limit)
+        super().get_file(key, path, limit=limit)
         self._count(down=path.stat().st_size)
 
     def put(self, key: str, data: bytes | Path) -> None:
-        self._count(calls=1)
-        self._bucket.put(key, data)
+        super().put(key, data)
         self._count(up=_size(data))
 
     def put_new(self, key: str, data: bytes | Path) -> None:
-        self._count(calls=1)
-        self._bucket.put_new(key, data)
+        super().put_new(key, data)
         self._count(up=_size(data))
 
-    def list(self, prefix: str = "", *, after: str = "") -> Iterator[Stat]:
-        self._count(calls=1)
-        return self._bucket.list(prefix, after=after)
+    def prove(self, folder: str) -> bool:
+        return fenced(self._bucket, folder)
 
-    def delete(self, *keys: str) -> None:
+    def _call(self, verb: Callable[[], T], key: str) -> T:
         self._count(calls=1)
-        self._bucket.delete(*keys)
-
-    def watch(self, key: str, *, tag: str | None, timeout: float) -> Stat | None:
-        return watch_by_polling(self, key, tag=tag, timeout=timeout)
+        return verb()
 
     def _count(self, *, calls: int = 0, up: int = 0, down: int = 0) -> None:
         with self._lock:

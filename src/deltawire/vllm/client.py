@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deltawire.buckets.proxies import is_loopback, proxy_note
+from deltawire.buckets.addresses import is_loopback
+from deltawire.buckets.proxies import proxy_note
 from deltawire.errors import BadAnswer, EngineError, EngineUnavailable, EngineUnsupported, Quarantined
 from deltawire.follow.engine import Engine, PauseMode, opening
 from deltawire.runlog.records import Position
