@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from deltawire.demo import audit
-from deltawire.demo.cast import BUCKET, SERVED_NAME, Cast, find_checkout
+from deltawire.demo.commands import BUCKET, SERVED_NAME, Commands, find_checkout
 from deltawire.demo.processes import Child, Children, Command, free_port
 from deltawire.errors import DeltaWireError
 from deltawire.vllm.client import EngineClient
@@ -44,9 +44,9 @@ def url_of(child: Child) -> str | None:
     return next((str(record["url"]) for record in child.output.records() if record.get("event") == "ready"), None)
 
 
-def trainer_command(cast: Cast, engine: str, environment: str, hub: str, steps: int) -> Command:
+def trainer_command(commands: Commands, engine: str, environment: str, hub: str, steps: int) -> Command:
     """`wordle_trl` with the demo trainer's environment, beside a folder of the name that vLLM serves the model by."""
-    (cast.folder / SERVED_NAME).symlink_to(cast.model_folder, target_is_directory=True)
+    (commands.folder / SERVED_NAME).symlink_to(commands.model_folder, target_is_directory=True)
     options = {
         "--model": SERVED_NAME,
         "--assets": SERVED_NAME,
@@ -54,26 +54,26 @@ def trainer_command(cast: Cast, engine: str, environment: str, hub: str, steps: 
         "--engine": engine,
         "--environment": environment,
         "--steps": str(steps),
-        "--digests": str(cast.digests),
+        "--digests": str(commands.digests),
     }
     flat = [word for pair in options.items() for word in pair]
     command = [sys.executable, "-m", "examples.trl.wordle_trl", *flat]
-    return replace(cast.trainer(engine, environment, hub), arguments=command, folder=cast.folder)
+    return replace(commands.trainer(engine, environment, hub), arguments=command, folder=commands.folder)
 
 
-def play(children: Children, cast: Cast, steps: int) -> list[str]:
+def play(children: Children, commands: Commands, steps: int) -> list[str]:
     """Start all, train, and compare vLLM's live weights with the trainer's; the names of those that differ."""
-    server, games = children.start(cast.server()), children.start(cast.environment())
-    model = children.start(cast.model())
+    server, games = children.start(commands.server()), children.start(commands.environment())
+    model = children.start(commands.model())
     wait(children, model, lambda: model.code == 0 or None, "make the model")
     hub = wait(children, server, lambda: url_of(server), "get ready")
     engine = f"http://127.0.0.1:{free_port()}"
-    vllm = children.start(cast.vllm(engine, hub))
+    vllm = children.start(commands.vllm(engine, hub))
     environment = wait(children, games, lambda: url_of(games), "get ready")
     print(f"bucket server at {hub}, environment at {environment}, vLLM is starting at {engine}", flush=True)
     wait(children, vllm, lambda: audit.is_healthy(engine) or None, "get ready")
-    children.start(cast.follower(engine, hub))
-    trainer = children.start(trainer_command(cast, engine, environment, hub, steps))
+    children.start(commands.follower(engine, hub))
+    trainer = children.start(trainer_command(commands, engine, environment, hub, steps))
     print("vLLM is ready; TRL is starting", flush=True)
 
     def look() -> bool | None:
@@ -82,7 +82,7 @@ def play(children: Children, cast: Cast, steps: int) -> list[str]:
         return trainer.code == 0 or None
 
     wait(children, trainer, look, "end")
-    trained = json.loads(cast.digests.read_text())
+    trained = json.loads(commands.digests.read_text())
     with EngineClient(engine) as client:
         print(f"vLLM serves {client.weight_version()}; auditing its live weights", flush=True)
         return audit.compare(trained, client.audit().digests)
@@ -96,9 +96,9 @@ def main() -> int:
     try:
         folder = arguments.out or Path("runs") / f"trl-{datetime.now():%Y%m%d-%H%M%S}"
         folder.mkdir(parents=True)
-        cast = Cast(find_checkout(), folder.absolute())
-        with Children(cast.folder / "logs") as children:
-            differs = play(children, cast, arguments.steps)
+        commands = Commands(find_checkout(), folder.absolute())
+        with Children(commands.folder / "logs") as children:
+            differs = play(children, commands, arguments.steps)
     except (DeltaWireError, OSError) as error:
         print(f"example-trl: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""A cast of stand-ins for the demo: five small programs that say and serve what the real ones do, and can be broken."""
+"""Stand-ins for the demo's processes: small programs that say and serve what the real ones do, and can be broken."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import numpy as np
 from scripts import TELL, python
 
 from deltawire import digest
-from deltawire.demo.cast import Act, Cast
+from deltawire.demo.commands import Act, Commands
 from deltawire.demo.processes import Command
 
 ACTS = (Act("learn", 1e-3, 2), Act("rl", 2e-6, 1))
@@ -85,7 +85,7 @@ PROCESS_NAMES = tuple(SOURCES)
 
 
 @dataclass(frozen=True, slots=True)
-class FakeCast(Cast):
+class FakeCommands(Commands):
     """`broken` replaces what a process does after it told its pid."""
 
     acts: tuple[Act, ...] = ACTS
@@ -117,16 +117,16 @@ class FakeCast(Cast):
     def materialize(self, hub: str) -> Command:
         return self._fake("materialize", lasting=False, MATERIALIZED=str(self.materialized))
 
-    def breaking(self, name: str, source: str) -> "FakeCast":
-        """The same cast with one process that does something else."""
+    def breaking(self, name: str, source: str) -> "FakeCommands":
+        """The same commands with one process that does something else."""
         return replace(self, broken={**self.broken, name: source})
 
-    def with_digest(self, name: str, value: str) -> "FakeCast":
-        """The same cast with a server whose weights have another digest."""
+    def with_digest(self, name: str, value: str) -> "FakeCommands":
+        """The same commands with a server whose weights have another digest."""
         return self.breaking(name, VLLM.replace(DIGEST, value))
 
-    def with_grace(self, seconds: float) -> "FakeCast":
-        """The same cast with less time to end in."""
+    def with_grace(self, seconds: float) -> "FakeCommands":
+        """The same commands with less time to end in."""
         return replace(self, grace=seconds)
 
     def pids(self) -> dict[str, int]:
@@ -143,6 +143,6 @@ class FakeCast(Cast):
         return Command(name, python(source), environment, grace=self.grace, lasting=lasting)
 
 
-def fake_cast(folder: Path) -> FakeCast:
-    """A cast that plays a whole demo in a second or two."""
-    return FakeCast(checkout=folder, folder=folder)
+def fake_commands(folder: Path) -> FakeCommands:
+    """A commands that plays a whole demo in a second or two."""
+    return FakeCommands(checkout=folder, folder=folder)

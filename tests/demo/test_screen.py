@@ -5,9 +5,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from deltawire.demo.cast import Act
+from deltawire.demo.commands import Act
+from deltawire.demo.progress import Progress
 from deltawire.demo.screen import LiveScreen, PlainScreen, open_screen, panel, size, sparkline, step_line
-from deltawire.demo.story import Story
 from deltawire.errors import FormatError
 
 ACTS = (Act("learn", 1e-3, 8), Act("rl", 2e-6, 4))
@@ -29,8 +29,8 @@ def update(version: int, *, verified: bool = True) -> dict[str, object]:
 
 
 @pytest.fixture
-def story() -> Story:
-    return Story(ACTS)
+def progress() -> Progress:
+    return Progress(ACTS)
 
 
 @pytest.fixture
@@ -38,10 +38,10 @@ def output() -> StringIO:
     return StringIO()
 
 
-def text_of(story: Story, waiting: str = "", seconds: float = 0.0) -> str:
+def text_of(progress: Progress, waiting: str = "", seconds: float = 0.0) -> str:
     console = Console(file=StringIO(), width=120)
     with console.capture() as capture:
-        console.print(panel(story, waiting, seconds))
+        console.print(panel(progress, waiting, seconds))
     return capture.get()
 
 
@@ -51,44 +51,44 @@ def test_without_a_terminal_lines_are_plain_and_on_a_terminal_only_if_asked_for(
     assert isinstance(open_screen(Console(file=output, force_terminal=True), plain=False), LiveScreen)
 
 
-def test_plain_lines_come_every_five_steps_and_at_the_last(story: Story, output: StringIO) -> None:
+def test_plain_lines_come_every_five_steps_and_at_the_last(progress: Progress, output: StringIO) -> None:
     with PlainScreen(Console(file=output)) as screen:
         for number in range(1, 13):
-            story.hear("trainer", step(number, ACTS[number > 8]))
-            screen.draw(story, "", 1.0 * number)
-            screen.draw(story, "", 1.0 * number)
+            progress.hear("trainer", step(number, ACTS[number > 8]))
+            screen.draw(progress, "", 1.0 * number)
+            screen.draw(progress, "", 1.0 * number)
     lines = output.getvalue().splitlines()
     assert [line.split(" s] ")[0].split()[-1] for line in lines] == ["5", "10", "12"]
     assert "act 1 of 2, learn at 0.001, step 5/8" in lines[0]
     assert "act 2 of 2, rl at 2e-06, step 2/4" in lines[1]
 
 
-def test_a_plain_line_every_ten_seconds_says_what_is_waited_for(story: Story, output: StringIO) -> None:
+def test_a_plain_line_every_ten_seconds_says_what_is_waited_for(progress: Progress, output: StringIO) -> None:
     screen = PlainScreen(Console(file=output))
     for second in range(25):
-        screen.draw(story, f"vllm is starting, {second} s", float(second))
+        screen.draw(progress, f"vllm is starting, {second} s", float(second))
     assert output.getvalue().splitlines() == [
         "[  10 s] vllm is starting, 10 s",
         "[  20 s] vllm is starting, 20 s",
     ]
 
 
-def test_the_plain_line_has_every_figure(story: Story) -> None:
-    story.hear("trainer", step(1))
-    story.hear("trainer", step(2))
-    story.hear("follower", update(1))
-    story.hear("trainer", {"event": "upload", "version": 2, "seconds": 0.125})
-    assert step_line(story) == (
+def test_the_plain_line_has_every_figure(progress: Progress) -> None:
+    progress.hear("trainer", step(1))
+    progress.hear("trainer", step(2))
+    progress.hear("follower", update(1))
+    progress.hear("trainer", {"event": "upload", "version": 2, "seconds": 0.125})
+    assert step_line(progress) == (
         "act 1 of 2, learn at 0.001, step 2/8: reward 0.250, win 50%, version 2 published, 1 served, changed 1.25%, "
         "delta 2.0 KiB of 1.00 MiB, upload 0.12 s, staleness 2, pause 1.5 ms, verified"
     )
 
 
-def test_the_panel_has_every_figure(story: Story) -> None:
-    story.hear("trainer", step(1))
-    story.hear("follower", update(1))
-    story.hear("trainer", {"event": "upload", "version": 2, "seconds": 0.125})
-    text = text_of(story, "vllm is starting, 3 s", 75.0)
+def test_the_panel_has_every_figure(progress: Progress) -> None:
+    progress.hear("trainer", step(1))
+    progress.hear("follower", update(1))
+    progress.hear("trainer", {"event": "upload", "version": 2, "seconds": 0.125})
+    text = text_of(progress, "vllm is starting, 3 s", 75.0)
     for figure in (
         "1:15", "act 1 of 2, learn at 0.001, step 1/8", "● bucket-server", "● trainer", "0.250", "50%",
         "1 published, 1 served, staleness 2", "2.0 KiB of 1.00 MiB, uploaded in 0.12 s", "1.25% of the weights",
@@ -97,40 +97,40 @@ def test_the_panel_has_every_figure(story: Story) -> None:
         assert figure in text
 
 
-def test_before_the_first_step_the_panel_shows_the_processes_alone(story: Story) -> None:
-    text = text_of(story)
+def test_before_the_first_step_the_panel_shows_the_processes_alone(progress: Progress) -> None:
+    text = text_of(progress)
     assert "● follower" in text
     assert "reward" not in text
 
 
-def test_an_update_that_was_not_verified_is_said_loudly(story: Story) -> None:
-    story.hear("trainer", step(1))
-    story.hear("follower", update(1, verified=False))
-    assert "NOT VERIFIED" in step_line(story)
-    assert "NOT VERIFIED" in text_of(story)
+def test_an_update_that_was_not_verified_is_said_loudly(progress: Progress) -> None:
+    progress.hear("trainer", step(1))
+    progress.hear("follower", update(1, verified=False))
+    assert "NOT VERIFIED" in step_line(progress)
+    assert "NOT VERIFIED" in text_of(progress)
 
 
-def test_the_followers_problem_stands_until_its_next_update(story: Story) -> None:
-    story.hear("follower", {"event": "problem", "error": "Unavailable: no answer"})
-    assert "Unavailable: no answer" in text_of(story)
-    story.hear("follower", update(1))
-    assert "Unavailable" not in text_of(story)
-    story.hear("follower", {"event": "problem", "error": "Unavailable: no answer"})
-    story.hear("follower", {"event": "current", "version": 1})
-    assert "Unavailable" not in text_of(story)
+def test_the_followers_problem_stands_until_its_next_update(progress: Progress) -> None:
+    progress.hear("follower", {"event": "problem", "error": "Unavailable: no answer"})
+    assert "Unavailable: no answer" in text_of(progress)
+    progress.hear("follower", update(1))
+    assert "Unavailable" not in text_of(progress)
+    progress.hear("follower", {"event": "problem", "error": "Unavailable: no answer"})
+    progress.hear("follower", {"event": "current", "version": 1})
+    assert "Unavailable" not in text_of(progress)
 
 
-def test_a_record_that_lacks_a_field_is_an_error_that_names_process_and_field(story: Story) -> None:
+def test_a_record_that_lacks_a_field_is_an_error_that_names_process_and_field(progress: Progress) -> None:
     record = step(1)
     del record["reward"]
     with pytest.raises(FormatError, match=r"trainer .* `reward`"):
-        story.hear("trainer", record)
+        progress.hear("trainer", record)
 
 
-def test_the_live_screen_draws_on_a_terminal_and_keeps_events(story: Story, output: StringIO) -> None:
+def test_the_live_screen_draws_on_a_terminal_and_keeps_events(progress: Progress, output: StringIO) -> None:
     with LiveScreen(Console(file=output, force_terminal=True, width=100)) as screen:
         screen.tell("vllm is ready", 3.0)
-        screen.draw(story, "", 4.0)
+        screen.draw(progress, "", 4.0)
     assert "vllm is ready" in output.getvalue()
     assert "deltawire demo" in output.getvalue()
 

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from deltawire.demo.audit import compare
-from deltawire.demo.cast import Act, Cast
+from deltawire.demo.commands import Act, Commands
 from deltawire.demo.summary import Audit, DemoSummary, Served, Step, Traffic, summarize
 
 TRAFFIC = Traffic(received_bytes=500, deduplicated_bytes=20)
@@ -109,8 +109,8 @@ def test_the_summary_names_what_the_file_must_hold() -> None:
 
 
 def test_the_trainer_is_told_nothing_by_which_it_could_send_weights_to_vllm() -> None:
-    cast = Cast(Path("checkout"), Path("run"), (Act("learn", 1e-3, 5),))
-    command = cast.trainer("http://127.0.0.1:1", "http://127.0.0.1:2", "http://127.0.0.1:3")
+    commands = Commands(Path("checkout"), Path("run"), (Act("learn", 1e-3, 5),))
+    command = commands.trainer("http://127.0.0.1:1", "http://127.0.0.1:2", "http://127.0.0.1:3")
     options = dict(zip(command.arguments[3:-2:2], command.arguments[4:-2:2], strict=True))
     assert figures().trainer_connected_to_vllm_for_weights is False
     assert options.keys() == {

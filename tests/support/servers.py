@@ -153,7 +153,7 @@ RUNNING = "vllm:num_requests_running{"
 
 
 class Server:
-    """One vLLM server under a keeper, which ends it and its workers even when the tests are killed; `url`, `stop()`."""
+    """One vLLM server under a supervisor. It ends with its workers even when the tests are killed; `url`, `stop()`."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """The keeper's, whose children the server and its workers are."""
+        """The supervisor's, whose children the server and its workers are."""
         return self._process.pid
 
     def stop(self) -> None:

@@ -14,7 +14,7 @@ from deltawire.buckets.faulty import Faulty, at
 from deltawire.errors import BadDigest, BadSignature, Unavailable
 from deltawire.runlog import signing
 from deltawire.runlog.records import Derived, read, signed, write
-from deltawire.upkeep.background import Tending
+from deltawire.upkeep.background import BackgroundCompactor
 from deltawire.upkeep.compactor import Compactor
 from deltawire.upkeep.inventory import due
 from deltawire.weights.digest import root
@@ -202,10 +202,10 @@ def test_tending_compacts_beside_whoever_wakes_it_and_tries_again_what_failed(tm
     bucket, _ = chain(5)
     faulty, told = Faulty(bucket, at("put_new", "folds/", "fail before")), queue.Queue()
     compactor = Compactor(faulty, tmp_path / "m", anchors="never")
-    with Tending(compactor, on_report=told.put, on_problem=told.put) as tending:
-        tending.wake()
+    with BackgroundCompactor(compactor, on_report=told.put, on_problem=told.put) as compacting:
+        compacting.wake()
         assert isinstance(told.get(timeout=30), Unavailable)
-        tending.wake()
+        compacting.wake()
         report = told.get(timeout=30)
     assert (report.parent, report.version) == (0, 4)
     assert told.empty()

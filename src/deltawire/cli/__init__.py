@@ -11,7 +11,7 @@ from deltawire.cli.printing import named
 from deltawire.cli.reading import inspect, log, materialize, verify
 from deltawire.cli.starting import demo, render, serve
 from deltawire.cli.upkeep import compact, keygen, prune
-from deltawire.demo.cast import in_checkout
+from deltawire.demo.commands import in_checkout
 from deltawire.errors import DeltaWireError
 
 app = typer.Typer(

@@ -75,17 +75,17 @@ def follow(
     newest versions of the adapter, and nothing is paused, kept or audited.
     """
     from deltawire.follow.follower import Follower
-    from deltawire.upkeep.background import Tending
+    from deltawire.upkeep.background import BackgroundCompactor
     from deltawire.upkeep.compactor import Compactor
     from deltawire.vllm.adapters import AdapterFollower
     from deltawire.vllm.client import EngineClient
 
-    teller, tending = Teller(as_json=json), None
+    teller, compacting = Teller(as_json=json), None
 
     def report(update: "UpdateReport | AdapterReport") -> None:
         teller.update(update)
-        if tending is not None:
-            tending.wake()
+        if compacting is not None:
+            compacting.wake()
 
     def problem(error: Exception) -> None:
         teller.problem(error, follower.standing)
@@ -96,7 +96,7 @@ def follow(
     with ExitStack() as stack:
         if compact is not None:
             compactor = Compactor(open_bucket(bucket), compact, base=base, trusted=trust or (), signing_key=key)
-            tending = stack.enter_context(Tending(compactor, on_problem=teller.problem))
+            compacting = stack.enter_context(BackgroundCompactor(compactor, on_problem=teller.problem))
         follower: Follower | AdapterFollower
         if adapter is None:
             updating: dict[str, Any] = {"pause": pause, "clear_cache": not keep_cache, "audit_every": audit_every}

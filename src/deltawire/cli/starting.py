@@ -57,7 +57,7 @@ def render(
 
     The printed `hf` commands take two secrets from the environment: HF_TOKEN and a VLLM_API_KEY of your own.
     """
-    from deltawire.demo.cast import find_checkout
+    from deltawire.demo.commands import find_checkout
     from deltawire.demo.spaces import render as render_spaces
 
     rendered = render_spaces(find_checkout(), user, out)

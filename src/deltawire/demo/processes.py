@@ -16,12 +16,12 @@ import msgspec
 
 from deltawire.errors import DeltaWireError
 
-KEEPER = Path(__file__).with_name("keeper.py")
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
 LOG_END_LINES = 20
 HURRY = 3.0
 """seconds of grace for each when something has failed or a person pressed Ctrl-C"""
-_KEEPER_ALLOWANCE = 5.0
-"""seconds a keeper has, after the grace of its command, to kill it and report"""
+_SUPERVISOR_ALLOWANCE = 5.0
+"""seconds a supervisor has, after the grace of its command, to kill it and report"""
 
 
 class ProcessFailed(DeltaWireError):
@@ -69,7 +69,7 @@ class Tail:
 
 
 class Child:
-    """One process under a keeper (see `keeper`), which ends it when `close` is called or when this process is gone.
+    """One process under a supervisor (see `supervisor`). It ends when `close` is called or when this process is gone.
 
     Both its outputs go to `log`. Not thread-safe.
     """
@@ -84,8 +84,8 @@ class Child:
         lifeline, self._lifeline = os.pipe()
         try:
             with log.open("ab") as output:
-                self._keeper = subprocess.Popen(
-                    [sys.executable, "-I", "-S", KEEPER, str(lifeline), str(command.grace), *command.arguments],
+                self._supervisor = subprocess.Popen(
+                    [sys.executable, "-I", "-S", SUPERVISOR, str(lifeline), str(command.grace), *command.arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -103,7 +103,7 @@ class Child:
     @property
     def code(self) -> int | None:
         """The exit code (128 + n after signal n), None while it runs."""
-        return self._keeper.poll()
+        return self._supervisor.poll()
 
     def ask_to_end(self, grace: float | None = None) -> None:
         """Have it sent SIGTERM, and SIGKILL after `grace` seconds, by default the command's. Returns at once; only the
@@ -119,10 +119,10 @@ class Child:
         """End it and wait for that. Returns its exit code."""
         self.ask_to_end()
         try:
-            return self._keeper.wait(self.command.grace + _KEEPER_ALLOWANCE)
+            return self._supervisor.wait(self.command.grace + _SUPERVISOR_ALLOWANCE)
         except subprocess.TimeoutExpired:
-            self._keeper.kill()
-            return self._keeper.wait()
+            self._supervisor.kill()
+            return self._supervisor.wait()
 
     def failed(self, problem: str) -> ProcessFailed:
         """The error that says what is wrong with this process and shows the end of its log."""

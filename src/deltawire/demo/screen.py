@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from deltawire.demo.story import Light, Story
+from deltawire.demo.progress import Light, Progress
 from deltawire.demo.summary import DemoSummary, Step
 
 PLAIN_STEPS = 5
@@ -33,7 +33,7 @@ LIGHTS: dict[Light, str] = {
 class Screen(Protocol):
     """What the demo tells. `seconds` are since it began."""
 
-    def draw(self, story: Story, waiting: str, seconds: float) -> None:
+    def draw(self, progress: Progress, waiting: str, seconds: float) -> None:
         """Show how things stand; `waiting` says for what, "" for nothing in particular."""
 
     def tell(self, text: str, seconds: float) -> None:
@@ -58,12 +58,12 @@ class PlainScreen:
         self._steps = 0
         self._said_at = 0.0
 
-    def draw(self, story: Story, waiting: str, seconds: float) -> None:
-        done = len(story.steps)
-        due = done - self._steps >= PLAIN_STEPS or (done > self._steps and done == story.total_steps)
+    def draw(self, progress: Progress, waiting: str, seconds: float) -> None:
+        done = len(progress.steps)
+        due = done - self._steps >= PLAIN_STEPS or (done > self._steps and done == progress.total_steps)
         if due:
             self._steps = done
-            self.tell(step_line(story), seconds)
+            self.tell(step_line(progress), seconds)
         elif waiting and seconds - self._said_at >= PLAIN_SECONDS:
             self.tell(waiting, seconds)
 
@@ -86,8 +86,8 @@ class LiveScreen:
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, auto_refresh=False, transient=False)
 
-    def draw(self, story: Story, waiting: str, seconds: float) -> None:
-        self._live.update(panel(story, waiting, seconds), refresh=True)
+    def draw(self, progress: Progress, waiting: str, seconds: float) -> None:
+        self._live.update(panel(progress, waiting, seconds), refresh=True)
 
     def tell(self, text: str, seconds: float) -> None:
         self._live.console.print(Text(f"{seconds:5.0f} s  {text}", style="dim"))
@@ -102,76 +102,76 @@ class LiveScreen:
         self._live.__exit__(kind, error, trace)
 
 
-def step_line(story: Story) -> str:
+def step_line(progress: Progress) -> str:
     """The last step and the last update, on one line."""
-    step = story.steps[-1]
+    step = progress.steps[-1]
     parts = [
-        f"{where(story, step)}: reward {step.reward:.3f}, win {step.win_rate:.0%}",
-        f"version {step.version} published, {_or_none(story.served_version)} served",
+        f"{where(progress, step)}: reward {step.reward:.3f}, win {step.win_rate:.0%}",
+        f"version {step.version} published, {_or_none(progress.served_version)} served",
         f"changed {step.changed_fraction:.2%}",
         f"delta {size(step.delta_bytes)} of {size(step.model_bytes)}",
         f"staleness {step.staleness:g}",
     ]
-    if story.upload_seconds is not None:
-        parts.insert(4, f"upload {story.upload_seconds:.2f} s")
-    if story.served:
-        update = story.served[-1]
+    if progress.upload_seconds is not None:
+        parts.insert(4, f"upload {progress.upload_seconds:.2f} s")
+    if progress.served:
+        update = progress.served[-1]
         parts.append(f"pause {update.pause_ms:.1f} ms, {'verified' if update.verified else 'NOT VERIFIED'}")
     return ", ".join(parts)
 
 
-def where(story: Story, step: Step) -> str:
+def where(progress: Progress, step: Step) -> str:
     """Act, learning rate and step: "act 1 of 2, learn at 1e-03, step 12/80"."""
-    number = next(i for i, act in enumerate(story.acts) if act.name == step.act)
-    before = sum(act.steps for act in story.acts[:number])
-    act = story.acts[number]
-    place = f"act {number + 1} of {len(story.acts)}, {act.name} at {act.learning_rate:g}"
+    number = next(i for i, act in enumerate(progress.acts) if act.name == step.act)
+    before = sum(act.steps for act in progress.acts[:number])
+    act = progress.acts[number]
+    place = f"act {number + 1} of {len(progress.acts)}, {act.name} at {act.learning_rate:g}"
     return f"{place}, step {step.step - before}/{act.steps}"
 
 
-def panel(story: Story, waiting: str, seconds: float) -> RenderableType:
+def panel(progress: Progress, waiting: str, seconds: float) -> RenderableType:
     """The live screen."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("processes", _lights(story))
-    if story.steps:
-        _add_figures(table, story)
-    if story.problem:
-        table.add_row("problem", Text(story.problem, style="red"))
+    table.add_row("processes", _lights(progress))
+    if progress.steps:
+        _add_figures(table, progress)
+    if progress.problem:
+        table.add_row("problem", Text(progress.problem, style="red"))
     rows: list[RenderableType] = [table]
     if waiting:
         rows.append(Text(waiting, style="yellow"))
     title = f"deltawire demo · {int(seconds) // 60}:{int(seconds) % 60:02d}"
-    if story.steps:
-        title += f" · {where(story, story.steps[-1])}"
+    if progress.steps:
+        title += f" · {where(progress, progress.steps[-1])}"
     return Panel(Group(*rows), title=title, title_align="left")
 
 
-def _lights(story: Story) -> Text:
+def _lights(progress: Progress) -> Text:
     text = Text()
-    for name, light in story.lights.items():
+    for name, light in progress.lights.items():
         text.append("● ", style=LIGHTS[light]).append(f"{name}   ", style="dim" if light == "waiting" else "")
     return text
 
 
-def _add_figures(table: Table, story: Story) -> None:
-    step = story.steps[-1]
-    rewards, wins = [s.reward for s in story.steps], [s.win_rate for s in story.steps]
+def _add_figures(table: Table, progress: Progress) -> None:
+    step = progress.steps[-1]
+    rewards, wins = [s.reward for s in progress.steps], [s.win_rate for s in progress.steps]
     table.add_row("reward", f"{step.reward:6.3f}  {sparkline(rewards)}")
     table.add_row("win rate", f"{step.win_rate:6.0%}  {sparkline(wins)}")
     lag = f"staleness {step.staleness:g}"
-    table.add_row("version", f"{step.version} published, {_or_none(story.served_version)} served, {lag}")
+    table.add_row("version", f"{step.version} published, {_or_none(progress.served_version)} served, {lag}")
     bar = Table.grid(padding=(0, 1))
-    upload = "" if story.upload_seconds is None else f", uploaded in {story.upload_seconds:.2f} s"
+    upload = "" if progress.upload_seconds is None else f", uploaded in {progress.upload_seconds:.2f} s"
     bar.add_row(
         ProgressBar(total=step.model_bytes, completed=step.delta_bytes, width=24),
         f"{size(step.delta_bytes)} of {size(step.model_bytes)}{upload}",
     )
     table.add_row("delta", bar)
     table.add_row("changed", f"{step.changed_fraction:.2%} of the weights")
-    if story.served:
-        update = story.served[-1]
+    if progress.served:
+        update = progress.served[-1]
         verified = Text("verified", style="green") if update.verified else Text("NOT VERIFIED", style="red")
         paused = f"pause {update.pause_ms:.1f} ms, {update.publish_to_served_s:.2f} s after publish, "
         table.add_row("served", Text(paused).append_text(verified))

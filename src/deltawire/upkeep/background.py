@@ -7,7 +7,7 @@ from deltawire.errors import DeltaWireError
 from deltawire.upkeep.compactor import Compactor, CompactReport
 
 
-class Tending:
+class BackgroundCompactor:
     """Compacts on a thread of its own whenever it is woken, so that whoever wakes it never waits.
 
     Owns the compactor. What fails is given to `on_problem` and tried again the next time.
@@ -25,7 +25,7 @@ class Tending:
         self._thread = threading.Thread(target=self._run, name="deltawire-compact", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> "Tending":
+    def __enter__(self) -> "BackgroundCompactor":
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -1,6 +1,6 @@
 """Runs one command and never lets it outlive whoever asked for it; standard library only, run as a script.
 
-    python keeper.py LIFELINE GRACE COMMAND…
+    python supervisor.py LIFELINE GRACE COMMAND…
 
 LIFELINE is a file descriptor, the reading end of a pipe whose other end the owner holds. When it closes, because the
 owner said so or because the owner is gone (a kill -9 closes it too), the command gets SIGTERM, and GRACE seconds later

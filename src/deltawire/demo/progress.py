@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from deltawire.demo.cast import Act
+from deltawire.demo.commands import Act
 from deltawire.demo.summary import Served, Step
 from deltawire.errors import FormatError
 
@@ -14,7 +14,7 @@ PROCESSES = ("bucket-server", "environment", "vllm", "follower", "trainer")
 
 
 @dataclass(slots=True)
-class Story:
+class Progress:
     """Grows by `hear`; the screens draw it."""
 
     acts: tuple[Act, ...]

@@ -1,4 +1,4 @@
-"""Who plays in the demo: the command line and environment of each process. Nothing here starts anything."""
+"""The command line and environment of each process of the demo. Nothing here starts anything."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def find_checkout() -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class Commands:
     """The commands, for one run folder. The trainer is told the bucket and where to read rollouts and play, no more."""
 
     checkout: Path

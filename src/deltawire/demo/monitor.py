@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from deltawire.demo.processes import Child, Children, Command, Tail
+from deltawire.demo.progress import Light, Progress
 from deltawire.demo.screen import Screen
-from deltawire.demo.story import Light, Story
 
 T = TypeVar("T")
 TICK = 0.1
@@ -25,12 +25,12 @@ class Patience:
     news: float = 120.0
 
 
-class Stage:
+class Monitor:
     """The processes, what they have said so far, and the screen. Ended by its Children."""
 
-    def __init__(self, children: Children, screen: Screen, story: Story, patience: Patience) -> None:
+    def __init__(self, children: Children, screen: Screen, progress: Progress, patience: Patience) -> None:
         self.children = children
-        self.story = story
+        self.progress = progress
         self._screen = screen
         self._patience = patience
         self._began = time.monotonic()
@@ -50,8 +50,8 @@ class Stage:
         """Start a process; its records are read from `records`, else from its output."""
         child = self.children.start(command)
         self._tails[command.name] = Tail(records) if records else child.output
-        if command.lasting or command.name in self.story.lights:
-            self.story.lights[command.name] = "starting"
+        if command.lasting or command.name in self.progress.lights:
+            self.progress.lights[command.name] = "starting"
         return child
 
     def ready(self, child: Child, look: Callable[[], T | None]) -> T:
@@ -61,8 +61,8 @@ class Stage:
         return found
 
     def _light_up(self, name: str) -> None:
-        if self.story.lights.get(name) == "starting":
-            self.story.lights[name] = "ready"
+        if self.progress.lights.get(name) == "starting":
+            self.progress.lights[name] = "ready"
             self.tell(f"{name} is ready after {time.monotonic() - self.children[name].started:.0f} s")
 
     def news(self, child: Child, look: Callable[[], T | None]) -> T:
@@ -88,8 +88,8 @@ class Stage:
         for name, tail in self._tails.items():
             for record in tail.records():
                 self._heard = time.monotonic()
-                self.story.hear(name, record)
-                if self.story.has_said_ready(name):
+                self.progress.hear(name, record)
+                if self.progress.has_said_ready(name):
                     self._light_up(name)
         for child in self.children:
             if child.code == 0 and not child.command.lasting:
@@ -103,20 +103,20 @@ class Stage:
         raise child.failed(problem)
 
     def _set_light(self, name: str, light: Light) -> None:
-        if name in self.story.lights:
-            self.story.lights[name] = light
+        if name in self.progress.lights:
+            self.progress.lights[name] = light
 
     def _draw(self, awaited: Child | None = None) -> None:
-        now, lights = time.monotonic(), self.story.lights
+        now, lights = time.monotonic(), self.progress.lights
         starting = [self.children[name] for name, light in lights.items() if light == "starting"]
         waiting = [f"{child.name} is starting, {now - child.started:.0f} s" for child in starting]
         if awaited is not None and awaited.name not in lights:
             waiting.append(f"{awaited.name} is at work, {now - awaited.started:.0f} s")
-        self._screen.draw(self.story, "; ".join(waiting), self.seconds)
+        self._screen.draw(self.progress, "; ".join(waiting), self.seconds)
 
     def url(self, child: Child) -> str:
         """The URL a process says it is ready at. Raises ProcessFailed."""
-        return self.ready(child, lambda: self.story.urls.get(child.name))
+        return self.ready(child, lambda: self.progress.urls.get(child.name))
 
     def finished(self, child: Child) -> None:
         """Return when a process ended by itself, and well. Raises ProcessFailed."""
