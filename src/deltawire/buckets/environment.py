@@ -1,7 +1,7 @@
 """How a process reaches a store, as its environment says: compared between follower and worker, and handed over.
 
 A bucket is read by two processes, the follower and vLLM's worker, each with the environment it was started with. Values
-of secrets are never told, compared or handed over: only whether they are set.
+of secrets are never shown, compared or handed over: only whether they are set.
 """
 
 import os
@@ -35,15 +35,15 @@ _SECRETS = {
     "az": ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_CLIENT_ID", "AZURE_CLIENT_SECRET"),
 }
 SET = "set"
-"""what is told of a secret that there is"""
+"""what is shown of a secret that is set"""
 
 
 def seen(url: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What decides whether this process reaches a bucket, by name; of secrets, `SET`. What is unset is left out."""
     scheme = _scheme(url)
     shown = (*_ENDPOINTS.get(scheme, ()), *_HOST.get(scheme, ()), *(_PROXIES if scheme in _ENDPOINTS else ()))
-    told = {name: without_password(environ[name], "…@") for name in shown if environ.get(name)}
-    return told | {name: SET for name in _SECRETS.get(scheme, ()) if environ.get(name)}
+    known = {name: without_password(environ[name], "…@") for name in shown if environ.get(name)}
+    return known | {name: SET for name in _SECRETS.get(scheme, ()) if environ.get(name)}
 
 
 def differences(theirs: Mapping[str, str], mine: Mapping[str, str]) -> list[str]:

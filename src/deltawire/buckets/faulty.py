@@ -1,4 +1,4 @@
-"""A bucket that fails on schedule, around any bucket: what tests, and whoever wants to see a fleet survive, inject."""
+"""A bucket that fails on schedule, around any bucket: for tests, and to see a fleet survive."""
 
 import builtins
 import random

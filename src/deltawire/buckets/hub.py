@@ -238,7 +238,7 @@ class HubBucket:
 
 
 class _Feed:
-    """Wakes whoever waits for a bucket to change, while the client can follow the Hub's feed; else it just waits.
+    """Wakes a waiter when a bucket changes, while the client can follow the Hub's feed; else it just waits.
 
     The client keeps the feed's reader to itself so far; a client without it, or a server without a feed, is polled.
     """

@@ -22,7 +22,7 @@ from deltawire.upkeep.materialize import materialize as materialize_version
 from deltawire.upkeep.verify import verify as verify_run
 
 LISTED = 20
-"""versions that `deltawire log` lists unless told otherwise"""
+"""versions that `deltawire log` lists by default"""
 
 
 def log(
@@ -157,7 +157,7 @@ def _show_placement(engine: str, as_json: bool) -> None:
         for name in worker["frozen"]:
             table.add_row(name, str(worker["rank"]), "not loaded here; the run never changes it", "", "")
         for module in worker["remade"]:
-            table.add_row(f"({module})", str(worker["rank"]), "made anew at each update", "", "")
+            table.add_row(f"({module})", str(worker["rank"]), "made again at each update", "", "")
     _show(table)
 
 

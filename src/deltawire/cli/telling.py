@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from deltawire.vllm.adapters import AdapterReport
 
 ANNOUNCED = 16 << 20
-"""bytes of an anchor from which its fetching is told: less is there at once"""
+"""bytes of an anchor from which its fetching is shown; less is there at once"""
 
 
 class Teller:

@@ -75,7 +75,7 @@ def keygen(
     file: Annotated[Path, typer.Argument(help="File to write the private key to; it is never overwritten.")],
     json: AsJson = False,
 ) -> None:
-    """Make a key that signs a run's records, and print its public half, which followers are told to --trust."""
+    """Make a key that signs a run's records, and print its public half, for followers to --trust."""
     from deltawire.runlog import signing
 
     public = signing.generate_key(file).public

@@ -52,7 +52,7 @@ def find_checkout() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """The commands, for one run folder. The trainer is told the bucket and where to read rollouts and play, no more."""
+    """The commands, for one run folder. The trainer gets the bucket and where to read rollouts and play, no more."""
 
     checkout: Path
     folder: Path

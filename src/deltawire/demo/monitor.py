@@ -14,7 +14,7 @@ T = TypeVar("T")
 TICK = 0.1
 """seconds between two looks at the processes; all timings shown are measured by the processes themselves"""
 CLEAN = {0, 128 + 2, 128 + 15}
-"""exit codes of a process that was told to end and did, in its own way or by the signal"""
+"""exit codes of a process that was asked to end and did, in its own way or by the signal"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class ProcessFailed(DeltaWireError):
 @dataclass(frozen=True, slots=True)
 class Command:
     """What to run: arguments, what to add to the environment, where, and seconds to end in after SIGTERM. A `lasting`
-    one runs until it is told to end; that it ended by itself is a failure whatever its exit code."""
+    one runs until it is asked to end; that it ended by itself is a failure whatever its exit code."""
 
     name: str
     arguments: Sequence[str]
@@ -167,7 +167,7 @@ class Children:
 
 
 def free_port() -> int:
-    """A port of loopback that nothing listens on now, for a process that has to be told one."""
+    """A port of loopback that nothing listens on now, for a process that needs one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -72,7 +72,7 @@ def commands(user: str, folders: dict[str, Path]) -> list[str]:
     """What makes the bucket and the Spaces, with the `hf` command of huggingface_hub. Secrets come from the caller's
     environment: HF_TOKEN, which may write the bucket (for vllm one that reads is enough), and VLLM_API_KEY."""
     bucket = f"{user}/wordle"
-    told = {
+    words = {
         "environment": "",
         "vllm": f" --env BUCKET=hf://buckets/{bucket}",
         "trainer": f" --env BUCKET=hf://buckets/{bucket} --env ENGINE_URL={space_url(user, 'vllm')}"
@@ -82,7 +82,7 @@ def commands(user: str, folders: dict[str, Path]) -> list[str]:
     for role, folder in folders.items():
         secrets = "" if role == "environment" else " --secrets HF_TOKEN --secrets VLLM_API_KEY"
         space = f"{user}/deltawire-{role}"
-        lines.append(f"hf repos create {space} --type space --sdk docker --exist-ok{told[role]}{secrets}")
+        lines.append(f"hf repos create {space} --type space --sdk docker --exist-ok{words[role]}{secrets}")
         lines.append(f"hf upload {space} {shlex.quote(str(folder))} . --type space")
     return lines
 

@@ -1,4 +1,4 @@
-"""Runs one command and never lets it outlive whoever asked for it; standard library only, run as a script.
+"""Runs one command and never lets it outlive its owner; standard library only, run as a script.
 
     python supervisor.py LIFELINE GRACE COMMAND…
 
@@ -21,28 +21,28 @@ from contextlib import suppress
 
 def main(arguments: list[str]) -> int:
     lifeline, grace, command = int(arguments[0]), float(arguments[1]), arguments[2:]
-    told: queue.SimpleQueue[float] = queue.SimpleQueue()
-    signal.signal(signal.SIGTERM, lambda number, frame: told.put(grace))
+    asked: queue.SimpleQueue[float] = queue.SimpleQueue()
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.put(grace))
     try:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     except OSError as error:
         sys.stderr.write(f"{command[0]}: {error.strerror}\n")
         return 127
-    threading.Thread(target=_watch, args=(lifeline, told, grace), daemon=True).start()
-    threading.Thread(target=_end, args=(child.pid, told), daemon=True).start()
+    threading.Thread(target=_watch, args=(lifeline, asked, grace), daemon=True).start()
+    threading.Thread(target=_end, args=(child.pid, asked), daemon=True).start()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # unreaped, so the group's number cannot be given away
     _signal_group(child.pid, signal.SIGKILL)
     code = child.wait()
     return 128 - code if code < 0 else code
 
 
-def _watch(lifeline: int, told: "queue.SimpleQueue[float]", grace: float) -> None:
+def _watch(lifeline: int, asked: "queue.SimpleQueue[float]", grace: float) -> None:
     with open(lifeline, "rb") as owner:
-        told.put(float(owner.read() or grace))
+        asked.put(float(owner.read() or grace))
 
 
-def _end(pid: int, told: "queue.SimpleQueue[float]") -> None:
-    grace = told.get()
+def _end(pid: int, asked: "queue.SimpleQueue[float]") -> None:
+    grace = asked.get()
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     time.sleep(grace)

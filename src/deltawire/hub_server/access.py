@@ -1,7 +1,7 @@
 """Who may do what: a user by the token of a request, a bucket by its owner, content by a pass that ends.
 
-A hash opens nothing: content is open to whoever sent it, and to readers of a bucket that lists it. Without users
-there is one local user, and everything is open to whoever reaches the port, which is on loopback.
+A hash opens nothing: content is open to its sender, and to readers of a bucket that lists it. Without users
+there is one local user, and everything is open to anyone who reaches the port, which is on loopback.
 """
 
 import base64
@@ -42,7 +42,7 @@ class Pass(msgspec.Struct, frozen=True):
 
 
 class Access:
-    """Decides for one server. `secret` signs passes and addresses; whoever has it may read everything."""
+    """Decides for one server. `secret` signs passes and addresses; its holder may read everything."""
 
     def __init__(self, users: Users | None, secret: bytes, *, clock: Callable[[], float] = time.time) -> None:
         self._users, self._secret, self._clock = users, secret, clock

@@ -127,7 +127,7 @@ class Connection(H11Protocol):
         return now - self._since > (self._bounds.header_seconds if short else self._bounds.stall_seconds)
 
     def turn_away(self) -> None:
-        """End the connection, saying why where the client can still be told."""
+        """End the connection, saying why where the client can still hear it."""
         if self._phase() is Phase.HEADER and self.is_open():
             self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             self.transport.close()

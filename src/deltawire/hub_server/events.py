@@ -16,7 +16,7 @@ from typing import Any
 from deltawire.errors import FormatError
 
 KEPT = 1000
-"""changes of a bucket that a reader can still be told of"""
+"""changes of a bucket that a reader can still hear of"""
 PING_SECONDS = 15.0
 
 

@@ -48,7 +48,7 @@ def open_base(base: BaseCheckpoint) -> Path:
 
 def base_of(run: Run) -> Path:
     """The checkpoint on the Hub that a run's version 0 refers to. A folder that only a bucket names is never opened:
-    whoever writes the bucket would choose what is read on this host.
+    a writer of the bucket would choose what is read on this host.
 
     Raises FormatError when the run refers to none, or to what cannot be a repository at a commit; NotFound for a
     folder, which the reader has to name itself; what `open_base` raises.

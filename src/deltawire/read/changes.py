@@ -14,7 +14,7 @@ class Update:
 
     Either `delta` leads from `parent` to `position`, or (the first update of a copy that starts from nothing)
     `anchor` holds every tensor at `position`, lazily mapped from files, and `parent` is None. `digests` are those of
-    all tensors at `position`; whoever holds the weights compares them with what it got.
+    all tensors at `position`; the holder of the weights compares them with what it got.
     """
 
     position: Position
@@ -31,7 +31,7 @@ class Update:
 class Change:
     """What leads from `since` to `position` by the cheapest path: perhaps an anchor, then everything else as one delta.
 
-    Bytes are verified, weights are not: whoever holds them computes their digests after the change and compares the
+    Bytes are verified, weights are not: their holder computes their digests after the change and compares the
     root over all with `position.root` before anything is written. `records` and `payloads` count objects read;
     `derived` are the keys of the folds' and anchors' records among them.
     """

@@ -1,4 +1,4 @@
-"""A copy of a run on this host, taken to any version by the cheapest change; made anew where none leads there."""
+"""A copy of a run on this host, taken to any version by the cheapest change; made again where none leads there."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from deltawire.runlog.records import Position
 
 
 class LocalCopy:
-    """A mirror in `folder`: made by the first move, found again by the next process, made anew for another run
+    """A mirror in `folder`: made by the first move, found again by the next process, made again for another run
     or when its files are not what was written to them.
 
     It may be given any subscriber: whose bucket moved to a run that goes on from the last one, say.
@@ -38,7 +38,7 @@ class LocalCopy:
         return self._mirror is None or self._mirror.weights.digests(self._mirror.table) == self._mirror.digests
 
     def discard(self) -> None:
-        """Remove the mirror, so that the next move makes it anew."""
+        """Remove the mirror, so that the next move makes it again."""
         self.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -72,14 +72,14 @@ class LocalCopy:
         return self._mirror, change
 
     def _open(self, subscriber: Subscriber) -> None:
-        """Go on with the folder of an earlier process; one that rotted since is made anew."""
+        """Go on with the folder of an earlier process; one that rotted since is made again."""
         try:
             self._mirror = Mirror(self._folder, subscriber.run.table)
         except BadDigest:
             self.discard()
 
     def _way_to(self, subscriber: Subscriber, version: int) -> Change:
-        """The change that takes the mirror to a version, or makes it anew."""
+        """The change that takes the mirror to a version, or makes it again."""
         if self._mirror is None or self._mirror.position.run != subscriber.run.run:
             return subscriber.change(None, version)
         try:

@@ -34,7 +34,7 @@ _WRITER, _READERS = ".deltawire-writer", ".deltawire-readers"
 class Mirror:
     """The weights of one run in a folder in Hugging Face layout, memory-mapped, at `position`.
 
-    One writer a folder, across processes. Readers of `reading` never see half an update; whoever merely opens the files
+    One writer a folder, across processes. Readers of `reading` never see half an update; a program that merely opens the files
     may. Opening repairs what a killed writer left, then reads and checks every tensor.
 
     Raises NotFound for a folder that is no mirror, AccessRefused when another process writes it, BadDigest when its
@@ -47,7 +47,7 @@ class Mirror:
         self.folder, self.table = folder, tuple(table)
         self._on_step = on_step
         if held(folder) is None:
-            raise NotFound(f"{folder} is no mirror: it has no {MARKER}; remove it, and it is made anew")
+            raise NotFound(f"{folder} is no mirror: it has no {MARKER}; remove it, and it is made again")
         self._lock = _locked(folder / _WRITER, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             self.weights = Checkpoint(folder, writable=True)
@@ -55,7 +55,7 @@ class Mirror:
             self.position = _require_held(folder)
             self.digests = self.weights.digests(self.table)
             if root_of(self.table, self.digests) != self.position.root:
-                raise BadDigest(f"{folder} does not hold {self.position} any more: remove it, and it is made anew")
+                raise BadDigest(f"{folder} does not hold {self.position} any more: remove it, and it is made again")
         except BaseException:
             self._lock.close()
             raise
@@ -100,7 +100,7 @@ class Mirror:
 
     def apply(self, delta: Delta, to: Position) -> None:
         """Move to another position. Raises BadDigest before anything is written when the delta does not lead there;
-        on any error the position is the old one, or is found again by opening the folder anew."""
+        on any error the position is the old one, or is found again by opening the folder again."""
         digests = delta.digests_after(self.digests, self.weights)
         if root_of(self.table, digests) != to.root:
             raise BadDigest(f"{self.folder} at {self.position}: the change does not lead to {to}; nothing was written")

@@ -51,7 +51,7 @@ def given(state: Path | str | None) -> Path | None:
 
 class Seen:
     """What one reader has seen. `place` is a file that outlives the process; without it, this process alone remembers.
-    `forget` begins anew. `run` is the only run, beside those that continue it, that is followed at all.
+    `forget` starts over. `run` is the only run, beside those that continue it, that is followed at all.
 
     `on_doubt` hears, once, why nothing is known from before or kept for later. Raises FormatError for a damaged file.
     """

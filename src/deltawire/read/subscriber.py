@@ -26,7 +26,7 @@ from deltawire.runlog.ways import Hop, as_numbers
 from deltawire.weights.delta import Delta
 
 PLANS = 3
-"""times a path is planned anew when something on it was pruned meanwhile"""
+"""times a path is planned again when something on it was pruned meanwhile"""
 LOOK_BACK = 64
 """commits that are read to find out which version a copy of unknown origin is"""
 

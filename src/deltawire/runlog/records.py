@@ -118,7 +118,7 @@ class Commit(Covering, frozen=True):
 
 class Derived(Covering, frozen=True):
     """The manifest of a fold (all changes in (parent, version] as one delta) or of an anchor (parent None: a whole
-    checkpoint of `version`). Made from commits by whoever compacts; the same commits make the same bytes.
+    checkpoint of `version`). Made from commits by a compactor; the same commits make the same bytes.
 
     `digests` are those at `version` of the tensors a fold changes, or for an anchor of all. `commit_hash` is the BLAKE3
     of the record of commit `version`, `parent_hash` that of commit `parent`: a fold is a link of the same chain.

@@ -36,7 +36,7 @@ class SigningKey:
 
     @property
     def public(self) -> str:
-        """The public key, 64 hex digits: what a reader is told to trust."""
+        """The public key, 64 hex digits: what a reader is given to trust."""
         return self._private.public_key().public_bytes_raw().hex()
 
     def __repr__(self) -> str:

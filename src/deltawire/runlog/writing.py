@@ -115,7 +115,7 @@ def _holds(bucket: Bucket, key: str, data: bytes | Path) -> bool:
 
 @contextmanager
 def surely_there(bucket: Bucket, key: str) -> Iterator[None]:
-    """Reading a key that a write was just told exists: that it is not there is no answer to build on. Raises
+    """Reading a key that the store just said exists. An answer that it is not there is a passing fault. Raises
     Unavailable then."""
     try:
         yield
@@ -139,7 +139,7 @@ def _put_once(bucket: Bucket, key: str, data: bytes) -> None:
 
 
 def _begin_bucket(bucket: Bucket, head: bytes, run: str) -> None:
-    """The first HEAD of a bucket. Of two trainers that start on an empty one, the second is told."""
+    """The first HEAD of a bucket. Of two trainers that start on an empty one, the second gets an error."""
     try:
         bucket.put_new(HEAD_KEY, head)
     except AlreadyExists:

@@ -8,7 +8,7 @@ from deltawire.upkeep.compactor import Compactor, CompactReport
 
 
 class BackgroundCompactor:
-    """Compacts on a thread of its own whenever it is woken, so that whoever wakes it never waits.
+    """Compacts on a thread of its own whenever it is woken, so that its waker never waits.
 
     Owns the compactor. What fails is given to `on_problem` and tried again the next time.
     """

@@ -1,6 +1,6 @@
 """Whether an anchor can be begun at: its record, its signature, every byte of its files. What was read is remembered.
 
-Whoever deletes what lies before an anchor must know. At 70 billion parameters an anchor is 140 GB, so it is read once:
+A prune of what lies before an anchor must know. At 70 billion parameters an anchor is 140 GB, so it is read once:
 later proofs ask the store for the tags of its files alone.
 """
 
@@ -30,7 +30,7 @@ REMEMBERED = 1000
 
 
 def cache_folder() -> Path:
-    """Where this user's things that can be made anew are kept, by the XDG base directories."""
+    """Where this user's things that can be made again are kept, by the XDG base directories."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltawire"
 
 

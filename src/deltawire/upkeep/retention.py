@@ -1,7 +1,7 @@
 """What may go from a bucket: one number, the floor, decides. References go before what they refer to.
 
 The floor is the newest anchor at or below everything that is still wanted: the newest anchors of the policy, what was
-committed lately, and what an active replica stands on. Whoever stands at or above it never misses anything.
+committed lately, and what an active replica stands on. A reader at or above it never misses anything.
 """
 
 import math
