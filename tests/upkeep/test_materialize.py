@@ -176,7 +176,7 @@ def test_a_folder_that_holds_another_version_of_the_run_is_moved_either_way_by_t
         assert held(tmp_path / "out") == report.position
     bucket.put(anchor, whole)
     (tmp_path / "out" / SINGLE).write_bytes((tmp_path / "out" / SINGLE).read_bytes()[:-1] + b"?")
-    with pytest.raises(BadDigest, match="remove it, and it is made anew"):
+    with pytest.raises(BadDigest, match="remove it, and it is made again"):
         materialize(bucket, tmp_path / "out", 3)
 
 

@@ -34,8 +34,8 @@ _WRITER, _READERS = ".deltawire-writer", ".deltawire-readers"
 class Mirror:
     """The weights of one run in a folder in Hugging Face layout, memory-mapped, at `position`.
 
-    One writer a folder, across processes. Readers of `reading` never see half an update; a program that merely opens the files
-    may. Opening repairs what a killed writer left, then reads and checks every tensor.
+    One writer a folder, across processes. Readers of `reading` never see half an update; a program that merely opens
+    the files may. Opening repairs what a killed writer left, then reads and checks every tensor.
 
     Raises NotFound for a folder that is no mirror, AccessRefused when another process writes it, BadDigest when its
     weights are not what it says.
