@@ -14,6 +14,7 @@ from collections import Counter
 from functools import partial
 
 import pytest
+from programs import program
 from runs import commits, edit, model, served
 
 from deltawire import Publisher, Subscriber, open_bucket
@@ -31,52 +32,13 @@ PATIENCE = 120.0
 """seconds after which what faults interrupt should have been done"""
 FAULTS = 0.05
 """share of calls on which something goes wrong"""
-FOLLOWER = """
-import sys, time
-from pathlib import Path
-from deltawire import Subscriber, open_bucket
-from deltawire.runlog import heartbeats
-from deltawire.buckets.faulty import Faulty, seeded
-from deltawire.format.checkpoint import files
-from deltawire.errors import DeltaWireError
-from deltawire.runlog.heartbeats import Heartbeat
-from deltawire.read.mirror import Mirror, held
-url, folder, log, seed, pause, name = sys.argv[1:]
-folder, seed, pause = Path(folder), int(seed), float(pause)
-bucket = Faulty(open_bucket(url), seeded(seed, 0.05))
-mirror, subscriber = None, None
-while True:
-    try:
-        if subscriber is None:
-            subscriber = Subscriber(bucket)
-        target = subscriber.latest()
-        if mirror is None and held(folder) is not None:
-            mirror = Mirror(folder, subscriber.run.table)
-        here = mirror.position if mirror else None
-        if here != target and (here is None or target.version > here.version):
-            need = here.version if here else 0
-            heartbeats.beat(bucket, Heartbeat(name, target.run, here and here.version, need=need))
-            change = subscriber.change(here, target.version, anchors=here is None)
-            if mirror is None:
-                found, at = files(change.anchor.folder), change.anchor_position
-                mirror = Mirror.create(folder, found, at, subscriber.run.table)
-            if mirror.position != change.position:
-                mirror.apply(change.delta, change.position)
-            with open(log, "a") as file:
-                here = mirror.position
-                file.write(f"{here.version} {here.root} {change.payloads} {change.wire_bytes} {time.time()}\\n")
-            heartbeats.beat(bucket, Heartbeat(name, target.run, mirror.position.version))
-    except DeltaWireError:
-        subscriber = None
-    time.sleep(pause)
-"""
 
 
 def follower(url, folder, number, life):
     """A process that keeps a mirror of the bucket; slower ones have higher numbers."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     arguments = [url, folder / f"m{number}", folder / f"log{number}", str(97 * life + number), str(0.02 * 5**number)]
-    command = [sys.executable, "-c", FOLLOWER, *arguments, f"f{number}"]
+    command = [sys.executable, program("soak_follower"), *arguments, f"f{number}"]
     with open(folder / f"errors{number}", "ab") as errors:
         return subprocess.Popen(command, env=environment, stderr=errors)
 

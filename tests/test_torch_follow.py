@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from runs import PATIENCE
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import deltawire as dw
 from deltawire.errors import EngineUnsupported, Gap
 from deltawire.torch import follow
-from runs import PATIENCE
 
 
 def model(seed, **options):

@@ -5,15 +5,15 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from blake3 import blake3
-
 import reference
+from blake3 import blake3
+from small_delta import DELTA, OLD
+
 from deltawire.errors import BadDigest, FormatError, TooLarge, UnknownVersion
 from deltawire.format import container, delta_file
 from deltawire.format.codecs.base import compress
 from deltawire.weights.bits import Bits
 from deltawire.weights.delta import Delta
-from small_delta import DELTA, OLD
 
 
 def test_a_damaged_delta_never_passes_for_an_import_without_a_seal():

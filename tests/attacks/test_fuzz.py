@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from runs import chain_of_four, commits
 
 from deltawire.errors import DeltaWireError
 from deltawire.format import container, delta_file
 from deltawire.runlog.heartbeats import Heartbeat
 from deltawire.runlog.records import Commit, Derived, Head, Run, read, write
 from deltawire.runlog.signing import trust
-from runs import chain_of_four, commits
 
 SECONDS = float(os.environ.get("DELTAWIRE_FUZZ_SECONDS", "20"))
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -132,8 +132,9 @@ def test_containers():
 
 
 def test_heartbeats_are_hints_that_never_stop_a_prune():
-    from deltawire.runlog import heartbeats
     from runs import fresh
+
+    from deltawire.runlog import heartbeats
 
     bucket, draw = fresh(), random.Random(4)
     heartbeats.beat(bucket, Heartbeat("a", "0" * 16, 3))

@@ -5,12 +5,12 @@ import socket
 import traceback
 
 import pytest
+from runs import fresh, model, publish_all
 
 from deltawire import open_bucket
 from deltawire.errors import DeltaWireError
 from deltawire.runlog import signing
 from deltawire.vllm.client import EngineClient
-from runs import fresh, model, publish_all
 
 CANARY = "canary-7f3a9c51e2"
 VARIABLES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "VLLM_API_KEY")

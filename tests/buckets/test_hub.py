@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from programs import program
 
 pytest.importorskip("huggingface_hub", reason="the hub bucket needs the extra deltawire[hub]")
 pytest.importorskip("starlette", reason="the embedded bucket server needs the extra deltawire[server]")
@@ -17,6 +18,7 @@ pytest.importorskip("starlette", reason="the embedded bucket server needs the ex
 import httpx2
 import huggingface_hub
 from huggingface_hub.errors import BucketBatchError
+from runs import PATIENCE, model, publishing, read_weights, served
 
 from deltawire.buckets import Bucket, open_bucket
 from deltawire.buckets.conformance import BucketTests
@@ -24,7 +26,6 @@ from deltawire.buckets.verified import download_verified
 from deltawire.errors import AccessRefused, BadDigest, BadUrl, BucketError, NotFound, OutOfSpace, Unavailable
 from deltawire.hub_server import HubServer
 from deltawire.weights.tensors import equal
-from runs import PATIENCE, model, publishing, read_weights, served
 
 TOKEN = "hf_secretsecretsecret"
 
@@ -248,17 +249,6 @@ def test_a_wrong_call_of_the_client_is_final_and_named(bucket: Bucket, monkeypat
     assert not isinstance(refusal.value, Unavailable)
 
 
-OF_THIS_HOST = """
-import os, sys
-from deltawire import open_bucket
-from deltawire.errors import BucketError
-try:
-    open_bucket(sys.argv[1]).put("key", bytes(1000))
-except BucketError as error:
-    print(type(error).__name__, error)
-"""
-
-
 @pytest.mark.parametrize("variable", ["HF_XET_CACHE", "HF_HOME"])
 def test_a_cache_folder_that_cannot_be_used_is_named_with_the_variable_that_moves_it(
     bucket: Bucket, tmp_path: Path, variable: str
@@ -267,7 +257,7 @@ def test_a_cache_folder_that_cannot_be_used_is_named_with_the_variable_that_move
     setting = {"HF_HOME": str(tmp_path), variable: str(tmp_path / "file" / "cache")}
     clean = {name: value for name, value in os.environ.items() if name != "HF_XET_CACHE"}
     done = subprocess.run(
-        [sys.executable, "-c", OF_THIS_HOST, bucket.url],
+        [sys.executable, program("put_refused"), bucket.url],
         env=clean | setting,
         capture_output=True,
         text=True,

@@ -7,6 +7,7 @@ import sys
 from datetime import timedelta
 
 import pytest
+from programs import program
 from runs import PATIENCE, edit, model, publish_all, publishing, read_weights, served
 from small_s3 import Answer, Asked, SmallS3, once, small_s3
 
@@ -374,18 +375,6 @@ def test_an_object_of_more_than_ten_thousand_parts_gets_larger_ones(s3, small_pa
     assert sorted(asked.size for asked in s3.requests("PUT")) == [1 << 20, (1 << 20) + 1]
 
 
-MEASURED = """
-import resource, sys
-from pathlib import Path
-from deltawire import open_bucket
-bucket = open_bucket("s3://b")
-bucket.put("warm", b"1")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-bucket.put_new("large", Path(sys.argv[1]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
 @pytest.mark.parametrize("size", [100 << 20, pytest.param(6 << 30, marks=pytest.mark.nightly)])
 def test_memory_does_not_grow_with_the_object(tmp_path, size):
     """The nightly one is larger than what S3 takes in one request."""
@@ -393,7 +382,10 @@ def test_memory_does_not_grow_with_the_object(tmp_path, size):
         file.truncate(size)
     with small_s3(SmallS3(keep=False)) as store:
         done = subprocess.run(
-            [sys.executable, "-c", MEASURED, str(tmp_path / "large")], capture_output=True, text=True, check=True
+            [sys.executable, program("upload_measured"), str(tmp_path / "large")],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert store.sizes["large"] == size
         assert max(asked.size for asked in store.requests("PUT")) <= objects.PART_BYTES

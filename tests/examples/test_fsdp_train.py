@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import deltawire as dw
 from runs import commits, read_weights
+
+import deltawire as dw
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fsdp" / "train.py"
 

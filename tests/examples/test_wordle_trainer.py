@@ -20,11 +20,11 @@ from examples.wordle.model import Recipe, build_model, write_checkpoint
 from examples.wordle.producer import Producer
 from examples.wordle.rollouts import Episode, Rollout, ServerError
 from examples.wordle.trainer import Act, Bounds, parse_act, remaining, served_digests, staleness, take_fresh, train
+from waiting import until
 
 import deltawire as dw
 from deltawire.buckets import Bucket
 from deltawire.errors import NotFound
-from waiting import until
 
 ROOT = Path(__file__).parents[2]
 TINY = Recipe(steps=2, batch=4, hidden=64, layers=1)

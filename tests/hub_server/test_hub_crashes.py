@@ -8,61 +8,10 @@ from pathlib import Path
 
 import pytest
 from hub_client import client_environment
+from programs import program
 from waiting import until
 
 from deltawire.hub_server import HubProcess
-
-TRAINER = """
-import os, signal, sys, time
-import numpy as np
-import deltawire as dw
-from deltawire.publish import publisher
-from deltawire.runlog import writing
-from deltawire.errors import DeltaWireError
-publisher.FIRST_RETRY = 0.05
-step, pid_file = sys.argv[1:]
-append, killed = writing.append, []
-def die(name):
-    if name == step and version == 2 and not killed:
-        killed.append(name)
-        os.kill(int(open(pid_file).read()), signal.SIGKILL)
-writing.append = lambda bucket, attempt: append(bucket, attempt, on_step=die)
-bucket = dw.open_bucket("hf://buckets/me/run", create=True)
-rng = np.random.default_rng(0)
-weights = {name: rng.normal(0, 1, 5000).astype(np.float32) for name in "ab"}
-if step == "fetch":
-    version = -1
-    with dw.Publisher(bucket) as pub:
-        for number in range(3):
-            weights["a"][:100 * number] += 1
-            pub.publish(weights, step=number)
-            pub.flush(60)
-    os.kill(int(open(pid_file).read()), signal.SIGKILL)
-    killed.append(step)
-else:
-    with dw.Publisher(bucket) as pub:
-        for version in range(4):
-            weights["a"][:100 * version] += 1
-            pub.publish(weights, step=version)
-            while True:
-                try:
-                    pub.flush(60)
-                    break
-                except DeltaWireError as error:
-                    print("problem", type(error).__name__, flush=True)
-assert killed, "the server was never killed"
-while True:
-    try:
-        report = dw.materialize(bucket, sys.argv[2] + ".out")
-        break
-    except DeltaWireError as error:
-        print("problem", type(error).__name__, flush=True)
-        time.sleep(0.1)
-from deltawire.format.checkpoint import Checkpoint
-from deltawire.weights.tensors import cast, equal
-assert equal(dict(Checkpoint(report.folder)), {name: cast(value, "BF16") for name, value in weights.items()})
-print("equal", report.position.version)
-"""
 
 
 @pytest.mark.parametrize("step", ["payload", "commit", "head", "fetch"])
@@ -73,7 +22,7 @@ def test_a_server_killed_at_any_step_and_started_again_has_all_of_it(tmp_path: P
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | client_environment(tmp_path)
     environment |= {"HF_ENDPOINT": server.url, "PYTHONPATH": os.pathsep.join(sys.path)}
     trainer = subprocess.Popen(
-        [sys.executable, "-c", TRAINER, step, str(pid_file)],
+        [sys.executable, program("trainer_killing_its_server"), step, str(pid_file)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from hub_client import ask, client_environment, run_client
+from programs import program
 from xet_builders import nodes, shard, xorb
 
 from deltawire.errors import OutOfSpace, UnknownVersion
@@ -21,18 +22,6 @@ from deltawire.hub_server.database import Database
 from deltawire.hub_server.durable import no_space_is_typed
 from deltawire.hub_server.xet_hashes import file_hash, to_text
 
-UPLOAD_FOREVER = """
-import random
-from huggingface_hub import HfApi
-api = HfApi()
-api.create_bucket("me/b", exist_ok=True)
-number = int(sys.argv[1])
-while True:
-    content = random.Random(number).randbytes(200_000 + number * 1000 % 3_000_000)
-    api.batch_bucket_files("me/b", add=[(content, f"{number:06d}"), (b"small %d" % number, f"small/{number:06d}")])
-    print(number, flush=True)
-    number += 1
-"""
 CHECK = """
 import random
 files = sorted(item.path for item in api.list_bucket_tree("me/b", recursive=True) if "/" not in item.path)
@@ -49,7 +38,7 @@ def upload_until_killed(server: HubProcess, folder: Path, *, start: int, acknowl
     """Upload files from number `start` on, kill the server after that many acknowledgements; the last one heard."""
     environment = os.environ | client_environment(folder) | {"HF_ENDPOINT": server.url}
     client = subprocess.Popen(
-        [sys.executable, "-c", "import sys\n" + UPLOAD_FOREVER, str(start)],
+        [sys.executable, program("upload_forever"), str(start)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -19,27 +19,13 @@ from typing import Any
 
 import pytest
 from places import BITS_PER_SECOND, BUCKET_PORT, KEY, PUBLIC_PORT, ROOT, WEIGHT_PORT, Place, places
+from programs import program
 
 from deltawire.demo.processes import Child
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(900)]
 BYTES_PER_SECOND = BITS_PER_SECOND / 8
 ELEMENTS = 24 * 2**20
-LISTEN = """
-import socket, sys
-server = socket.create_server((sys.argv[1], int(sys.argv[2])))
-print("up", flush=True)
-sys.stdin.read()
-"""
-"""listens until its standard input ends; the kernel alone answers"""
-ASK = """
-import sys, urllib.error, urllib.request
-headers = {"Authorization": f"Bearer {sys.argv[2]}"}
-try:
-    print(urllib.request.urlopen(urllib.request.Request(sys.argv[1], headers=headers), timeout=20).status)
-except urllib.error.HTTPError as error:
-    print(error.code)
-"""
 BUCKET = "hf://buckets/ada/wordle"
 VLLM = f"http://127.0.0.1:{WEIGHT_PORT}"
 TIMES = 3
@@ -66,7 +52,7 @@ def test_trainer_and_engine_do_not_reach_each_others_weight_ports_but_the_bucket
     }  # fmt: skip
     with ExitStack() as running:
         for host, port in listeners:  # somebody listens everywhere: what fails, fails on the way
-            command = (sys.executable, "-I", "-S", "-c", LISTEN, place.hosts[host], str(port))
+            command = (sys.executable, "-I", "-S", program("listen"), place.hosts[host], str(port))
             process = running.enter_context(place.popen(host, *command))
             assert process.stdout is not None and process.stdout.readline() == "up\n"
         before = place.hosts.packets()
@@ -323,7 +309,7 @@ def test_the_gate_lets_rollouts_through_and_vllms_own_port_stays_unreachable(pla
     assert not place.hosts.connects("trainer", "engine", WEIGHT_PORT)
     assert place.hosts.packets()["trainer to engine, dropped"] > before["trainer to engine, dropped"]
     answers = {
-        path: place.run("trainer", sys.executable, "-I", "-S", "-c", ASK, gate + path, key).strip()
+        path: place.run("trainer", sys.executable, "-I", "-S", program("ask"), gate + path, key).strip()
         for path, key in [("/health", ""), ("/weight_info", KEY), ("/v1/models", ""), ("/collective_rpc", KEY)]
     }
     assert answers == {"/health": "200", "/weight_info": "200", "/v1/models": "401", "/collective_rpc": "404"}

@@ -7,31 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import edit, model, served, table
+from mirrors import RUN, at, versions
+from programs import program
+from runs import table
 
 from deltawire import Delta, digest
 from deltawire.errors import AccessRefused, AlreadyExists, BadDigest, NotFound, OutOfSpace
 from deltawire.format import checkpoint
 from deltawire.read import mirror
 from deltawire.read.mirror import Mirror, held, reading
-from deltawire.runlog.records import Position
-from deltawire.weights.digest import root
 from deltawire.weights.tensors import equal
 
-RUN = "0" * 16
 STEPS = ["journal", "apply", "sync", "mark", "clean"]
-
-
-def versions(count):
-    weights, found = model(), []
-    for seed in range(count):
-        edit(weights, seed)
-        found.append(served(weights))
-    return found
-
-
-def at(weights, version):
-    return Position(RUN, version, root(table(weights), digest(weights)))
 
 
 def made(folder, weights):
@@ -122,35 +109,12 @@ def test_a_full_disk_leaves_the_old_version(tmp_path, monkeypatch):
     assert not list((tmp_path / "m").glob(".*.part"))
 
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-from test_mirror import at, table, versions
-from deltawire import Delta
-from deltawire.weights.delta import TensorDelta
-from deltawire.read.mirror import Mirror
-folder, when = Path(sys.argv[1]), sys.argv[2]
-chain = versions(3)
-def die(step):
-    if step == when: os.kill(os.getpid(), signal.SIGKILL)
-if when.isdecimal():
-    seen, apply = [0], TensorDelta.apply_
-    def counted(self, bits):
-        seen[0] += 1
-        if seen[0] > int(when): os.kill(os.getpid(), signal.SIGKILL)
-        return apply(self, bits)
-    TensorDelta.apply_ = counted
-mirror = Mirror(folder, table(chain[0]), on_step=die)
-mirror.apply(Delta.between(dict(mirror.weights), chain[1]), at(chain[1], 1))
-"""
-
-
 @pytest.mark.parametrize("when", [*STEPS, "0", "1", "3"])
 def test_killed_at_any_step_it_holds_the_old_version_or_the_new_one(tmp_path, when):
     chain = versions(3)
     made(tmp_path / "m", chain[0]).close()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", CHILD, tmp_path / "m", when]
+    command = [sys.executable, program("mirror_killed"), tmp_path / "m", when]
     done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     if when in ("journal", "apply", "0", "1", "3"):

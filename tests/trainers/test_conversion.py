@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from runs import PATIENCE
 from safetensors.torch import load_file
 from transformers.core_model_loading import (
     Concatenate,
@@ -20,7 +21,6 @@ import deltawire as dw
 from deltawire.errors import NoView, UnknownTensor
 from deltawire.torch import follow
 from deltawire.trainers.conversion import name_map
-from runs import PATIENCE
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

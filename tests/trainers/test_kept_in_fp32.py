@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from runs import fresh, publishing, read_weights
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -24,7 +25,6 @@ from deltawire.trainers.conversion import name_map
 from deltawire.trainers.hook import publish_after_step
 from deltawire.trainers.state import checkpoint_tensors, fp32_marks
 from deltawire.weights.tensors import as_bits, cast, mark_of, marked
-from runs import fresh, publishing, read_weights
 
 SMALL = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

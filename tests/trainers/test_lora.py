@@ -6,11 +6,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from adapters import Learner, load, logprobs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import deltawire as dw
-from adapters import Learner, load, logprobs
 from deltawire.errors import BucketError, NotFound, ShapeMismatch, UnknownTensor, WrongBase
 from deltawire.trainers import lora
 from deltawire.upkeep.compactor import Compactor

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from learners import samples, small_model
+from runs import PATIENCE, commits, fresh, publishing, read_weights, served
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import deltawire as dw
@@ -11,7 +12,6 @@ from deltawire.errors import DtypeMismatch, MissingTensor
 from deltawire.trainers.hook import publish_after_step
 from deltawire.trainers.state import checkpoint_tensors
 from deltawire.weights.tensors import as_bits
-from runs import PATIENCE, commits, fresh, publishing, read_weights, served
 
 COMPILES = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 """torch 2.13's own, when its compiler is imported"""

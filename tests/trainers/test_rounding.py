@@ -6,12 +6,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from learners import Settling, small_model, small_trainer
+from runs import commits, fresh, publishing
 
 import deltawire as dw
 from deltawire.trainers.hook import publish_after_step
 from deltawire.trainers.rounding import RoundingWatch, lost_share
 from deltawire.trainers.transformers import DeltaWeightSyncCallback
-from runs import commits, fresh, publishing
 
 
 class Twins:

@@ -12,6 +12,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from programs import program
 from runs import (
     PATIENCE,
     chain_of_four,
@@ -227,16 +228,6 @@ def test_an_error_at_any_update_leaves_no_folder(chain, tmp_path, version):
     assert equal(dict(Checkpoint(tmp_path / "out")), expected[3])
 
 
-KILLED = """
-import os, signal, sys
-from deltawire import materialize, open_bucket
-def die(update):
-    if update.position.version == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-materialize(open_bucket(sys.argv[1]), sys.argv[2], on_update=die)
-"""
-
-
 @pytest.mark.parametrize("version", [0, 2])
 def test_a_process_killed_in_the_middle_leaves_no_folder_of_that_name(tmp_path, version):
     url = f"file://{tmp_path}/bucket"
@@ -244,7 +235,7 @@ def test_a_process_killed_in_the_middle_leaves_no_folder_of_that_name(tmp_path, 
     publish_all(bucket, model(0), model(1), model(2))
     out = tmp_path / "out"
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, url, str(out), str(version)],
+        [sys.executable, program("materialize_killed"), url, str(out), str(version)],
         env=os.environ | {"TMPDIR": str(tmp_path)},
         timeout=120,
         check=False,

@@ -9,11 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from adapters import Learner, load, logprobs
 from servers import Server, save_checkpoint
 from transformers import AutoModelForCausalLM
 
 import deltawire as dw
-from adapters import Learner, load, logprobs
 from deltawire.errors import BadDigest, EngineError, EngineUnsupported
 from deltawire.follow.follower import Follower
 from deltawire.runlog import heartbeats

@@ -9,9 +9,9 @@ import sys
 import pytest
 from small import SmallRun
 from stub_engine import StubEngine
+from verbs import run_verb
 
 import deltawire as dw
-from verbs import run_verb
 
 
 @pytest.fixture
