@@ -9,7 +9,7 @@ from contextlib import suppress
 from deltawire.buckets.base import Bucket
 from deltawire.errors import DAMAGE, BadDigest, Forked, Gap, NotFound
 from deltawire.runlog import log
-from deltawire.runlog.keys import commit_key
+from deltawire.runlog.keys import CommitKey, commit_key
 from deltawire.runlog.log import Filed
 from deltawire.runlog.planner import Edge
 from deltawire.runlog.records import Commit, Derived, Run
@@ -83,7 +83,7 @@ class Chain(Ways):
         self._known_digests = filed.hash, digests
         return dict(digests)
 
-    def _require_alone(self, chain: list[Filed[Commit]], listed: list[tuple[int, str]]) -> None:
+    def _require_alone(self, chain: list[Filed[Commit]], listed: list[CommitKey]) -> None:
         """Raise Gap or Forked where a listing has commits that are not on the chain that the newest one ends."""
         first, ours = chain[0].record, {filed.record.version for filed in chain}
         if first.parent is not None and (below := [version for version, _ in listed if version < first.version]):

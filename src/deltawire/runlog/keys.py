@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from blake3 import blake3
 
@@ -33,6 +33,13 @@ class Listed:
     kind: Kind
     end: int
     start: int | None = None
+
+
+class CommitKey(NamedTuple):
+    """Where the commit of a version lies. Two writers, where a store cannot refuse one, leave two of a version."""
+
+    version: int
+    key: str
 
 
 def listed(run: str, key: str) -> Listed | None:

@@ -10,6 +10,7 @@ from deltawire.runlog import records
 from deltawire.runlog.keys import (
     HEAD_KEY,
     RUNS,
+    CommitKey,
     commit_key,
     commit_keys,
     commit_version,
@@ -132,13 +133,12 @@ def read_commit(bucket: Bucket, run: str, version: int) -> Commit:
     return load_commit(bucket, run, version).record
 
 
-def list_commits(bucket: Bucket, run: str, *, after: int = -1) -> list[tuple[int, str]]:
-    """(version, key) of each commit above `after`, by version, from a listing alone. Two writers on a store that cannot
-    refuse one leave two of a version."""
+def list_commits(bucket: Bucket, run: str, *, after: int = -1) -> list[CommitKey]:
+    """Where each commit above `after` lies, by version, from a listing alone."""
     prefix = commits_prefix(run)
     start = f"{prefix}{after + 1:06d}" if after >= 0 else ""
     found = ((commit_version(run, stat.key), stat.key) for stat in bucket.list(prefix, after=start))
-    return sorted((version, key) for version, key in found if version is not None and version > after)
+    return sorted(CommitKey(version, key) for version, key in found if version is not None and version > after)
 
 
 def list_versions(bucket: Bucket, run: str) -> list[int]:

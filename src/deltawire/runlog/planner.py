@@ -12,7 +12,7 @@ from typing import Literal
 
 from deltawire.buckets.base import Stat
 from deltawire.errors import Gap
-from deltawire.runlog.keys import Kind, listed
+from deltawire.runlog.keys import CommitKey, Kind, listed
 
 RECORD_COST = 2048
 """bytes that reading one more object counts for: its record, beside its payload"""
@@ -49,11 +49,9 @@ class Edge:
         return self.start if self.undo and self.start is not None else self.end
 
 
-Commits = list[tuple[int, str]]
-"""(version, key) of commits, by version"""
-
-
-def survey(stats: Iterable[Stat], run: str, *, whole: int, on_chain: Callable[[Commits], Commits]) -> list[Edge]:
+def survey(
+    stats: Iterable[Stat], run: str, *, whole: int, on_chain: Callable[[list[CommitKey]], list[CommitKey]]
+) -> list[Edge]:
     """Every edge that a listing of `runs/<run>/` shows. `whole` is the size of a checkpoint, in bytes: what version 0
     counts for when it is a reference. Sizes come from the keys, and decide nothing but the way taken. `on_chain` picks
     the commits that count where two writers left two of a version."""
@@ -61,7 +59,7 @@ def survey(stats: Iterable[Stat], run: str, *, whole: int, on_chain: Callable[[C
     sizes: dict[tuple[Kind, int | None, int], int] = defaultdict(int)
     for name, stat in found:
         sizes[name.kind, name.start, name.end] += stat.size
-    commits = sorted((name.end, stat.key) for name, stat in found if name.kind == "commit")
+    commits = sorted(CommitKey(name.end, stat.key) for name, stat in found if name.kind == "commit")
     committed = {version for version, _ in commits}
     if len(committed) < len(commits):
         commits = on_chain(commits)

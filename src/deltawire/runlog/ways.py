@@ -8,7 +8,7 @@ from functools import partial
 from deltawire.errors import DAMAGE, BadDigest, Forked, FormatError, Gap, NotFound, UnknownTensor
 from deltawire.runlog import log, planner
 from deltawire.runlog.commits import FAR, Commits
-from deltawire.runlog.keys import commits_prefix, run_prefix, way_key
+from deltawire.runlog.keys import CommitKey, commits_prefix, run_prefix, way_key
 from deltawire.runlog.log import Filed
 from deltawire.runlog.planner import Edge
 from deltawire.runlog.records import MAX_RECORD, Commit, Derived, Way, read
@@ -199,10 +199,10 @@ class Ways(Commits):
         size = self._whole if referred else record.wire_bytes
         return Edge(record.parent, record.version, size, filed.key, undo=undo)
 
-    def _pick(self, listed: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    def _pick(self, listed: list[CommitKey]) -> list[CommitKey]:
         """Of commits by (version, key), of which two share a version, those on the chain."""
         on_chain = {filed.key for filed in self.back(self._newest_listed())}
-        return [(version, key) for version, key in listed if key in on_chain]
+        return [commit for commit in listed if commit.key in on_chain]
 
     def _derived(self, edge: Edge) -> Filed[Derived]:
         filed = log.load(self.bucket, Derived, edge.record, trust=self._derived_trust)
