@@ -11,9 +11,9 @@ from collections.abc import Callable
 import numpy as np
 
 from deltawire.publish.baseline import Baseline
-from deltawire.publish.sharded.boxes import Box
 from deltawire.weights import kernels
 from deltawire.weights.bits import Bits, UInts
+from deltawire.weights.boxes import Box
 
 
 def capturing(old: UInts, new: UInts, box: Box | None) -> Callable[[], None]:
@@ -43,7 +43,7 @@ def main(elements: int, shares: list[float], rounds: int) -> None:
             "count kernel": lambda new=new: kernels._count_changed(old, new),
             "compare_and_collect": lambda new=new: kernels.compare_and_collect(old, new),
             "capture": capturing(old, new, None),
-            "capture of a shard": capturing(old, new, Box((2 * elements,), (elements,), (elements,))),
+            "capture of a shard": capturing(old, new, Box.within((2 * elements,), (elements,), (elements,))),
         }
         best = dict.fromkeys(contenders, float("inf"))
         for _ in range(rounds):

@@ -30,8 +30,8 @@ def own_state(tmp_path_factory):
 def quick_retries():
     """A publisher that tries again at once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deltawire.publish.publisher.FIRST_RETRY", 0.001)
-        patch.setattr("deltawire.publish.publisher.LAST_RETRY", 0.01)
+        patch.setattr("deltawire.publish.uploader.FIRST_RETRY", 0.001)
+        patch.setattr("deltawire.publish.uploader.LAST_RETRY", 0.01)
         yield
 
 

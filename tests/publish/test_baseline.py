@@ -7,8 +7,8 @@ from strategies import versions
 
 from deltawire.errors import DtypeMismatch, ShapeMismatch, UnknownTensor
 from deltawire.publish.baseline import Baseline
-from deltawire.publish.sharded.boxes import Box
 from deltawire.weights.bits import Bits
+from deltawire.weights.boxes import Box
 from deltawire.weights.digest import digest
 from deltawire.weights.table import TensorEntry
 from deltawire.weights.tensors import as_bits, equal

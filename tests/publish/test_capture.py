@@ -22,7 +22,8 @@ from deltawire.format import checkpoint
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.format.delta_file import decode
 from deltawire.publish import capture
-from deltawire.publish.capture import Capturer
+from deltawire.publish.capture import WholeCapturer
+from deltawire.publish.capturer import CaptureOptions
 from deltawire.publish.pending import fold, freeze
 from deltawire.runlog.records import BaseCheckpoint
 from deltawire.weights.bits import Bits
@@ -34,12 +35,12 @@ from deltawire.weights.tensors import equal
 def opened(tmp_path, bucket=None, **options):
     (tmp_path / "spool").mkdir(exist_ok=True)
     chosen = {"base": None, "dtype": "BF16", "assets": None, "clock": lambda: 1.5} | options
-    return Capturer(bucket or fresh(), tmp_path / "spool", **chosen)
+    return WholeCapturer(bucket or fresh(), tmp_path / "spool", CaptureOptions(**chosen))
 
 
 def captured(capturer, pairs, **about):
     pairs = pairs.items() if isinstance(pairs, dict) else pairs
-    return capturer.capture(pairs, **({"step": None, "metrics": {}} | about))[0]
+    return capturer.capture(pairs, **({"step": None, "metrics": {}} | about)).versions
 
 
 def as_base(folder, weights):

@@ -4,55 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from killed_run import VERSIONS
 from runs import edit, model, read_weights, served
 
 from deltawire import Subscriber, materialize, open_bucket
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.weights.tensors import equal
 
-VERSIONS = 9
-CHILD = """
-import functools, os, signal, sys
-from pathlib import Path
-from deltawire import Publisher, Subscriber, open_bucket
-from deltawire.read import mirror
-from deltawire.runlog import writing
-from deltawire.upkeep import retention
-from deltawire.upkeep.compactor import Compactor
-from runs import edit, model
-url, folder, step, occurrence = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-seen = [0]
-def die(name):
-    if name == step:
-        seen[0] += 1
-        if seen[0] == occurrence:
-            os.kill(os.getpid(), signal.SIGKILL)
-append = writing.append
-writing.append = lambda bucket, attempt: append(bucket, attempt, on_step=lambda name: die("publish " + name))
-mirror.Mirror.__init__.__kwdefaults__["on_step"] = lambda name: die("mirror " + name)
-mirror.Mirror.create.__func__.__kwdefaults__["on_step"] = lambda name: die("mirror " + name)
-retention.BATCH = 3
-bucket = open_bucket(url, create=True)
-with Publisher(bucket) as publisher, Compactor(
-    bucket, folder, anchors=4, on_step=lambda name: die("compact " + name)
-) as compactor:
-    done = publisher.position.version if publisher.position else -1
-    weights = model()
-    for version in range(9):
-        edit(weights, version)
-        if version <= done:
-            continue
-        publisher.publish(weights, step=version)
-        publisher.flush(30)
-        if version in (4, 8):
-            compactor.step()
-    compactor.step()
-    with Subscriber(bucket) as subscriber:
-        plan = retention.plan_prune(bucket, subscriber.run.run, retention.Policy(1, -1.0))
-    retention.carry_out(bucket, plan, on_step=lambda key: die("prune batch"))
-"""
+PROGRAM = Path(__file__).parents[1] / "support" / "killed_run.py"
 MATRIX = [
     *[(f"publish {step}", n) for step in ("payload", "commit", "head") for n in (1, 2, 6)],
     ("publish run", 1),
@@ -64,7 +26,7 @@ MATRIX = [
 
 def play(url, folder, step="never", occurrence=1):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", CHILD, url, str(folder), step, str(occurrence)]
+    command = [sys.executable, str(PROGRAM), url, str(folder), step, str(occurrence)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 

@@ -22,7 +22,9 @@ from deltawire.errors import (
     UnknownTensor,
     UnknownVersion,
 )
-from deltawire.publish import publisher
+from deltawire.publish import uploader
+from deltawire.publish.baseline import Baseline
+from deltawire.publish.queue import Queue
 from deltawire.runlog.log import read_head
 from deltawire.weights import kernels
 from deltawire.weights.tensors import equal
@@ -69,7 +71,7 @@ def test_flush_raises_at_once_what_waiting_cannot_cure_and_the_next_flush_tries_
 
 
 def test_flush_raises_at_once_even_when_the_next_try_is_half_a_minute_away(monkeypatch):
-    monkeypatch.setattr(publisher, "FIRST_RETRY", 3600.0)
+    monkeypatch.setattr(uploader, "FIRST_RETRY", 3600.0)
     plan, asked = down(AccessRefused("bad token"))
     bucket = Faulty(fresh(), plan)
     with publishing(bucket) as pub:
@@ -142,7 +144,9 @@ def test_a_callback_that_raises_stops_the_publisher_loudly():
 
     pub = Publisher(fresh(), on_upload=complain)
     pub.publish(model())
-    pub._thread.join(PATIENCE)
+    for thread in threading.enumerate():
+        if thread.name == "deltawire-upload":
+            thread.join(PATIENCE)
     for again in (pub.flush, lambda: pub.publish(model(1)), pub.close):
         with pytest.raises(DeltaWireError, match=r"uploader stopped.*no room in the log"):
             again()
@@ -362,7 +366,7 @@ def test_after_an_interrupt_in_a_publish_only_a_new_publisher_goes_on_and_nothin
             pub.publish(weights)
         edit(weights, 3)
         with monkeypatch.context() as patch:
-            torn = {"a comparison": (pub._capturer._baseline, "advance"), "a fold": (pub, "_enqueue")}[where]
+            torn = {"a comparison": (Baseline, "advance"), "a fold": (Queue, "add")}[where]
             patch.setattr(*torn, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 pub.publish(weights)

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
@@ -85,5 +86,18 @@ def train_together(folder: str, url: str) -> None:
     trainer.save_model(folder)
 
 
+def train_until_stopped(folder: str, url: str) -> None:
+    """Train, and raise after the first step, before its version was sent."""
+
+    class Stop(DeltaWeightSyncCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            raise RuntimeError("stopped by the test")
+
+    slow = Stop(url, on_upload=lambda report: time.sleep(1))  # so that version 1 is not sent before the exception
+    small_trainer(small_model(), folder, slow).train()
+
+
 if __name__ == "__main__":
-    {"killed": train_until_killed, "together": train_together}[sys.argv[1]](*sys.argv[2:])
+    programs = {"killed": train_until_killed, "stopped": train_until_stopped, "together": train_together}
+    programs[sys.argv[1]](*sys.argv[2:])

@@ -3,7 +3,7 @@
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from waiting import PATIENCE
 
 from deltawire import Publisher, Subscriber, Update, digest, open_bucket
 from deltawire.buckets import Bucket
+from deltawire.errors import DeltaWireError
 from deltawire.runlog.keys import commit_key
 from deltawire.runlog.log import list_versions, read_commit
 from deltawire.runlog.records import Commit, Position, hash_of, read, write
@@ -60,7 +61,8 @@ def publishing(bucket: Any, **options: Any) -> Iterator[Publisher]:
     try:
         yield publisher
     except BaseException:
-        publisher._closing = True  # the test is lost: do not wait for an upload that may never succeed
+        with suppress(DeltaWireError):
+            publisher.close(timeout=0)  # the test is lost: do not wait for an upload that may never succeed
         raise
     finally:
         publisher.close(timeout=PATIENCE)

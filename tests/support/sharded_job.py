@@ -45,8 +45,8 @@ from deltawire.errors import (
 )
 from deltawire.format import checkpoint
 from deltawire.prepare.names import NameMap, View
-from deltawire.publish import publisher
-from deltawire.publish.sharded import senders
+from deltawire.publish import uploader
+from deltawire.publish.sharded import channel, senders
 from deltawire.runlog.signing import generate_key
 from deltawire.trainers.state import checkpoint_tensors
 from deltawire.weights.table import TensorEntry
@@ -463,7 +463,7 @@ def stops(folder):
 
 def gone(folder):
     """A rank that is killed before its changes are durable: rank 0 finds out. The last scenario of a job."""
-    senders.GONE = 1.0
+    channel.GONE = 1.0
     pub = stuck(folder)
     if dist.get_rank() == 0:
         expect(RankFailed, "rank 1 gave no sign of life", lambda: pub.flush(timeout=PATIENCE))
@@ -547,7 +547,7 @@ def main(scenarios, names, rank, size, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)  # a hang says where, and ends
-    publisher.FIRST_RETRY, publisher.LAST_RETRY, senders.BEAT = 0.01, 0.1, 0.1
+    uploader.FIRST_RETRY, uploader.LAST_RETRY, senders.BEAT = 0.01, 0.1, 0.1
     dist.init_process_group("gloo", rank=rank, world_size=size)
     for name in names.split(","):
         place = Path(folder) / name

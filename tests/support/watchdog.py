@@ -7,9 +7,9 @@ import sys
 from waiting import PATIENCE
 
 from deltawire.errors import DeltaWireError
-from deltawire.publish import baseline, capture, publisher
+from deltawire.publish import baseline, capture, comparing, publisher, queue, tracker, uploader
 
-FILES = {module.__file__ for module in (baseline, capture, publisher)}
+FILES = {module.__file__ for module in (baseline, capture, comparing, publisher, queue, tracker, uploader)}
 
 
 def run_out(*_):

@@ -109,18 +109,8 @@ def test_what_was_captured_before_training_raised_is_sent_on_the_way_out(tmp_pat
 
 
 def test_a_process_that_ends_by_an_exception_sends_what_was_captured(tmp_path, url):
-    code = (
-        f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r})\n"
-        "from learners import *\n"
-        "import time\n"
-        "slow = lambda report: time.sleep(1)  # so that version 1 is not sent before the exception\n"
-        "class Stop(DeltaWeightSyncCallback):\n"
-        "    def on_step_end(self, args, state, control, **kwargs):\n"
-        "        super().on_step_end(args, state, control, **kwargs)\n"
-        "        raise RuntimeError('stopped by the test')\n"
-        f"small_trainer(small_model(), {str(tmp_path)!r}, Stop({url!r}, on_upload=slow)).train()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(PROGRAM), "stopped", str(tmp_path), url]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert "stopped by the test" in done.stderr
     assert [commit.step for commit in commits(dw.open_bucket(url))][-1] == 1
 

@@ -4,57 +4,36 @@ It costs two bytes of host memory per bf16 element. It is scratch: after a crash
 never trusted.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-from deltawire.errors import CopiesDiffer, ShapeMismatch, UnknownTensor, some
-from deltawire.prepare.names import bare, closest, is_adapters, require_bare
-from deltawire.publish.sharded.boxes import Box
+from deltawire.errors import CopiesDiffer
+from deltawire.publish.requirements import require_shape
 from deltawire.weights.bits import Bits
+from deltawire.weights.boxes import Box
 from deltawire.weights.delta import TensorDelta, between_bits
 from deltawire.weights.digest import digest_bits, moved
 from deltawire.weights.table import TensorEntry
 
 
-class Transition:
-    """Statements that only together take the state from one that agrees with itself to the next: `with transition: …`,
-    or from `begin` to `end`. An exception in between, which a signal's handler may raise anywhere, leaves the state
-    `unfinished` for good."""
-
-    def __init__(self) -> None:
-        self._open = 0
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether some of the statements may have been done, and others not."""
-        return self._open > 0
-
-    def begin(self) -> None:
-        """Say so before the first of the statements."""
-        self._open += 1
-
-    def end(self) -> None:
-        """Say so after the last."""
-        self._open -= 1
-
-    __enter__ = begin
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.end()
-
-
 class Baseline:
     """The weights last captured and their digests, which every capture moves together in O(changed).
 
-    A rank of a sharded job seeds the boxes it holds; shapes and positions then are those inside a box, and digests the
-    part that the box has in its tensor's.
+    A rank of a sharded job seeds the boxes it holds. Shapes and positions then are those inside a box, and digests are
+    the part that the box has in its tensor's digest.
     """
 
     def __init__(self) -> None:
         self._weights: dict[str, Bits] = {}
         self.boxes: dict[str, Box] = {}
         self.digests: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Bits]) -> "Baseline":
+        """A baseline that holds these weights, in memory of its own."""
+        baseline = cls()
+        for name in weights:
+            baseline.seed(name, weights[name])
+        return baseline
 
     def __getitem__(self, name: str) -> Bits:
         return self._weights[name]
@@ -85,7 +64,7 @@ class Baseline:
             )
 
     def rename(self, old: str, new: str) -> None:
-        """Hold a tensor under another name."""
+        """Hold a tensor under another name, in the place of what was held under it."""
         self._weights[new], self.digests[new] = self._weights.pop(old), self.digests.pop(old)
         if old in self.boxes:
             self.boxes[new] = self.boxes.pop(old)
@@ -95,19 +74,15 @@ class Baseline:
         return self._weights
 
     def compare(self, name: str, new: Bits) -> TensorDelta:
-        """The change since the last capture. Raises UnknownTensor, ShapeMismatch, DtypeMismatch."""
-        self.require(name, new.shape)
+        """The change since the last capture; nothing moves. Raises UnknownTensor, ShapeMismatch, DtypeMismatch."""
+        require_shape(name, new.shape, self._weights)
         return between_bits(self._weights[name], new)
 
     def advance(self, name: str, change: TensorDelta) -> None:
-        """Move the baseline and its digest by a change. The caller owns the change from here on: it is nowhere else."""
+        """Move the baseline and its digest by a change, which from here on only the caller holds."""
         data, box = self._weights[name].data, self.boxes.get(name)
         before, after = change.apply_(data) if box is None else box.apply_(data, change)
         self.digests[name] = moved(self.digests[name], before, after)
-
-    def require(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise UnknownTensor or ShapeMismatch unless there is such a tensor of this shape."""
-        require(name, shape, self._weights)
 
     def holds_alike(self, one: str, other: str) -> bool:
         """Whether two tensors, or what is held of them, have the same bits; true of one that is not held by itself."""
@@ -117,40 +92,3 @@ class Baseline:
         """The tensor table in the order of seeding."""
         names = frozenset(trainable)
         return tuple(TensorEntry(name, bits.dtype, bits.shape, name in names) for name, bits in self._weights.items())
-
-
-def among(
-    pairs: Iterable[tuple[str, Any]], table: Mapping[str, Bits] | Mapping[str, TensorEntry]
-) -> Iterator[tuple[str, Any]]:
-    """The pairs whose names the table has. Raises UnknownTensor for all others at once, at the end."""
-    unknown = []
-    for name, tensor in pairs:
-        if name in table:
-            yield name, tensor
-        else:
-            unknown.append(name)
-    if unknown:
-        require_bare(name for name in unknown if not is_adapters(name) and bare(name) in table)
-        raise foreign(unknown, table)
-
-
-def foreign(names: list[str], table: Iterable[str]) -> UnknownTensor:
-    """The error for tensors that a run does not have."""
-    are, to = ("is", "") if len(names) == 1 else ("are", " to the first")
-    near = closest(names[0], table)
-    return UnknownTensor(
-        f"{some(map(repr, names))} {are} not in this run's tensor table; closest there{to}: {near}. Leave out what is "
-        "not to be published by Publisher(prepare=[…]), or begin a run of other tensors: another "
-        'bucket, or Publisher(run="supersede")'
-    )
-
-
-def require(name: str, shape: tuple[int, ...], table: Mapping[str, Bits] | Mapping[str, TensorEntry]) -> None:
-    """Raise UnknownTensor or ShapeMismatch unless the table has such a tensor of this shape."""
-    if name not in table:
-        raise foreign([name], table)
-    if shape != table[name].shape:
-        raise ShapeMismatch(
-            f"{name}: shape {list(shape)}, but this run has {list(table[name].shape)}; another model begins a run of "
-            'its own: another bucket, or Publisher(run="supersede")'
-        )

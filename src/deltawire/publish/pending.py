@@ -8,11 +8,12 @@ from blake3 import blake3
 
 from deltawire.buckets.verified import hash_file
 from deltawire.format import delta_file
-from deltawire.publish.sharded.boxes import Box, spread
+from deltawire.publish.sharded.shards import spread
 from deltawire.runlog.keys import delta_key, part_key
 from deltawire.runlog.records import Commit, Payload, Run, hash_of, signed, write
 from deltawire.runlog.signing import SigningKey
 from deltawire.runlog.writing import Attempt
+from deltawire.weights.boxes import Box
 from deltawire.weights.delta import Delta
 from deltawire.weights.digest import root as root_of
 
@@ -65,7 +66,7 @@ def fold(earlier: Captured, later: Captured) -> Captured:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Shipment:
     """What one process gives to a commit, frozen: its payloads by key below the run, their records, and the names of
     the tensors they change."""
 
@@ -74,19 +75,19 @@ class Part:
     names: tuple[str, ...]
 
 
-def part_of(captured: Captured) -> Part:
+def ship(captured: Captured) -> Shipment:
     """The exact bytes a process sends for a version, again and again until the outcome is known."""
     payloads = captured.payloads if captured.payloads is not None else encode(captured)
     records = tuple(
         Payload(key, _size(data), blake3(data).hexdigest() if isinstance(data, bytes) else hash_file(data))
         for key, data in payloads.items()
     )
-    return Part(payloads, records, tuple(captured.delta))
+    return Shipment(payloads, records, tuple(captured.delta))
 
 
 def freeze(
     captured: Captured,
-    parts: Sequence[Part] = (),
+    shipments: Sequence[Shipment] = (),
     *,
     parent_hash: str | None = None,
     writer: str | None = None,
@@ -94,12 +95,12 @@ def freeze(
 ) -> Attempt:
     """The exact bytes of an append, to be sent again unchanged until the outcome is known. Equal input, equal bytes.
 
-    `parts` are those of every process that trains, this one's first (by default it is the only one). `parent_hash` is
-    that of the commit before (a run's first names its run.json); `writer` says who holds the run.
+    `shipments` are those of every process that trains, this one's first (by default it is the only one). `parent_hash`
+    is that of the commit before (a run's first names its run.json). `writer` says who holds the run.
     """
     run, first = signed(captured.run, key), captured.parent is None
-    own, *others = parts or (part_of(captured),)
-    names = {name for part in (own, *others) for name in part.names}
+    own, *others = shipments or (ship(captured),)
+    names = {name for shipment in (own, *others) for name in shipment.names}
     changed = [entry.name for entry in run.table if first or entry.name in names]
     commit = Commit(
         run=run.run,
@@ -107,7 +108,7 @@ def freeze(
         parent=captured.parent,
         root=root_of(run.table, captured.digests),
         digests={name: f"{captured.digests[name]:016x}" for name in changed},
-        payloads=tuple(record for part in (own, *others) for record in part.records),
+        payloads=tuple(record for shipment in (own, *others) for record in shipment.records),
         created=captured.created,
         step=captured.step,
         metrics=dict(captured.metrics),
@@ -121,7 +122,9 @@ def encode(captured: Captured) -> dict[str, bytes | Path]:
     """The delta's file under its key; nothing for a version in which nothing changed."""
     if not captured.delta:
         return {}
-    delta = captured.delta if captured.rank is None else spread(captured.delta, captured.boxes)
+    delta = captured.delta
+    if captured.rank is not None:
+        delta = spread(delta, captured.boxes, {entry.name: entry for entry in captured.run.table})
     data = delta_file.encode(delta, run=captured.run.run, parent=captured.parent, version=captured.version)
     sealed = blake3(data).hexdigest()
     if captured.parent is None and captured.rank is not None:

@@ -1,9 +1,9 @@
 """The trainer's side: capture what changed, keep it until it is durable, never make the trainer wait for the network.
 
-    committed + frozen attempt + waiting + partial == baseline        always, so a failure forgets nothing
+    committed + frozen + waiting + uncovered == baseline        always, so a failure forgets nothing
 
-`publish` compares with the baseline, moves it, and adds the change to what waits; a thread of ours takes all that
-waits as one folded attempt, freezes its bytes, and appends it to the run log, again and again until it is durable.
+`publish` compares with the baseline, moves it, and queues the change. The uploader's thread takes all that waits as one
+folded version, freezes its bytes, and appends it to the run log, again and again until it is durable.
 """
 
 import atexit
@@ -11,46 +11,24 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
-from deltawire.buckets.wrappers import Typed
-from deltawire.errors import (
-    BucketError,
-    ChainError,
-    DeltaWireError,
-    FormatError,
-    NotFound,
-    RankFailed,
-    Unavailable,
-    UnknownVersion,
-    WrongBase,
-)
-from deltawire.publish import fsdp, pending, resuming
-from deltawire.publish.capture import Capture, Capturer, require_signer
-from deltawire.publish.pending import Captured, Part
+from deltawire.errors import DeltaWireError, Unavailable, UnknownVersion, WrongBase
+from deltawire.publish import fsdp, resuming
+from deltawire.publish.capturer import Capture, CaptureOptions
 from deltawire.publish.reports import PublishReport, UploadReport
-from deltawire.publish.resuming import RunState
-from deltawire.publish.sharded.capture import ShardCapturer
-from deltawire.publish.sharded.ranks import Ranks
-from deltawire.publish.sharded.senders import sender_of
-from deltawire.runlog import signing
+from deltawire.publish.roles import Keys, open_roles
+from deltawire.publish.uploader import Queued, Uploader
 from deltawire.runlog.records import Position
-from deltawire.runlog.signing import SigningKey
 from deltawire.weights.digest import root as root_of
 from deltawire.weights.tensors import named
 
-FIRST_RETRY = 0.5
-"""seconds; doubles up to LAST_RETRY while the store says "later" """
-LAST_RETRY = 30.0
 GOODBYE = 30.0
 """seconds that rank 0, when it closes, waits for the other ranks to hear of the last commit"""
 AT_EXIT = 30.0
@@ -113,74 +91,25 @@ class Publisher:
         on_upload: Callable[[UploadReport], None] = lambda report: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if codec != "gap":
-            raise UnknownVersion(f'codec {codec!r} cannot be published; use "gap" ("raw" is for dw.encode alone)')
-        if isinstance(bucket, str):
-            raise TypeError("a Publisher takes an opened bucket, not its address: pass deltawire.open_bucket(address)")
-        if run not in ("continue", "supersede"):
-            raise ValueError(f'run={run!r}: "continue" or "supersede"')
-        if resume not in ("warn", "require") or (resume, run) == ("require", "supersede"):
-            raise ValueError(f'resume={resume!r}: "warn", or "require", which goes with run="continue"')
-        self.bucket, self._owner = bucket, os.getpid()
-        self._on_upload, self._prepare, self._sharded = on_upload, tuple(prepare), process_group is not None
+        _require_options(bucket, codec=codec, run=run, resume=resume)
+        self.bucket, self._owner, self._prepare = bucket, os.getpid(), tuple(prepare)
+        self._must_resume, self._is_torn = resume == "require", False
+        self._refused: DeltaWireError | None = None
+        folder = Path(assets) if assets is not None else None
+        options = CaptureOptions(base, dtype, folder, clock, supersede=run == "supersede")
+        keys = Keys(signing_key, tuple(compactors))
         with file_system_errors("the folder of temporary files (TMPDIR chooses another)"):
             self._spool = Path(tempfile.mkdtemp(prefix="deltawire-"))
-        self._resume: Literal["warn", "require"] = resume
-        self._refused: DeltaWireError | None = None
-        begin = {"base": base, "dtype": dtype, "assets": assets, "clock": clock, "supersede": run == "supersede"}
+        place = {"spool": self._spool, "process_group": process_group, "must_resume": self._must_resume}
         try:
-            self._open(begin, signing_key, compactors, process_group)
+            roles = open_roles(bucket, options, keys, **place)
         except BaseException:
             shutil.rmtree(self._spool, ignore_errors=True)
             raise
-        self._lock = threading.RLock()  # entered by itself: a signal's exception in Condition.__exit__ would keep it
-        self._changed = threading.Condition(self._lock)
-        self._waiting: list[Captured] = []
-        self._work: Captured | None = None
-        self._committed: Position | None = self._capturer.resumed
-        self._committed_hash: str | None = self._capturer.resumed_hash
-        self._problem: DeltaWireError | None = None
-        self._failures = 0
-        self._cut = -1
-        self._summing = self._hurry = self._closing = self._died = self._torn = False
-        self._thread = threading.Thread(target=self._upload_forever, name="deltawire-upload", daemon=True)
-        self._thread.start()
+        self._capturer, self._before = roles.capturer, roles.before
+        tip, adds_up = roles.capturer.resumed, process_group is not None
+        self._uploader = Uploader(roles.sender, where=bucket.url, tip=tip, adds_up=adds_up, on_upload=on_upload)
         atexit.register(self._close_at_exit)
-
-    def _open(
-        self, begin: dict[str, Any], key_file: str | Path | None, compactors: Iterable[str | Path], process_group: Any
-    ) -> None:
-        """Find where the bucket stands, and settle who makes versions durable."""
-        key: list[SigningKey] = []
-
-        def read_keys() -> tuple[str, ...]:
-            if key_file is not None:
-                key.append(signing.read_key(key_file))
-            if not begin["supersede"]:
-                require_signer(self.bucket, key[0].public if key else None)
-            return tuple(sorted(signing.trust(compactors).keys))
-
-        ranks = None if process_group is None else Ranks(process_group)
-        delegates = read_keys() if ranks is None else ranks.from_first(read_keys)  # the private key stays on rank 0
-        self._capturer: Capturer | ShardCapturer
-        if ranks is None:
-            self._capturer = Capturer(self.bucket, self._spool, compactors=delegates, **begin)
-        else:
-            self._capturer = ShardCapturer(self.bucket, ranks, compactors=delegates, **begin)
-        self._before = self._state_before(ranks)
-        self._sender = sender_of(Typed(self.bucket), ranks, next(iter(key), None))
-
-    def _state_before(self, ranks: Ranks | None) -> RunState | None:
-        """What the run looked like that is continued. Raises NotFound where one was required."""
-        if (position := self._capturer.resumed) is None:
-            if self._resume == "require":
-                raise NotFound(
-                    f'{self.bucket.url} holds no run, and resume="require" asks for one: check the address, or begin '
-                    "a run without it"
-                )
-            return None
-        look = partial(resuming.run_state, self.bucket, position)
-        return look() if ranks is None else ranks.from_first(look)
 
     def __enter__(self) -> "Publisher":
         return self
@@ -196,7 +125,7 @@ class Publisher:
     @property
     def position(self) -> Position | None:
         """The newest committed position; None before the first commit."""
-        return self._committed
+        return self._uploader.position
 
     def publish(
         self,
@@ -224,37 +153,30 @@ class Publisher:
         together.
         """
         started = time.perf_counter()
-        with self._lock:
-            self._summing, cut = self._sharded, self._cut
-            self._torn = self._torn or self._capturer.transition.unfinished
+        self._is_torn = self._is_torn or self._capturer.transition.unfinished
+        cut = self._uploader.begin_capture()
         try:
             capture = self._capturer.capture(self._pairs(tensors), step=step, metrics=metrics, cut=cut)
             jump = self._jump(capture)
-            with self._lock:
-                self._cut = max(self._cut, capture.cut)
-                for captured in capture.versions:
-                    self._enqueue(captured)
-                self._capturer.transition.end()
-                report = self._report(capture, started)
+            queued = self._uploader.add(capture.versions, cut=capture.cut)
+            self._capturer.transition.end()
         except (KeyboardInterrupt, SystemExit, MemoryError):
-            self._torn = True
+            self._is_torn = True
             raise
         finally:
-            with self._lock:
-                self._summing = False
-                self._changed.notify_all()
-        if jump is not None:  # not before it is enqueued: a filter may make an error of it
+            self._uploader.end_capture()
+        report = self._report(capture, queued, started)
+        if jump is not None:  # not before it is queued: a filter may make an error of it
             warnings.warn(f'{jump}; Publisher(resume="require") would refuse this', stacklevel=2)
         return report
 
     def _pairs(self, tensors: Pairs | Mapping[str, Any]) -> Pairs:
         """What to capture. A refusal is raised when this is iterated: a rank that refuses must tell the others so."""
-        if isinstance(self._problem, ChainError | RankFailed) or self._died or self._closing:
-            raise self._problem or DeltaWireError(f"{self.bucket.url}: this publisher is closed; open a new one")
+        self._uploader.require_open()
         if self._refused is not None:
             raise self._refused
         self._require_owner()
-        if self._torn:
+        if self._is_torn:
             raise DeltaWireError(
                 f"{self.bucket.url}: a publish was interrupted, so what it captured is not known; close this publisher "
                 "and open a new one, which publishes the difference from the last commit"
@@ -281,7 +203,7 @@ class Publisher:
             total=self._capturer.total,
             wire_bytes=capture.wire_bytes,
         )
-        if said is not None and self._resume == "require":
+        if said is not None and self._must_resume:
             self._refused = WrongBase(f"{self.bucket.url}: {said}. Nothing was published")
             raise self._refused
         return said
@@ -294,10 +216,8 @@ class Publisher:
                 "it; publish from the parent, or open a publisher in the child for a bucket of its own"
             )
 
-    def _report(self, capture: Capture, started: float) -> PublishReport:
-        newest = capture.versions[-1]
-        closed = [*self._waiting[:-1], *([self._work] if self._work else [])]
-        held = [*closed, *self._waiting[-1:]]
+    def _report(self, capture: Capture, queued: Queued, started: float) -> PublishReport:
+        newest, backlog = capture.versions[-1], queued.backlog
         return PublishReport(
             run=newest.run.run,
             version=newest.version,
@@ -308,10 +228,10 @@ class Publisher:
             model_bytes=self._capturer.model_bytes,
             seconds=time.perf_counter() - started,
             compare_seconds=capture.compare_seconds,
-            waiting=sum(captured.versions for captured in held),
-            waiting_bytes=sum(captured.nbytes for captured in held),
-            waiting_bound=self._capturer.held_bytes + sum(captured.nbytes for captured in closed),
-            problem=str(self._problem) if self._problem else None,
+            waiting=backlog.versions,
+            waiting_bytes=backlog.nbytes,
+            waiting_bound=self._capturer.held_bytes + backlog.closed_bytes,
+            problem=str(queued.problem) if queued.problem else None,
         )
 
     def flush(self, timeout: float | None = None) -> Position | None:
@@ -322,15 +242,7 @@ class Publisher:
         Unavailable when `timeout` seconds were not enough. Nothing is forgotten: call again, or publish on.
         """
         self._require_owner()
-        with self._lock:
-            before, self._hurry, self._summing = self._failures, True, False
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._idle() or self._is_hopeless(before), timeout)
-            if self._idle() and not self._died:
-                return self._committed
-            if self._is_hopeless(before):
-                raise self._problem or DeltaWireError(f"{self.bucket.url}: closed before all was committed")
-            raise Unavailable(f"{self.bucket.url}: not all committed after {timeout} s: {self._problem or 'uploading'}")
+        return self._uploader.flush(timeout)
 
     def close(self, timeout: float | None = None) -> None:
         """Flush, then stop the uploader, within `timeout` seconds. Raises what `flush` raises, after stopping. In a
@@ -339,17 +251,13 @@ class Publisher:
             return
         started, patience = time.monotonic(), 0.0
         try:
-            if not self._closing:
+            if not self._uploader.is_stopping:
                 self.flush(timeout)
                 left = GOODBYE if timeout is None else started + timeout - time.monotonic()
                 patience = min(GOODBYE, max(left, 0.0))
         finally:
-            with self._lock:
-                self._closing = True
-                self._changed.notify_all()
             atexit.unregister(self._close_at_exit)
-            self._thread.join(timeout=5.0)
-            self._sender.close(patience)
+            self._uploader.stop(patience)
             self._capturer.close()
             shutil.rmtree(self._spool, ignore_errors=True)
 
@@ -361,93 +269,19 @@ class Publisher:
         try:
             self.close(AFTER_ERROR if hasattr(sys, "last_value") else AT_EXIT)
         except DeltaWireError as problem:
-            if self._idle():
+            if self._uploader.is_idle:
                 raise
             hint = " (close() would have waited for them)" if isinstance(problem, Unavailable) else ""
             raise DeltaWireError(f"the process ends with changes not in the bucket{hint}: {problem}") from None
 
-    def _enqueue(self, captured: Captured) -> None:
-        """Fold into what waits; a run's first version is no delta, so nothing folds into it, nor into a version that
-        rank 0 of a sharded job has begun to send."""
-        last = self._waiting[-1] if self._waiting else None
-        if last is not None and last.parent is not None and last.version > self._cut:
-            self._waiting[-1] = pending.fold(last, captured)
-        elif self._work is not None and captured.parent is not None:
-            self._waiting.append(replace(captured, payloads=None))  # it will wait: its bytes are made when it is sent
-        else:
-            self._waiting.append(captured)
 
-    def _idle(self) -> bool:
-        return not self._waiting and self._work is None
-
-    def _is_hopeless(self, before: int) -> bool:
-        """Whether waiting cannot help: nobody uploads, or a try failed for good since there were `before` failures."""
-        fresh = self._failures > before and not isinstance(self._problem, Unavailable | None)
-        return self._closing or self._died or fresh
-
-    def _upload_forever(self) -> None:
-        try:
-            while captured := self._take_work():
-                self._upload(captured, pending.part_of(captured))
-        except Exception as error:  # a thread that died silently would leave flush() waiting for ever
-            problem = error if isinstance(error, DeltaWireError) else DeltaWireError(f"the uploader stopped: {error!r}")
-            problem.__cause__ = error.__cause__ if problem is error else error
-            try:
-                self._sender.tell(problem)
-            finally:
-                with self._changed:
-                    self._died, self._problem = True, problem
-                    self._changed.notify_all()
-
-    def _take_work(self) -> Captured | None:
-        """The oldest of what waits, which nothing folds into any more; None when closing."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._waiting)
-        end = self._sender.next_range(lambda: self._closing)
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._may_begin(end))
-            if self._closing:
-                return None
-            self._work = self._waiting.pop(0)
-            self._cut = self._work.version
-            return self._work
-
-    def _may_begin(self, end: int | None) -> bool:
-        """Rank 0 must not begin while a publish adds up: the sum tells all ranks what is begun, before they fold. The
-        others may be late with the version that they are told to end at."""
-        if end is None:
-            return bool(self._waiting) and not self._summing
-        return bool(self._waiting) and self._waiting[0].version == end
-
-    def _upload(self, captured: Captured, part: Part) -> None:
-        """Send the frozen attempt, however often it takes; only a commit made durable drops the change."""
-        started, delay, tries = time.monotonic(), FIRST_RETRY, 0
-        while True:
-            tries += 1
-            try:
-                landed = self._sender.send(captured, part, self._committed_hash, lambda: self._closing)
-                break
-            except (BucketError, ChainError, FormatError) as error:
-                self._sender.tell(error)
-                with self._changed:
-                    self._problem, self._failures = error, self._failures + 1
-                    self._changed.notify_all()
-                    self._changed.wait_for(lambda: self._closing or self._hurry, delay)
-                    self._hurry = False
-                    if self._closing:
-                        return
-                delay = min(2 * delay, LAST_RETRY)
-        if landed is None:
-            return
-        seconds = time.monotonic() - started
-        for data in part.payloads.values():
-            if isinstance(data, Path):
-                data.unlink(missing_ok=True)  # an anchor's files are as large as the model, and may lie in memory
-        with self._changed:
-            self._committed, self._committed_hash = landed.position, landed.hash
-            self._work, self._problem = None, None
-            self._hurry = False
-            self._changed.notify_all()
-        self._on_upload(
-            UploadReport(landed.position, captured.parent, captured.versions, landed.wire_bytes, seconds, tries)
-        )
+def _require_options(bucket: object, *, codec: str, run: str, resume: str) -> None:
+    """Raise UnknownVersion, TypeError or ValueError for options that no publisher takes."""
+    if codec != "gap":
+        raise UnknownVersion(f'codec {codec!r} cannot be published; use "gap" ("raw" is for dw.encode alone)')
+    if isinstance(bucket, str):
+        raise TypeError("a Publisher takes an opened bucket, not its address: pass deltawire.open_bucket(address)")
+    if run not in ("continue", "supersede"):
+        raise ValueError(f'run={run!r}: "continue" or "supersede"')
+    if resume not in ("warn", "require") or (resume, run) == ("require", "supersede"):
+        raise ValueError(f'resume={resume!r}: "warn", or "require", which goes with run="continue"')

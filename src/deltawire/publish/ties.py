@@ -9,6 +9,7 @@ import json
 import sys
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Given:
     def __init__(self) -> None:
         self.twins: Ties = {}
         """by name, the first name under which the same memory was given"""
-        self._there: dict[Any, tuple[str, weakref.ref[Any]]] = {}
+        self._first_names: dict[Any, str] = {}
         self._owners: dict[str, weakref.ref[Any]] = {}
 
     def note(self, name: str, tensor: Any) -> str | None:
@@ -81,11 +82,11 @@ class Given:
             key = *place_of(tensor), held._version
         except RuntimeError:  # a tensor that wraps others, as of float8 training, has no storage of its own
             return None
-        first, before = self._there.get(key, (name, None))
-        if before is not None and before() is not None:
+        first = self._first_names.get(key)
+        if first is not None and self._owners[first]() is not None:
             self.twins[name] = first
             return first
-        self._there[key] = name, weakref.ref(owner)
+        self._first_names[key] = name
         self._owners[name] = weakref.ref(owner)
         return None
 
@@ -99,15 +100,27 @@ class Given:
         return all(owner is not None and owner() is not None for owner in owners) and not self.are_one(one, other)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GivenTensor:
+    """One tensor of a publish: the name that the run knows it by, the name it was given under, and itself."""
+
+    name: str
+    alias: str
+    tensor: Any
+
+
 def resolved(
     pairs: Iterable[tuple[str, Any]], aliases: Ties, held: Container[str] | None, given: Given | None
-) -> Iterator[tuple[str, tuple[str, Any]]]:
-    """Of each pair the name that a run knows its tensor by, and the pair. A name that is not among those `held` is one
-    more of the tensor in whose memory it is. While a run begins the tensors are noted in `given`."""
+) -> Iterator[GivenTensor]:
+    """The tensors of these pairs, each under the name that a run knows it by.
+
+    A name that is not among those `held` is one more of the tensor in whose memory it is. While a run begins the
+    tensors are noted in `given`.
+    """
     for alias, tensor in pairs:
         name, twin = aliases.get(alias, alias), given.note(alias, tensor) if given is not None else None
         is_second = twin is not None and held is not None and name not in held
-        yield aliases.get(twin, twin) if twin is not None and is_second else name, (alias, tensor)
+        yield GivenTensor(aliases.get(twin, twin) if twin is not None and is_second else name, alias, tensor)
 
 
 def settle(

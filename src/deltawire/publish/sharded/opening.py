@@ -1,9 +1,9 @@
-"""Where the run of a sharded job opens: rank 0 decides it for all, and each rank reads there the boxes it turns out to
+"""Where the run of a sharded job opens: rank 0 decides it for all, and each rank reads there the shards it turns out to
 hold, from the last commit, from the base, or as all-zero bits."""
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,12 @@ from deltawire.buckets.base import Bucket
 from deltawire.errors import MissingTensor
 from deltawire.format import checkpoint
 from deltawire.format.checkpoint import Checkpoint
-from deltawire.publish.capture import holds_run, near_base, newest, newest_of
+from deltawire.publish.capturer import CaptureOptions
+from deltawire.publish.current_run import holds_run, near_base, newest, newest_of, tip_at
 from deltawire.publish.resuming import require_same_adapter
-from deltawire.publish.sharded.boxes import Box, share
+from deltawire.publish.sender import Tip
 from deltawire.publish.sharded.ranks import Ranks
+from deltawire.publish.sharded.shards import Shard, part_digest
 from deltawire.publish.ties import Ties, in_file, ties_words
 from deltawire.read.bases import open_base, resolve_base
 from deltawire.read.subscriber import Subscriber
@@ -30,8 +32,7 @@ class Decision:
     """What rank 0 found in the bucket: the run, and the commit it stands at; or what a new run begins with."""
 
     run: str
-    resumed: Position | None = None
-    hash: str | None = None
+    resumed: Tip | None = None
     base: BaseCheckpoint | None = None
     supersedes: Position | None = None
 
@@ -40,23 +41,37 @@ class Decision:
         """Whether the run begins from nothing: all-zero bits, of tensors that the first publish names."""
         return self.resumed is None and self.base is None
 
+    @property
+    def where(self) -> str:
+        """The place that the run's weights come from, for errors."""
+        if self.resumed is not None:
+            return str(self.resumed.position)
+        return self.base.source if self.base is not None else "the model"
+
+
+@dataclass(frozen=True, slots=True)
+class TieFacts:
+    """What rank 0 read of ties, for a run that begins.
+
+    `tied` is what the config says of its word embeddings, and `declared` are the base's aliases.
+    """
+
+    tied: bool | None = None
+    declared: Ties = field(default_factory=dict)
+
 
 class Opening:
     """The weights at the position where the run opens, on this rank. Opening is done by every rank; all raise, or none.
 
-    `run` and `table` are those of the run that is continued; `table` that of the base; both are empty without either.
-    It is `open` until `close`: any box can be read. Of a run that begins, `tied` is what the config says of its word
-    embeddings, and `declared` are the base's aliases.
+    `run` and `table` are those of the run that is continued; else `table` is that of the base, or empty. It is `open`
+    until `close`: any shard can be read. `ties` are those of a run that begins.
     """
 
-    def __init__(
-        self, bucket: Bucket, ranks: Ranks, *, base: str | Path | None, assets: Path | None, supersede: bool
-    ) -> None:
-        self._bucket, self._ranks, self._near = bucket, ranks, near_base(base)
-        self.decision = ranks.from_first(lambda: _decide(bucket, base, assets, supersede))
+    def __init__(self, bucket: Bucket, ranks: Ranks, options: CaptureOptions) -> None:
+        self._bucket, self._ranks, self._near = bucket, ranks, near_base(options.base)
+        self.decision = ranks.from_first(lambda: _decide(bucket, options))
         self.run: Run | None = None
-        self.tied: bool | None = None
-        self.declared: Ties = {}
+        self.ties = TieFacts()
         self.table: dict[str, TensorEntry] = {}
         self._recorded: dict[str, int] = {}
         self._reader: Subscriber | None = None
@@ -71,19 +86,20 @@ class Opening:
         try:
             self.digests = self.add_up_digests(self.table, problem)
             if self.decision.resumed is None:
-                self.tied, self.declared = ranks.from_first(lambda: self._ties(assets))
+                self.ties = ranks.from_first(lambda: self._read_ties(options.assets))
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Remove what was downloaded; every box has been read."""
+        """Remove what was downloaded; every shard has been read."""
         if self._reader is not None:
             self._reader.close()
         self._reader, self._weights, self._since, self.open = None, {}, Delta(), False
 
-    def bits(self, entry: TensorEntry, box: Box) -> Bits:
-        """A box of a tensor at the opening position."""
+    def bits(self, entry: TensorEntry, shard: Shard) -> Bits:
+        """A shard of a tensor at the opening position."""
+        box = shard.box
         if entry.name not in self._weights:
             return zeros(entry.dtype, box.shape)
         bits = box.cut(self._weights[entry.name])
@@ -103,20 +119,20 @@ class Opening:
             for number, entry in enumerate(table.values()):
                 weights = self._weights.get(entry.name)
                 data = zeros(entry.dtype, entry.shape).data if weights is None else weights.data
-                sums[number] = share(data, self._ranks.rank, self._ranks.size)
+                sums[number] = part_digest(data, self._ranks.rank, self._ranks.size)
         sums = self._ranks.add_up(sums, problem)
         return self._recorded or {name: int(value) for name, value in zip(table, sums, strict=True)}
 
-    def _ties(self, assets: Path | None) -> tuple[bool | None, Ties]:
+    def _read_ties(self, assets: Path | None) -> TieFacts:
         """What rank 0 reads of ties for all."""
         if isinstance(self._weights, Checkpoint):
-            return None, in_file(self._weights.folder, self._weights, self.digests)
-        return ties_words(assets), {}
+            return TieFacts(None, in_file(self._weights.folder, self._weights, self.digests))
+        return TieFacts(ties_words(assets))
 
     def _open(self) -> None:
         if self.decision.resumed is not None:
             self._reader = Subscriber(self._bucket, base=self._near)
-            change = self._reader.change(None, self.decision.resumed.version)
+            change = self._reader.change(None, self.decision.resumed.position.version)
             assert change.anchor is not None
             self._weights, self._since, self.run = change.anchor, change.delta, self._reader.run
             self.table = {entry.name: entry for entry in self.run.table}
@@ -127,14 +143,14 @@ class Opening:
             self.table = {name: TensorEntry(name, weights[name].dtype, weights[name].shape) for name in weights}
 
 
-def _decide(bucket: Bucket, base: str | Path | None, assets: Path | None, supersede: bool) -> Decision:
+def _decide(bucket: Bucket, options: CaptureOptions) -> Decision:
     """Rank 0 looks at the bucket for all."""
-    if not supersede and holds_run(bucket):
-        with Subscriber(bucket, base=near_base(base)) as subscriber:
+    if not options.supersede and holds_run(bucket):
+        with Subscriber(bucket, base=near_base(options.base)) as subscriber:
             position = newest_of(subscriber)
-            require_same_adapter(subscriber, assets)
-            return Decision(position.run, position, subscriber.chain.settled(position.version).hash)
-    if assets is not None:
-        checkpoint.assets(assets)  # a folder that is not there is named now, not at the first publish
-    pinned = None if base is None else resolve_base(str(base))
-    return Decision(secrets.token_hex(8), base=pinned, supersedes=newest(bucket) if supersede else None)
+            require_same_adapter(subscriber, options.assets)
+            return Decision(position.run, tip_at(subscriber, position))
+    if options.assets is not None:
+        checkpoint.assets(options.assets)  # a folder that is not there is named now, not at the first publish
+    pinned = None if options.base is None else resolve_base(str(options.base))
+    return Decision(secrets.token_hex(8), base=pinned, supersedes=newest(bucket) if options.supersede else None)

@@ -9,22 +9,38 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from deltawire.errors import DeltaWireError, RankFailed, ShapeMismatch
 from deltawire.prepare.names import ShardedView
-from deltawire.publish.sharded.boxes import Box, Shard
+from deltawire.publish.sharded.shards import Shard
 
 Sums = npt.NDArray[np.uint64]
 """numbers that add up modulo 2^64"""
 Answer = TypeVar("Answer")
 LOOK = 0.02
 """seconds between two looks for a note: a fraction of what any upload takes"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """Where rank 0 serves the notes."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Said(Generic[Answer]):
+    """What rank 0 tells all ranks: an answer, or the error that it met instead."""
+
+    answer: Answer | None = None
+    error: DeltaWireError | None = None
 
 
 class Ranks:
@@ -41,28 +57,24 @@ class Ranks:
         store: Any = None
         if self.rank == 0:
             store = dist.TCPStore(_own_address(), 0, is_master=True, wait_for_workers=False)
-        host, port = self.from_first(lambda: (store.host, store.port))
-        self.notes = Notes(store or dist.TCPStore(host, port, is_master=False, wait_for_workers=False))
+        address = self.from_first(lambda: _Address(store.host, store.port))
+        self.notes = Notes(store or dist.TCPStore(address.host, address.port, is_master=False, wait_for_workers=False))
 
     def from_first(self, make: Callable[[], Answer]) -> Answer:
         """What `make` gives on rank 0, on every rank. What it raises there is raised on every rank; RankFailed when
         a rank is gone."""
         import torch.distributed as dist
 
-        said: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                said[0] = make()
-            except Exception as error:
-                said[1] = error if isinstance(error, DeltaWireError) else DeltaWireError(f"rank 0: {error!r}")
+        said: list[_Said[Answer] | None] = [_try(make) if self.rank == 0 else None]
         try:
             dist.broadcast_object_list(said, src=self._members[0], group=self._group)
         except RuntimeError as error:
             raise RankFailed(f"a rank of this job is gone; restart the job ({error})") from error
-        answer: Answer = said[0]
-        if said[1] is not None:
-            raise said[1]
-        return answer
+        first = said[0]
+        assert first is not None
+        if first.error is not None:
+            raise first.error
+        return cast(Answer, first.answer)
 
     def add_up(self, numbers: Sums, problem: BaseException | None = None) -> Sums:
         """The sum over all ranks, modulo 2^64, on every rank; of equal length on each.
@@ -107,15 +119,15 @@ class Ranks:
                 )
             return shard.through(tensor.view)
         if not isinstance(tensor, DTensor):
-            return Shard(Box.all_of(tuple(tensor.shape)), tensor, self.rank == 0, self.size)
+            return Shard.all_of(tensor, owned=self.rank == 0, copies=self.size)
         with torch.no_grad():  # detach() would do, but takes a DTensor twice as long, and experts come by the thousand
             local = tensor.to_local()
         layout = (tuple(tensor.shape), tensor.device_mesh, tensor.placements)
         if layout not in self._layouts:  # torch lists a dimension's rows to answer: once is enough
             self._layouts[layout] = self._lay_out(name, *layout)
         shard = self._layouts[layout]
-        if shard.box.shape != tuple(local.shape):
-            shapes = f"{list(shard.box.shape)} on this rank, and it has {list(local.shape)}"
+        if shard.shape != tuple(local.shape):
+            shapes = f"{list(shard.shape)} on this rank, and it has {list(local.shape)}"
             raise ShapeMismatch(f"{name}: {tensor.placements} puts {shapes}")
         return replace(shard, tensor=local)
 
@@ -131,7 +143,7 @@ class Ranks:
         first = self._members[0] in mesh.mesh.flatten().tolist()
         copies = prod(mesh.size(dim) for dim in copied) * (self.size // mesh.size())
         owned = first and all(mesh.get_coordinate()[dim] == 0 for dim in copied)
-        return Shard(Box(whole, tuple(offset), tuple(shape)), None, owned, copies, sharded=True)
+        return Shard(whole, tuple(offset), tuple(shape), None, owned, copies, sharded=True)
 
     def close(self, timeout: float) -> None:
         """Say goodbye. Rank 0, which serves the notes, stays until all have said it, at most `timeout` seconds."""
@@ -141,6 +153,13 @@ class Ranks:
             deadline = time.monotonic() + timeout
             while time.monotonic() < deadline and any(self.notes.read(key) is None for key in waiting_for):
                 time.sleep(LOOK)
+
+
+def _try(make: Callable[[], Answer]) -> _Said[Answer]:
+    try:
+        return _Said(make())
+    except Exception as error:
+        return _Said(error=error if isinstance(error, DeltaWireError) else DeltaWireError(f"rank 0: {error!r}"))
 
 
 class Notes:

@@ -1,0 +1,108 @@
+"""The baseline, and the part of its change that no version covers yet: the two move together, or not at all.
+
+committed + frozen + waiting + uncovered == baseline
+"""
+
+from dataclasses import replace
+
+from deltawire.publish.baseline import Baseline
+from deltawire.publish.sharded.shards import Shard
+from deltawire.publish.ties import Ties
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import TensorDelta
+
+
+class Transition:
+    """Statements that only together take the state from one that agrees with itself to the next.
+
+    `with transition: …`, or from `begin` to `end`. An exception in between, which a signal's handler may raise
+    anywhere, leaves the state `unfinished` for good.
+    """
+
+    def __init__(self) -> None:
+        self._open = 0
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether some of the statements may have been done, and others not."""
+        return self._open > 0
+
+    def begin(self) -> None:
+        """Say so before the first of the statements."""
+        self._open += 1
+
+    def end(self) -> None:
+        """Say so after the last."""
+        self._open -= 1
+
+    __enter__ = begin
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.end()
+
+
+class ChangeTracker:
+    """The baseline, the change since the last version, and the digests that the baseline began with.
+
+    Of a sharded job, `shards` says by name what this rank holds of each tensor, without the tensor.
+    """
+
+    def __init__(self, transition: Transition, baseline: Baseline | None = None) -> None:
+        self._transition = transition
+        self.baseline = baseline or Baseline()
+        self.seeded = dict(self.baseline.digests)
+        self.uncovered: dict[str, TensorDelta] = {}
+        self.shards: dict[str, Shard] = {}
+
+    def seed(self, name: str, bits: Bits, shard: Shard) -> None:
+        """Take a rank's part of a tensor as captured, in memory of our own."""
+        self.baseline.seed(name, bits, shard.box)
+        self.seeded[name] = self.baseline.digests[name]
+        self.shards[name] = replace(shard, tensor=None)
+
+    def take(self, name: str, bits: Bits, *, owned: bool) -> None:
+        """Move the baseline to these bits, and keep the change if it is ours to publish.
+
+        Raises UnknownTensor, ShapeMismatch, DtypeMismatch.
+        """
+        change = self.baseline.compare(name, bits)
+        total = self.uncovered[name] + change if name in self.uncovered else change
+        with self._transition:
+            if owned:
+                self.uncovered[name] = total
+            self.baseline.advance(name, change)
+
+    def take_back(self, name: str) -> None:
+        """Undo what no version covers of a tensor."""
+        with self._transition:
+            self.baseline.advance(name, -self.uncovered.pop(name))
+
+    def forget(self, name: str) -> None:
+        """Let go of a tensor, as if it had never been seeded."""
+        self.baseline.forget(name)
+        for kept in (self.seeded, self.uncovered, self.shards):
+            kept.pop(name, None)
+
+    def merge(self, aliases: Ties, given: set[str]) -> None:
+        """Let go of what is a further name of another tensor.
+
+        Where only that name was given, the other tensor becomes what is held under it.
+        """
+        for alias, name in aliases.items():
+            if alias in given and name not in given:
+                self._rename(alias, name)
+            self.forget(alias)
+
+    def cover(self) -> None:
+        """A version covers everything from here on."""
+        self.uncovered = {}
+
+    def _rename(self, old: str, new: str) -> None:
+        self.baseline.rename(old, new)
+        self.seeded[new] = self.seeded.pop(old)
+        self.uncovered.pop(new, None)
+        if old in self.uncovered:
+            self.uncovered[new] = self.uncovered.pop(old)
+        if old in self.shards:
+            self.shards[new] = self.shards.pop(old)
