@@ -35,7 +35,7 @@ class About:
 
     @classmethod
     def of(cls, step: int | None, metrics: Mapping[str, float] | None) -> "About":
-        """The same as numbers of our own. Raises ValueError, TypeError for what is no number."""
+        """The same as numbers of our own. Raises ValueError, TypeError where something cannot become a number."""
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         return cls(None if step is None else int(step), numbers)
 

@@ -17,7 +17,7 @@ def hold_whole(given: GivenTensor) -> Shard:
 
 
 def nothing_to_prepare(name: str, shard: Shard) -> None:
-    """A tensor of which the baseline holds everything already."""
+    """The baseline holds everything of a tensor already, so nothing is left to do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,11 @@ DEFAULT = "BF16"
 
 
 class Casting:
-    """Casts the tensors of one publisher, and looks at its first publish for what nobody asked for.
+    """Casts the tensors of one publisher, and warns when its first publish rounds what the user did not ask to round.
 
-    `rule` is a dtype, or dtypes by patterns over the checkpoint's names, of which the first that fits rules; "*" is for
-    what no other pattern fits. Raises ValueError for a dtype that is no float, TypeError for another kind of rule.
+    `rule` is a dtype, or a mapping from patterns over the checkpoint's names to dtypes. The first pattern that fits
+    rules, and "*" is for all other names. Raises ValueError for a dtype that is not a float, TypeError for another kind
+    of rule.
     """
 
     def __init__(self, rule: str | Mapping[str, str]) -> None:
@@ -29,7 +30,7 @@ class Casting:
             raise TypeError(f"dtype={rule!r}: a dtype, or a mapping from patterns over names to dtypes")
         for dtype in given.values():
             if dtype not in FLOATS:
-                raise ValueError(f"dtype={rule!r}: {dtype!r} is none of {', '.join(FLOATS)}")
+                raise ValueError(f"dtype={rule!r}: {dtype!r} is not one of {', '.join(FLOATS)}")
         self._patterns = {pattern: dtype for pattern, dtype in given.items() if pattern != "*"}
         self._rest = given.get("*", DEFAULT)
         self._rounded: dict[str, bool] = {}
@@ -37,9 +38,12 @@ class Casting:
         self._is_mixed = self._is_settled = False
 
     def served_as(self, name: str, tensor: Any) -> str:
-        """The dtype in which a server holds a tensor that no table has: what a pattern says, else its own, or the
-        rule's for one that only trainers hold. A server of fp16 holds bf16 weights as fp16 too; Bits are what the
-        checkpoint holds, as the scales of fp8, and so is what a model keeps in fp32."""
+        """The dtype in which a server holds a tensor that no table has.
+
+        That is what a pattern says, else the tensor's own dtype, or the rule's for a dtype that only trainers hold. A
+        server of fp16 holds bf16 weights as fp16 too. Bits are what the checkpoint holds, as the scales of fp8 are, and
+        so is what a model keeps in fp32.
+        """
         own = dtype_of(tensor)
         if (asked := self._asked(name, own)) is not None:
             return asked
@@ -48,7 +52,7 @@ class Casting:
         return self._rest if own in WIDE or (own, self._rest) == ("BF16", "F16") else own
 
     def begin(self) -> None:
-        """A publish begins: what one that failed gave says nothing of the tensors that this one gives."""
+        """A publish begins: forget what one that failed gave."""
         self._rounded, self._is_mixed = {}, False
 
     def cast(self, name: str, tensor: Any, held: str, *, shard: Any = None) -> Bits:
@@ -72,8 +76,11 @@ class Casting:
             return cast(here if asked is None else cast(here, asked), held)
 
     def settle(self, names: Iterable[str], *, warn: bool = True) -> None:
-        """After the first publish gave all its tensors, `names`: warn of fp32 ones that were rounded unasked, beside
-        others of 16 bits or although their model keeps them so. Raises DtypeMismatch for a pattern that fits none."""
+        """Check the rule once the first publish has given all its tensors, `names`.
+
+        Warns of fp32 tensors that were rounded unasked, beside others of 16 bits or although their model keeps them in
+        fp32. Raises DtypeMismatch for a pattern that fits no tensor.
+        """
         if self._is_settled:
             return
         given = sorted(names)

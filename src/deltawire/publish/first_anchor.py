@@ -31,7 +31,7 @@ def write_anchor(
     if checkpoint.is_adapter(table) and not (folder / checkpoint.ADAPTER_CONFIG).is_file():
         raise NotFound(
             f"these tensors are named as PEFT names an adapter's, and assets={assets} holds no "
-            f"{checkpoint.ADAPTER_CONFIG}: pass the folder that deltawire.trainers.lora.save_config wrote, or "
+            f"{checkpoint.ADAPTER_CONFIG}. Pass the folder that deltawire.trainers.lora.save_config wrote, or "
             "publish merged weights under the model's own names"
         )
     checkpoint.write(folder, table, weights)

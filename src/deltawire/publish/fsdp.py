@@ -1,9 +1,10 @@
-"""Which tensors FSDP2 lends a model: whole copies, gathered for a forward, that show what the weights were before the
-last optimizer step. What a version holds are the shards.
+"""Which tensors FSDP2 lends a model: whole copies, gathered for a forward.
 
-After any forward the outermost module keeps its copies until a backward, a `state_dict()` or a `reshard()`, and so does
-any module between its own `unshard()` and `reshard()`. They are plain tensors, or DTensors of fewer dimensions where
-tensor parallelism shards too, so nothing about such a tensor itself says what it is. Nothing here imports torch.
+They show what the weights were before the last optimizer step. A version holds the shards.
+
+After any forward the outermost module keeps its copies until a backward, a `state_dict()` or a `reshard()`. So does any
+module between its own `unshard()` and `reshard()`. They are plain tensors, or DTensors of fewer dimensions where tensor
+parallelism shards too. So nothing about such a tensor itself says what it is. Nothing here imports torch.
 """
 
 import sys
@@ -25,8 +26,10 @@ def modules_of(model: Any) -> list[Any]:
 
 
 def reshard(model: Any) -> None:
-    """Have a model show its shards again, where it is one of FSDP2. No rank is asked. A backward that is still to come
-    gathers again what it needs."""
+    """Have a model of FSDP2 show its shards again; no effect on another. No rank is asked.
+
+    A backward that is still to come gathers again what it needs.
+    """
     for module in modules_of(model):
         module.reshard()
 
@@ -37,9 +40,9 @@ def owned(pairs: Iterable[Any]) -> Iterator[Any]:
     for pair in pairs:
         if lent and isinstance(pair, tuple | list) and len(pair) == 2 and _is_lent(pair[1], lent):
             raise ShapeMismatch(
-                f"{pair[0]} is the copy that FSDP2 gathered for a forward, maybe of older weights, and not the weight: "
-                "publish the parameters as they are after `reshard()` of every FSDPModule in model.modules(), or "
-                "checkpoint_tensors(model) of deltawire.trainers.state, which calls it"
+                f"{pair[0]} is a copy that FSDP2 gathered for a forward, maybe of older weights, and not the weight. "
+                "Call `reshard()` of every FSDPModule in model.modules(), then publish the parameters. "
+                "checkpoint_tensors(model) of deltawire.trainers.state calls it"
             )
         yield pair
 
@@ -58,8 +61,11 @@ def _is_lent(tensor: Any, lent: frozenset[int]) -> bool:
 
 
 def _parameters() -> Iterator[Any]:
-    """The FSDPParams of this process. torch keeps the state of each module that a composable API was called on in one
-    table; before torch 2.13 a module had one group of parameters."""
+    """The FSDPParams of this process.
+
+    torch keeps the state of each module that a composable API was called on in one table. Before torch 2.13 a module
+    had one group of parameters.
+    """
     table = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
     for state in [reference() for reference in list(table.values())]:
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]

@@ -20,13 +20,13 @@ from deltawire.weights.digest import root as root_of
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """Versions captured and not yet attempted, folded into one: the change, and what its commit will say.
+    """Versions captured and not yet sent, folded into one: the change, and what its commit will say.
 
-    `parent` is None for a run's first version, which carries its anchor's files in `payloads` (key below the run ->
-    bytes or file) or, with a base, nothing. A delta's payload is dropped when it folds, and made again when frozen.
+    `parent` is None for a run's first version. That carries its anchor's files in `payloads` (key below the run ->
+    bytes or file), or with a base nothing. A delta's payload is dropped when it folds, and made again when frozen.
 
-    Of a sharded job, `rank` captured what it owns: its delta counts positions inside its `boxes`. The digests are those
-    of whole tensors all the same.
+    In a sharded job, `rank` captured what it owns, and its delta counts positions inside its `boxes`. The digests are
+    those of whole tensors all the same.
     """
 
     run: Run
@@ -67,8 +67,10 @@ def fold(earlier: Captured, later: Captured) -> Captured:
 
 @dataclass(frozen=True, slots=True)
 class Shipment:
-    """What one process gives to a commit, frozen: its payloads by key below the run, their records, and the names of
-    the tensors they change."""
+    """What one process gives to a commit, frozen.
+
+    Its payloads by key below the run, their records, and the names of the tensors they change.
+    """
 
     payloads: Mapping[str, bytes | Path]
     records: tuple[Payload, ...]

@@ -3,7 +3,7 @@
     committed + frozen + waiting + uncovered == baseline        always, so a failure forgets nothing
 
 `publish` compares with the baseline, moves it, and queues the change. The uploader's thread takes all that waits as one
-folded version, freezes its bytes, and appends it to the run log, again and again until it is durable.
+folded version and freezes its bytes. It appends them to the run log, again and again until the version is durable.
 """
 
 import atexit
@@ -46,32 +46,35 @@ class Publisher:
     `base`: the checkpoint both sides start from, a folder or a Hub repository; version 0 then is a reference to it.
     Readers of a run that starts from a folder name a folder of their own, and so does a trainer that continues it.
     Without it version 0 is an anchor, a full checkpoint in the bucket, with the config and tokenizer files of `assets`.
-    `dtype` is what fp32 and fp64 tensors are cast to, as the server holds them ("BF16"), and with "F16" bf16 ones too.
-    Where a server holds some in fp32, it is a mapping: {"*.A_log": "F32", "*": "BF16"}. Its keys are patterns (fnmatch)
-    over the checkpoint's names, of which the first that fits rules; "*" is for all that no other fits, "BF16" unless
-    given. What the model keeps in fp32 ships as F32 where `checkpoint_tensors` gives it; given as plain pairs beside
-    16-bit tensors it is rounded with a warning. `Bits` are shipped as they are, unless a pattern other than "*" fits.
+
+    `dtype` is what fp32 and fp64 tensors are cast to, as the server holds them ("BF16"); with "F16" bf16 ones are cast
+    too. Where a server holds some in fp32, it is a mapping: {"*.A_log": "F32", "*": "BF16"}. Its keys are patterns
+    (fnmatch) over the checkpoint's names, and the first that fits rules. "*" is for all other names, "BF16" unless
+    given. What the model keeps in fp32 ships as F32 where `checkpoint_tensors` gives it. Given as plain pairs beside
+    16-bit tensors, it is rounded with a warning. `Bits` are shipped as they are, unless a pattern other than "*" fits.
     With a base, its dtypes rule; a pattern may still ask for values rounded to fewer bits.
-    `prepare` are functions over the (name, tensor) pairs of a publish, applied in order, that give the checkpoint's
-    names, shapes and dtypes where the trainer's differ.
-    `codec`: "gap". `on_upload` hears of every commit, on the uploader's thread.
+
+    `prepare` are functions over the (name, tensor) pairs of a publish, applied in order. They give the checkpoint's
+    names, shapes and dtypes where the trainer's differ. `codec`: "gap". `on_upload` gets a report of every commit, on
+    the uploader's thread.
 
     A bucket that already holds a run continues it: the baseline is rebuilt from the last commit, and the first publish
-    is the difference. With run="supersede" a new run begins instead, which names where that one stood: followers
-    move on to it. A first publish that looks like no continuation (the trainer was restarted from its base, not from
-    its checkpoint) is warned of, with the figure. With resume="require" it is refused, as is a bucket without a run.
+    is the difference. With run="supersede" a new run begins instead. It names where the old one stood, and followers
+    move on to it. A first publish may look like no continuation, as of a trainer that was restarted from its base and
+    not from its checkpoint. Then a warning gives the figures. With resume="require" such a publish is refused, as is a
+    bucket without a run.
 
-    A job whose weights are sharded (FSDP2, HSDP, tensor parallel) passes its `process_group`; then every rank makes a
+    A job whose weights are sharded (FSDP2, HSDP, tensor parallel) passes its `process_group`. Every rank then makes a
     publisher, and every rank makes each of its calls: opening, `publish`, `flush`, `close`. A rank publishes the shards
     it holds, as DTensors or plain tensors, and nothing is gathered. Rank 0 alone reads `signing_key` and `assets`, and
     commits once every rank's file is durable. A run that begins without a base starts as a delta from all-zero bits.
 
-    `signing_key`, a file written by `deltawire keygen`, signs every record; a run that began with a key continues with
+    `signing_key`, a file written by `deltawire keygen`, signs every record. A run that began with a key continues with
     it only (BadSignature). `compactors` are public keys that may sign folds and anchors of a run that begins here.
 
-    A process that ends without `close` waits up to 30 seconds for what is on its way, 10 after an error; one that a
-    signal ends, not at all. Not for several threads at once: one trainer, one publisher. Raises BucketError,
-    FormatError, ChainError on opening; TypeError and ValueError for options that are none.
+    A process that ends without `close` waits up to 30 seconds for what is on its way, 10 after an error. One that a
+    signal ends does not wait. One trainer has one publisher, for one thread. Raises BucketError, FormatError,
+    ChainError on opening; TypeError and ValueError for options that it does not take.
     """
 
     def __init__(
@@ -137,20 +140,14 @@ class Publisher:
         """Capture the weights as the next version and return; the upload goes on behind.
 
         `tensors`: (checkpoint name, tensor) pairs, or a mapping; torch or numpy, any float dtype, CPU or CUDA. Taken
-        one at a time, so memory grows by one tensor and one delta. The first call fixes the set of names; later
-        calls must give exactly that set. A tied tensor may be given by any of its names, or by all: the first call also
-        fixes what is tied, by memory, and in the base's files by config and bits. `metrics` go into the commit as
-        numbers.
+        one at a time, so memory grows by one tensor and one delta. The first call fixes the set of names, and which
+        are tied; later calls give exactly that set, a tied tensor by any of its names or by all. `metrics` go into the
+        commit as numbers.
 
-        Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch, also for a pattern of `dtype` that fits none
-        of the names, and CopiesDiffer for a tied tensor whose names have different bits; what was captured before the
-        error is kept and goes with the next good call. Raises ChainError once another writer has taken the run. In a
-        sharded job all ranks raise together: those without trouble of their own RankFailed, CopiesDiffer where ranks
-        disagree, MissingTensor where they give other names or another `step`.
-
-        Only a new publisher goes on after these: WrongBase, by which resume="require" refuses the first publish; an
-        interrupt (Ctrl-C, no memory); an exception of somebody else's, such as a watchdog's, between steps that go
-        together.
+        Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch, and CopiesDiffer for a tied tensor whose
+        names have different bits. What was captured before the error goes with the next good call. Raises ChainError
+        once another writer has taken the run. In a sharded job all ranks raise together, those without trouble of
+        their own RankFailed. Only a new publisher goes on after WrongBase, an interrupt, or a watchdog's exception.
         """
         started = time.perf_counter()
         self._is_torn = self._is_torn or self._capturer.transition.unfinished

@@ -53,7 +53,7 @@ class Queue:
     def add(self, captured: Captured) -> "Queue":
         """Fold a version into the newest that waits, or let it wait for itself.
 
-        A run's first version is no delta: nothing folds into it.
+        A run's first version is not a delta, so nothing folds into it.
         """
         last = self.waiting[-1] if self.waiting else None
         if last is not None and last.parent is not None and last.version > self.cut:

@@ -79,8 +79,8 @@ def warn_of_packed(table: Iterable[TensorEntry]) -> None:
         tensors = some(f"{entry.name} ({entry.dtype} {list(entry.shape)})" for entry in packed)
         warnings.warn(
             f"{len(packed)} tensors of this run hold integers: {tensors}. Quantized weights (bitsandbytes, GPTQ) are "
-            "published bit for bit, but the state that unpacks them is no parameter and is not. Publish them "
-            "dequantized, or begin the run with Publisher(base=…), the checkpoint that holds them so",
+            "published bit for bit. The state that unpacks them is not a parameter, so it is not published. Publish "
+            "them dequantized, or begin the run with Publisher(base=…), the checkpoint that holds them so",
             stacklevel=2,
         )
 

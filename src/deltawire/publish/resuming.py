@@ -1,5 +1,7 @@
-"""Whether a trainer that continues a run continues it from where it stood: what the run looked like, and what to say of
-a first publish that jumps."""
+"""Whether a trainer that continues a run begins from where the run stood.
+
+What the run looked like, and what to say of a first publish that jumps.
+"""
 
 import json
 from collections.abc import Mapping
@@ -19,15 +21,18 @@ LOOK_BACK = 8
 """commits that the usual size of a version is taken from"""
 JUMP = 4.0
 """times the usual bytes from which a first publish counts as a jump. The first step of a fresh AdamW changes about four
-times as many weights as later ones (4.2 % at a rate of 1e-6, where 1 % is usual: benchmarks/first_steps.py)."""
+times as many weights as later ones. At a rate of 1e-6 it was 4.2 %, where 1 % is usual (benchmarks/first_steps.py)."""
 ADAPTER_FIELDS = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "fan_in_fan_out", "target_parameters")
-"""what in an adapter_config.json says how an adapter's tensors change the model, and their names and shapes do not"""
+"""fields of an adapter_config.json that say how an adapter's tensors change the model, where names and shapes do not"""
 
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What a run that is continued looked like: where it stood, the trainer's step there, the root of version 0 (None
-    where it was pruned), and the bytes of a usual version (the median of the newest deltas; None without any)."""
+    """What a continued run looked like: where it stood, and the trainer's step there.
+
+    `first_root` is the root of version 0, None where it was pruned. `usual_bytes` is the median of the newest deltas,
+    None without any.
+    """
 
     position: Position
     step: int | None
@@ -52,8 +57,10 @@ def run_state(bucket: Bucket, position: Position) -> RunState:
 
 
 def jump(before: RunState, *, root: str, step: int | None, changed: int, total: int, wire_bytes: int) -> str | None:
-    """What is wrong with the first publish after a run was continued, as a sentence with the figures; None for one
-    that may well continue it. `root` is that of the weights it gave."""
+    """What is wrong with the first publish of a continued run, as a sentence with the figures; None where it fits.
+
+    `root` is that of the weights it gave.
+    """
     if root == before.position.root:
         return None
     beginning = root == before.first_root
@@ -73,8 +80,10 @@ def jump(before: RunState, *, root: str, step: int | None, changed: int, total: 
 
 
 def require_same_adapter(subscriber: Subscriber, assets: Path | None) -> None:
-    """Raise WrongBase unless the adapter config in `assets` means by each tensor what that of the run means. One key
-    is an expert's up or down projection by its `target_parameters`; its shape need not tell."""
+    """Raise WrongBase unless the adapter config in `assets` gives each tensor the meaning that the run's config gives.
+
+    By its `target_parameters` one key is an expert's up or down projection, and its shape need not show which.
+    """
     if assets is None or not checkpoint.is_adapter(subscriber.run.table):
         return
     given = assets / checkpoint.ADAPTER_CONFIG

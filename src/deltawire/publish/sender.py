@@ -15,7 +15,7 @@ from deltawire.runlog.signing import SigningKey
 from deltawire.runlog.writing import Attempt
 
 Stop = Callable[[], bool]
-"""whether the publisher is closing, so that nobody should wait any longer"""
+"""whether the publisher is closing, so that waiting must end"""
 
 
 class Tip(msgspec.Struct, frozen=True):
@@ -66,10 +66,10 @@ class SoloSender:
         return commit(self._bucket, attempt)
 
     def report_trouble(self, error: DeltaWireError) -> None:
-        """There is no other rank."""
+        """One process has no other rank."""
 
     def close(self, timeout: float) -> None:
-        """There is no other rank to wait for."""
+        """One process has no other rank to wait for."""
 
 
 def commit(bucket: Bucket, attempt: Attempt) -> Committed:

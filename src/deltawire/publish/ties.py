@@ -1,8 +1,8 @@
 """Which names are one tensor: by memory where tensors are at hand, by config and bits where only a file is.
 
 A file says nothing of storages, and equal bits alone tie nothing: two norms of ones are two tensors. So two names of a
-checkpoint are one tensor where its config, or transformers' own table for its model type, ties them *and* their bits
-are equal. transformers and vLLM load a checkpoint by the same rule.
+checkpoint are one tensor under two conditions. The config, or transformers' own table for the model type, ties them.
+And their bits are equal. transformers and vLLM load a checkpoint by the same rule.
 """
 
 import json
@@ -27,8 +27,10 @@ Ties = dict[str, str]
 
 
 def ties_words(folder: Path | None) -> bool | None:
-    """Whether a checkpoint's config says that the head is the input embedding; None where it does not say, or says both
-    of different parts of the model."""
+    """Whether a checkpoint's config says that the head is the input embedding.
+
+    None where it does not say, or says both of different parts of the model.
+    """
     config = _config(folder)
     parts = [part.get(WORDS) for part in (config, config.get("text_config")) if isinstance(part, dict)]
     said = {part for part in parts if isinstance(part, bool)}
@@ -44,8 +46,11 @@ def head_of(names: Iterable[str]) -> Ties:
 
 
 def in_file(folder: Path, weights: Mapping[str, Bits], digests: Mapping[str, int]) -> Ties:
-    """The aliases in a checkpoint's files: names whose bits are equal and that its config ties, or where that is silent
-    transformers does (if this process has imported it). `digests` are those of `weights`."""
+    """The aliases in a checkpoint's files: names whose bits are equal and that its config ties.
+
+    Where the config is silent, transformers says what is tied, if this process has imported it. `digests` are those of
+    `weights`.
+    """
     twins: dict[tuple[str, tuple[int, ...], int], list[str]] = {}
     for name, bits in weights.items():
         if bits.data.size and len(bits.shape) > 1:
@@ -60,10 +65,10 @@ def in_file(folder: Path, weights: Mapping[str, Bits], digests: Mapping[str, int
 
 
 class Given:
-    """The tensors of one publish, and which of their names are the same memory. Only torch tensors are told apart.
+    """The tensors of one publish, and which of their names are the same memory. Only torch tensors are looked at.
 
-    None of them is kept alive: of one that is gone by the time another comes, nothing is known, for memory is used
-    again. Nor is a buffer that was filled anew one tensor: torch counts what is done to it.
+    No tensor is kept alive. Once one is gone nothing is known of it, for its memory is used again. A buffer that was
+    filled again is another tensor, too: torch counts the writes to it.
     """
 
     def __init__(self) -> None:
@@ -128,9 +133,9 @@ def settle(
 ) -> Ties:
     """The aliases of a run that begins, from its first publish.
 
-    `declared` are those that a config ties, `named` what was given, and `fixed` the names in the base's files: what is
-    no alias there stays a tensor of its own. Two names in different memory are two tensors, whatever a config says;
-    where memory cannot tell, those declared are one. None are unless `equal` says that their bits are.
+    `declared` are those that a config ties, and `named` was given. `fixed` are the names in the base's files: one that
+    is not an alias there stays a tensor of its own. Two names in different memory are two tensors, whatever a config
+    says. Where memory cannot show it, declared names are one tensor. Names whose bits are not `equal` never are.
     """
     names, own = {*named}, {*fixed} - declared.keys()
 
@@ -158,8 +163,10 @@ def _config(folder: Path | None) -> dict[str, Any]:
 
 
 def _transformers_ties(folder: Path) -> Ties:
-    """What transformers ties in a model of this config, which it makes without memory for its weights; nothing where
-    this process has not imported it, or it does not know the model. Never imports it."""
+    """What transformers ties in a model of this config, which it makes without memory for its weights.
+
+    Nothing where this process has not imported transformers, or it does not know the model. Never imports it.
+    """
     torch, transformers = sys.modules.get("torch"), sys.modules.get("transformers")
     if torch is None or transformers is None:
         return {}
@@ -170,5 +177,5 @@ def _transformers_ties(folder: Path) -> Ties:
             return {}
         with torch.device("meta"):
             return dict(kind(config).all_tied_weights_keys)
-    except Exception:  # no such model, or a config it does not take: then nothing is known
+    except Exception:  # an unknown model, or a config it does not take: then nothing is known
         return {}

@@ -18,8 +18,8 @@ from deltawire.weights.table import TensorEntry
 class Ballot:
     """One rank's say, or that of all ranks once packed ballots are added up.
 
-    `marks` has a number for each rank. `seeded`, `owned` and `copies` have one for each tensor: digests of the parts
-    that a rank publishes, at the opening and now, and of all parts that it holds. `cut` is rank 0's, and -1 on others.
+    `marks` has a number for each rank. The others have one for each tensor: `seeded` and `owned` are digests of what a
+    rank publishes, at the opening and now, and `copies` of all that it holds. `cut` is rank 0's, and -1 on others.
     """
 
     marks: Sums
@@ -76,8 +76,7 @@ def numbers(values: Iterable[int]) -> Sums:
 def mark(table: Mapping[str, TensorEntry], given: set[str], aliases: Ties, step: int | None) -> int:
     """A number that differs where a rank was given other tensors, or another step, than the others.
 
-    A step that is not that of the others shows a publish too many, after which ranks would send different policies as
-    one.
+    Another step shows a publish too many, after which ranks would send different policies as one.
     """
     facts = "".join(f"{entry.name}\0{entry.dtype}\0{entry.shape}\n" for entry in table.values())
     said = f"{facts}\0{sorted(given)}\0{sorted(aliases.items())}\0{step}".encode()
@@ -96,5 +95,5 @@ def require_alike(marks: Sums) -> None:
     if other := [rank for rank, number in enumerate(marks) if number != marks[0]]:
         raise MissingTensor(
             f"rank {', '.join(map(str, other))} gave other tensors (names, order, dtypes or shapes) or "
-            "another step than rank 0: every rank makes the same calls, for its shards of one model"
+            "another step than rank 0. Every rank makes the same calls, for its shards of one model"
         )

@@ -48,8 +48,8 @@ class _Found:
 class ShardCapturer:
     """The `Capturer` of one rank. Every rank opens one, and makes each of its calls.
 
-    A tensor's place is known when it is first given. Its bits at the opening are read then: from the base or from the
-    last commit, or they are all zero in a run that begins without a base.
+    A tensor's place is known when it is first given, and its bits at the opening are read then. They come from the base
+    or from the last commit; in a run that begins without a base they are all zero.
     """
 
     def __init__(self, bucket: Bucket, ranks: Ranks, options: CaptureOptions) -> None:

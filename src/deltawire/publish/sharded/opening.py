@@ -1,5 +1,7 @@
-"""Where the run of a sharded job opens: rank 0 decides it for all, and each rank reads there the shards it turns out to
-hold, from the last commit, from the base, or as all-zero bits."""
+"""Where the run of a sharded job opens. Rank 0 decides it for all.
+
+Each rank then reads the shards it turns out to hold: from the last commit, from the base, or as all-zero bits.
+"""
 
 import secrets
 from collections.abc import Mapping

@@ -79,7 +79,7 @@ class Ranks:
     def add_up(self, numbers: Sums, problem: BaseException | None = None) -> Sums:
         """The sum over all ranks, modulo 2^64, on every rank; of equal length on each.
 
-        Where one has a `problem`, all raise: those that have one raise it, the others RankFailed. Nobody is left
+        Where one has a `problem`, all raise: those that have one raise it, the others RankFailed. So no rank is left
         waiting. Raises RankFailed, too, when a rank is gone.
         """
         import torch
@@ -104,8 +104,8 @@ class Ranks:
     def hold(self, name: str, tensor: Any) -> Shard:
         """What this rank holds of a tensor: plain, a DTensor, or a view of one. No rank is asked, nothing is gathered.
 
-        Raises ShapeMismatch for a DTensor whose values are not settled (Partial), whose layout is not a box, or of
-        which a single element is viewed, without dimensions, that not every rank has; that one on all ranks alike.
+        Raises ShapeMismatch for a DTensor whose values are not settled (Partial), or whose layout is not a box. Raised
+        too, on all ranks alike, for a view without dimensions: one element, which not every rank has.
         """
         import torch
         from torch.distributed.tensor import DTensor
@@ -114,8 +114,8 @@ class Ranks:
             shard = self.hold(name, tensor.tensor)
             if not tensor.view.dims and shard.copies < self.size:  # no box of such a tensor is empty
                 raise ShapeMismatch(
-                    f"{name} has no dimensions and is an element of a tensor that is sharded over ranks: keep that "
-                    "tensor whole on all of them, `fully_shard(…, ignored_params=…)`"
+                    f"{name} has no dimensions and is an element of a tensor that is sharded over ranks. Keep that "
+                    "tensor whole on all of them: `fully_shard(…, ignored_params=…)`"
                 )
             return shard.through(tensor.view)
         if not isinstance(tensor, DTensor):
@@ -174,7 +174,7 @@ class Notes:
             self._store.set(key, note)
 
     def read(self, key: str) -> bytes | None:
-        """A note, or None where there is none yet. Raises RankFailed when rank 0 is gone."""
+        """A note; None before it is left. Raises RankFailed when rank 0 is gone."""
         with _served():
             return bytes(self._store.get(key)) if self._store.check([key]) else None
 
