@@ -259,7 +259,7 @@ def test_what_prepares_the_pairs_is_applied_in_order():
         ({"a\0b": torch.zeros(2)}, UnknownTensor, "cannot be the name"),
         ({"__metadata__": torch.zeros(2)}, UnknownTensor, "cannot be the name"),
         ({"a\ud800": torch.zeros(2)}, UnknownTensor, "cannot be the name"),
-        ({"weight": None}, DtypeMismatch, "weight: NoneType is no tensor"),
+        ({"weight": None}, DtypeMismatch, "weight: NoneType is not a tensor"),
         ({"weight": torch.zeros(2, device="meta")}, DtypeMismatch, "weight is on device meta"),
         ({"weight": torch.eye(2).to_sparse()}, DtypeMismatch, "weight .* torch.sparse_coo"),
         ({"weight": torch.zeros(2, dtype=torch.complex64)}, DtypeMismatch, "weight: dtype torch.complex64"),

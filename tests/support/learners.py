@@ -55,7 +55,7 @@ class Beginning(DeltaWeightSyncCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self._publisher.flush(PATIENCE)
+        self.publisher.flush(PATIENCE)
 
 
 class Settling(Beginning):
@@ -63,7 +63,7 @@ class Settling(Beginning):
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
-        self._publisher.flush(PATIENCE)
+        self.publisher.flush(PATIENCE)
 
 
 def train_until_killed(folder: str, url: str, step: str) -> None:

@@ -237,11 +237,11 @@ def test_tied_weights_under_two_names_are_refused_rather_than_stepped_twice():
 
 
 def test_a_tensor_delta_whose_parts_do_not_fit_is_refused():
-    with pytest.raises(DtypeMismatch, match="steps of BF16 are uint16"):
+    with pytest.raises(DtypeMismatch, match="increments of BF16 are uint16"):
         TensorDelta("BF16", (2,), None, np.zeros(2, np.uint32))
-    with pytest.raises(ShapeMismatch, match="1 steps where 2 belong"):
+    with pytest.raises(ShapeMismatch, match="1 increments where 2 belong"):
         TensorDelta("BF16", (2,), None, np.zeros(1, np.uint16))
-    with pytest.raises(ShapeMismatch, match="1 steps where 2 belong"):
+    with pytest.raises(ShapeMismatch, match="1 increments where 2 belong"):
         TensorDelta("BF16", (4,), np.array([0, 1]), np.ones(1, np.uint16))
 
 

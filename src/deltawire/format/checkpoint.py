@@ -1,5 +1,7 @@
-"""Hugging Face checkpoints in and out: safetensors shards, their index, and the small files beside them; PEFT adapters
-too, which are one file and its config."""
+"""Hugging Face checkpoints in and out: safetensors shards, their index, and the small files beside them.
+
+PEFT adapters too, which are one file and its config.
+"""
 
 import json
 import shutil
@@ -22,22 +24,22 @@ SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_PREFIX = "base_model.model."
-"""what every tensor of a PEFT adapter's file is named with; no model's own checkpoint has such names"""
+"""how the name of every tensor in a PEFT adapter's file begins; no model's own checkpoint has such names"""
 SHARD_BYTES = 5_000_000_000
 """bytes of tensors per shard file: what transformers writes by default is of this order"""
 MAX_INDEX = 64 << 20
 ASSETS = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
 """suffixes of config, tokenizer and chat template; no code, no pickles, no other framework's weights"""
 TEXTS = {"merges.txt", "vocab.txt", "added_tokens.txt", "chat_template.txt"}
-"""text files that belong to a tokenizer, whoever made the folder"""
+"""text files that belong to a tokenizer, in the folder of any tool"""
 
 
 class Checkpoint(Mapping[str, Bits]):
     """The tensors of a checkpoint folder, name -> Bits, memory-mapped: nothing is read before it is touched.
 
     With `writable=True` writing to a tensor's bits writes the file. Tensors named by `without` are passed over. Raises
-    NotFound when the folder holds no safetensors or lacks a shard, FormatError for a shard that is none or an index
-    that disagrees with its shards.
+    NotFound when the folder holds no safetensors or lacks a shard. Raises FormatError for a shard that cannot be read
+    as safetensors, or an index that disagrees with its shards.
     """
 
     def __init__(self, folder: Path, *, writable: bool = False, without: Collection[str] = ()) -> None:
@@ -96,9 +98,9 @@ def is_adapter(table: Sequence[TensorEntry]) -> bool:
 
 
 def assets(folder: Path) -> list[Path]:
-    """The files beside the weights: config, tokenizer, chat template. Raises NotFound when there is no such folder."""
+    """The files beside the weights: config, tokenizer, chat template. Raises NotFound without the folder."""
     if not folder.is_dir():
-        raise NotFound(f"{folder} is no folder on this host")
+        raise NotFound(f"{folder} is not a folder on this host: give one that holds config and tokenizer")
     wanted = (path for path in folder.iterdir() if path.suffix in ASSETS and not path.name.endswith(".index.json"))
     return sorted(path for path in wanted if path.is_file() and not path.name.startswith("."))
 
@@ -131,8 +133,10 @@ def write(
 
 
 def write_zeros(folder: Path, table: Iterable[TensorEntry]) -> list[Path]:
-    """As `write`, for tensors of all-zero bits, in no more memory than a few of their bytes. Raises OutOfSpace before
-    anything is written where they do not fit."""
+    """As `write`, for tensors of all-zero bits, in the memory of a few of their bytes.
+
+    Raises OutOfSpace before anything is written where they do not fit.
+    """
     entries = tuple(table)
     require_room(folder, sum(entry.nbytes for entry in entries))
     return write(folder, entries, None)
@@ -144,9 +148,11 @@ def copy_assets(source: Path, folder: Path) -> list[Path]:
 
 
 def copy(paths: Iterable[Path], folder: Path, *, without: Collection[str] = ()) -> list[Path]:
-    """Copy files into a folder, writable whatever the originals are; the copies. Shards and index are copied without
-    the tensors named by `without`, and a shard of nothing else not at all. Raises OutOfSpace, BucketError; FormatError
-    for a shard or index to be cut that is none."""
+    """Copy files into a folder, writable whatever the originals are; the copies.
+
+    Shards and index are copied without the tensors named by `without`. A shard that holds only those is left out.
+    Raises OutOfSpace, BucketError; FormatError for a shard or index that must be cut and cannot be read.
+    """
     paths = list(paths)
     with file_system_errors(str(folder)):
         require_room(folder, sum(path.stat().st_size for path in paths))
@@ -179,7 +185,7 @@ def _index(weight_map: Mapping[str, str], tensors: Mapping[str, Bits]) -> str:
 
 
 def _shards(folder: Path) -> dict[str, set[str]]:
-    """Each shard's file name, and the tensors the index places there: none where there is no index."""
+    """Each shard's file name, and the tensors the index places there; without an index, an empty set."""
     index = folder / INDEX
     if index.is_file():
         return _read_index(index)

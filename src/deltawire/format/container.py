@@ -1,8 +1,8 @@
 """The safetensors container: a JSON header and bytes, written deterministically and read without trusting either.
 
-Ours rather than the safetensors package's, for three reasons that package does not serve: the header's order is fixed
-(a file's name is its hash), bf16 and fp8 come back as bits without torch, and reading copies nothing. Its own
-`safe_open` reads what this writes; a test says so.
+Ours rather than the safetensors package's, for three things that package does not do. The header's order is fixed, for
+a file's name is its hash; bf16 and fp8 come back as bits without torch; and reading copies nothing. Its own `safe_open`
+reads what this writes; a test says so.
 """
 
 import json
@@ -65,12 +65,12 @@ def header_bytes(layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Ma
 def read_header(data: bytes | bytearray | memoryview | np.ndarray, *, limit: int = MAX_HEADER) -> Header:
     """Parse and check the header of a container held (or memory-mapped) as bytes.
 
-    Raises Truncated when bytes are missing, TooLarge for a header beyond `limit`, FormatError for anything that is not
-    a header whose tensors cover the data exactly, in bounds, without holes or overlaps.
+    Raises Truncated when bytes are missing, TooLarge for a header beyond `limit`. Raises FormatError unless the tensors
+    of the header cover the data exactly, in bounds, without holes or overlaps.
     """
     view = _bytes(data)
     if len(view) < 8:
-        raise Truncated(f"{len(view)} bytes are no safetensors file")
+        raise Truncated(f"{len(view)} bytes are not a safetensors file")
     length = int.from_bytes(view[:8], "little")
     if length > limit:
         raise TooLarge(f"a header of {length:,} bytes; the bound is {limit:,}")

@@ -8,17 +8,18 @@ Names and meaning are those of vLLM's `fp8` method and of checkpoints as DeepSee
 beside `weight_scale_inv` F32 [ceil(rows / 128), ceil(columns / 128)], or for one scale per tensor `weight_scale` F32
 [1]; either way the weight is the fp8 number times the scale.
 
-The same weights give the same bits, in numpy or torch, on a CPU or a GPU: a maximum, a division and one rounding to
-nearest even, each correct to the last bit in fp32.
+The same weights give the same bits, in numpy or torch, on a CPU or a GPU. What is done is a maximum, a division and one
+rounding to nearest even, each correct to the last bit in fp32.
 
 A scale follows its block's largest magnitude, amax, which a trainer moves all the time. By default scales are powers of
-two, the smallest with amax / scale <= 448: they stay until amax crosses 1.75 times a power of two, with no memory of
-earlier versions. Exact: the division, so fp8's rounding is the only error; and a block whose scale doubles or halves,
-where every exponent moves by one and every value stays (each byte changes, all by one step, which packs to a few per
-cent). Not exact: elements below 2**-6 of the scale, subnormal in fp8, which lose or win a bit then.
+two, the smallest with amax / scale <= 448. They stay until amax crosses 1.75 times a power of two, and need no memory
+of earlier versions. The division is exact, so fp8's rounding is the only error. A block whose scale doubles or halves
+stays exact, too: every exponent moves by one and every value stays. Each byte of it changes, all by one increment,
+which packs to a few per cent. Elements below 2**-6 of the scale are not exact: subnormal in fp8, they lose or win a
+bit.
 
-Scales of "amax" / 448, as most quantisers make them, move with almost every step of a trainer with fp32 masters, and
-with them the value that every number of the block stands for. Either way about as many fp8 bytes change
+Most quantisers make scales of "amax" / 448. Those move with almost every step of a trainer with fp32 masters, and with
+them the value that every number of the block stands for. Either way about as many fp8 bytes change
 (`tests/prepare/test_fp8.py` measures both).
 """
 
@@ -44,10 +45,10 @@ Scales = Literal["power-of-two", "amax"]
 class Fp8:
     """For `Publisher(prepare=[…])`: quantises the 2-D weights, gives each its scales, passes everything else through.
 
-    `block`: (rows, columns) that share a scale; None for one scale per tensor, which vLLM rounds again where it fuses
-    layers of different scales, so there prefer blocks. A weight is left alone when one of the parts of its name, split
-    at the dots, is in `skip`, or it is no float matrix with elements, or its name does not end in `.weight`, or its
-    model keeps it in fp32; experts kept in one 3-D tensor must be split before.
+    `block`: (rows, columns) that share a scale. None is for one scale per tensor, which vLLM rounds again where it
+    fuses layers of different scales, so there prefer blocks. A weight is left alone when its name does not end in
+    `.weight`, or a part of it, split at the dots, is in `skip`. So is one that is not a float matrix with elements,
+    or that its model keeps in fp32. Experts kept in one 3-D tensor must be split before.
     """
 
     block: tuple[int, int] | None = (128, 128)
@@ -97,9 +98,10 @@ class Fp8:
 def quantise(
     tensor: Any, block: tuple[int, int] | None = (128, 128), *, scales: Scales = "power-of-two"
 ) -> tuple[Any, Bits]:
-    """A float matrix [rows, columns] as (F8_E4M3 of the same shape, F32 scales): a torch tensor on its device for a
-    torch tensor, Bits for anything else; beyond 448 times the scale it saturates. Scales are Bits, which a publisher
-    ships as they are.
+    """A float matrix [rows, columns] as (F8_E4M3 of the same shape, F32 scales).
+
+    A torch tensor gives a torch tensor on its device, anything else Bits. Beyond 448 times the scale it saturates.
+    Scales are Bits, which a publisher ships as they are.
 
     Raises DtypeMismatch when the matrix holds an infinity or NaN.
     """
@@ -146,8 +148,8 @@ def _scales(amax: Any, kind: Scales) -> Any:
 
 
 def _round_to_e4m3(values: Any) -> UInts:
-    """fp32 within ±448 to fp8's bits, to nearest even: 4 exponent bits of bias 7, 3 of mantissa, steps of 2**-9 below
-    2**-6."""
+    """fp32 within ±448 to fp8's bits, to nearest even: 4 exponent bits of bias 7, 3 of mantissa, spaced by 2**-9
+    below 2**-6."""
     wide = values.view(np.uint32)
     magnitude = wide & np.uint32(0x7FFF_FFFF)
     normal = (magnitude + np.uint32(0x7_FFFF) + ((magnitude >> 20) & 1)) >> 20

@@ -1,4 +1,4 @@
-"""A trainer's tensors under the checkpoint's names: which rectangle of which tensor each one is. Views, never copies.
+"""A trainer's tensors under the checkpoint's names: each is a rectangle of a trainer's tensor. Views, never copies.
 
 transformers 5 trains all experts of a layer as one tensor where a checkpoint holds one per expert; wrappers (compile,
 DDP, PEFT) put words into names; a tied head is one tensor with two names. A `NameMap` is that difference as data.
@@ -112,9 +112,9 @@ class NameMap:
     def __call__(self, pairs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         """(checkpoint name, view) pairs, one of the trainer's tensors at a time.
 
-        A second name of a tied weight is dropped. Raises UnknownTensor for a name the map does not have, which lists
-        the closest it has, for an adapter's tensor, and for a tied weight that is two different tensors; ShapeMismatch
-        for a tensor of another shape than its views are of.
+        A second name of a tied weight is dropped. Raises UnknownTensor for a name the map does not have, with the
+        closest it has; for an adapter's tensor; and for a tied weight that is two different tensors. Raises
+        ShapeMismatch for a tensor of another shape than its views are of.
         """
         names = Counter(view.name for views in (self.views or {}).values() for view in views)
         tied: dict[str, tuple[str, Any]] = {}  # held until the end, or the next tensor might get the same address
@@ -129,7 +129,7 @@ class NameMap:
                     if place_of(known) != place_of(part):
                         raise UnknownTensor(
                             f"{name} and {first} are tied, both are {view.name} of the checkpoint, and yet two "
-                            "tensors here: call model.tie_weights(), or untie them in the config before training"
+                            "tensors here. Call model.tie_weights(), or untie them in the config before training"
                         )
                     if first != name:
                         continue
@@ -167,7 +167,7 @@ def without_wrappers(name: str) -> str:
 
 
 def require_bare(names: Iterable[str]) -> None:
-    """Raise UnknownTensor for names of which no checkpoint has such: with a wrapper's part, or `module.` before all."""
+    """Raise UnknownTensor for names that no checkpoint has: with a wrapper's part, or `module.` before all."""
     given = list(names)
     wrapped = [name for name in given if name != without_wrappers(name)]
     if not wrapped and all(name.startswith("module.") for name in given):
@@ -176,7 +176,7 @@ def require_bare(names: Iterable[str]) -> None:
         inside = without_wrappers(wrapped[0]).removeprefix("module.")
         raise UnknownTensor(
             f"{wrapped[0]!r}, one of {len(wrapped)} such names, is {inside!r} in a wrapper (torch.compile, DDP, FSDP1, "
-            "activation checkpointing), and no server knows it so: publish the bare module, or "
+            "activation checkpointing). No server knows the name. Publish the bare module, or "
             "checkpoint_tensors(model) of deltawire.trainers.state, or pass Publisher(prepare=[deltawire.NameMap()])"
         )
 
@@ -210,9 +210,11 @@ def _is_partition(boxes: list[tuple[tuple[int, int], ...]]) -> bool:
 
 
 def place_of(tensor: Any) -> tuple[Any, ...]:
-    """What two tensors that both still exist have in common exactly when they are the same memory read the same way; of
-    sharded ones, the memory that this rank holds, for a DTensor itself has none. Two that hold no element, as a rank's
-    shards may, are told apart too."""
+    """What two tensors that both still exist have in common exactly when they are the same memory read the same way.
+
+    Of a sharded tensor it is the memory that this rank holds, for a DTensor itself has none. Two that hold no element,
+    as a rank's shards may, differ too.
+    """
     if isinstance(tensor, ShardedView):
         return tensor.view.box, tensor.view.dims, place_of(tensor.tensor)
     if is_sharded(tensor):

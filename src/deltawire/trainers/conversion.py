@@ -1,8 +1,8 @@
 """The names and layouts of a transformers model as a `NameMap`, taken from transformers' own conversion tables.
 
 `save_pretrained` turns a model's tensors back into the checkpoint's with `revert_weight_conversion`. Here the same
-function runs once over stand-ins, which note what is done to them in place of doing it; so whatever it knows of a
-family of models holds here, and what cannot be seen as a view is refused instead of computed.
+function runs once over stand-ins, which note what is done to them and compute nothing. So all that it knows of a family
+of models holds here, and what cannot be seen as a view is refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +21,13 @@ LEADS_IN = ("_orig_mod", "module", "model")
 def name_map(model: Any) -> NameMap:
     """The map from a transformers model's names to those of the checkpoint that its `save_pretrained` writes.
 
-    `model` may be wrapped by torch.compile, DDP, FSDP2 or PEFT, whose adapters are no part of the map. Only names,
-    shapes and which tensors share memory are looked at, so one map serves a whole training, as long as nothing is tied
-    or untied. Tied weights come under the name `save_pretrained` keeps; what is untied by now (by hand, or by PEFT's
+    `model` may be wrapped by torch.compile, DDP, FSDP2 or PEFT; the map leaves out its adapters. It looks only at
+    names, shapes and which tensors share memory. So one map serves a whole training, as long as nothing is tied or
+    untied. Tied weights come under the name `save_pretrained` keeps. What is untied by now (by hand, or by PEFT's
     `modules_to_save` once merged) comes as tensors of its own, whatever the config says.
 
-    Raises NoView, naming the model's type, the tensors and the operation, where the checkpoint has a tensor that is no
-    rectangle of one of the model's.
+    Raises NoView where the checkpoint has a tensor that is not a rectangle of one of the model's. The error names the
+    model's type, the tensors and the operation.
     """
     try:
         from transformers import PreTrainedModel

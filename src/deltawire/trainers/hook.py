@@ -23,20 +23,20 @@ from deltawire.trainers.rounding import RoundingWatch
 from deltawire.trainers.state import checkpoint_tensors
 
 SHARDED = ("full_tensor", "_fsdp_flattened", "ds_id")
-"""attributes that tell a parameter of which a process holds a part: DTensor's, FSDP1's, DeepSpeed's"""
+"""attributes of a parameter that is sharded over processes: DTensor's, FSDP1's, DeepSpeed's"""
 
 
 def publish_after_step(publisher: Publisher, model: nn.Module, optimizer: Any, *, step: int = 0) -> Any:
     """Publish the model's weights now, as of `step`, and after every `optimizer.step()`; call `.remove()` to stop.
 
-    `model` may be wrapped by DDP or `torch.compile`, and `optimizer.step` may be compiled: what the hook does stays out
-    of the graph, so not with `fullgraph=True`. `optimizer` may be accelerate's: the one inside is hooked, which steps
-    only once the gradients of a batch are all there. In a job of several processes the first one publishes; the others
-    do nothing.
-    Warns once where rounding undoes most of an update (`trainers.rounding`).
+    `model` may be wrapped by DDP or `torch.compile`. `optimizer.step` may be compiled, but not with `fullgraph=True`:
+    what the hook does stays out of the graph. `optimizer` may be accelerate's: the one inside is hooked, which steps
+    only once the gradients of a batch are all there. In a job of several processes the first one publishes, and the
+    others do nothing. Warns once where rounding undoes most of an update (`trainers.rounding`).
 
-    Raises MissingTensor when other optimizers step some of the weights (publish yourself, after the last of them), and
-    DtypeMismatch for a model whose weights are sharded; then what `Publisher.publish` raises, from `optimizer.step()`.
+    Raises MissingTensor when other optimizers step some of the weights; then publish yourself, after the last of them.
+    Raises DtypeMismatch for a model whose weights are sharded. `optimizer.step()` then raises what `Publisher.publish`
+    raises.
     """
     inner = unwrap(optimizer)
     _require_sole(model, inner)
@@ -68,8 +68,8 @@ def require_whole(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if fsdp2 or any(hasattr(parameter, mark) for mark in SHARDED):
             raise DtypeMismatch(
-                f"{name} is sharded over processes, and one of them alone cannot publish it: for FSDP2 and tensor "
-                "parallel open Publisher(process_group=…) on every rank and call its publish there; for FSDP1 and "
+                f"{name} is sharded over processes, and one of them alone cannot publish it. For FSDP2 and tensor "
+                "parallel open Publisher(process_group=…) on every rank and call its publish there. For FSDP1 and "
                 "ZeRO-3 gather the weights first"
             )
 

@@ -43,7 +43,7 @@ def save_config(model: Any, folder: str | Path, *, adapter: str = "default") -> 
     """
     _require(model, adapter)
     config = copy.copy(model.peft_config[adapter])
-    config.inference_mode = True  # as PEFT saves it: whoever loads it serves it
+    config.inference_mode = True  # as PEFT saves it, for those who load it to serve it
     with file_system_errors(str(Path(folder) / ADAPTER_CONFIG)):
         Path(folder).mkdir(parents=True, exist_ok=True)
         config.save_pretrained(str(folder))

@@ -2,7 +2,7 @@
 
 PEFT merges with `weight += delta` and unmerges with `weight -= delta`, both rounded: in bf16 the frozen base does not
 come back. On a small Qwen3 1.4 % of its base weights differed after one round, 18 % after 10 and 75 % after 200
-(`findings/peft-bf16-merge-drift.sh`). The adapter alone, or fp32 base weights, have no such loss.
+(`findings/peft-bf16-merge-drift.sh`). The adapter alone loses nothing, nor do fp32 base weights.
 """
 
 import inspect
@@ -14,7 +14,7 @@ ROUNDED = ("torch.bfloat16", "torch.float16")
 
 
 def model_behind(pairs: Iterable[tuple[str, Any]]) -> Any:
-    """The model of the trainer whose generator these pairs come from, as TRL's do; None where that cannot be told."""
+    """The model of the trainer whose generator these pairs come from, as TRL's do; None where it cannot be found."""
     if not inspect.isgenerator(pairs) or pairs.gi_frame is None:
         return None
     return getattr(inspect.getgeneratorlocals(pairs).get("self"), "model", None)
@@ -29,8 +29,8 @@ def warn_of_merging(model: Any) -> bool:
     if not frozen:
         return False
     warnings.warn(
-        f"this PEFT model's adapter is merged into {len(frozen)} weights of 16 bits at every sync and taken out again: "
-        "rounding changes the frozen base for good, and every change is published. Publish the adapter alone "
+        f"this PEFT model's adapter is merged into {len(frozen)} weights of 16 bits at every sync and taken out again. "
+        "Rounding changes the frozen base for good, and every change is published. Publish the adapter alone "
         "(deltawire.trainers.lora.adapter_tensors, `deltawire follow --adapter`), or load the base in fp32",
         stacklevel=3,
     )

@@ -25,11 +25,11 @@ TOO_MUCH = 0.5
 def lost_share(optimizer: Any) -> float | None:
     """The share of an update like the last one that rounding would leave undone, 0 to 1: 1 - kept / intended.
 
-    Intended is the sum over elements of |u|, where u = lr * m / (sqrt(v) + eps) is Adam's update in fp32 from the
-    optimizer's state, its moments corrected for their start, at the present learning rate and without weight decay.
+    Intended is the sum over elements of |u|, where u = lr * m / (sqrt(v) + eps) is Adam's update in fp32. It comes from
+    the optimizer's state, its moments corrected for their start, at the present learning rate and without weight decay.
     Kept is the sum of how far the rounded weights move along it. Looks at a sample of each 16-bit weight, on its
-    device; nothing is written. `optimizer` may be accelerate's. None while there is nothing to measure: no 16-bit
-    weight has Adam's moments, or no update is other than 0, or one is NaN or infinite.
+    device; nothing is written. `optimizer` may be accelerate's. None while nothing can be measured: no 16-bit weight
+    has Adam's moments, every update is 0, or one is NaN or infinite.
     """
     kept = intended = 0.0
     for weight, update in _updates(unwrap(optimizer)):

@@ -1,4 +1,4 @@
-"""Wait until a replica serves what was published: by the fleet's ledger, or by asking the vLLM servers themselves."""
+"""Wait until a replica serves what was published: by followers' heartbeats, or by asking the vLLM servers."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +36,7 @@ Look = Callable[[], list[Seen]]
 
 
 def wait_until_served(look: Look, target: Position, *, timeout: float, poll: float, where: str) -> Seen:
-    """The first replica seen to serve a version of `target`'s run that is no older. `poll` is seconds between looks.
+    """The first replica seen to serve `target`, or a newer version of its run. `poll` is seconds between looks.
 
     Raises NotServed after `timeout` seconds, saying what was seen; what `look` raises.
     """

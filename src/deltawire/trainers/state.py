@@ -29,15 +29,15 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
     The bias by which routers of GLM-4-MoE or DeepSeek-V3 balance their experts is a buffer, which no optimizer steps
     and servers hold in fp32. So buffers come as Bits, which a Publisher ships in their own dtype unless its base holds
-    another; one that is no dense float here, a DTensor say, comes as it is. Left out are buffers that are not
-    persistent, and what the model's `_keys_to_ignore_on_save` names; where a server does not load one,
+    another. One that is not a dense float here, as a DTensor, comes as it is. Buffers that are not persistent are left
+    out, and so is what the model's `_keys_to_ignore_on_save` names. Where a server does not load one,
     `Publisher(prepare=[…])` leaves it out.
 
-    A parameter that the model keeps in fp32 comes under a mark, by which a Publisher ships it as F32: an fp32 one
-    beside 16-bit ones, and of a transformers model that is all fp32 those which its class lists as kept in fp32 when
+    A parameter that the model keeps in fp32 comes under a mark, by which a Publisher ships it as F32. An fp32 parameter
+    beside 16-bit ones is kept so. A transformers model that is all fp32 keeps those which its class lists as fp32 when
     the rest is bf16, as routers of ERNIE 4.5. One that its class makes in fp32 without listing it, as HunYuan's
-    routers, comes under another mark: servers differ, so it is rounded like the rest, with a warning. Either way
-    `Publisher(dtype={"NAME": …})` says what servers hold.
+    routers, comes under another mark. Servers differ in those, so it is rounded like the rest, with a warning. Either
+    way `Publisher(dtype={"NAME": …})` says what servers hold.
     """
     reshard(model)
     model = _unwrapped(model)
@@ -74,8 +74,10 @@ def fp32_marks(model: nn.Module) -> dict[str, Mark]:
 
 
 def _declared_fp32(model: nn.Module) -> dict[str, Mark]:
-    """What a transformers model's class says of its parameters in fp32 beside bf16: those on its list of such modules,
-    of which `from_pretrained` takes note, are kept so; others it makes so."""
+    """What a transformers model's class says of its parameters in fp32 beside bf16.
+
+    Those on its list of such modules, which `from_pretrained` reads, are "kept"; others that it makes so are "made".
+    """
     transformers = sys.modules.get("transformers")
     parts = (part for part in model.modules() if transformers and isinstance(part, transformers.PreTrainedModel))
     inner: Any = next(parts, None)

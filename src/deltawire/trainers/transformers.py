@@ -40,18 +40,18 @@ class DeltaWeightSyncCallback(TrainerCallback):
     model's config and the tokenizer of the trainer. A Publisher of yours is flushed when training ends; you close it.
 
     A version's `step` is the trainer's `global_step`. Of the trainer's logs, the numbers named by `metrics` go into the
-    next commit; a trainer logs a step only after it ended, so `logged_step` says which step they tell of. Where 16-bit
-    weights lose most of an update to rounding, a warning says so once, and `rounding_lost` is among the numbers of the
-    commits it was measured for (`trainers.rounding`).
+    next commit. A trainer logs a step only after it ended, so `logged_step` says which step they belong to. Where
+    16-bit weights lose most of an update to rounding, a warning says so once. `rounding_lost` is then among the numbers
+    of the commits it was measured for (`trainers.rounding`).
 
     With `train(resume_from_checkpoint=…)` the run goes on: the checkpoint's weights become the next version, even where
     versions published later than that checkpoint stand before it. In a job of several processes the first publishes.
 
-    A trainer whose `train()` raises tells no callback. Use the callback as a context manager around `train()` to send
+    A trainer whose `train()` raises calls no callback. Use the callback as a context manager around `train()` to send
     what was captured; otherwise that is tried when the process exits, for as long as a Publisher does.
 
-    `patience`: seconds to wait at the end of training for the upload. Raises what `Publisher` and `publish` raise,
-    BadUrl and TypeError for what is misspelt, Unavailable when patience runs out, DtypeMismatch for a model whose
+    `patience`: seconds to wait at the end of training for the upload. Raises what `Publisher` and `publish` raise;
+    BadUrl and TypeError for misspelt arguments; Unavailable when patience runs out; DtypeMismatch for a model whose
     weights are sharded.
     """
 
@@ -82,6 +82,11 @@ class DeltaWeightSyncCallback(TrainerCallback):
         self._logged: dict[str, float] = {}
         self._rounding = RoundingWatch()
         self._assets: str | None = None
+
+    @property
+    def publisher(self) -> Publisher | None:
+        """The Publisher in use; None while a callback that opens its own has none open."""
+        return self._publisher
 
     def __enter__(self) -> "DeltaWeightSyncCallback":
         return self

@@ -32,11 +32,13 @@ class DeltaWeightTransfer:
     rank 0, so every rank may make the object.
 
     TRL tags each sample with its own counter, which moves when `send_weights` returns, and drops samples more than
-    `max_staleness` behind. So that the tag is true, `wait_for="served"` returns once one replica serves the version
-    just published or a newer one: by the heartbeats followers write to the bucket or, given `engine_urls`, by what
-    those vLLM servers say. Servers that lag behind the first one may still answer with older weights. With
-    wait_for="commit" `send_weights` returns once the version is durable, and training goes on while servers fetch it:
-    a tag then says which version was committed when the sample was begun, not which one made it, and a sample may be
+    `max_staleness` behind. The tag is true with `wait_for="served"`: `send_weights` then returns once one replica
+    serves the version just published, or a newer one. It knows by the heartbeats that followers write to the bucket or,
+    given `engine_urls`, by what those vLLM servers say. Servers that lag behind the first one may still answer with
+    older weights.
+
+    With wait_for="commit" `send_weights` returns once the version is durable, and training goes on while servers fetch
+    it. A tag then says which version was committed when the sample was begun, not which one made it. A sample may be
     older than `max_staleness` by as many versions as its server lags; `deltawire follow --max-staleness` bounds that.
 
     `timeout` bounds, in seconds, one wait for commit and replica; other ranks wait meanwhile, so keep it below the
@@ -45,7 +47,7 @@ class DeltaWeightTransfer:
     TRL merges a PEFT adapter into its base for every sync. In a bf16 base that loses bits for good; a warning says so
     once (`trainers.merging`).
 
-    It pauses nobody: each follower pauses its own server around the swap alone.
+    No server is paused by it: each follower pauses its own server around the swap alone.
     """
 
     def __init__(
@@ -100,9 +102,9 @@ class DeltaWeightTransfer:
     def send_weights(self, iterator: Iterator[tuple[str, Any]]) -> None:
         """Publish the weights as the next version, and wait as `wait_for` says.
 
-        `iterator` yields (checkpoint name, full tensor) of what is trained, and is always consumed to its end, in
-        order, since other ranks take part in making its tensors. The first call, TRL's cold sync, fixes the set of
-        names; what TRL does not yield, frozen and tied weights, comes from `base`, or is the server's to derive.
+        `iterator` yields (checkpoint name, full tensor) of what is trained. It is always consumed to its end, in order,
+        since other ranks take part in making its tensors. The first call, TRL's cold sync, fixes the set of names. What
+        TRL does not yield, frozen and tied weights, comes from `base`, or is the server's to derive.
 
         Raises what `Publisher.publish` and `flush` raise, and NotServed, saying what was seen, when no replica got
         there in time. What was captured is kept, and goes with the next call.

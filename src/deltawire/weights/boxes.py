@@ -91,7 +91,7 @@ class Box:
     def restrict(self, change: TensorDelta) -> TensorDelta:
         """The part of a whole tensor's change that is in the box, counted in the box."""
         if change.positions is None:
-            return settle(change.dtype, self.shape, None, self.pick(change.steps))
+            return settle(change.dtype, self.shape, None, self.pick(change.increments))
         rest = change.positions - self.offset
         inside = (rest >= 0) & (self.size > 0)
         here: Positions = np.zeros(rest.size, np.int64)
@@ -100,7 +100,7 @@ class Box:
             inside &= digit < length
             here = here * length + digit
         inside &= rest == 0
-        return settle(change.dtype, self.shape, here[inside], change.steps[inside])
+        return settle(change.dtype, self.shape, here[inside], change.increments[inside])
 
     def spread(self, change: TensorDelta, whole: Shape) -> TensorDelta:
         """A change counted in the box, as one of the tensor of shape `whole`."""

@@ -1,7 +1,7 @@
 """The sparse vector of changes between two versions of the weights. Pure functions over numpy: no I/O, no clock.
 
-A step is `(new - old) mod 2^bits` over a tensor's elements as unsigned integers, so steps add, negate and restrict
-exactly, for every dtype and every value:
+An increment is `(new - old) mod 2^bits` over a tensor's elements as unsigned integers. So increments add, negate and
+restrict exactly, for every dtype and every value:
 
     new == old + delta        old == new + (-delta)        delta(a, c) == delta(a, b) + delta(b, c)
 """
@@ -19,33 +19,38 @@ from deltawire.weights.digest import digest_at, moved
 from deltawire.weights.tensors import as_bits, like
 
 POSITION_BYTES = 8
-"""memory of one position; where positions and steps would take more than a step per element, those are kept instead"""
+"""memory of one position; where positions and increments would take more, an increment for every element is kept"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorDelta:
     """The change of one tensor.
 
-    Sparse: `positions` (int64, sorted, unique, in range) and as many `steps`, none of them zero.
-    Dense: `positions` is None and `steps` has one entry per element, zeros included.
+    Sparse: `positions` (int64, sorted, unique, in range) and as many `increments`, none of them zero.
+    Dense: `positions` is None and `increments` has one entry per element, zeros included.
     """
 
     dtype: str
     shape: tuple[int, ...]
     positions: Positions | None
-    steps: UInts
+    increments: UInts
 
     def __post_init__(self) -> None:
-        if self.steps.dtype != unsigned(self.dtype):
-            raise DtypeMismatch(f"steps of {self.dtype} are {unsigned(self.dtype)}, not {self.steps.dtype}")
+        if self.increments.dtype != unsigned(self.dtype):
+            raise DtypeMismatch(f"increments of {self.dtype} are {unsigned(self.dtype)}, not {self.increments.dtype}")
         expected = count(self.shape) if self.positions is None else self.positions.size
-        if self.steps.size != expected:
-            raise ShapeMismatch(f"{self.steps.size} steps where {expected} belong, shape {list(self.shape)}")
+        if self.increments.size != expected:
+            raise ShapeMismatch(f"{self.increments.size} increments where {expected} belong, shape {list(self.shape)}")
+
+    @property
+    def steps(self) -> UInts:
+        """The increments, under the name that files give them."""
+        return self.increments
 
     @property
     def changed(self) -> int:
         """Elements that change."""
-        return self.steps.size if self.positions is not None else int(np.count_nonzero(self.steps))
+        return self.increments.size if self.positions is not None else int(np.count_nonzero(self.increments))
 
     @property
     def total(self) -> int:
@@ -53,11 +58,11 @@ class TensorDelta:
         return count(self.shape)
 
     def sparse(self) -> tuple[Positions, UInts]:
-        """Positions and non-zero steps, whichever way they are kept."""
+        """Positions and non-zero increments, whichever way they are kept."""
         if self.positions is not None:
-            return self.positions, self.steps
-        positions = np.flatnonzero(self.steps)
-        return positions, self.steps[positions]
+            return self.positions, self.increments
+        positions = np.flatnonzero(self.increments)
+        return positions, self.increments[positions]
 
     def __eq__(self, other: object) -> bool:
         """The same change, whichever way either side keeps it."""
@@ -69,55 +74,54 @@ class TensorDelta:
 
     def __neg__(self) -> "TensorDelta":
         """The change that undoes this one."""
-        return TensorDelta(self.dtype, self.shape, self.positions, np.negative(self.steps))
+        return TensorDelta(self.dtype, self.shape, self.positions, np.negative(self.increments))
 
     def __add__(self, later: "TensorDelta") -> "TensorDelta":
         """This change and then `later`, as one. Raises DtypeMismatch, ShapeMismatch."""
         _check_same("a tensor", self, later)
         if self.positions is not None and later.positions is not None:
             return settle(self.dtype, self.shape, *_merge(self, later))
-        steps = _dense_steps(self)
-        positions, added = (slice(None), later.steps) if later.positions is None else (later.positions, later.steps)
-        steps[positions] += added
-        return settle(self.dtype, self.shape, None, steps)
+        increments = _dense(self)
+        increments[slice(None) if later.positions is None else later.positions] += later.increments
+        return settle(self.dtype, self.shape, None, increments)
 
     def restrict(self, start: int, stop: int) -> "TensorDelta":
         """The change of the flat elements in [start, stop), with positions counted from `start`: what a shard needs.
         Its shape is (stop - start,)."""
         shape = (stop - start,)
         if self.positions is None:
-            return settle(self.dtype, shape, None, self.steps[start:stop].copy())
+            return settle(self.dtype, shape, None, self.increments[start:stop].copy())
         first, last = np.searchsorted(self.positions, (start, stop))
-        return TensorDelta(self.dtype, shape, self.positions[first:last] - start, self.steps[first:last])
+        return TensorDelta(self.dtype, shape, self.positions[first:last] - start, self.increments[first:last])
 
     def apply_(self, bits: UInts) -> tuple[int, int]:
-        """Add the steps to flat `bits` in place. Returns the touched elements' part of the digest, before and after."""
+        """Add the increments to flat `bits` in place. The touched elements' part of the digest, before and after."""
         from deltawire.weights import kernels
 
         return kernels.apply_with_digest(bits, *self.sparse())
 
 
-def settle(dtype: str, shape: tuple[int, ...], positions: Positions | None, steps: UInts) -> TensorDelta:
-    """A TensorDelta kept the cheaper way, by its share of changed elements; drops zero steps from a sparse one."""
+def settle(dtype: str, shape: tuple[int, ...], positions: Positions | None, increments: UInts) -> TensorDelta:
+    """A TensorDelta kept the cheaper way, by its share of changed elements; drops zero increments from a sparse one."""
     total = count(shape)
     if positions is None:
-        if _is_dense(np.count_nonzero(steps), max(total, 1), steps):
-            return TensorDelta(dtype, shape, None, steps)
-        positions = np.flatnonzero(steps)
-        return TensorDelta(dtype, shape, positions, steps[positions])
-    kept = steps != 0
+        if _is_dense(np.count_nonzero(increments), max(total, 1), increments):
+            return TensorDelta(dtype, shape, None, increments)
+        positions = np.flatnonzero(increments)
+        return TensorDelta(dtype, shape, positions, increments[positions])
+    kept = increments != 0
     if not kept.all():
-        positions, steps = positions[kept], steps[kept]
-    delta = TensorDelta(dtype, shape, positions, steps)
-    if total and _is_dense(positions.size, total, steps):
-        return TensorDelta(dtype, shape, None, _dense_steps(delta))
+        positions, increments = positions[kept], increments[kept]
+    delta = TensorDelta(dtype, shape, positions, increments)
+    if total and _is_dense(positions.size, total, increments):
+        return TensorDelta(dtype, shape, None, _dense(delta))
     return delta
 
 
-def _is_dense(changed: int | np.intp, total: int, steps: UInts) -> bool:
-    """Whether a step per element takes no more memory than positions and steps: from 20 % for 2-byte elements. So no
-    delta, however much is folded into it, ever takes more than its tensors themselves."""
-    return int(changed) * (POSITION_BYTES + steps.itemsize) >= total * steps.itemsize
+def _is_dense(changed: int | np.intp, total: int, increments: UInts) -> bool:
+    """Whether an increment for every element takes no more memory: from 20 % changed for 2-byte elements. So no delta,
+    however much is folded into it, ever takes more than its tensors themselves."""
+    return int(changed) * (POSITION_BYTES + increments.itemsize) >= total * increments.itemsize
 
 
 def between_bits(old: Bits, new: Bits) -> TensorDelta:
@@ -135,12 +139,12 @@ def _check_same(what: str, a: Any, b: Any) -> None:
         raise ShapeMismatch(f"{what} has shape {list(a.shape)} on one side and {list(b.shape)} on the other")
 
 
-def _dense_steps(delta: TensorDelta) -> UInts:
+def _dense(delta: TensorDelta) -> UInts:
     if delta.positions is None:
-        return delta.steps.copy()
-    steps = np.zeros(delta.total, delta.steps.dtype)
-    steps[delta.positions] = delta.steps
-    return steps
+        return delta.increments.copy()
+    increments = np.zeros(delta.total, delta.increments.dtype)
+    increments[delta.positions] = delta.increments
+    return increments
 
 
 def _merge(a: TensorDelta, b: TensorDelta) -> tuple[Positions, UInts]:
@@ -148,11 +152,11 @@ def _merge(a: TensorDelta, b: TensorDelta) -> tuple[Positions, UInts]:
     assert a.positions is not None and b.positions is not None
     together = np.concatenate([a.positions, b.positions])
     order = np.argsort(together, kind="stable")  # two sorted runs: timsort merges them in linear time
-    positions, steps = together[order], np.concatenate([a.steps, b.steps])[order]
+    positions, increments = together[order], np.concatenate([a.increments, b.increments])[order]
     first = np.ones(positions.size, bool)
     first[1:] = positions[1:] != positions[:-1]
     starts = np.flatnonzero(first)
-    return positions[starts], np.add.reduceat(steps, starts, dtype=steps.dtype) if starts.size else steps
+    return positions[starts], np.add.reduceat(increments, starts, dtype=increments.dtype) if starts.size else increments
 
 
 class Delta(Mapping[str, TensorDelta]):
@@ -200,9 +204,9 @@ class Delta(Mapping[str, TensorDelta]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory held by positions and steps."""
+        """Bytes of memory held by positions and increments."""
         return sum(
-            tensor.steps.nbytes + (tensor.positions.nbytes if tensor.positions is not None else 0)
+            tensor.increments.nbytes + (tensor.positions.nbytes if tensor.positions is not None else 0)
             for tensor in self._tensors.values()
         )
 
@@ -230,11 +234,11 @@ class Delta(Mapping[str, TensorDelta]):
         return new
 
     def apply_(self, tensors: Mapping[str, Any]) -> None:
-        """Add the steps in place to contiguous CPU tensors. All are checked before the first is written.
+        """Add the increments in place to contiguous CPU tensors. All are checked before the first is written.
 
-        Raises UnknownTensor, DtypeMismatch, ShapeMismatch; ShapeMismatch too for a tensor that cannot be written in
-        place (not contiguous, read-only, or not in host memory) and for one memory under two names (tied weights),
-        where each step would be added twice.
+        Raises UnknownTensor, DtypeMismatch, ShapeMismatch. ShapeMismatch, too, for a tensor that cannot be written in
+        place: not contiguous, read-only, or not in host memory. And for one memory under two names (tied weights),
+        where each increment would be added twice.
         """
         self.check(tensors)
         targets = {name: _in_place(name, tensors[name]) for name in self._tensors}
@@ -243,14 +247,14 @@ class Delta(Mapping[str, TensorDelta]):
             tensor.apply_(targets[name])
 
     def digests_after(self, digests: Mapping[str, int], tensors: Mapping[str, Any]) -> dict[str, int]:
-        """What the `digests` of these tensors will be once the steps are added. Nothing is written. Raises
+        """What the `digests` of these tensors will be once the increments are added. Nothing is written. Raises
         UnknownTensor, DtypeMismatch, ShapeMismatch."""
         self.check(tensors)
         after = dict(digests)
         for name, tensor in self._tensors.items():
-            positions, steps = tensor.sparse()
+            positions, increments = tensor.sparse()
             bits = as_bits(tensors[name]).data[positions]
-            after[name] = moved(after[name], digest_at(positions, bits), digest_at(positions, bits + steps))
+            after[name] = moved(after[name], digest_at(positions, bits), digest_at(positions, bits + increments))
         return after
 
     def check(self, tensors: Mapping[str, Any]) -> None:

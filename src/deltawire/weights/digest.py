@@ -3,7 +3,7 @@
     digest(tensor) = sum over i of mix(i, bits[i])  mod 2^64
     mix(i, b)      = fmix64(fmix64(i + 0x9E3779B97F4A7C15) ^ b)        (MurmurHash3's finaliser)
 
-It is evidence against accidents, never against malice: whoever can choose the bits can choose the sum.
+It is evidence against accidents, never against malice: one who can choose the bits can choose the sum.
 """
 
 from collections.abc import Iterable, Mapping
@@ -53,9 +53,11 @@ def moved(value: int, before: int, after: int) -> int:
 
 
 def root(table: Iterable[TableEntry], digests: Mapping[str, int]) -> str:
-    """One hash for a whole version: BLAKE3 (64 hex digits) over `name NUL dtype NUL shape NUL digest LF` in table
-    order, the shape as decimals joined by commas and the digest as 16 hex digits. Raises KeyError if a digest is
-    missing. (FORMAT.md §4)"""
+    """One hash for a whole version: BLAKE3 over `name NUL dtype NUL shape NUL digest LF` in table order, 64 hex digits.
+
+    The shape is decimals joined by commas, and the digest 16 hex digits. Raises KeyError if a digest is missing.
+    (FORMAT.md §4)
+    """
     hasher = blake3()
     for entry in table:
         shape = ",".join(map(str, entry.shape))

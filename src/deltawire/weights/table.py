@@ -8,9 +8,11 @@ from deltawire.weights.bits import WIDTHS, count
 
 
 class TensorEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One tensor of the run's table: canonical checkpoint name, the dtype the server holds, shape, and whether the
-    trainer publishes it (a frozen tensor stays as the base has it). `aliases` are further names of the same storage,
-    as a tied head has them; they are never names of tensors in the table."""
+    """One tensor of the run's table: canonical checkpoint name, the dtype the server holds, and shape.
+
+    `trainable` says whether the trainer publishes it; a frozen tensor stays as the base has it. `aliases` are further
+    names of the same storage, as a tied head has them. They are never names of tensors in the table.
+    """
 
     name: str
     dtype: str

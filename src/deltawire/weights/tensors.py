@@ -33,13 +33,16 @@ def is_torch(tensor: object) -> bool:
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether this is a DTensor, or a view of one, of which this process may hold only a part; never imports torch."""
+    """Whether this is a DTensor, or a view of one, so that this process may hold only a part. Never imports torch."""
     return hasattr(tensor, "full_tensor")
 
 
 def is_dense(tensor: Any) -> bool:
-    """Whether every element of a torch tensor has a place in memory: not sparse or nested, on a device that holds data,
-    and not in memory that was freed, as FSDP2 frees what it gathered for a forward."""
+    """Whether every element of a torch tensor has a place in memory.
+
+    It is not sparse or nested, its device holds data, and its memory was not freed, as FSDP2 frees what it gathered for
+    a forward.
+    """
     if tensor.is_meta or tensor.is_nested or str(tensor.layout) != "torch.strided":
         return False
     if is_wrapper(tensor) or not tensor.numel() or tensor.device.type not in {"cpu", "cuda"}:
@@ -83,8 +86,11 @@ def dtype_of(tensor: Any) -> str:
 
 
 def named(pairs: Any) -> Iterator[tuple[str, Any]]:
-    """(name, tensor) pairs as they come. Raises UnknownTensor for what is no pair, or a name that no checkpoint can
-    have; DtypeMismatch for what is no tensor, or has its elements not all here."""
+    """(name, tensor) pairs as they come.
+
+    Raises UnknownTensor for something other than a pair, or a name that no checkpoint can have. Raises DtypeMismatch
+    for something other than a tensor, or a tensor whose elements are not all here.
+    """
     if not isinstance(pairs, Iterable):
         raise UnknownTensor(f"{type(pairs).__name__} is not (name, tensor) pairs: pass model.named_parameters()")
     for pair in pairs:
@@ -96,7 +102,7 @@ def named(pairs: Any) -> Iterator[tuple[str, Any]]:
             raise UnknownTensor(f"{name!r} cannot be the name of a tensor in a safetensors file")
         with naming(name):
             if not (hasattr(tensor, "dtype") and hasattr(tensor, "shape")):
-                raise DtypeMismatch(f"{type(tensor).__name__} is no tensor")
+                raise DtypeMismatch(f"{type(tensor).__name__} is not a tensor")
             dense = not is_torch(tensor) or is_dense(tensor)
         if not dense:
             raise DtypeMismatch(f"{name} {_not_dense(tensor)}")
@@ -107,8 +113,11 @@ def named(pairs: Any) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Have what goes wrong in reading a tensor say which one it was. Raises DtypeMismatch in place of what torch and
-    numpy raise for a kind of tensor that they cannot read; want of memory stays what it is."""
+    """Have errors in reading a tensor name it.
+
+    Raises DtypeMismatch for what torch and numpy raise where they cannot read a kind of tensor. An error that says that
+    memory ran out stays as it is.
+    """
     try:
         yield
     except DtypeMismatch as error:
@@ -117,8 +126,8 @@ def naming(name: str) -> Iterator[None]:
         if type(error) not in UNREADABLE:
             raise
         raise DtypeMismatch(
-            f"{name} cannot be read ({type(error).__name__}: {error}): publish it as a plain, dense tensor, a "
-            "quantized one by its dequantize()"
+            f"{name} cannot be read ({type(error).__name__}: {error}): publish it as a plain, dense tensor, and "
+            "call dequantize() of a quantized one"
         ) from error
 
 
@@ -132,8 +141,8 @@ def _not_dense(tensor: Any) -> str:
 def as_bits(tensor: Any) -> Bits:
     """A tensor's bits. Shares the memory of a contiguous CPU tensor; copies anything else to contiguous host memory.
 
-    Torch may still resize or free the memory of a tensor that is shared so, as it may not after `tensor.numpy()`: then
-    the bits are no more to be read.
+    Torch may still resize or free shared memory, as it may not after `tensor.numpy()`. Then the bits must not be read
+    any more.
     """
     if isinstance(tensor, Bits):
         return tensor
