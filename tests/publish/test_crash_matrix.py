@@ -4,17 +4,16 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from killed_run import VERSIONS
+from programs import program
+from programs.killed_run import VERSIONS
 from runs import edit, model, read_weights, served
 
 from deltawire import Subscriber, materialize, open_bucket
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.weights.tensors import equal
 
-PROGRAM = Path(__file__).parents[1] / "support" / "killed_run.py"
 MATRIX = [
     *[(f"publish {step}", n) for step in ("payload", "commit", "head") for n in (1, 2, 6)],
     ("publish run", 1),
@@ -26,7 +25,7 @@ MATRIX = [
 
 def play(url, folder, step="never", occurrence=1):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(PROGRAM), url, str(folder), step, str(occurrence)]
+    command = [sys.executable, program("killed_run"), url, str(folder), step, str(occurrence)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from programs import program
 
 from deltawire import Subscriber, open_bucket
 from deltawire.hub_server import HubProcess
@@ -33,7 +34,7 @@ def hub_url(tmp_path: Path) -> Iterator[str]:
 def run(scenario: str, url: str) -> subprocess.CompletedProcess[str]:
     """A process that publishes four steps, does what its scenario of `leaving.py` says, and ends."""
     path = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(SUPPORT / "leaving.py"), scenario, url]
+    command = [sys.executable, program("leaving"), scenario, url]
     env = os.environ | {"PYTHONPATH": path}
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
 

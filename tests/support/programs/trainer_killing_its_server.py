@@ -11,11 +11,11 @@ import numpy as np
 import deltawire as dw
 from deltawire.errors import DeltaWireError
 from deltawire.format.checkpoint import Checkpoint
-from deltawire.publish import publisher
+from deltawire.publish import uploader
 from deltawire.runlog import writing
 from deltawire.weights.tensors import cast, equal
 
-publisher.FIRST_RETRY = 0.05
+uploader.FIRST_RETRY = 0.05
 step, pid_file = sys.argv[1:]
 append, killed = writing.append, []
 
