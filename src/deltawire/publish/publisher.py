@@ -103,9 +103,8 @@ class Publisher:
         keys = Keys(signing_key, tuple(compactors))
         with file_system_errors("the folder of temporary files (TMPDIR chooses another)"):
             self._spool = Path(tempfile.mkdtemp(prefix="deltawire-"))
-        place = {"spool": self._spool, "process_group": process_group, "must_resume": self._must_resume}
         try:
-            roles = open_roles(bucket, options, keys, **place)
+            roles = open_roles(bucket, options, keys, self._spool, process_group, must_resume=self._must_resume)
         except BaseException:
             shutil.rmtree(self._spool, ignore_errors=True)
             raise

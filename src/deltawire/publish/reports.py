@@ -9,11 +9,11 @@ from deltawire.runlog.records import Position
 class PublishReport:
     """What one `publish` captured.
 
-    `wire_bytes` is the size of this version's own file (the anchor's, for a run's first version); versions that wait
+    `wire_bytes` is the size of this version's own file (the anchor's, for a run's first version). Versions that wait
     for the network are folded, so fewer bytes may be sent. `compare_seconds` is part of `seconds`; the upload is in
-    neither, it goes on behind. `waiting` versions were captured and are not committed yet; they take `waiting_bytes` of
-    memory, and never more than `waiting_bound`: a step for every element, beside the upload under way. `problem` is the
-    last upload error, None while all is well.
+    neither, it goes on behind. `waiting` versions were captured and are not committed yet. They take `waiting_bytes` of
+    memory, and never more than `waiting_bound`: an increment for every element, beside the upload under way. `problem`
+    is the last upload error, None while all is well.
 
     In a sharded job every rank gets one. `changed`, `total`, `wire_bytes` and `model_bytes` are of all ranks together,
     and the same on each; seconds, what waits, and `problem` are the rank's own.

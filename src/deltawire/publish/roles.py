@@ -47,9 +47,9 @@ class _ReadKeys:
 
 
 def open_roles(
-    bucket: Bucket, options: CaptureOptions, keys: Keys, *, spool: Path, process_group: Any, must_resume: bool
+    bucket: Bucket, options: CaptureOptions, keys: Keys, spool: Path, process_group: Any, *, must_resume: bool
 ) -> Roles:
-    """Find where the bucket stands, and settle who captures and who sends.
+    """Find where the bucket stands, and settle who captures and who sends. Files of an anchor go to the folder `spool`.
 
     Raises NotFound for a bucket without a run where one is required; BadSignature for a run of another key; what a
     capturer raises on opening.

@@ -116,8 +116,8 @@ class _StandIn:
     def chunk(self, chunks: int, dim: int = 0) -> list["_StandIn"]:
         axis = self.dims[dim]
         start, stop = self.box[axis]
-        step = -(-(stop - start) // chunks)  # as torch.chunk, whose last one may be smaller
-        cuts = [(at, min(at + step, stop)) for at in range(start, stop, step)]
+        length = -(-(stop - start) // chunks)  # as torch.chunk, whose last one may be smaller
+        cuts = [(at, min(at + length, stop)) for at in range(start, stop, length)]
         boxes = [(*self.box[:axis], cut, *self.box[axis + 1 :]) for cut in cuts]
         return [_StandIn(self.name, self.whole, box, self.dims) for box in boxes]
 
