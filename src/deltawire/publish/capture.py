@@ -1,6 +1,5 @@
 """Capturing in one process that holds every tensor whole: cast, compare, number."""
 
-import secrets
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -46,7 +45,7 @@ class WholeCapturer:
         self._base: BaseCheckpoint | None = None
         self._declared: ties.Ties = {}
         self._aliases: ties.Ties | None = None
-        self._next = 0
+        self.next_version = 0
         if options.supersede:
             self._supersedes = newest(bucket)
         elif holds_run(bucket):
@@ -85,12 +84,12 @@ class WholeCapturer:
         versions = [] if self._run else [self._describe(run, 0, about, digests=seeded, payloads={})]
         delta = Delta(self._tracker.uncovered)
         if delta or not versions:
-            captured = self._describe(run, self._next + len(versions), about, delta=delta)
+            captured = self._describe(run, self.next_version + len(versions), about, delta=delta)
             versions.append(replace(captured, payloads=encode(captured)))
         changed = delta.changed if versions[-1].parent is not None else sum(count(entry.shape) for entry in run.table)
         self.transition.begin()
         self._tracker.cover()
-        self._run, self._next = run, versions[-1].version + 1
+        self._run, self.next_version = run, versions[-1].version + 1
         return Capture(tuple(versions), seconds, changed, versions[-1].payload_bytes)
 
     def close(self) -> None:
@@ -118,7 +117,7 @@ class WholeCapturer:
         captured = self._describe(run, 0, about, digests=baseline.digests, payloads=payloads)
         self.transition.begin()
         self._tracker, self._run = ChangeTracker(self.transition, baseline), run
-        self._next, self._aliases = 1, aliases
+        self.next_version, self._aliases = 1, aliases
         return captured
 
     def _seeded(self, pairs: Pairs, given: ties.Given | None) -> Baseline:
@@ -151,7 +150,7 @@ class WholeCapturer:
 
     def _new_run(self, table: tuple[TensorEntry, ...], base: BaseCheckpoint | None) -> Run:
         created, compactors = self._options.clock(), self._options.compactors
-        return in_its_format(Run(secrets.token_hex(8), table, created, base, self._supersedes, compactors))
+        return in_its_format(Run(self._options.new_run_id(), table, created, base, self._supersedes, compactors))
 
     def _describe(
         self,
@@ -183,7 +182,7 @@ class WholeCapturer:
             position = newest_of(subscriber)
             require_same_adapter(subscriber, self._assets)
             self._tracker = ChangeTracker(self.transition, weights_at(subscriber, position))
-            self._run, self._next = subscriber.run, position.version + 1
+            self._run, self.next_version = subscriber.run, position.version + 1
             self._aliases = aliases_of(subscriber.run.table)
             self.resumed = tip_at(subscriber, position)
 

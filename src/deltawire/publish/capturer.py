@@ -1,5 +1,6 @@
 """What captures: the next version of the weights, from the tensors that a trainer gives. Needs no network once open."""
 
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,17 @@ from deltawire.publish.sender import Tip
 from deltawire.publish.tracker import Transition
 
 
+def random_run_id() -> str:
+    """The id of a run that begins: 16 hex digits, which no other run will have."""
+    return secrets.token_hex(8)
+
+
 @dataclass(frozen=True, slots=True)
 class CaptureOptions:
     """How a run is opened or begun, as `Publisher` explains it.
 
-    With `supersede` a new run begins whatever is there. `compactors` are public keys, and `clock` gives seconds since
-    1970.
+    With `supersede` a new run begins whatever is there. `compactors` are public keys, `clock` gives seconds since 1970,
+    and `new_run_id` the id of a run that begins: 16 hex digits.
     """
 
     base: str | Path | None
@@ -24,6 +30,7 @@ class CaptureOptions:
     clock: Callable[[], float]
     supersede: bool = False
     compactors: tuple[str, ...] = ()
+    new_run_id: Callable[[], str] = random_run_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,10 @@ class Capturer(Protocol):
     @property
     def resumed(self) -> Tip | None:
         """The commit that a continued run stood at; None for a run that begins."""
+
+    @property
+    def next_version(self) -> int:
+        """The number that the next version will have."""
 
     @property
     def total(self) -> int:

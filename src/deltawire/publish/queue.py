@@ -36,14 +36,18 @@ class Queue:
         return not self.waiting and self.frozen is None
 
     @property
+    def held(self) -> tuple[Captured, ...]:
+        """Everything captured and not committed, the oldest first."""
+        return self.waiting if self.frozen is None else (self.frozen, *self.waiting)
+
+    @property
     def backlog(self) -> Backlog:
         """How much waits or is being sent."""
-        closed = [*self.waiting[:-1], *([self.frozen] if self.frozen else [])]
-        held = [*closed, *self.waiting[-1:]]
+        total = sum(captured.nbytes for captured in self.held)
         return Backlog(
-            versions=sum(captured.versions for captured in held),
-            nbytes=sum(captured.nbytes for captured in held),
-            closed_bytes=sum(captured.nbytes for captured in closed),
+            versions=sum(captured.versions for captured in self.held),
+            nbytes=total,
+            closed_bytes=total - sum(captured.nbytes for captured in self.waiting[-1:]),
         )
 
     def cut_at(self, version: int) -> "Queue":

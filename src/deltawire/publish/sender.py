@@ -37,10 +37,10 @@ class Sender(Protocol):
     def next_range(self, stop: Stop) -> int | None:
         """The version that the next commit must end at; None where any may, or when stopped. Raises RankFailed."""
 
-    def send(self, captured: Captured, shipment: Shipment, parent_hash: str | None, stop: Stop) -> Committed | None:
-        """Make a version durable. After an error call again with the same arguments; None when stopped.
+    def send(self, captured: Captured, shipment: Shipment, tip: Tip | None, stop: Stop) -> Committed | None:
+        """Make a version durable, as the commit after `tip`. After an error call again with the same arguments.
 
-        Raises BucketError, ChainError, and of a sharded job RankFailed and what stops the other ranks.
+        None when stopped. Raises BucketError, ChainError, and in a sharded job RankFailed and what stops other ranks.
         """
 
     def report_trouble(self, error: DeltaWireError) -> None:
@@ -60,10 +60,11 @@ class SoloSender:
         """Any version may be the next."""
         return None
 
-    def send(self, captured: Captured, shipment: Shipment, parent_hash: str | None, stop: Stop) -> Committed | None:
+    def send(self, captured: Captured, shipment: Shipment, tip: Tip | None, stop: Stop) -> Committed | None:
         """Write the payloads, then the commit. Raises BucketError, ChainError."""
+        parent_hash = tip.hash if tip is not None else None
         attempt = pending.freeze(captured, [shipment], parent_hash=parent_hash, writer=self._writer, key=self._key)
-        return commit(self._bucket, attempt)
+        return commit(self._bucket, attempt, tip)
 
     def report_trouble(self, error: DeltaWireError) -> None:
         """One process has no other rank."""
@@ -72,7 +73,10 @@ class SoloSender:
         """One process has no other rank to wait for."""
 
 
-def commit(bucket: Bucket, attempt: Attempt) -> Committed:
-    """Append a version to the run. Every commit that a publisher makes is made here. Raises BucketError, ChainError."""
+def commit(bucket: Bucket, attempt: Attempt, tip: Tip | None) -> Committed:
+    """Append a version to the run, after its newest commit `tip`. Every commit that a publisher makes is made here.
+
+    Raises BucketError, ChainError.
+    """
     writing.append(bucket, attempt)
     return Committed(attempt.commit.position, attempt.hash, attempt.commit.wire_bytes)

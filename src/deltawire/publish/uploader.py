@@ -166,8 +166,7 @@ class Uploader:
         while True:
             attempts += 1
             try:
-                parent = self._tip.hash if self._tip is not None else None
-                committed = self._sender.send(captured, shipment, parent, lambda: self._is_stopping)
+                committed = self._sender.send(captured, shipment, self._tip, lambda: self._is_stopping)
                 break
             except (BucketError, ChainError, FormatError) as error:
                 self._sender.report_trouble(error)

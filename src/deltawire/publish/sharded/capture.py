@@ -59,7 +59,7 @@ class ShardCapturer:
         self._decision = self._opening.decision
         self.resumed = self._decision.resumed
         self._run, self._table = self._opening.run, dict(self._opening.table)
-        self._next = self.resumed.position.version + 1 if self.resumed is not None else 0
+        self.next_version = self.resumed.position.version + 1 if self.resumed is not None else 0
         self.transition = Transition()
         self._tracker = ChangeTracker(self.transition)
         self._known = self._opening.digests
@@ -201,7 +201,7 @@ class ShardCapturer:
         with self.transition:
             for name in self._tracker.shards.keys() - found.names:  # given by a publish that failed, and not by this
                 self._tracker.forget(name)
-        version = 1 if self._run is None and self._decision.base is not None else self._next
+        version = 1 if self._run is None and self._decision.base is not None else self.next_version
         captured = Captured(
             run=self._run or self._new_run(found.names),
             version=version,
@@ -292,7 +292,7 @@ class ShardCapturer:
         if self._run is None and self._decision.base is not None:
             zero = replace(versions[0], version=0, parent=None, delta=Delta(), digests=before, payloads={}, boxes={})
             versions = [zero, *(versions if sums.changed else [])]
-        self._run, self._digests, self._next = run, digests, versions[-1].version + 1
+        self._run, self._digests, self.next_version = run, digests, versions[-1].version + 1
         self._tracker.cover()
         self._table = {entry.name: entry for entry in run.table}
         self.close()

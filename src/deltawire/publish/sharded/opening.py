@@ -3,7 +3,6 @@
 Each rank then reads the shards it turns out to hold: from the last commit, from the base, or as all-zero bits.
 """
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,4 +154,4 @@ def _decide(bucket: Bucket, options: CaptureOptions) -> Decision:
     if options.assets is not None:
         checkpoint.assets(options.assets)  # a folder that is not there is named now, not at the first publish
     pinned = None if options.base is None else resolve_base(str(options.base))
-    return Decision(secrets.token_hex(8), base=pinned, supersedes=newest(bucket) if options.supersede else None)
+    return Decision(options.new_run_id(), base=pinned, supersedes=newest(bucket) if options.supersede else None)

@@ -11,7 +11,7 @@ from deltawire.buckets.base import Bucket
 from deltawire.errors import DeltaWireError, NotFound, RankFailed
 from deltawire.publish import pending
 from deltawire.publish.pending import Captured, Shipment
-from deltawire.publish.sender import Committed, Stop, commit
+from deltawire.publish.sender import Committed, Stop, Tip, commit
 from deltawire.publish.sharded.channel import HandedIn, NoteChannel
 from deltawire.publish.sharded.ranks import LOOK, Ranks
 from deltawire.runlog import writing
@@ -35,7 +35,7 @@ class LeadSender:
         """Rank 0 decides, so any version may be the next."""
         return None
 
-    def send(self, captured: Captured, shipment: Shipment, parent_hash: str | None, stop: Stop) -> Committed | None:
+    def send(self, captured: Captured, shipment: Shipment, tip: Tip | None, stop: Stop) -> Committed | None:
         """Write the payloads, wait for those of the others, then commit.
 
         Raises what stops any rank, too; RankFailed for one that is gone.
@@ -51,8 +51,9 @@ class LeadSender:
             return None
         parts = [HandedIn(shipment.records, shipment.names), *handed_in]
         shipments = [Shipment({}, part.records, part.names) for part in parts]
+        parent_hash = tip.hash if tip is not None else None
         attempt = pending.freeze(captured, shipments, parent_hash=parent_hash, writer=self._writer, key=self._key)
-        committed = commit(self._bucket, attempt)
+        committed = commit(self._bucket, attempt, tip)
         self._ranks.notes.post(f"done/{number}", msgspec.json.encode(committed))
         self._channel.number += 1
         return committed
@@ -111,7 +112,7 @@ class RankSender:
             time.sleep(LOOK)
         return None
 
-    def send(self, captured: Captured, shipment: Shipment, parent_hash: str | None, stop: Stop) -> Committed | None:
+    def send(self, captured: Captured, shipment: Shipment, tip: Tip | None, stop: Stop) -> Committed | None:
         """Make this rank's payloads durable, and wait for the commit. Raises what stops rank 0, too."""
         number = self._channel.number
         if captured.parent is None and self._channel.wait(f"begun/{number}", stop) is None:
