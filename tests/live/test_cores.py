@@ -78,6 +78,6 @@ def test_work_is_shared_with_the_cores_that_were_left_to_others(mine, monkeypatc
         meet.wait(PATIENCE)
 
     os.sched_setaffinity(0, {min(mine)})
-    threads.share([job, job], 2)
+    threads.run_together([job, job], 2)
     assert seen.pop(threading.current_thread()) == {min(mine)}
     assert list(seen.values()) == [mine - {min(mine)}]

@@ -130,7 +130,7 @@ def test_every_version_is_answered_under_its_name_as_peft_answers_and_the_two_ne
             assert follower.step() is None
         assert [report.version for report in updates] == [0, 1, 2, 3]
         assert assert_answers_as_peft_does(server, run, 2) == answers[2]  # the one before goes on, as it was
-        follower._beat()
+        follower.beat()
     assert answers[0] == pytest.approx(before, abs=CLOSE)  # an untrained adapter changes nothing
     prompts = [torch.tensor(answer[: len(PROMPT) - 1]) for answer in answers]
     assert min(float((one - other).abs().max()) for n, one in enumerate(prompts) for other in prompts[:n]) > 4 * CLOSE
@@ -181,7 +181,7 @@ def test_a_damaged_payload_is_refused_and_the_old_version_is_still_answered(serv
             follower.step()
         assert adapters(server) == ["lora@0"]
         assert ask(server, "lora@0") == before
-        assert follower.standing.lag == 1
+        assert follower.health.lag == 1
         payload.write_bytes(right)
         assert follower.step().version == 1
     assert_answers_as_peft_does(server, run, 1)

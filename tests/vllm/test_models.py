@@ -160,7 +160,7 @@ def walk(chain, server, *, remade=False):
     with Follower(chain.url, EngineClient(server.url)) as follower, EngineClient(server.url) as engine:
         start = server.logprobs([1, 2, 3])
         follower.step()
-        modules = [module for worker in engine.placement() for module in worker["remade"]]
+        modules = [module for worker in engine.placement() for module in worker.remade]
         assert bool(modules) == remade, modules
         assert follower.step() is None  # the checkpoint it was started on is version 0
         for version in (1, 2):

@@ -372,7 +372,7 @@ def test_a_follower_stopped_in_an_update_loses_the_server_to_another_and_changes
             old.send_signal(signal.SIGCONT)
             _, told = old.communicate(timeout=60)
             assert old.returncode == 1
-            assert f"AnotherFollower: follower {new._hold.me.replica} (pid {new._hold.me.pid} on" in told
+            assert f"AnotherFollower: follower {new.lease.me.replica} (pid {new.lease.me.pid} on" in told
             assert new.step() is None
             assert server.checksums() == served
             assert engine.weight_version() == str(other.publisher.position)

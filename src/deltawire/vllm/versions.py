@@ -1,5 +1,5 @@
-"""Which vLLM this is tested with, and the names of vLLM that it uses: another version, or a name that is not there, is
-told once, in a warning."""
+"""Which vLLM this is tested with, and the names of vLLM that it uses: a warning says once that the
+version is another, or that a name is not there."""
 
 import importlib
 import re
