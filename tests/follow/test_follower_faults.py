@@ -391,7 +391,7 @@ def test_a_server_that_dies_is_reported_and_waited_for(run):
             engine.stop()
             run.publish(a=1)
             assert running.problems.acquire(timeout=PATIENCE)
-            assert running._thread.is_alive()
+            assert running.goes_on
         assert isinstance(running.told[0], EngineUnavailable)
         assert running.ended_by is None
     finally:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 from runs import PATIENCE
@@ -63,9 +64,10 @@ def test_a_worker_of_a_process_that_has_one_core_keeps_to_it(mine):
 
 
 def test_a_process_of_its_own_keeps_to_its_core_though_its_parent_has_more(mine):
-    program = "import os; from deltawire.live import cores; os.sched_setaffinity(0, {%d}); print(cores.allowed())"
-    started = subprocess.run([sys.executable, "-c", program % min(mine)], check=True, capture_output=True, text=True)
-    assert started.stdout.strip() == str({min(mine)})
+    program = Path(__file__).parents[1] / "support" / "allowed_cores.py"
+    command = [sys.executable, str(program), str(min(mine))]
+    started = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert started.stdout == str({min(mine)})
 
 
 def test_work_is_shared_with_the_cores_that_were_left_to_others(mine, monkeypatch):

@@ -23,6 +23,7 @@ from deltawire.vllm.client import EngineClient
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2")
+SUPPORT = Path(__file__).parents[1] / "support"
 PROMPT = list(range(8))
 CLOSE = 0.05
 """of log-probabilities in bf16, vLLM's kernels against transformers'"""
@@ -218,18 +219,6 @@ def test_a_run_that_supersedes_ours_takes_over_its_names(servers, run, base):
     assert_answers_as_peft_does(server, run, 0)
 
 
-KILLED = """
-import os, signal, sys
-from deltawire.vllm.adapters import AdapterFollower
-from deltawire.vllm.client import EngineClient
-
-bucket, engine, folder, moment = sys.argv[1:]
-setattr(EngineClient, moment, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
-with AdapterFollower(bucket, engine, "lora", folder=folder) as follower:
-    follower.step()
-"""
-
-
 @pytest.mark.parametrize("moment", ["load_adapter", "unload_adapter"])
 def test_a_follower_that_was_killed_is_continued_by_the_next_one(servers, run, moment):
     (server,) = servers
@@ -238,7 +227,8 @@ def test_a_follower_that_was_killed_is_continued_by_the_next_one(servers, run, m
             run.publish()
             follower.step()
     run.publish()
-    command = [sys.executable, "-c", KILLED, run.url, server.url, str(run.folder / "cache"), moment]
+    interrupted = [sys.executable, str(SUPPORT / "interrupted_follower.py"), "KILL", moment]
+    command = [*interrupted, run.url, server.url, "lora", str(run.folder / "cache")]
     assert subprocess.run(command, check=False, timeout=120).returncode == -signal.SIGKILL
     assert ("lora@2" in adapters(server)) == (moment == "unload_adapter")
     with run.follower(server) as follower:

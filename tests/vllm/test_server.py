@@ -27,6 +27,7 @@ from deltawire.vllm.client import EngineClient
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "vllm"))
 import weight_versions
 
+INTERRUPTED = [sys.executable, str(Path(__file__).parents[1] / "support" / "interrupted_follower.py")]
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
 
 
@@ -294,25 +295,14 @@ def test_a_copy_of_the_bucket_elsewhere_is_the_same_run(server, trainer, tmp_pat
         assert follower.step() is None  # the live digests say where the server stands; nothing is fetched
 
 
-KILLED = """
-import os, signal, sys
-from deltawire.vllm.client import EngineClient
-from deltawire.follow.follower import Follower
-
-bucket, engine, moment = sys.argv[1:]
-setattr(EngineClient, moment, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL))
-with Follower(bucket, EngineClient(engine)) as follower:
-    follower.step()
-"""
-
-
 @pytest.mark.parametrize("moment", ["stage", "start", "pause", "update", "finish", "resume"])
 def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_one_mends(server, trainer, moment):
     trainer.step()
     with Follower(trainer.url, EngineClient(server.url)) as follower:
         follower.step()
     trainer.step()
-    killed = subprocess.run([sys.executable, "-c", KILLED, trainer.url, server.url, moment], check=False, timeout=120)
+    command = [*INTERRUPTED, "KILL", moment, trainer.url, server.url]
+    killed = subprocess.run(command, check=False, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     with EngineClient(server.url) as engine:
         assert engine.is_paused() == (moment in ("update", "finish", "resume"))
@@ -330,26 +320,6 @@ def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_o
     assert len(server.logprobs([1, 2, 3])) == 8
 
 
-STOPPED = """
-import os, signal, sys
-from deltawire.vllm.client import EngineClient
-from deltawire.follow.follower import Follower
-
-bucket, engine, moment = sys.argv[1:]
-original = getattr(EngineClient, moment)
-
-
-def stopped(*arguments, **options):
-    os.kill(os.getpid(), signal.SIGSTOP)
-    return original(*arguments, **options)
-
-
-setattr(EngineClient, moment, stopped)
-with Follower(bucket, EngineClient(engine)) as follower:
-    follower.run()
-"""
-
-
 @pytest.mark.parametrize("moment", ["start", "update"])
 def test_a_follower_stopped_in_an_update_loses_the_server_to_another_and_changes_nothing_when_it_goes_on(
     server, trainer, tmp_path, checkpoint, moment
@@ -360,7 +330,7 @@ def test_a_follower_stopped_in_an_update_loses_the_server_to_another_and_changes
     with Follower(trainer.url, EngineClient(server.url)) as follower:
         follower.step()
     trainer.step()
-    command = [sys.executable, "-c", STOPPED, trainer.url, server.url, moment]
+    command = [*INTERRUPTED, "STOP", moment, trainer.url, server.url]
     with EngineClient(server.url) as engine, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as old:
         until(lambda: psutil.Process(old.pid).status() == psutil.STATUS_STOPPED, unless=old.poll)
         assert engine.is_paused() == (moment == "update")

@@ -54,7 +54,8 @@ class AdapterReport(msgspec.Struct, frozen=True):
 
 class AdapterFollower(FollowLoop[AdapterReport]):
     """Has one vLLM server hold the newest version of an adapter run as `NAME@VERSION`, and the one before it. The
-    server runs with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. `options` are FollowOptions, as a record
+    server, named by its address or reached by a client, runs with --enable-lora and
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. `options` are FollowOptions, as a record
     or by keyword; of a pinned version, newer ones are no longer answered.
 
     `folder` holds, under the adapter's name, a copy that deltas move and a folder for each version the server may read
@@ -67,7 +68,7 @@ class AdapterFollower(FollowLoop[AdapterReport]):
     def __init__(
         self,
         bucket_url: str,
-        engine: str,
+        engine: str | EngineClient,
         name: str,
         *,
         folder: Path | str | None = None,
@@ -76,9 +77,10 @@ class AdapterFollower(FollowLoop[AdapterReport]):
     ) -> None:
         if not _NAME.fullmatch(name):
             raise FormatError(f"adapter name {name!r}: use at most 100 letters, digits, '.', '_' and '-'")
-        options, self._engine = options or FollowOptions(**keywords), EngineClient(engine)
+        options = options or FollowOptions(**keywords)
+        self._engine = EngineClient(engine) if isinstance(engine, str) else engine
         url = self._engine.url
-        state = place_of(options.state, f"{options.replica or replica_name(engine)}@{name}")
+        state = place_of(options.state, f"{options.replica or replica_name(url)}@{name}")
         super().__init__(bucket_url, options, server=url, state=state)
         self._name = name
         own = (Path(folder) if folder is not None else cache_folder() / self.replica).resolve() / name
