@@ -71,6 +71,21 @@ def test_the_command_tells_of_each_load(run, engine):
     assert run.served(engine) == {"lora@0": 0.0}
 
 
+def test_a_server_that_was_restarted_gets_the_version_again_without_a_byte(run, engine):
+    with run.follower(engine) as follower:
+        follower.step()
+        run.publish()
+        follower.step()
+        engine.fail("/v1/models", 503)
+        with pytest.raises(EngineError):
+            follower.step()
+        engine.faults.clear()
+        engine.adapters.clear()
+        report = follower.step()
+    assert (report.version, report.wire_bytes) == (1, 0)
+    assert run.served(engine) == {"lora@1": 1.0}
+
+
 def test_an_answer_that_was_lost_after_the_load_is_found_loaded(run, engine):
     engine.fail("/v1/load_lora_adapter", 500, after=True)
     with run.follower(engine) as follower:

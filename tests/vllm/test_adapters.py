@@ -4,12 +4,14 @@ import json
 import signal
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 from adapters import Learner, load, logprobs
+from safetensors.torch import load_file
 from servers import Server, save_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -219,6 +221,20 @@ def test_a_run_that_supersedes_ours_takes_over_its_names(servers, run, base):
     assert_answers_as_peft_does(server, run, 0)
 
 
+def test_a_server_started_without_our_engine_is_refused_and_left_as_vllm_makes_it(servers, base, tmp_path):
+    (server,) = servers
+    url = (tmp_path / "whole").as_uri()
+    with dw.Publisher(dw.open_bucket(url, create=True), assets=base) as publisher:
+        publisher.publish(load_file(base / "model.safetensors"))
+    with (
+        pytest.raises(EngineUnsupported, match="weight-transfer-config"),
+        Follower(url, EngineClient(server.url)) as follower,
+    ):
+        follower.step()
+    packed = [name for name, value in server.checksums().items() if value == sha256().hexdigest()]
+    assert any("down_proj." in name for name in packed)  # oneDNN holds it, as without the plugin
+
+
 @pytest.mark.parametrize("moment", ["load_adapter", "unload_adapter"])
 def test_a_follower_that_was_killed_is_continued_by_the_next_one(servers, run, moment):
     (server,) = servers
@@ -264,9 +280,11 @@ def test_what_a_server_cannot_take_is_said_and_leaves_it_answering(servers, run,
     assert len(ask(server, "policy")[1]) == len(PROMPT) + 3
 
 
+@pytest.mark.nightly
 def test_the_command_follows_an_adapter_and_loads_it_again_into_a_server_that_was_restarted(
     servers, run, base, tmp_path
 ):
+    """Its twin against a stand-in is in test_adapter_faults."""
     (server,) = servers
     run.publish()
     command = [sys.executable, "-m", "deltawire.cli", "follow", "--bucket", run.url, "--engine", server.url, "--json"]

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from hashlib import sha256
 from pathlib import Path
 
 import httpx
@@ -20,7 +19,7 @@ from transformers import Qwen3ForCausalLM
 from waiting import until
 
 import deltawire as dw
-from deltawire.errors import BadDigest, EngineUnavailable, EngineUnsupported, NotFound
+from deltawire.errors import BadDigest, EngineUnavailable, NotFound
 from deltawire.follow.follower import Follower
 from deltawire.vllm.client import EngineClient
 
@@ -78,24 +77,38 @@ def on_base(tmp_path, checkpoint):
     trainer.publisher.close(10)
 
 
-def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(server, on_base, checkpoint, tmp_path):
-    trainer = on_base
-    before = server.logprobs([1, 2, 3])
-    with (
-        Follower(trainer.url, EngineClient(server.url), base=checkpoint) as follower,
-        EngineClient(server.url) as engine,
-    ):
+def assert_serves(server, trainer, version):
+    with EngineClient(server.url) as engine:
+        audit = engine.audit()
+        assert audit.position.version == version
+        assert audit.digests == trainer.published
+        assert audit.mismatched == []
+        assert engine.weight_version() == f"{audit.position.run}:{version}"
+
+
+def follow_six_versions(server, trainer, base):
+    """Publish and serve six versions bit for bit."""
+    with Follower(trainer.url, EngineClient(server.url), base=base) as follower:
         for version in range(6):
             assert trainer.step().version == version
             report = follower.step()
             assert report is None or (report.version == version and report.verified)
-            audit = engine.audit()
-            assert audit.position.version == version
-            assert audit.digests == trainer.published
-            assert audit.mismatched == []
-            assert engine.weight_version() == f"{audit.position.run}:{version}"
-    after = server.logprobs([1, 2, 3])
-    assert before != after
+            assert_serves(server, trainer, version)
+
+
+def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(server, on_base, checkpoint, tmp_path):
+    """The server itself was started on version 0. The nightly twin starts another on the last."""
+    trainer = on_base
+    follow_six_versions(server, trainer, checkpoint)
+    newest = server.at_rest()
+    assert newest[1] != server.at_start[1]
+    with Follower(trainer.url, EngineClient(server.url), base=checkpoint, pin=0) as follower:
+        follower.step()
+    assert server.at_rest() == server.at_start
+    with Follower(trainer.url, EngineClient(server.url), base=checkpoint) as follower:
+        follower.step()
+    assert server.at_rest() == newest
+    assert_serves(server, trainer, 5)
 
     out = tmp_path / "materialized"
     dw.materialize(trainer.publisher.bucket, out, base=checkpoint)
@@ -104,33 +117,21 @@ def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(s
     assert dw.digest(dict(loaded.named_parameters())) == {name: int(v, 16) for name, v in trainer.published.items()}
     with torch.no_grad():
         logprobs = loaded(torch.tensor([[1, 2, 3]])).logits[0, -1].float().log_softmax(-1)
-    assert float(logprobs.max()) == pytest.approx(after[0], abs=0.05)  # vLLM's kernels round otherwise
+    assert float(logprobs.max()) == pytest.approx(newest[1][0], abs=0.05)  # vLLM's kernels round otherwise
+
+
+@pytest.mark.nightly
+def test_a_server_started_on_the_newest_version_holds_and_answers_the_same(server, on_base, checkpoint, tmp_path):
+    follow_six_versions(server, on_base, checkpoint)
+    out = tmp_path / "materialized"
+    dw.materialize(on_base.publisher.bucket, out, base=checkpoint)
     fresh = Server(out, tmp_path / "fresh.log")
     try:
-        fresh.wait()
-        assert fresh.checksums() == server.checksums()
-        assert fresh.logprobs([1, 2, 3]) == after
+        assert fresh.wait().at_rest() == server.at_rest()
     finally:
         fresh.stop()
-    with pytest.raises(EngineUnavailable), Follower(trainer.url, EngineClient(fresh.url)) as other:
+    with pytest.raises(EngineUnavailable), Follower(on_base.url, EngineClient(fresh.url)) as other:
         other.step()
-
-
-def test_a_server_started_without_our_engine_is_refused_and_left_as_vllm_makes_it(trainer, tmp_path, checkpoint):
-    trainer.step()
-    plain = Server(checkpoint, tmp_path / "plain.log", backend=None)
-    try:
-        plain.wait()
-        with (
-            pytest.raises(EngineUnsupported, match="weight-transfer-config"),
-            Follower(trainer.url, EngineClient(plain.url)) as follower,
-        ):
-            follower.step()
-        sums = plain.checksums()
-        packed = [name for name, value in sums.items() if value == sha256().hexdigest()]
-        assert any(name.endswith("down_proj.weight") for name in packed)  # oneDNN holds it, as without the plugin
-    finally:
-        plain.stop()
 
 
 def test_a_base_folder_is_opened_by_a_worker_only_where_a_follower_names_it(server, on_base, checkpoint, tmp_path):
