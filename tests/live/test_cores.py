@@ -6,9 +6,9 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import pytest
+from programs import program
 from runs import PATIENCE
 
 from deltawire.live import cores, threads
@@ -64,8 +64,7 @@ def test_a_worker_of_a_process_that_has_one_core_keeps_to_it(mine):
 
 
 def test_a_process_of_its_own_keeps_to_its_core_though_its_parent_has_more(mine):
-    program = Path(__file__).parents[1] / "support" / "allowed_cores.py"
-    command = [sys.executable, str(program), str(min(mine))]
+    command = [sys.executable, program("allowed_cores"), str(min(mine))]
     started = subprocess.run(command, check=True, capture_output=True, text=True)
     assert started.stdout == str({min(mine)})
 

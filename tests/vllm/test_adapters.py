@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 from adapters import Learner, load, logprobs
+from programs import program
 from safetensors.torch import load_file
 from servers import Server, save_checkpoint
 from transformers import AutoModelForCausalLM
@@ -25,7 +26,6 @@ from deltawire.vllm.client import EngineClient
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2")
-SUPPORT = Path(__file__).parents[1] / "support"
 PROMPT = list(range(8))
 CLOSE = 0.05
 """of log-probabilities in bf16, vLLM's kernels against transformers'"""
@@ -243,7 +243,7 @@ def test_a_follower_that_was_killed_is_continued_by_the_next_one(servers, run, m
             run.publish()
             follower.step()
     run.publish()
-    interrupted = [sys.executable, str(SUPPORT / "interrupted_follower.py"), "KILL", moment]
+    interrupted = [sys.executable, program("interrupted_follower"), "KILL", moment]
     command = [*interrupted, run.url, server.url, "lora", str(run.folder / "cache")]
     assert subprocess.run(command, check=False, timeout=120).returncode == -signal.SIGKILL
     assert ("lora@2" in adapters(server)) == (moment == "unload_adapter")

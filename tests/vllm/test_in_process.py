@@ -4,21 +4,20 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from programs import program
 from servers import START_SECONDS
 from test_models import ALL, Chain
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
-EMBEDS = Path(__file__).parents[1] / "support" / "embeds_vllm.py"
 
 
 def test_an_embedded_engine_is_patched_between_two_calls_of_generate(tmp_path):
     chain = Chain(tmp_path, "qwen3-tied")
     chain.publish(ALL)
     done = subprocess.run(
-        [sys.executable, str(EMBEDS), str(chain.checkpoint), chain.url, str(tmp_path / "told")],
+        [sys.executable, program("embeds_vllm"), str(chain.checkpoint), chain.url, str(tmp_path / "told")],
         capture_output=True,
         text=True,
         timeout=300,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import program
 
 from deltawire.vllm.versions import TESTED
 
@@ -50,10 +51,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def facts(source: Path, which: str) -> Any:
-    """What `support/newest_vllm_facts.py` says in a Python that finds this vLLM."""
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(source), str(tests / "live"), *sys.path])
-    command = [sys.executable, str(tests / "support" / "newest_vllm_facts.py"), which]
+    """What `newest_vllm_facts` says in a Python that finds this vLLM."""
+    path = os.pathsep.join([str(source), str(Path(__file__).parents[1] / "live"), *sys.path])
+    command = [sys.executable, program("newest_vllm_facts"), which]
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

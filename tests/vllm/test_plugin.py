@@ -3,13 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from programs import program
 
 from deltawire.vllm import versions
-
-SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.mark.parametrize("module", ["deltawire", "deltawire.vllm", "deltawire.vllm.hooks", "deltawire.vllm.client"])
@@ -23,7 +21,7 @@ def test_numba_is_not_loaded_with_the_plugin(module):
 @pytest.fixture(scope="module")
 def started():
     """What a process says of itself in which vLLM lacked a name when it loaded the plugin, and then had it."""
-    command = [sys.executable, str(SUPPORT / "loads_plugin_twice.py")]
+    command = [sys.executable, program("loads_plugin_twice")]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

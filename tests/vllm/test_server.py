@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from programs import program
 from servers import START_SECONDS, VOCABULARY, Server, tiny_qwen3
 from transformers import Qwen3ForCausalLM
 from waiting import until
@@ -26,7 +27,7 @@ from deltawire.vllm.client import EngineClient
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "vllm"))
 import weight_versions
 
-INTERRUPTED = [sys.executable, str(Path(__file__).parents[1] / "support" / "interrupted_follower.py")]
+INTERRUPTED = [sys.executable, program("interrupted_follower")]
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
 
 
