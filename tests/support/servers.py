@@ -35,7 +35,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from deltawire.demo.processes import KEEPER
+from deltawire.demo.processes import SUPERVISOR
 from deltawire.trainers.state import fp32_marks
 
 START_SECONDS = 420
@@ -184,7 +184,7 @@ class Server:
         environment["DELTAWIRE_TEST_SLOW"] = str(self._slow)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SLOW_PLUGIN), environment.get("PYTHONPATH")]))
         reading, self._lifeline = os.pipe()
-        kept = [sys.executable, str(KEEPER), str(reading), str(GRACE), *command]
+        kept = [sys.executable, str(SUPERVISOR), str(reading), str(GRACE), *command]
         with log.open("wb") as output:
             self._process = subprocess.Popen(kept, stdout=output, stderr=output, env=environment, pass_fds=[reading])
         os.close(reading)
