@@ -53,9 +53,11 @@ def test_an_engine_that_has_only_the_port_is_followed_pinned_audited_and_repaire
         assert follower.audit().mismatched == ["v"]
         assert follower.step().from_version is None
         assert_serves(place, run, 2)
-    with Follower(run.url, engine, FollowOptions(pin=1)) as pinned:
+    with Follower(run.url, engine, FollowOptions(pin=2), pin=1) as pinned:
         assert pinned.step().version == 1
         assert_serves(place, run, 1)
+    with pytest.raises(TypeError, match="pn"):
+        Follower(run.url, engine, pn=1)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before it acts", "after it acted"])

@@ -1,6 +1,5 @@
 """Verbs for a vLLM server on this host: follow a bucket into its live weights, and audit them."""
 
-import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -112,7 +111,7 @@ def _follower(
     def problem(error: Exception) -> None:
         teller.problem(error, follower.health)
 
-    options = dataclasses.replace(options, on_problem=problem)
+    options = options.changed(on_problem=problem)
     follower: Follower | AdapterFollower
     if adapter is None:
         follower = Follower(bucket, EngineClient(engine), options)
@@ -136,7 +135,7 @@ def _compacting(
             teller.update(report)
             compacting.wake()
 
-        yield dataclasses.replace(options, on_update=update)
+        yield options.changed(on_update=update)
 
 
 @contextmanager

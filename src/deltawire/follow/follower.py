@@ -65,7 +65,7 @@ class Follower(FollowLoop[UpdateReport]):
     """
 
     def __init__(self, bucket_url: str, engine: Engine, options: FollowOptions | None = None, **keywords: Any) -> None:
-        options = options or FollowOptions(**keywords)
+        options = (options or FollowOptions()).changed(**keywords)
         state = (
             place_of(options.state, options.replica or replica_name(engine.url))
             if engine.outlives_follower

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +58,7 @@ class FollowOptions:
     audit_every: int = 100
     pass_endpoint: bool = False
     take_over: bool = False
+
+    def changed(self, **keywords: Any) -> "FollowOptions":
+        """The same, with these options in place of its own. Raises TypeError for what is not an option."""
+        return replace(self, **keywords)

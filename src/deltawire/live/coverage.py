@@ -15,7 +15,7 @@ Digests = Mapping[str, Sequence[int]]
 """by name, the digest of each part that a worker holds"""
 
 
-class Holder(NamedTuple):
+class Held(NamedTuple):
     """A worker that holds a part, and the number of that part among its own of the tensor."""
 
     rank: int
@@ -38,15 +38,15 @@ class Union:
         hints: Mapping[str, str] = {},
         frozen: Mapping[str, int] = {},
     ) -> None:
-        self._copies: dict[str, list[list[Holder]]] = {}
+        self._copies: dict[str, list[list[Held]]] = {}
         loaded = {tensor for parts in workers for tensor, held in parts.items() if held}
         self._left = {name: digest for name, digest in frozen.items() if name not in loaded}
         faults: dict[str, str] = {}
         for tensor, size in sizes.items():
-            copies: dict[Part, list[Holder]] = {}
+            copies: dict[Part, list[Held]] = {}
             for rank, parts in enumerate(workers):
                 for index, part in enumerate(parts.get(tensor, ())):
-                    copies.setdefault(Part(*part), []).append(Holder(rank, index))
+                    copies.setdefault(Part(*part), []).append(Held(rank, index))
             self._copies[tensor] = list(copies.values())
             if tensor in self._left:
                 continue

@@ -77,7 +77,7 @@ class AdapterFollower(FollowLoop[AdapterReport]):
     ) -> None:
         if not _NAME.fullmatch(name):
             raise FormatError(f"adapter name {name!r}: use at most 100 letters, digits, '.', '_' and '-'")
-        options = options or FollowOptions(**keywords)
+        options = (options or FollowOptions()).changed(**keywords)
         self._engine = EngineClient(engine) if isinstance(engine, str) else engine
         url = self._engine.url
         state = place_of(options.state, f"{options.replica or replica_name(url)}@{name}")
