@@ -34,6 +34,7 @@ DeltaWireError
     EngineUnavailable   it does not answer
     BadAnswer           what it answers is no answer to what was asked
     EngineUnsupported   it lacks the plugin, its weight endpoints, or a layout we can prove right
+      OtherProtocol       it runs a deltawire that speaks otherwise
     Quarantined         it can no longer say what it serves; restart it
     AnotherFollower     another follower drives it
     NotServed           nobody serves a published version in time; it is safe in the bucket
@@ -180,6 +181,10 @@ class BadAnswer(EngineError):
 
 class EngineUnsupported(EngineError):
     """The server lacks the plugin, its weight endpoints, or a layout we can prove right."""
+
+
+class OtherProtocol(EngineUnsupported):
+    """The server's workers run a deltawire that speaks another protocol than the follower's."""
 
 
 class Quarantined(EngineError):

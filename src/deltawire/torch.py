@@ -9,15 +9,16 @@ try:
 except ImportError:
     raise ImportError("following with a module needs torch: pip install 'deltawire[torch]'") from None
 
-from deltawire.buckets import open_bucket
-from deltawire.errors import named_error
-from deltawire.live.post_load import AfterLoading
-from deltawire.live.worker import Replica
+import msgspec
+
+from deltawire.errors import EngineError, NotFound, named_error
+from deltawire.follow.loop import FollowLoop
+from deltawire.follow.options import FollowOptions
+from deltawire.live.transforms import AfterLoading
+from deltawire.live.worker import LiveWorker
 from deltawire.prepare.names import NameMap
-from deltawire.read.seen import Seen, given
-from deltawire.read.subscriber import Subscriber
+from deltawire.read.seen import given
 from deltawire.runlog.records import Position
-from deltawire.runlog.signing import trust
 
 
 def follow(
@@ -43,73 +44,69 @@ def follow(
     Raises BucketError, FormatError, ChainError, and EngineUnsupported naming the tensors of the run that the model does
     not hold.
     """
-    return ModelFollower(model, bucket, names, trusted, base=base, seen=Seen(given(state), run=run))
+    return ModelFollower(model, bucket, names, FollowOptions(base=base, trusted=trusted, state=state, run=run))
 
 
-class ModelFollower:
-    """Keeps a module at a version of one bucket; between calls of `step` nothing changes."""
+class ModelFollower(FollowLoop[Position]):
+    """Keeps a module at a version of one bucket; between calls of `step` nothing changes, unless `run` runs."""
 
     def __init__(
         self,
         model: nn.Module,
         bucket: str,
         names: NameMap | None = None,
-        trusted: Iterable[str | Path] = (),
-        *,
-        base: Path | str | None = None,
-        seen: Seen | None = None,
+        options: FollowOptions | None = None,
     ) -> None:
-        self._bucket, self._trust, self._base = bucket, trust(trusted), base
-        self._seen = seen or Seen()
-        self._replica = Replica(_ByName(model, names), loading=AfterLoading())
+        options = options or FollowOptions()
+        super().__init__(bucket, options, server="model", state=given(options.state), any_run=True)
+        self._worker = LiveWorker(_ByName(model, names), loading=AfterLoading())
         self._attach()
-
-    def __enter__(self) -> "ModelFollower":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the bucket; the weights stay as they are."""
-        self._replica.close()
 
     @property
     def position(self) -> Position | None:
         """The version the module holds, None while that is no committed one."""
-        return self._replica.position
+        return self._worker.position
 
     def step(self, version: int | None = None) -> Position:
         """Bring the module to a version, older or newer; by default the newest. Verified before anything is written.
 
         Raises BucketError, FormatError, ChainError, ApplyError; the module then holds what it held.
         """
-        self._attach()
-        with self._subscriber() as subscriber:
-            newest = subscriber.latest()
-            self._seen.admit(subscriber, newest, pinned=version is not None)
-        version = newest.version if version is None else version
-        self._replica.commit({"bucket": self._bucket, "version": version})
-        self._check()
-        self._replica.confirm()
-        position = self._replica.position
-        assert position is not None
+        position = self._step(self.options.pin if version is None else version)
+        if position is None:
+            raise NotFound(self.health.waiting) if self.health.waiting else EngineError("this follower is closed")
         return position
 
-    def _subscriber(self) -> Subscriber:
-        return Subscriber(open_bucket(self._bucket), trusted=self._trust)
+    def _greet(self) -> None:
+        self.source.refresh()  # what was taken back is seen
+        self._attach()
+
+    def _advance(self, target: Position) -> Position:
+        self._worker.commit({"bucket": self.bucket.url, "version": target.version})
+        self._check()
+        self._worker.confirm()
+        position = self._worker.position
+        assert position is not None
+        self.health.is_current(position)
+        return position
+
+    def _ask_server(self) -> Position | None:
+        return self.position
+
+    def _let_go_of_server(self) -> None:
+        self._worker.close()
 
     def _attach(self) -> None:
-        self._replica.attach(self._bucket, self._trust.keys, self._base)
+        self._worker.attach(self.bucket.url, self.source.trust.keys, self.source.base)
         self._check()
 
     def _check(self) -> None:
-        if (problem := self._replica.answer_status({})["error"]) is not None:
-            raise named_error(problem)
+        if (problem := self._worker.status().error) is not None:
+            raise named_error(msgspec.to_builtins(problem))
 
 
 class _ByName(nn.Module):  # type: ignore[misc]
-    """A module with the loader that vLLM's have: here every tensor goes where its name says."""
+    """A module with the loader that a server's have: here every tensor goes where its name says."""
 
     def __init__(self, model: nn.Module, names: NameMap | None) -> None:
         super().__init__()

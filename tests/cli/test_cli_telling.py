@@ -4,7 +4,7 @@ import json
 
 from deltawire.cli.telling import Teller
 from deltawire.errors import Unavailable
-from deltawire.follow.health import Standing
+from deltawire.follow.health import Health
 from deltawire.follow.news import Current, Fetching, Waiting
 
 ANCHOR = Fetching("0123456789abcdef", 7, 3 << 20, 64 << 20)
@@ -12,7 +12,7 @@ ANCHOR = Fetching("0123456789abcdef", 7, 3 << 20, 64 << 20)
 
 def test_without_a_terminal_everything_is_a_line(capsys):
     teller = Teller(as_json=False, bar=False)
-    standing = Standing(clock=lambda: 700.0, problem="no answer", problem_since=520.0)
+    standing = Health(clock=lambda: 700.0, problem="no answer", problem_since=520.0)
     teller.problem(Unavailable("no answer"), standing)
     for news in (Waiting("nothing is published there yet", 60.0), ANCHOR, Current(ANCHOR.run, 7)):
         teller.news(news)

@@ -8,8 +8,8 @@ from small import Fused, SmallRun, make_weights
 from stub_engine import StubEngine
 from waiting import until
 
-from deltawire.live.post_load import AfterLoading
-from deltawire.live.worker import Replica
+from deltawire.live.transforms import AfterLoading
+from deltawire.live.worker import LiveWorker
 from deltawire.runlog import heartbeats
 from deltawire.upkeep.compactor import Compactor
 
@@ -26,9 +26,9 @@ def restart_in_the_middle(run, engine):
     """At the next update the server answers nothing sensible, and is a new one on the checkpoint it starts from."""
 
     def restarted(request):
-        engine.replica = Replica(run.model(0), loading=AfterLoading())
+        engine.worker = LiveWorker(run.model(0), loading=AfterLoading())
         engine.paused, engine.weight_version = False, "default"
-        engine._set_session(False)
+        engine.session_open = False
         del engine.faults["/update_weights"]
         return 500, {"error": {"message": "the engine is dead"}}
 

@@ -24,14 +24,14 @@ from deltawire.errors import (
     OtherRun,
     Quarantined,
     Unavailable,
+    named_error,
 )
-from deltawire.follow.engine import named_error
 from deltawire.follow.follower import Follower
 from deltawire.follow.news import Current, Fetching
 from deltawire.format import delta_file
-from deltawire.live import staging, worker
-from deltawire.live.post_load import AfterLoading
-from deltawire.live.worker import Replica
+from deltawire.live import model, staging, writes
+from deltawire.live.transforms import AfterLoading
+from deltawire.live.worker import LiveWorker
 from deltawire.read import anchors
 from deltawire.runlog.keys import derived_key
 from deltawire.runlog.log import load_commit
@@ -112,7 +112,7 @@ def test_a_server_that_is_not_ours_is_a_typed_error_with_the_next_step(
 
 
 def test_a_server_with_another_backend_is_told_the_flag(run, engine, follower):
-    engine.replica = None
+    engine.worker = None
     with pytest.raises(EngineUnsupported, match="weight-transfer-config"):
         follower.step()
 
@@ -183,7 +183,7 @@ def test_an_update_that_the_worker_refuses_is_resumed_and_keeps_the_old_label(ru
         raise MemoryError("no room on the device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(staging, "apply", broken)
+        patched.setattr(writes, "apply", broken)
         with pytest.raises(EngineError, match="MemoryError: no room"):
             follower.step()
     assert engine.calls[-2:] == ["/finish_weight_update", "/resume"]
@@ -219,7 +219,7 @@ def test_a_worker_that_says_nothing_went_wrong_and_does_not_serve_the_version_is
 
 def test_a_server_whose_weights_drifted_stops_naming_a_version_and_is_repaired_from_the_bucket(run, engine, follower):
     follower.step()
-    engine.replica._model.v.data[3] = 42.0
+    engine.worker.model.v.data[3] = 42.0
     with EngineClient(engine.url) as client:
         assert client.audit().mismatched == ["v"]
         assert client.status().quarantined
@@ -260,7 +260,7 @@ def test_a_follower_waits_for_what_another_had_staged_and_then_stages_its_own(ru
         return original(*arguments)
 
     monkeypatch.setattr(staging, "stage", held)
-    asked = {"bucket": run.url, "version": 1, "lease": follower._engine.token}
+    asked = {"bucket": run.url, "version": 1, "lease": follower.engine.token}
     engine.do("/collective_rpc", {"method": "deltawire_stage", "args": [json.dumps(asked)]})
     assert entered.wait(PATIENCE)
     asked = engine.calls.count("/collective_rpc")
@@ -277,11 +277,11 @@ def test_a_follower_waits_for_what_another_had_staged_and_then_stages_its_own(ru
 def test_a_server_restarted_on_older_weights_is_brought_back_and_named(run, engine, follower):
     run.publish(a=1)
     follower.step()
-    engine.replica = Replica(run.model(0), loading=AfterLoading())
+    engine.worker = LiveWorker(run.model(0), loading=AfterLoading())
     engine.weight_version = "default"
     report = follower.step()
     assert (report.from_version, report.version) == (0, 1)
-    engine.replica = Replica(run.model(1), loading=AfterLoading())
+    engine.worker = LiveWorker(run.model(1), loading=AfterLoading())
     engine.weight_version = "default"
     assert follower.step() is None
     assert_at_rest(engine, run, 1)
@@ -312,7 +312,7 @@ def test_a_follower_of_a_bucket_where_nothing_is_published_changes_nothing(engin
     with Follower("memory://empty-so-far", EngineClient(engine.url)) as follower:
         assert follower.step() is None
     assert set(engine.calls) == {"/collective_rpc", "/is_paused"}
-    assert engine.replica.answer_status({})["attached"] is None
+    assert engine.worker.status().attached is None
 
 
 def test_a_foreign_run_is_reported_and_followed_by_a_new_follower_only(tmp_path):
@@ -391,15 +391,15 @@ def test_a_server_that_dies_is_reported_and_waited_for(run):
             engine.stop()
             run.publish(a=1)
             assert running.problems.acquire(timeout=PATIENCE)
-            assert running._thread.is_alive()
+            assert running.goes_on
         assert isinstance(running.told[0], EngineUnavailable)
         assert running.ended_by is None
     finally:
-        engine.replica.close()
+        engine.worker.close()
 
 
 def test_what_a_person_must_mend_ends_the_follower(run, engine):
-    engine.replica = None
+    engine.worker = None
     with Running(run, engine) as running:
         running.join()
     assert isinstance(running.ended_by, EngineUnsupported)
@@ -436,12 +436,12 @@ def test_what_still_stands_in_the_way_is_said_again_every_minute_with_its_age(ru
     ticks, ages = itertools.count(0, 7), []
 
     def hear(error):
-        ages.append(follower.standing.problem_age)
+        ages.append(follower.health.problem_age)
         if len(ages) == 3:
             follower.stop()
 
     with Follower(run.url, EngineClient(engine.url), poll=0.001, on_problem=hear) as follower:
-        follower.standing.clock = lambda: float(next(ticks))
+        follower.health.clock = lambda: float(next(ticks))
         follower.run()
     assert ages[0] < 30 and all(60 <= later - earlier < 90 for earlier, later in itertools.pairwise(ages))
 
@@ -481,7 +481,7 @@ def test_a_bucket_without_versions_is_waited_for_aloud(engine):
             follower.stop()
 
     with Follower("memory://nothing-here", EngineClient(engine.url), poll=0.001, on_news=hear) as follower:
-        follower.standing.clock = lambda: float(next(ticks))
+        follower.health.clock = lambda: float(next(ticks))
         follower.run()
     assert "nothing is published there yet" in said[0].reason
     assert 60 <= said[1].seconds - said[0].seconds < 90
@@ -497,17 +497,17 @@ def test_between_looks_as_many_seconds_pass_as_asked_for(run, engine):
             return True
 
     with Follower(run.url, EngineClient(engine.url), poll=60) as follower:
-        follower._stopping = Waited()
+        follower.stopping = Waited()
         follower.run()
     assert [wait for wait in waits if wait > 1] == [60 - run.publisher.bucket.poll_seconds]  # others are for the server
-    until(lambda: not engine.replica.answer_status({})["staging"])  # the follower left while the worker attached
+    until(lambda: not engine.worker.status().staging)  # the follower left while the worker attached
 
 
 def test_what_the_store_refuses_the_server_is_told_apart_from_what_it_refuses_the_follower(run, engine, monkeypatch):
     def refused(*arguments):
         raise AccessRefused("hf://buckets/me/wordle: the token may not read")
 
-    monkeypatch.setattr(worker, "attach", refused)
+    monkeypatch.setattr(model, "attach", refused)
     with Follower(run.url, EngineClient(engine.url)) as follower, pytest.raises(AccessRefused) as caught:
         follower.step()
     assert f"the token may not read (said by the server at {engine.url}, which reads the bucket itself" in str(
@@ -543,7 +543,7 @@ def test_closing_does_not_wait_for_a_worker_that_is_busy_for_ever(run, engine, f
         status, body = engine.do("/collective_rpc", request)
         if request["method"] == "deltawire_result":
             asked.set()
-            body = {"results": [{"rank": 0, "nonce": body["results"][0]["nonce"], "done": False}]}
+            body = {"results": [{**answer, "done": False, "found": None} for answer in body["results"]]}
         return status, body
 
     engine.faults["/collective_rpc"] = busy
@@ -569,12 +569,12 @@ def test_a_base_that_was_named_for_one_bucket_is_not_used_for_another(run, engin
     run.publish()
     with Follower(run.url, EngineClient(engine.url), base=tmp_path) as follower:
         follower.step()
-    assert engine.replica.answer_status({})["base"] == str(tmp_path)
+    assert engine.worker.status().base == str(tmp_path)
     with SmallRun() as other:
         other.publish()
         with Follower(other.url, EngineClient(engine.url)) as follower:
             follower.step()
-    assert engine.replica.answer_status({})["base"] is None
+    assert engine.worker.status().base is None
 
 
 def test_a_fold_that_lies_is_passed_over_for_the_commits_it_stands_for(run, engine, follower):

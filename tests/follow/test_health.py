@@ -9,9 +9,9 @@ from stub_engine import StubEngine
 
 from deltawire.errors import EngineError, NotFound
 from deltawire.follow.follower import Follower
-from deltawire.follow.health import HealthServer, Standing
-from deltawire.live.post_load import AfterLoading
-from deltawire.live.worker import Replica
+from deltawire.follow.health import Health, HealthServer
+from deltawire.live.transforms import AfterLoading
+from deltawire.live.worker import LiveWorker
 from deltawire.runlog import heartbeats
 from deltawire.vllm.client import EngineClient
 
@@ -28,7 +28,7 @@ def asked(run):
     with (
         StubEngine(Fused(make_weights(seed=5))) as engine,
         Follower(run.url, EngineClient(engine.url)) as follower,
-        HealthServer(0, lambda: follower.standing.why_unready(1), follower.standing) as server,
+        HealthServer(0, lambda: follower.health.why_unready(1), follower.health) as server,
     ):
 
         def ask():
@@ -62,15 +62,15 @@ def test_a_late_replica_is_ready_only_when_it_is_current_however_old_a_policy_ma
         engine.fail("/start_weight_update", 500)
         with pytest.raises(EngineError):
             follower.step()
-        assert follower.standing.why_unready(None) == "joining: version 0 is served, 2 behind"
+        assert follower.health.why_unready(None) == "joining: version 0 is served, 2 behind"
         engine.faults.clear()
         follower.step()
-        assert follower.standing.why_unready(None) is None
+        assert follower.health.why_unready(None) is None
         run.publish(a=1)
         engine.fail("/start_weight_update", 500)
         with pytest.raises(EngineError):
             follower.step()
-        assert follower.standing.why_unready(None) is None
+        assert follower.health.why_unready(None) is None
 
 
 def test_the_ledger_tells_lag_and_what_the_last_audit_found(run):
@@ -81,7 +81,7 @@ def test_the_ledger_tells_lag_and_what_the_last_audit_found(run):
         follower.step()
         run.publish(a=1)
         follower.step()
-        follower._beat()
+        follower.beat()
     ((_, beat),) = heartbeats.read_all(run.publisher.bucket)
     assert (beat.version, beat.lag, beat.audit) == (1, 0, "version 1: equal")
 
@@ -94,10 +94,10 @@ def place(tmp_path):
         SmallRun(tmp_path / "bucket") as run,
         StubEngine(run.model()) as engine,
         Follower(run.url, EngineClient(engine.url)) as follower,
-        HealthServer(0, lambda: follower.standing.why_unready(**limits), follower.standing) as server,
+        HealthServer(0, lambda: follower.health.why_unready(**limits), follower.health) as server,
         httpx.Client(timeout=10) as http,
     ):
-        follower.standing.clock = lambda: now[0]
+        follower.health.clock = lambda: now[0]
         follower.step()
 
         def ask(seconds, **given):
@@ -163,7 +163,7 @@ def test_a_bucket_that_was_emptied_is_no_version_that_is_current(place, tmp_path
 def test_a_server_restarted_while_the_bucket_is_gone_is_unready(place, tmp_path):
     run, engine, follower, ask = place
     (tmp_path / "bucket").rename(tmp_path / "elsewhere")
-    engine.replica = Replica(run.model(), loading=AfterLoading())
+    engine.worker = LiveWorker(run.model(), loading=AfterLoading())
     assert ask(10)[0] == 200
     follower.listen()
     assert ask(0)[0] == 503
@@ -174,7 +174,7 @@ def test_a_server_restarted_while_the_bucket_is_gone_is_unready(place, tmp_path)
 
 def test_an_answer_that_was_overtaken_by_a_later_one_changes_nothing(place):
     _, _, follower, _ = place
-    served, standing = follower.standing.served, Standing(clock=lambda: 7.0)
+    served, standing = follower.health.served, Health(clock=lambda: 7.0)
     standing.server_says(served)
     standing.server_says(None, asked=6.0)
     assert standing.served == served

@@ -49,7 +49,7 @@ def took_back(run, version=2):
 
 
 def served(engine):
-    return engine.replica.answer_status({})["position"]["version"]
+    return engine.worker.status().position.version
 
 
 def test_a_running_follower_goes_on_serving_what_it_serves(run, engine, key):
@@ -61,7 +61,7 @@ def test_a_running_follower_goes_on_serving_what_it_serves(run, engine, key):
         follower.step()
         assert served(engine) == 5
         took_back(run)
-        follower._subscriber.refresh()  # as after any error: its records are read again
+        follower.source.refresh()  # as after any error: its records are read again
         thread = threading.Thread(target=follower.run)
         thread.start()
         until(lambda: any(isinstance(problem, RolledBack) for problem in problems))
@@ -69,7 +69,7 @@ def test_a_running_follower_goes_on_serving_what_it_serves(run, engine, key):
         thread.join(PATIENCE)
     assert served(engine) == 5
     assert "RolledBack" in json.loads(
-        dw.open_bucket(run.url).get(f"replicas/{follower._replica}.json", limit=1 << 16)
+        dw.open_bucket(run.url).get(f"replicas/{follower.replica}.json", limit=1 << 16)
     )["error"]  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def test_adapters_are_not_taken_back(key, tmp_path):
         with run.follower(engine, trusted=[key[1].public]) as follower:
             follower.step()
             took_back(run, 1)
-            follower._subscriber.refresh()
+            follower.source.refresh()
             with pytest.raises(RolledBack):
                 follower.step()
         with run.follower(engine, trusted=[key[1].public]) as follower, pytest.raises(RolledBack):
@@ -182,9 +182,9 @@ def test_a_module_is_not_taken_back_and_goes_back_when_told_to(key, tmp_path):
 def test_a_follower_with_keys_tells_them_to_a_server_that_stands_on_the_bucket_already(run, engine, key, tmp_path):
     with Follower(run.url, EngineClient(engine.url)) as follower:
         follower.step()
-    assert engine.replica.answer_status({})["trusted"] == []
+    assert engine.worker.status().trusted == ()
     with Follower(run.url, EngineClient(engine.url), trusted=[key[1].public], base=tmp_path) as follower:
         follower.step()
-    status = engine.replica.answer_status({})
-    assert (status["trusted"], status["base"]) == ([key[1].public], str(tmp_path))
+    status = engine.worker.status()
+    assert (status.trusted, status.base) == ((key[1].public,), str(tmp_path))
     assert served(engine) == 5

@@ -17,9 +17,11 @@ from waiting import PATIENCE, until
 import deltawire as dw
 from deltawire.buckets import environment
 from deltawire.errors import EngineUnavailable, NotFound, Unavailable
-from deltawire.follow import follower
+from deltawire.follow import server as driven
 from deltawire.follow.follower import Follower
-from deltawire.live import staging, worker
+from deltawire.live import model, worker
+from deltawire.live.live_weights import LiveWeights
+from deltawire.live.messages import Staged
 from deltawire.vllm.client import EngineClient
 
 WORKER = "deltawire-stage"
@@ -42,7 +44,7 @@ def door(monkeypatch):
     """A store that answers the workers nothing while the door is shut: `shut()`, `open()`, `open_for(url)`."""
     opened, others = threading.Event(), set()
     opened.set()
-    original = worker.open_bucket
+    original = model.open_bucket
 
     class Door:
         open, shut, open_for = opened.set, opened.clear, others.add
@@ -61,13 +63,13 @@ def door(monkeypatch):
 
         return answer
 
-    monkeypatch.setattr(worker, "open_bucket", behind)
+    monkeypatch.setattr(model, "open_bucket", behind)
     yield Door
     opened.set()
 
 
 def test_a_bucket_that_hangs_when_it_is_opened_or_read_holds_no_call_of_the_server(run, engine, door, monkeypatch):
-    monkeypatch.setattr(follower, "SLOW", 0.05)
+    monkeypatch.setattr(driven, "SLOW", 0.05)
     problems = []
     with (
         Follower(run.url, EngineClient(engine.url), on_problem=problems.append) as following,
@@ -79,10 +81,10 @@ def test_a_bucket_that_hangs_when_it_is_opened_or_read_holds_no_call_of_the_serv
         until(lambda: len(problems) == 1, unless=step.done)
         assert f"opening {run.url} since" in str(problems[0])
         assert client.status().doing == f"opening {run.url}"
-        assert following.standing.problem == str(problems[0])
+        assert following.health.problem == str(problems[0])
         door.open()
         assert step.result(PATIENCE) is None
-        assert following.standing.problem is None
+        assert following.health.problem is None
         door.shut()
         run.publish(a=1)
         step = pool.submit(following.step)
@@ -129,8 +131,8 @@ def test_an_audit_that_fails_says_why(run, engine):
 
 def test_memory_is_digested_on_a_thread_of_ours_and_the_loader_watched_on_the_servers(run, engine, monkeypatch):
     digested, probed = set(), set()
-    model = engine.replica._model
-    load, digests = model.load_weights, staging.LiveWeights.digests
+    model = engine.worker.model
+    load, digests = model.load_weights, LiveWeights.digests
 
     def loading(weights):
         probed.add(threading.current_thread().name)
@@ -141,7 +143,7 @@ def test_memory_is_digested_on_a_thread_of_ours_and_the_loader_watched_on_the_se
         return digests(live)
 
     monkeypatch.setattr(model, "load_weights", loading)
-    monkeypatch.setattr(staging.LiveWeights, "digests", digesting)
+    monkeypatch.setattr(LiveWeights, "digests", digesting)
     with Follower(run.url, EngineClient(engine.url)) as following:
         following.step()
         following.audit()
@@ -161,9 +163,9 @@ def test_a_plain_post_waits_for_a_slow_bucket_only_so_long_and_is_taken_when_pos
         client.start()
         engine.do("/update_weights", body)
         error = client.status().error
-        assert (error["kind"], "post it again" in error["message"]) == ("EngineUnavailable", True)
+        assert (error.kind, "post it again" in error.message) == ("EngineUnavailable", True)
         door.open()
-        until(lambda: (client.status().staged or {}).get("version") == 1)
+        until(lambda: client.status().staged == Staged(1))
         engine.do("/update_weights", body)
         assert (client.status().error, client.status().position.version) == (None, 1)
 
@@ -195,7 +197,7 @@ def test_an_update_is_not_written_while_memory_is_read(run, engine, door):
             audit = pool.submit(client.audit, other.url)
             until(lambda: client.status().doing, unless=audit.done)
             engine.do("/update_weights", {"update_info": {"bucket": run.url, "version": 1}})
-            assert client.status().error["kind"] == EngineUnavailable.__name__
+            assert client.status().error.kind == EngineUnavailable.__name__
             assert client.status().position.version == 0
             door.open()
             audit.result(PATIENCE)
@@ -264,7 +266,7 @@ def test_on_vllm_completions_are_answered_as_before_while_s3_refuses_hangs_and_t
     server, checkpoint, s3_endpoint, s3_url, monkeypatch
 ):
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")  # vLLM's worker was started without keys
-    monkeypatch.setattr(follower, "SLOW", 1.0)
+    monkeypatch.setattr(driven, "SLOW", 1.0)
     everything = {"Effect": "Allow", "Principal": "*", "Action": "s3:*", "Resource": "*"}
     policy = json.dumps({"Version": "2012-10-17", "Statement": [everything]})
     boto3.client("s3", endpoint_url=s3_endpoint).put_bucket_policy(Bucket=urlsplit(s3_url).netloc, Policy=policy)
@@ -282,13 +284,13 @@ def test_on_vllm_completions_are_answered_as_before_while_s3_refuses_hangs_and_t
         publisher.flush(30)
         until(lambda: len(completing.taken) > 20)
         before = completing.taken.copy()
-        following._settings["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
+        following.settings["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
         with pytest.raises(Unavailable) as refused:
             following.step()
         assert "AWS_ENDPOINT_URL is http://127.0.0.1:9 there, yours is " + s3_endpoint in str(refused.value)
         assert "AWS_ACCESS_KEY_ID is unset there, yours is set" in str(refused.value)
 
-        following._settings["AWS_ENDPOINT_URL"], way.mode = way.url, "hang"
+        following.settings["AWS_ENDPOINT_URL"], way.mode = way.url, "hang"
         step = pool.submit(following.step)
         until(lambda: problems and way.hanging, unless=step.done)
         assert f"vLLM's worker: opening {s3_url} since" in str(problems[0])

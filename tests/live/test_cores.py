@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+from programs import program
 from runs import PATIENCE
 
 from deltawire.live import cores, threads
@@ -63,9 +64,9 @@ def test_a_worker_of_a_process_that_has_one_core_keeps_to_it(mine):
 
 
 def test_a_process_of_its_own_keeps_to_its_core_though_its_parent_has_more(mine):
-    program = "import os; from deltawire.live import cores; os.sched_setaffinity(0, {%d}); print(cores.allowed())"
-    started = subprocess.run([sys.executable, "-c", program % min(mine)], check=True, capture_output=True, text=True)
-    assert started.stdout.strip() == str({min(mine)})
+    command = [sys.executable, program("allowed_cores"), str(min(mine))]
+    started = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert started.stdout == str({min(mine)})
 
 
 def test_work_is_shared_with_the_cores_that_were_left_to_others(mine, monkeypatch):
@@ -78,6 +79,6 @@ def test_work_is_shared_with_the_cores_that_were_left_to_others(mine, monkeypatc
         meet.wait(PATIENCE)
 
     os.sched_setaffinity(0, {min(mine)})
-    threads.share([job, job], 2)
+    threads.run_together([job, job], 2)
     assert seen.pop(threading.current_thread()) == {min(mine)}
     assert list(seen.values()) == [mine - {min(mine)}]

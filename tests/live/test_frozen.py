@@ -12,8 +12,8 @@ from deltawire.cli import app
 from deltawire.errors import EngineUnsupported
 from deltawire.follow.follower import Follower
 from deltawire.live.coverage import Union
-from deltawire.live.post_load import AfterLoading
-from deltawire.live.worker import Replica
+from deltawire.live.transforms import AfterLoading
+from deltawire.live.worker import LiveWorker
 from deltawire.torch import follow
 from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
@@ -92,7 +92,7 @@ def test_frozen_tensors_that_no_worker_loads_count_as_the_base_has_them(run, wor
         audit = client.audit()
         assert (audit.position.version, audit.mismatched, sorted(audit.frozen)) == (3, [], sorted(LEFT))
         assert audit.digests == {name: f"{value:016x}" for name, value in dw.digest(held).items()}
-        assert [sorted(worker["frozen"]) for worker in client.placement()] == [sorted(LEFT)] * workers
+        assert [sorted(worker.frozen) for worker in client.placement()] == [sorted(LEFT)] * workers
         said = CliRunner().invoke(app, ["audit", "--engine", engine.url]).output
         assert "3 tensors, all equal; 2 that the run never changes are not loaded by this server" in said
         said = CliRunner().invoke(app, ["inspect", "--engine", engine.url]).output
@@ -110,19 +110,19 @@ def test_a_run_that_was_pruned_to_an_anchor_still_says_what_its_frozen_tensors_a
     retention.carry_out(bucket, retention.plan_prune(bucket, name, retention.Policy(1, -1.0)))
     with dw.Subscriber(bucket) as subscriber:
         assert subscriber.commits()[0].version > 0
-    replica = Replica(Text(run.served[3]), loading=AfterLoading())
-    replica.attach(run.url)
-    assert replica.position.version == 3
+    worker = LiveWorker(Text(run.served[3]), loading=AfterLoading())
+    worker.attach(run.url)
+    assert worker.position.version == 3
 
 
 @pytest.mark.parametrize("trained", [("a", "b", "v", "mtp.norm"), ("mtp.norm",)])
 def test_a_tensor_that_is_trained_and_that_no_worker_loads_is_refused(tmp_path, trained):
     run = Run(tmp_path, trained)
-    replica = Replica(Text(run.base), loading=AfterLoading())
-    replica.attach(run.url)
-    error = replica.answer_status({})["error"]
-    assert error["kind"] == EngineUnsupported.__name__
-    assert error["message"].startswith("1 tensors cannot be patched in place on this server: mtp.norm (the model does")
+    worker = LiveWorker(Text(run.base), loading=AfterLoading())
+    worker.attach(run.url)
+    error = worker.status().error
+    assert error.kind == EngineUnsupported.__name__
+    assert error.message.startswith("1 tensors cannot be patched in place on this server: mtp.norm (the model does")
     run.publisher.close(10)
 
 

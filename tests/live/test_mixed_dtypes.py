@@ -9,25 +9,25 @@ from torch import nn
 
 import deltawire as dw
 from deltawire.errors import DtypeMismatch
-from deltawire.live.post_load import AfterLoading
-from deltawire.live.worker import Replica
+from deltawire.live.transforms import AfterLoading
+from deltawire.live.worker import LiveWorker
 
 
 class Server:
-    """A model of which `v` is held in a dtype, and its replica."""
+    """A model of which `v` is held in a dtype, and its worker."""
 
     def __init__(self, weights, dtype):
         self.model = Fused(weights)
         self.model.v = nn.Parameter(weights["v"].to(dtype, copy=True), requires_grad=False)
-        self.replica = Replica(self.model, loading=AfterLoading())
+        self.worker = LiveWorker(self.model, loading=AfterLoading())
 
     def bring(self, url, version, base=None):
         """The version then served, and the error."""
-        self.replica.attach(url, base=base)
-        self.replica.commit({"bucket": url, "version": version})
-        self.replica.confirm()
-        position = self.replica.position
-        return position and position.version, self.replica.answer_status({})["error"]
+        self.worker.attach(url, base=base)
+        self.worker.commit({"bucket": url, "version": version})
+        self.worker.confirm()
+        position = self.worker.position
+        return position and position.version, self.worker.status().error
 
 
 def publish(publisher, weights):
@@ -49,7 +49,7 @@ def test_an_fp32_tensor_of_the_run_is_served_exactly_in_either_dtype_while_bf16_
             version = publish(publisher, weights)
             assert server.bring(url, version) == (version, None)
             assert torch.equal(server.model.v.float(), weights["v"])
-        assert server.replica.answer_audit({})["drifted"] == []
+        assert server.worker.live.audit(None).drifted == []
         before = server.model.v.clone()
         weights["v"][3] = 1 + 2**-20
         version = publish(publisher, weights)
@@ -57,13 +57,13 @@ def test_an_fp32_tensor_of_the_run_is_served_exactly_in_either_dtype_while_bf16_
         if held == torch.float32:
             assert (served, error, float(server.model.v[3])) == (version, None, 1 + 2**-20)
             return
-        assert (served, error["kind"]) == (version - 1, DtypeMismatch.__name__)
-        assert error["message"].startswith("v: 1 values need more than the 16 bits that the server holds")
+        assert (served, error.kind) == (version - 1, DtypeMismatch.__name__)
+        assert error.message.startswith("v: 1 values need more than the 16 bits that the server holds")
         assert torch.equal(server.model.v, before)
         weights["v"][3] = 0.5
         assert server.bring(url, publish(publisher, weights)) == (version + 1, None)
         server.model.v.data[5] = 42.0
-        assert server.replica.answer_audit({})["drifted"] == ["v"]
+        assert server.worker.live.audit(None).drifted == ["v"]
 
 
 def test_a_base_in_fp32_is_followed_in_bf16_from_the_first_version_that_a_pattern_rounds(tmp_path):
@@ -81,4 +81,4 @@ def test_a_base_in_fp32_is_followed_in_bf16_from_the_first_version_that_a_patter
         for version in (3, 2):
             assert server.bring(url, version) == (version, None)
         served, error = server.bring(url, 0)
-        assert (served, error["kind"]) == (2, DtypeMismatch.__name__)
+        assert (served, error.kind) == (2, DtypeMismatch.__name__)

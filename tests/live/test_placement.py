@@ -16,7 +16,7 @@ from deltawire.live.coverage import Union
 from deltawire.live.live_weights import LiveWeights, changes_between, tensors_of, watch_loading
 from deltawire.live.memory import Memory, fingerprint
 from deltawire.live.placement import probe
-from deltawire.live.post_load import AfterLoading
+from deltawire.live.transforms import AfterLoading
 from deltawire.weights.table import TensorEntry
 from deltawire.weights.tensors import as_bits
 

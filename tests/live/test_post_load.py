@@ -1,4 +1,4 @@
-"""What a module's step after loading does to its weights: followed, repeated, or refused, and never patched stale."""
+"""What a server does to a module's weights after loading: followed, repeated, or refused, and never patched stale."""
 
 import uuid
 
@@ -9,12 +9,12 @@ from torch import nn
 
 import deltawire as dw
 from deltawire.errors import EngineUnsupported
-from deltawire.follow.engine import audited
+from deltawire.follow.status import audited
 from deltawire.live.coverage import Union
 from deltawire.live.live_weights import LiveWeights, watch_loading
 from deltawire.live.memory import same_bits
 from deltawire.live.post_load import held
-from deltawire.live.worker import Replica
+from deltawire.live.worker import LiveWorker
 from deltawire.weights.digest import digest_bits
 from deltawire.weights.table import TensorEntry
 from deltawire.weights.tensors import as_bits
@@ -194,7 +194,7 @@ class Model(nn.Module):
             self.get_submodule(name).weight.data.copy_(tensor)
 
     def loaded(self, weights):
-        """As vLLM loads it: the loader, then each module's step."""
+        """As vLLM loads it: the loader, then each module's transform."""
         self.load_weights(weights.items())
 
         def process():
@@ -224,8 +224,8 @@ def digests(weights):
 def test_a_step_that_only_moves_elements_is_learned_and_its_weights_are_read_where_they_lie(method):
     weights = weights_of()
     live, loading = Model(method()).loaded(weights)
-    assert [step.prefix for step in loading.steps] == ["layer"]
-    assert live.rebuilt() == []
+    assert [one.prefix for one in loading.transforms] == ["layer"]
+    assert live.remade() == []
     assert totals(live) == digests(weights)
 
 
@@ -233,21 +233,21 @@ def test_a_step_that_only_moves_elements_is_learned_and_its_weights_are_read_whe
 def test_what_any_other_step_made_of_new_weights_is_what_it_makes_of_them_when_loaded(method, shape):
     model, before, after = Model(method(), shape), weights_of(shape), weights_of(shape, seed=1)
     live, _ = model.loaded(before)
-    (step,) = live.rebuilt()
+    (transform,) = live.remade()
     assert totals(live) == digests(before)
-    assert step.is_current()
+    assert transform.is_current()
 
-    step.loaded["weight"].data.copy_(after["layer"])
+    transform.loaded["weight"].data.copy_(after["layer"])
     assert totals(live)["layer"] == digests(after)["layer"]
-    assert not step.is_current()  # the weights are new, what was made of them is not
+    assert not transform.is_current()  # the weights are new, what was made of them is not
     fresh = Model(method(), shape)
     fresh.loaded(after)
-    shadow = step.shadow(step.loaded)
-    mine, right = step.results(shadow), step.results(model.layer)
+    shadow = transform.shadow(transform.loaded)
+    mine, right = transform.results(shadow), transform.results(model.layer)
     assert mine.keys() == right.keys()
     for name in mine:
         assert same_bits(mine[name], getattr(fresh.layer, name)), name
-    if step.hidden:
+    if transform.hidden:
         inputs = torch.ones(2, shape[1], dtype=torch.bfloat16)
         assert torch.equal(shadow.linear(inputs), fresh.layer.linear(inputs))
 
@@ -262,9 +262,9 @@ def test_an_update_leaves_a_module_as_one_that_loaded_the_new_weights_and_so_doe
 def test_a_step_is_done_again_alike_whichever_way_it_puts_its_result_in_place(method, replace):
     model, weights = Model(method(replace)), weights_of()
     live, _ = model.loaded(weights)
-    (step,) = live.rebuilt()
+    (transform,) = live.remade()
     for _ in range(3):
-        assert step.is_current()
+        assert transform.is_current()
     assert totals(live) == digests(weights)
     assert_updated_as_loaded(lambda: method(replace), SHAPE)
 
@@ -283,12 +283,12 @@ def assert_updated_as_loaded(method, shape):
         publisher.publish(weights)
         publisher.flush(PATIENCE)
         versions.append(weights)
-    replica = Replica(model, loading=loading)
-    replica.attach(url)
+    worker = LiveWorker(model, loading=loading)
+    worker.attach(url)
     for version in (1, 0, 1):
-        replica.commit({"bucket": url, "version": version})
-        assert replica.answer_status({})["error"] is None
-        assert replica.position.version == version
+        worker.commit({"bucket": url, "version": version})
+        assert worker.status().error is None
+        assert worker.position.version == version
         fresh = Model(method(), shape)
         fresh.loaded(versions[version])
         mine, right = held(model.layer), held(fresh.layer)
@@ -299,11 +299,13 @@ def assert_updated_as_loaded(method, shape):
         if hasattr(model.layer, "linear"):
             inputs = torch.ones(2, shape[-1], dtype=torch.bfloat16)
             assert torch.equal(model.layer.linear(inputs), fresh.layer.linear(inputs))
-        assert audited([replica.answer_audit({})]).mismatched == []
+        assert audited([worker.live.audit(None)]).mismatched == []
 
 
 def test_a_step_that_gives_something_else_each_time_is_refused_at_start_up():
-    with pytest.raises(EngineUnsupported, match="what vLLM makes of layer after loading is not the same every time"):
+    with pytest.raises(
+        EngineUnsupported, match="what the server makes of layer after loading is not the same every time"
+    ):
         Model(Noisy()).loaded(weights_of())
 
 
@@ -315,7 +317,7 @@ def test_a_step_that_cannot_be_done_again_does_not_keep_vllm_from_starting_and_i
 def test_a_module_that_no_step_touches_is_left_alone():
     weights = weights_of()
     live, loading = Model(Method()).loaded(weights)
-    assert (loading.steps, loading.unexplained) == ([], {})
+    assert (loading.transforms, loading.unexplained) == ([], {})
     assert totals(live) == digests(weights)
 
 

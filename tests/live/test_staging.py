@@ -6,10 +6,10 @@ from small import Fused, SmallRun, make_weights
 
 import deltawire as dw
 from deltawire.errors import Gap, OtherRun
-from deltawire.live import staging
+from deltawire.live import staging, writes
 from deltawire.live.live_weights import LiveWeights
-from deltawire.live.post_load import AfterLoading
 from deltawire.live.staging import Fill, Plan, Scatter
+from deltawire.live.transforms import AfterLoading
 from deltawire.read.subscriber import Subscriber
 
 
@@ -37,11 +37,11 @@ def test_a_plan_leads_to_the_published_bits_and_writes_nothing_before_it_is_appl
     live, plan = plan_for(run, model, 0, 1)
     assert {type(write) for write in plan.writes} == {Scatter, Fill}
     assert dw.equal(model.served(), run.versions[0])
-    staging.apply(plan.writes)
+    writes.apply(plan.writes)
     assert dw.equal(model.served(), run.versions[1])
     assert live.digests() == plan.digests
     assert {name: sum(parts) for name, parts in plan.digests.items()} == dw.digest(run.versions[1])
-    staging.undo(plan.writes)
+    writes.undo(plan.writes)
     assert dw.equal(model.served(), run.versions[0])
 
 
@@ -52,7 +52,7 @@ def test_a_dense_change_of_part_of_a_fused_parameter_fills_that_part_alone(run):
     _, plan = plan_for(run, model, 0, 1)
     (fill,) = plan.writes
     assert fill.box.shape == (8, 100)
-    staging.apply(plan.writes)
+    writes.apply(plan.writes)
     assert dw.equal(model.served(), run.versions[1])
 
 
@@ -62,7 +62,7 @@ def test_several_commits_become_one_plan(run):
         run.publish(a=0.5)
     _, plan = plan_for(run, model, 0, 4)
     assert len(plan.writes) == 1
-    staging.apply(plan.writes)
+    writes.apply(plan.writes)
     assert dw.equal(model.served(), run.versions[4])
 
 
@@ -82,7 +82,7 @@ def test_weights_that_are_no_committed_version_start_from_the_anchor(run):
     run.publish(b=3)
     _, plan = plan_for(run, model, None, 1)
     assert plan.since is None
-    staging.apply(plan.writes)
+    writes.apply(plan.writes)
     assert dw.equal(model.served(), run.versions[1])
 
 
@@ -92,7 +92,7 @@ def test_from_the_anchor_only_what_differs_is_written(run):
     run.publish(b=3)
     _, plan = plan_for(run, model, None, 1)
     assert plan.changed == 1 + int(np.count_nonzero(run.versions[0]["b"] != run.versions[1]["b"]))
-    staging.apply(plan.writes)
+    writes.apply(plan.writes)
     assert dw.equal(model.served(), run.versions[1])
 
 
@@ -107,7 +107,7 @@ def test_a_plans_digests_tell_weights_that_drifted_where_the_delta_touches_them(
     model.ab.data[row, 7] = 42.0
     plan = staging.stage(live, digests, subscriber, since, 1)
     assert (sum(plan.digests["a"]) != dw.digest(run.versions[1])["a"]) == seen
-    staging.apply(plan.writes)
+    writes.apply(plan.writes)
     assert sum(live.digest("a")) != dw.digest(run.versions[1])["a"]
 
 
@@ -143,8 +143,8 @@ def test_a_write_that_fails_half_way_puts_everything_back(run, broken):
         def undo(self):
             self._write.undo()
 
-    writes = [Half(write) if at == broken else write for at, write in enumerate(plan.writes)]
+    failing = [Half(write) if at == broken else write for at, write in enumerate(plan.writes)]
     with pytest.raises(MemoryError):
-        staging.apply(writes)
+        writes.apply(failing)
     assert dw.equal(model.served(), run.versions[0])
     assert live.digests() == digests

@@ -11,7 +11,7 @@ from small import SmallRun
 from test_staging import plan_for
 
 import deltawire as dw
-from deltawire.live import staging, threads
+from deltawire.live import staging, threads, writes
 
 
 @pytest.fixture
@@ -25,23 +25,23 @@ def test_every_job_is_done_once(count):
     done = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(threads.cores, "allowed", lambda: {0, 1, 2})
-        threads.share([functools.partial(done.append, number) for number in range(count)], threads.WORTH)
+        threads.run_together([functools.partial(done.append, number) for number in range(count)], threads.WORTH)
     assert sorted(done) == list(range(count))
 
 
 def test_a_thread_that_is_done_takes_what_another_has_not_begun(two_threads):
     held, done = threading.Event(), []
     jobs = [lambda: held.wait(PATIENCE), *[functools.partial(done.append, number) for number in range(8)], held.set]
-    threads.share(jobs, 10)  # the first to begin is held until the other has done all the rest
+    threads.run_together(jobs, 10)  # the first to begin is held until the other has done all the rest
     assert done == list(range(8))
 
 
 def test_two_threads_work_at_once_and_one_does_little_work_alone(two_threads, monkeypatch):
     meet = threading.Barrier(2)
-    threads.share([lambda: meet.wait(PATIENCE)] * 2, 2)  # one thread would wait in vain
+    threads.run_together([lambda: meet.wait(PATIENCE)] * 2, 2)  # one thread would wait in vain
     monkeypatch.setattr(threads, "WORTH", 3)
     ran = []
-    threads.share([lambda: ran.append(threading.current_thread())] * 2, 2)
+    threads.run_together([lambda: ran.append(threading.current_thread())] * 2, 2)
     assert ran == [threading.current_thread()] * 2
 
 
@@ -55,7 +55,7 @@ def test_an_error_in_either_thread_is_raised_when_nothing_is_under_way_any_more(
             raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
-        threads.share([job, job], 2)
+        threads.run_together([job, job], 2)
     assert threading.active_count() == before
 
 
@@ -78,7 +78,7 @@ def test_an_interrupt_is_raised_only_when_the_other_thread_has_ended(two_threads
 
     monkeypatch.setattr(threading.Thread, "join", interrupt_once)
     with pytest.raises(KeyboardInterrupt):
-        threads.share([job, job], 2)
+        threads.run_together([job, job], 2)
     assert done == ["written"]
 
 
@@ -88,7 +88,7 @@ def test_where_no_thread_can_be_started_one_does_all(two_threads, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     done = []
-    threads.share([functools.partial(done.append, number) for number in range(4)], 4)
+    threads.run_together([functools.partial(done.append, number) for number in range(4)], 4)
     assert done == [0, 1, 2, 3]
 
 
@@ -99,9 +99,9 @@ def test_an_update_written_by_two_threads_is_the_published_one_and_one_that_fail
         run.weights["v"] += 1
         run.publish(a=1, b=1)
         _, plan = plan_for(run, model, 0, 1)
-        scatters = [write for write in plan.writes if isinstance(write, staging.Scatter)]
+        scatters = [write for write in plan.writes if isinstance(write, writes.Scatter)]
         assert len(scatters) > len({id(write.memory) for write in scatters})  # a tensor's changes are several writes
-        original, failed = staging.Scatter.write, []
+        original, failed = writes.Scatter.write, []
 
         def failing(self):
             original(self)
@@ -109,10 +109,10 @@ def test_an_update_written_by_two_threads_is_the_published_one_and_one_that_fail
             raise MemoryError("no room on the device")
 
         with monkeypatch.context() as broken:
-            broken.setattr(staging.Scatter, "write", failing)
+            broken.setattr(writes.Scatter, "write", failing)
             with pytest.raises(MemoryError):
-                staging.apply(plan.writes)
+                writes.apply(plan.writes)
         assert failed
         assert dw.equal(model.served(), run.versions[0])
-        staging.apply(plan.writes)
+        writes.apply(plan.writes)
         assert dw.equal(model.served(), run.versions[1])

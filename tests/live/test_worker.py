@@ -11,11 +11,12 @@ from small import Fused, SmallRun, make_weights
 from waiting import await_staging
 
 import deltawire as dw
-from deltawire.follow.engine import audited
-from deltawire.live import staging
-from deltawire.live.post_load import AfterLoading
-from deltawire.live.worker import Replica
-from deltawire.vllm.hooks import _worker_method
+from deltawire.follow.status import audited
+from deltawire.live import answers, staging, writes
+from deltawire.live.messages import Accepted, Request, Stage, WorkerStatus
+from deltawire.live.transforms import AfterLoading
+from deltawire.live.worker import LiveWorker
+from deltawire.vllm.hooks import worker_method
 from deltawire.weights.digest import root
 
 
@@ -25,53 +26,53 @@ def run():
         yield run
 
 
-def replica_of(model: Fused) -> Replica:
-    return Replica(model, loading=AfterLoading())
+def worker_of(model: Fused) -> LiveWorker:
+    return LiveWorker(model, loading=AfterLoading())
 
 
-def attached(run: SmallRun, model: Fused) -> Replica:
-    replica = replica_of(model)
-    replica.attach(run.url)
-    assert status(replica)["error"] is None
-    return replica
+def attached(run: SmallRun, model: Fused) -> LiveWorker:
+    worker = worker_of(model)
+    worker.attach(run.url)
+    assert status(worker).error is None
+    return worker
 
 
-def status(replica: Replica) -> dict:
-    return replica.answer_status({})
+def status(worker: LiveWorker) -> WorkerStatus:
+    return worker.status()
 
 
-def version_of(replica: Replica) -> int | None:
-    position = status(replica)["position"]
-    return position and position["version"]
+def version_of(worker: LiveWorker) -> int | None:
+    position = status(worker).position
+    return position and position.version
 
 
-def kind_of_error(replica: Replica) -> str | None:
-    error = status(replica)["error"]
-    return error and error["kind"]
+def kind_of_error(worker: LiveWorker) -> str | None:
+    error = status(worker).error
+    return error and error.kind
 
 
-def commit(replica: Replica, run: SmallRun, version: int) -> str | None:
+def commit(worker: LiveWorker, run: SmallRun, version: int) -> str | None:
     """Ask for a version; the kind of error it recorded."""
-    replica.commit({"bucket": run.url, "version": version})
-    return kind_of_error(replica)
+    worker.commit({"bucket": run.url, "version": version})
+    return kind_of_error(worker)
 
 
-def stage(replica: Replica, run: SmallRun, version: int) -> None:
-    assert replica.answer_stage({"bucket": run.url, "version": version}) == {"accepted": True}
+def stage(worker: LiveWorker, run: SmallRun, version: int) -> None:
+    assert answers.stage(worker, Stage(run.url, version)).accepted
     await_staging()
-    assert not status(replica)["staging"]
+    assert not status(worker).staging
 
 
-def mismatched(replica: Replica, **request) -> list[str]:
-    return audited([replica.answer_audit(request)]).mismatched
+def mismatched(worker: LiveWorker) -> list[str]:
+    return audited([worker.live.audit(None)]).mismatched
 
 
-def assert_repaired(replica: Replica, run: SmallRun, version: int) -> None:
+def assert_repaired(worker: LiveWorker, run: SmallRun, version: int) -> None:
     """A worker in doubt is made right from the anchor by the next update, and claims a version again."""
-    assert commit(replica, run, version) is None
-    assert (version_of(replica), status(replica)["quarantined"]) == (version, False)
-    assert status(replica)["applied"]["from_version"] is None
-    assert mismatched(replica) == []
+    assert commit(worker, run, version) is None
+    assert (version_of(worker), status(worker).quarantined) == (version, False)
+    assert status(worker).applied.from_version is None
+    assert mismatched(worker) == []
 
 
 class Gate:
@@ -93,34 +94,34 @@ class Gate:
 def test_the_live_digests_say_which_version_a_worker_stands_on(run):
     run.publish(a=1)
     run.publish(a=1)
-    replica = attached(run, run.model(1))
-    assert version_of(replica) == 1
-    assert status(replica)["attached"] == run.publisher.bucket.url
-    assert status(replica)["run"] == run.publisher.position.run
+    worker = attached(run, run.model(1))
+    assert version_of(worker) == 1
+    assert status(worker).attached == run.publisher.bucket.url
+    assert status(worker).run == run.publisher.position.run
 
 
 def test_a_staged_version_is_committed_without_being_prepared_again(run, monkeypatch):
     model = run.model()
-    replica = attached(run, model)
+    worker = attached(run, model)
     run.publish(a=1, v=1)
     gate = Gate(monkeypatch)
     gate.open.set()
-    stage(replica, run, 1)
+    stage(worker, run, 1)
     assert dw.equal(model.served(), run.versions[0])
-    assert status(replica)["staged"]["version"] == 1
-    assert commit(replica, run, 1) is None
+    assert status(worker).staged.version == 1
+    assert commit(worker, run, 1) is None
     assert gate.calls == 1
     assert dw.equal(model.served(), run.versions[1])
-    assert version_of(replica) == 1
-    assert status(replica)["applied"]["from_version"] == 0
-    assert status(replica)["staged"] is None
+    assert version_of(worker) == 1
+    assert status(worker).applied.from_version == 0
+    assert status(worker).staged is None
 
 
 def test_a_commit_without_staging_attaches_and_prepares_by_itself(run):
     model = run.model()
-    replica = replica_of(model)
+    worker = worker_of(model)
     run.publish(b=1)
-    assert commit(replica, run, 1) is None
+    assert commit(worker, run, 1) is None
     assert dw.equal(model.served(), run.versions[1])
 
 
@@ -128,12 +129,12 @@ def test_weights_that_are_no_version_are_brought_to_one_from_the_anchor(run, tmp
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = Fused(make_weights(seed=9))
     run.publish(b=1)
-    replica = attached(run, model)
-    assert version_of(replica) is None
-    assert commit(replica, run, 1) is None
+    worker = attached(run, model)
+    assert version_of(worker) is None
+    assert commit(worker, run, 1) is None
     assert dw.equal(model.served(), run.versions[1])
-    assert version_of(replica) == 1
-    assert status(replica)["applied"]["from_version"] is None
+    assert version_of(worker) == 1
+    assert status(worker).applied.from_version is None
     assert list(tmp_path.iterdir()) == []  # the anchor's files are gone again
 
 
@@ -141,14 +142,14 @@ def test_the_version_it_stands_on_is_no_work_and_an_older_one_is_reached_from_th
     for _ in range(3):
         run.publish(a=1)
     model = run.model(3)
-    replica = attached(run, model)
-    assert commit(replica, run, 3) is None
-    assert status(replica)["applied"] is None
-    stage(replica, run, 3)
-    assert (kind_of_error(replica), status(replica)["staged"]) == (None, None)
-    assert commit(replica, run, 1) is None
+    worker = attached(run, model)
+    assert commit(worker, run, 3) is None
+    assert status(worker).applied is None
+    stage(worker, run, 3)
+    assert (kind_of_error(worker), status(worker).staged) == (None, None)
+    assert commit(worker, run, 1) is None
     assert dw.equal(model.served(), run.versions[1])
-    assert version_of(replica) == 1
+    assert version_of(worker) == 1
 
 
 @pytest.mark.parametrize(
@@ -156,10 +157,10 @@ def test_the_version_it_stands_on_is_no_work_and_an_older_one_is_reached_from_th
     [{}, {"surprise": 1}, {"bucket": 3, "version": 1}, {"bucket": "memory://x", "version": "1"}, [], None, 7],
 )
 def test_a_request_that_makes_no_sense_is_recorded_and_nothing_is_raised(run, request_):
-    replica = attached(run, run.model())
-    replica.commit(request_)
-    assert kind_of_error(replica) == "EngineError"
-    assert version_of(replica) == 0
+    worker = attached(run, run.model())
+    worker.commit(request_)
+    assert kind_of_error(worker) == "EngineError"
+    assert version_of(worker) == 0
 
 
 @pytest.mark.parametrize(
@@ -167,60 +168,60 @@ def test_a_request_that_makes_no_sense_is_recorded_and_nothing_is_raised(run, re
     [("memory://nothing-is-here", "NotFound"), ("ftp://x", "BadUrl"), ("file:///no/such/folder", "NotFound")],
 )
 def test_a_bucket_that_is_not_there_is_recorded_and_the_old_one_kept(run, url, kind):
-    replica = attached(run, run.model())
-    replica.attach(url)
-    assert kind_of_error(replica) == kind
-    replica.commit({"bucket": url, "version": 1})
-    assert kind_of_error(replica) == kind
-    assert version_of(replica) == 0
-    assert status(replica)["attached"] == run.publisher.bucket.url
+    worker = attached(run, run.model())
+    worker.attach(url)
+    assert kind_of_error(worker) == kind
+    worker.commit({"bucket": url, "version": 1})
+    assert kind_of_error(worker) == kind
+    assert version_of(worker) == 0
+    assert status(worker).attached == run.publisher.bucket.url
 
 
 def test_a_version_that_was_never_committed_is_recorded_and_the_next_success_clears_it(run):
     model = run.model()
-    replica = attached(run, model)
-    assert commit(replica, run, 9) == "Gap"
-    stage(replica, run, 9)
-    assert kind_of_error(replica) == "Gap"
+    worker = attached(run, model)
+    assert commit(worker, run, 9) == "Gap"
+    stage(worker, run, 9)
+    assert kind_of_error(worker) == "Gap"
     assert dw.equal(model.served(), run.versions[0])
     run.publish(a=1)
-    assert commit(replica, run, 1) is None
-    assert version_of(replica) == 1
+    assert commit(worker, run, 1) is None
+    assert version_of(worker) == 1
 
 
 def test_while_a_version_is_being_staged_nothing_else_is_begun_and_nobody_waits(run, monkeypatch):
     model = run.model()
-    replica = attached(run, model)
+    worker = attached(run, model)
     run.publish(a=1)
     gate = Gate(monkeypatch)
-    assert replica.answer_stage({"bucket": run.url, "version": 1}) == {"accepted": True}
+    assert answers.stage(worker, Stage(run.url, 1)) == Accepted(True)
     assert gate.entered.wait(PATIENCE)
-    assert status(replica)["staging"]
-    assert replica.answer_stage({"bucket": run.url, "version": 1}) == {"accepted": False}
-    assert commit(replica, run, 1) == "EngineUnavailable"
-    replica.attach(run.url)
-    assert kind_of_error(replica) == "EngineUnavailable"
+    assert status(worker).staging
+    assert answers.stage(worker, Stage(run.url, 1)) == Accepted(False)
+    assert commit(worker, run, 1) == "EngineUnavailable"
+    worker.attach(run.url)
+    assert kind_of_error(worker) == "EngineUnavailable"
     assert dw.equal(model.served(), run.versions[0])
     gate.open.set()
     await_staging()
-    assert (kind_of_error(replica), status(replica)["staged"]["version"]) == (None, 1)
-    assert commit(replica, run, 1) is None
+    assert (kind_of_error(worker), status(worker).staged.version) == (None, 1)
+    assert commit(worker, run, 1) is None
     assert dw.equal(model.served(), run.versions[1])
 
 
 def test_a_plan_made_for_another_place_is_not_written(run):
     model = run.model()
-    replica = attached(run, model)
+    worker = attached(run, model)
     run.publish(a=1)
     run.publish(a=1)
-    stage(replica, run, 2)
-    assert commit(replica, run, 1) is None  # the staged plan led from 0 to 2
-    assert commit(replica, run, 2) is None
+    stage(worker, run, 2)
+    assert commit(worker, run, 1) is None  # the staged plan led from 0 to 2
+    assert commit(worker, run, 2) is None
     assert dw.equal(model.served(), run.versions[2])
 
 
 def fail_the_second_write(monkeypatch) -> None:
-    original, count = staging.Scatter.write, [0]
+    original, count = writes.Scatter.write, [0]
 
     def failing(self):
         count[0] += 1
@@ -228,132 +229,132 @@ def fail_the_second_write(monkeypatch) -> None:
         if count[0] == 2:
             raise RuntimeError("the device is out of order")
 
-    monkeypatch.setattr(staging.Scatter, "write", failing)
+    monkeypatch.setattr(writes.Scatter, "write", failing)
 
 
 def test_a_write_that_fails_in_the_middle_leaves_weights_digests_and_version(run, monkeypatch):
     model = run.model()
-    replica = attached(run, model)
+    worker = attached(run, model)
     run.publish(a=1, b=1)
     with monkeypatch.context() as broken:
         fail_the_second_write(broken)
-        assert commit(replica, run, 1) == "RuntimeError"
+        assert commit(worker, run, 1) == "RuntimeError"
     assert dw.equal(model.served(), run.versions[0])
-    assert (version_of(replica), status(replica)["quarantined"]) == (0, False)
-    assert mismatched(replica) == []
-    assert commit(replica, run, 1) is None
+    assert (version_of(worker), status(worker).quarantined) == (0, False)
+    assert mismatched(worker) == []
+    assert commit(worker, run, 1) is None
     assert dw.equal(model.served(), run.versions[1])
 
 
 def test_a_write_that_fails_and_cannot_be_taken_back_quarantines_the_worker(run, monkeypatch):
-    replica = attached(run, run.model())
+    worker = attached(run, run.model())
     run.publish(a=1, b=1)
     with monkeypatch.context() as broken:
         fail_the_second_write(broken)
-        broken.setattr(staging.Scatter, "undo", lambda self: None)
-        assert commit(replica, run, 1) == "RuntimeError"
-    assert status(replica)["quarantined"]
-    assert version_of(replica) is None
-    assert_repaired(replica, run, 1)
+        broken.setattr(writes.Scatter, "undo", lambda self: None)
+        assert commit(worker, run, 1) == "RuntimeError"
+    assert status(worker).quarantined
+    assert version_of(worker) is None
+    assert_repaired(worker, run, 1)
 
 
 def test_an_anchor_that_does_not_read_back_is_put_back(run, monkeypatch):
     model = Fused(make_weights(seed=9))
     before = model.served()
-    replica = attached(run, model)
+    worker = attached(run, model)
     with monkeypatch.context() as broken:
-        broken.setattr(staging.Fill, "write", lambda self: self.put(self.memory, self.new ^ 1))
-        assert commit(replica, run, 0) == "WrongBase"
+        broken.setattr(writes.Fill, "write", lambda self: self.put(self.memory, self.new ^ 1))
+        assert commit(worker, run, 0) == "WrongBase"
     assert dw.equal(model.served(), before)
-    assert (version_of(replica), status(replica)["quarantined"]) == (None, False)
+    assert (version_of(worker), status(worker).quarantined) == (None, False)
 
 
 def test_weights_that_something_else_wrote_quarantine_the_worker_when_a_delta_touches_them(run):
     model = run.model()
-    replica = attached(run, model)
+    worker = attached(run, model)
     model.ab.data[1, 7] = 42.0
     run.publish(a=1)
-    stage(replica, run, 1)
-    assert kind_of_error(replica) == "WrongBase"
-    assert status(replica)["quarantined"]
-    assert version_of(replica) is None
-    assert_repaired(replica, run, 1)
+    stage(worker, run, 1)
+    assert kind_of_error(worker) == "WrongBase"
+    assert status(worker).quarantined
+    assert version_of(worker) is None
+    assert_repaired(worker, run, 1)
     assert dw.equal(model.served(), run.versions[1])
 
 
 def test_weights_that_something_else_wrote_are_found_by_an_audit(run):
     model = run.model()
-    replica = attached(run, model)
-    assert mismatched(replica) == []
+    worker = attached(run, model)
+    assert mismatched(worker) == []
     model.v.data[3] = 42.0
-    answer = audited([replica.answer_audit({})])
+    answer = audited([worker.live.audit(None)])
     assert (answer.position.version, answer.mismatched) == (0, ["v"])
-    assert status(replica)["quarantined"]
-    assert version_of(replica) is None
+    assert status(worker).quarantined
+    assert version_of(worker) is None
     run.publish(a=1)
-    assert_repaired(replica, run, 1)
+    assert_repaired(worker, run, 1)
 
 
 def test_a_delta_that_does_not_lead_where_its_commit_says_is_the_buckets_fault_and_quarantines_nobody(run):
     model = run.model()
-    replica = attached(run, model)
+    worker = attached(run, model)
     run.publish(a=1)
     with dw.Subscriber(run.publisher.bucket) as subscriber:
         lie = root(subscriber.run.table, dw.digest(run.versions[1]) | {"a": 7})
     forged = {"digests": {"a": f"{7:016x}"}, "root": lie}
     replace_commit(run.publisher.bucket, 1, lambda sound: msgspec.structs.replace(sound, **forged))
-    assert commit(replica, run, 1) == "BadDigest"
+    assert commit(worker, run, 1) == "BadDigest"
     assert dw.equal(model.served(), run.versions[0])
-    assert (version_of(replica), status(replica)["quarantined"]) == (0, False)
+    assert (version_of(worker), status(worker).quarantined) == (0, False)
 
 
 def test_an_audit_against_another_bucket_names_what_differs_and_follows_nothing(run):
     model = run.model()
-    replica = attached(run, model)
+    worker = attached(run, model)
     with SmallRun(seed=1) as other:
         other.publish(a=1)
-        answer = audited([replica.answer_audit({"bucket": other.url})])
+        answer = audited([worker.live.audit(other.url)])
         assert answer.position is None
         assert sorted(answer.mismatched) == ["a", "b", "v"]
-    assert status(replica)["attached"] == run.publisher.bucket.url
-    assert (version_of(replica), status(replica)["quarantined"]) == (0, False)
+    assert status(worker).attached == run.publisher.bucket.url
+    assert (version_of(worker), status(worker).quarantined) == (0, False)
 
 
 def test_an_audit_of_weights_that_are_no_version_compares_with_the_newest(run):
     model = run.model()
     model.v.data[3] = 42.0
-    replica = attached(run, model)
-    answer = audited([replica.answer_audit({})])
+    worker = attached(run, model)
+    answer = audited([worker.live.audit(None)])
     assert (answer.position, answer.mismatched) == (None, ["v"])
-    assert not status(replica)["quarantined"]
+    assert not status(worker).quarantined
 
 
 def test_when_head_moves_to_another_run_attaching_again_follows_it(tmp_path):
     with SmallRun(tmp_path) as old:
         model = old.model()
-        replica = attached(old, model)
+        worker = attached(old, model)
         old.publish(a=1)
     with SmallRun(tmp_path, seed=1, run="supersede") as new:
-        assert commit(replica, new, 0) is None  # still the old run, where it stands
-        replica.attach(new.url)
-        assert status(replica)["run"] == new.publisher.position.run
-        assert version_of(replica) is None
-        assert commit(replica, new, 0) is None
-        assert version_of(replica) == 0
+        assert commit(worker, new, 0) is None  # still the old run, where it stands
+        worker.attach(new.url)
+        assert status(worker).run == new.publisher.position.run
+        assert version_of(worker) is None
+        assert commit(worker, new, 0) is None
+        assert version_of(worker) == 0
 
 
 def test_attaching_again_to_the_same_run_does_not_probe_again(run, monkeypatch):
     model = run.model()
-    replica = attached(run, model)
+    worker = attached(run, model)
     monkeypatch.setattr(model, "load_weights", lambda weights: pytest.fail("probed again"))
-    replica.attach(run.url)
-    replica.attach(run.url + "/")
-    assert (kind_of_error(replica), version_of(replica)) == (None, 0)
+    worker.attach(run.url)
+    worker.attach(run.url + "/")
+    assert (kind_of_error(worker), version_of(worker)) == (None, 0)
 
 
 def test_every_box_of_every_tensor_can_be_asked_for(run):
-    placement = attached(run, run.model()).answer_placement({})["placement"]
-    assert placement["b"] == [
+    placed = answers.placement(attached(run, run.model()), Request())
+    assert msgspec.to_builtins(placed)["placement"]["b"] == [
         {
             "shape": (8, 100),
             "source_offset": 0,
@@ -375,38 +376,39 @@ def test_every_box_of_every_tensor_can_be_asked_for(run):
     ],
 )
 def test_a_server_whose_layout_is_not_proven_is_refused(run, options, reason):
-    replica = Replica(run.model(), **options)
-    replica.attach(run.url)
-    assert kind_of_error(replica) == "EngineUnsupported"
-    assert reason in status(replica)["error"]["message"]
+    worker = LiveWorker(run.model(), **options)
+    worker.attach(run.url)
+    assert kind_of_error(worker) == "EngineUnsupported"
+    assert reason in status(worker).error.message
 
 
 def test_closing_forgets_the_bucket_and_keeps_the_weights(run):
     model = run.model()
-    replica = attached(run, model)
-    replica.close()
-    replica.close()
-    assert status(replica)["attached"] is None
+    worker = attached(run, model)
+    worker.close()
+    worker.close()
+    assert status(worker).attached is None
     assert dw.equal(model.served(), run.versions[0])
-    replica.attach(run.url)
-    assert version_of(replica) == 0
+    worker.attach(run.url)
+    assert version_of(worker) == 0
 
 
-def worker(replica: Replica | None) -> SimpleNamespace:
-    engine = SimpleNamespace(replica=replica) if replica else SimpleNamespace()
+def in_vllm(worker: LiveWorker | None) -> SimpleNamespace:
+    """A worker of vLLM's, with our engine or without."""
+    engine = SimpleNamespace(worker=worker) if worker else SimpleNamespace()
     return SimpleNamespace(weight_transfer_engine=engine, _weight_update_active=False, rank=0)
 
 
-def test_a_worker_method_echoes_the_nonce_and_never_raises(run):
-    replica = attached(run, run.model())
-    ask = _worker_method("status")
-    assert ask(worker(replica), '{"nonce": "n1"}')["nonce"] == "n1"
-    assert ask(worker(replica), '{"nonce": "n1"}')["position"]["version"] == 0
-    refused = _worker_method("stage")(worker(replica), '{"nonce": "n2", "version": 1}')
+def test_aworker_method_echoes_the_nonce_and_never_raises(run):
+    worker = attached(run, run.model())
+    ask = worker_method("status")
+    assert ask(in_vllm(worker), '{"nonce": "n1"}')["nonce"] == "n1"
+    assert ask(in_vllm(worker), '{"nonce": "n1"}')["position"]["version"] == 0
+    refused = worker_method("stage")(in_vllm(worker), '{"nonce": "n2", "version": 1}')
     assert (refused["nonce"], refused["refused"]["kind"]) == ("n2", "EngineError")
     for nonsense in ("", "[]", "3", "{"):
-        assert _worker_method("audit")(worker(replica), nonsense)["refused"]
-    assert ask(worker(None), '{"nonce": "n3"}')["refused"]["kind"] == "EngineUnsupported"
-    nobody = _worker_method("audit")(worker(replica_of(run.model())), '{"nonce": "n4"}')
+        assert worker_method("audit")(in_vllm(worker), nonsense)["refused"]
+    assert ask(in_vllm(None), '{"nonce": "n3"}')["refused"]["kind"] == "EngineUnsupported"
+    nobody = worker_method("audit")(in_vllm(worker_of(run.model())), '{"nonce": "n4"}')
     assert nobody["refused"]["kind"] == "EngineUnsupported"
-    assert not status(replica)["staging"]
+    assert not status(worker).staging

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from failing import failing
 from hypothesis import given
 from hypothesis import strategies as st
 from small import Shard, SmallRun
@@ -14,9 +15,9 @@ from waiting import await_staging
 import deltawire as dw
 from deltawire.errors import BadDigest, EngineError, EngineUnsupported, WrongBase
 from deltawire.follow.follower import Follower
-from deltawire.live import staging
+from deltawire.live import answers, staging
 from deltawire.live.coverage import Union
-from deltawire.live.worker import Replica
+from deltawire.live.messages import Stage
 from deltawire.vllm.client import EngineClient
 from deltawire.weights.digest import digest_at
 
@@ -73,23 +74,17 @@ def test_workers_that_stand_on_no_version_start_from_the_anchor(run, engine, sha
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-@pytest.mark.parametrize("where", ["apply", "stage"])
+@pytest.mark.parametrize("where", ["write", "stage"])
 def test_when_one_worker_fails_none_serves_the_new_version_and_the_next_update_works(
-    run, engine, shards, follower, monkeypatch, broken, where
+    run, engine, shards, follower, broken, where
 ):
     follower.step()
     run.publish(a=1, v=1)
-    original = getattr(Replica, {"apply": "_write", "stage": "_prepare"}[where])
-
-    def failing(replica, *arguments):
-        if replica is engine.replicas[broken]:
-            raise RuntimeError("this worker is out of order")
-        return original(replica, *arguments)
-
-    with monkeypatch.context() as faulty:
-        faulty.setattr(Replica, original.__name__, failing)
-        with pytest.raises(EngineError, match=f"worker {broken}: this worker is out of order"):
-            follower.step()
+    with (
+        failing(engine.workers[broken], where, "this worker is out of order"),
+        pytest.raises(EngineError, match=f"worker {broken}: this worker is out of order"),
+    ):
+        follower.step()
     assert_served(run, engine, shards, 0)
     assert follower.step().version == 1
     assert_served(run, engine, shards, 1)
@@ -97,21 +92,13 @@ def test_when_one_worker_fails_none_serves_the_new_version_and_the_next_update_w
 
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_worker_that_cannot_confirm_serves_what_the_others_do_and_takes_back_no_more_than_the_next_update(
-    run, engine, shards, follower, monkeypatch, broken
+    run, engine, shards, follower, broken
 ):
     follower.step()
-
-    def failing(replica, *arguments):
-        if replica is engine.replicas[broken]:
-            raise RuntimeError("this worker is out of order")
-        return original(replica, *arguments)
-
-    for version, method in ((1, "_keep"), (2, "_write")):
+    for version, moment in ((1, "confirm"), (2, "write")):
         run.publish(a=1, v=1)
-        original = getattr(Replica, method)
-        with monkeypatch.context() as faulty:
-            faulty.setattr(Replica, method, failing)
-            if method == "_keep":
+        with failing(engine.workers[broken], moment, "this worker is out of order"):
+            if moment == "confirm":
                 assert follower.step().version == version
             else:
                 with pytest.raises(EngineError, match=f"worker {broken}: this worker is out of order"):
@@ -129,10 +116,10 @@ def test_a_follower_killed_between_the_writes_of_two_workers_leaves_nothing_that
     with EngineClient(engine.url) as client:
         client.start()
         client.pause("keep", clear_cache=True)
-    target, lease = run.publisher.position, follower._engine.token
-    engine.replicas[0].answer_stage({"bucket": run.url, "version": 1, "lease": lease})
+    target, lease = run.publisher.position, follower.engine.token
+    answers.stage(engine.workers[0], Stage(run.url, 1, lease=lease))
     await_staging()
-    engine.replicas[0].update({"bucket": run.url, "version": 1, "root": target.root, "lease": lease})
+    engine.workers[0].update({"bucket": run.url, "version": 1, "root": target.root, "lease": lease})
     with EngineClient(engine.url) as client:
         assert client.status().torn
     with Follower(run.url, EngineClient(engine.url)) as second:
@@ -140,19 +127,13 @@ def test_a_follower_killed_between_the_writes_of_two_workers_leaves_nothing_that
     assert_served(run, engine, shards, 1)
 
 
-def test_a_failure_to_attach_on_one_worker_is_told_and_the_next_step_attaches_both(run, engine, shards, monkeypatch):
-    original = Replica._opened
-
-    def failing(replica, url):
-        if replica is engine.replicas[0]:
-            raise RuntimeError("no memory left")
-        return original(replica, url)
-
+def test_a_failure_to_attach_on_one_worker_is_told_and_the_next_step_attaches_both(run, engine, shards):
     with Follower(run.url, EngineClient(engine.url)) as follower:
-        with monkeypatch.context() as faulty:
-            faulty.setattr(Replica, "_opened", failing)
-            with pytest.raises(EngineError, match="worker 0: no memory left"):
-                follower.step()
+        with (
+            failing(engine.workers[0], "attach", "no memory left"),
+            pytest.raises(EngineError, match="worker 0: no memory left"),
+        ):
+            follower.step()
         follower.step()
     assert_served(run, engine, shards, 0)
 
@@ -186,13 +167,9 @@ def test_an_audit_names_a_copy_that_differs_and_the_follower_makes_it_anew(run, 
 def test_a_change_that_does_not_lead_to_its_commit_is_refused_for_all(run, engine, shards, follower, monkeypatch):
     follower.step()
     run.publish(a=1)
-    original = staging._place
-
-    def wrong(live, name, tensor, known, writes):
-        return tuple(value + 1 for value in original(live, name, tensor, known, writes))
-
+    moved = staging.moved
     with monkeypatch.context() as faulty:
-        faulty.setattr(staging, "_place", wrong)
+        faulty.setattr(staging, "moved", lambda *digests: moved(*digests) + 1)
         with pytest.raises(BadDigest, match="1 tensors would not match the commit: a"):
             follower.step()
     assert_served(run, engine, shards, 0)
@@ -205,15 +182,15 @@ def test_a_plain_post_is_refused_because_nobody_compared_the_workers(run, engine
     follower.close()
     run.publish(a=1)
     for staged in (False, True):
-        for replica in engine.replicas:
+        for worker in engine.workers:
             if staged:
-                replica.answer_stage({"bucket": run.url, "version": 1})
+                answers.stage(worker, Stage(run.url, 1))
                 await_staging()
-            replica.commit({"bucket": run.url, "version": 1, **({} if staged else {"root": "unvouched"})})
+            worker.commit({"bucket": run.url, "version": 1, **({} if staged else {"root": "unvouched"})})
         with EngineClient(engine.url) as client:
             error = client.status().error
-        assert error["kind"] == "EngineUnsupported"
-        assert "only a follower can compare" in error["message"]
+        assert error.kind == "EngineUnsupported"
+        assert "only a follower can compare" in error.message
     assert_served(run, engine, shards, 0)
 
 

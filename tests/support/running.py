@@ -6,21 +6,21 @@ from small import SmallRun
 from stub_engine import StubEngine
 from waiting import PATIENCE
 
-from deltawire.follow.engine import audited
 from deltawire.follow.follower import Follower
+from deltawire.follow.status import audited
 from deltawire.vllm.client import EngineClient
 
 
 def served(engine: StubEngine) -> int | None:
-    position = engine.replica.answer_status({})["position"]
-    return position and position["version"]
+    position = engine.worker.status().position
+    return position and position.version
 
 
 def assert_at_rest(engine: StubEngine, run: SmallRun, version: int, *, label: str | None = None) -> None:
     """Generating, no session open, and the weights and the label are those of a version."""
     assert (engine.paused, engine.session_open) == (False, False)
     assert served(engine) == version
-    assert audited([engine.replica.answer_audit({})]).mismatched == []
+    assert audited([engine.worker.live.audit(None)]).mismatched == []
     assert engine.weight_version == (label or f"{run.publisher.position.run}:{version}")
 
 
@@ -57,6 +57,11 @@ class Running:
     def __exit__(self, *exc: object) -> None:
         self.follower.close()
         self.join()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._thread.is_alive()
 
     def join(self) -> None:
         self._thread.join(PATIENCE)

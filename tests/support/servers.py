@@ -35,7 +35,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from deltawire.demo.processes import KEEPER
+from deltawire.demo.processes import SUPERVISOR
 from deltawire.trainers.state import fp32_marks
 
 START_SECONDS = 420
@@ -67,7 +67,7 @@ def tiny_qwen3() -> Qwen3ForCausalLM:
 
 
 IN_BLOCKS = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8}
-"""a share of every matrix for each of two workers that is whole blocks of 128 by 128"""
+"""of every matrix, each of two workers holds whole blocks of 128 by 128"""
 EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
 MODELS = {
     "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=True)),
@@ -184,7 +184,7 @@ class Server:
         environment["DELTAWIRE_TEST_SLOW"] = str(self._slow)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SLOW_PLUGIN), environment.get("PYTHONPATH")]))
         reading, self._lifeline = os.pipe()
-        kept = [sys.executable, str(KEEPER), str(reading), str(GRACE), *command]
+        kept = [sys.executable, str(SUPERVISOR), str(reading), str(GRACE), *command]
         with log.open("wb") as output:
             self._process = subprocess.Popen(kept, stdout=output, stderr=output, env=environment, pass_fds=[reading])
         os.close(reading)
@@ -198,6 +198,14 @@ class Server:
                     return self
             time.sleep(0.25)
         raise AssertionError(f"vLLM did not start:\n{self.log.read_text(errors='replace')[-3000:]}")
+
+    def remember(self) -> None:
+        """Keep what the server holds and answers now, fresh, to compare with later."""
+        self.at_start = self.at_rest()
+
+    def at_rest(self) -> tuple[dict[str, str], list[float]]:
+        """vLLM's checksum of every live parameter, and what a prompt is answered with."""
+        return self.checksums(), self.logprobs([1, 2, 3])
 
     @property
     def pid(self) -> int:

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 from runs import PATIENCE
 from small import Fused
 
-from deltawire.live.post_load import AfterLoading
-from deltawire.live.worker import Replica
-from deltawire.vllm.hooks import _worker_method
+from deltawire.live.transforms import AfterLoading
+from deltawire.live.worker import LiveWorker
+from deltawire.vllm.hooks import worker_method
 
 Answer = tuple[int, Any]
 
@@ -26,8 +26,8 @@ class StubEngine:
     """`faults[path]` answers instead of the endpoint while it is there; `calls` are the paths asked, in order."""
 
     def __init__(self, *models: Fused) -> None:
-        self.replicas = [Replica(model, loading=AfterLoading(), workers=len(models)) for model in models]
-        self._workers = [
+        self.workers = [LiveWorker(model, loading=AfterLoading(), workers=len(models)) for model in models]
+        self._seats = [
             SimpleNamespace(weight_transfer_engine=_Held(self, rank), _weight_update_active=False, rank=rank)
             for rank in range(len(models))
         ]
@@ -57,18 +57,23 @@ class StubEngine:
         self._thread.join(PATIENCE)
 
     @property
-    def replica(self) -> Replica:
-        """The first worker's."""
-        return self.replicas[0]
+    def worker(self) -> LiveWorker:
+        """The first one; another may be put in its place."""
+        return self.workers[0]
 
-    @replica.setter
-    def replica(self, replica: Replica) -> None:
-        self.replicas[0] = replica
+    @worker.setter
+    def worker(self, worker: LiveWorker) -> None:
+        self.workers[0] = worker
 
     @property
     def session_open(self) -> bool:
         """Whether a weight update was started and not finished."""
-        return bool(self._workers[0]._weight_update_active)
+        return bool(self._seats[0]._weight_update_active)
+
+    @session_open.setter
+    def session_open(self, is_open: bool) -> None:
+        for seat in self._seats:
+            seat._weight_update_active = is_open
 
     def fail(self, path: str, status: int, body: Any = None, *, after: bool = False) -> None:
         """Answer this from now on; with `after`, do what was asked first."""
@@ -83,29 +88,29 @@ class StubEngine:
     def do(self, path: str, request: dict[str, Any]) -> Answer:
         """What vLLM does at this path."""
         if path == "/collective_rpc":
-            method = _worker_method(request["method"].removeprefix("deltawire_"))
-            return 200, {"results": [method(worker, *request["args"]) for worker in self._workers]}
+            method = worker_method(request["method"].removeprefix("deltawire_"))
+            return 200, {"results": [method(seat, *request["args"]) for seat in self._seats]}
         if path == "/init_weight_transfer_engine":
-            for replica in self.replicas:
-                replica.begin_attach(request["init_info"])
+            for worker in self.workers:
+                worker.begin_attach(request["init_info"])
         elif path == "/start_weight_update":
-            with self._worker_methods("start"):
+            with self.worker_methods("start"):
                 if self.session_open:
                     raise RuntimeError("a weight update is already active")
-                self._set_session(True)
+                self.session_open = True
         elif path == "/update_weights":
-            with self._worker_methods("update"):
+            with self.worker_methods("update"):
                 if not self.session_open:
                     raise RuntimeError("no matching start_weight_update")
-                for replica in self.replicas:
-                    replica.update(request["update_info"])
+                for worker in self.workers:
+                    worker.update(request["update_info"])
         elif path == "/finish_weight_update":
-            with self._worker_methods("finish"):
+            with self.worker_methods("finish"):
                 if not self.session_open:
                     raise RuntimeError("no matching start_weight_update")
-                self._set_session(False)
-                for replica in self.replicas:
-                    replica.confirm()
+                self.session_open = False
+                for worker in self.workers:
+                    worker.confirm()
             self.weight_version = request.get("weight_version") or self.weight_version
         elif path == "/update_weight_version":
             self.weight_version = request["new_version"]
@@ -126,16 +131,12 @@ class StubEngine:
         return 200, {}
 
     @contextmanager
-    def _worker_methods(self, doing: str) -> Iterator[None]:
+    def worker_methods(self, doing: str) -> Iterator[None]:
         """What a worker's method raises is an outcome of the worker's, as the plugin has it."""
         with ExitStack() as stack:
-            for replica in self.replicas:
-                stack.enter_context(replica.recording(doing, clear=False))
+            for worker in self.workers:
+                stack.enter_context(worker.recording(doing, clear=False))
             yield
-
-    def _set_session(self, is_open: bool) -> None:
-        for worker in self._workers:
-            worker._weight_update_active = is_open
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         stub = self
@@ -170,11 +171,11 @@ class StubEngine:
 
 
 class _Held:
-    """A worker's weight transfer engine: its replica, whichever that is now."""
+    """A worker's weight transfer engine: its LiveWorker, whichever that is now."""
 
     def __init__(self, stub: StubEngine, rank: int) -> None:
         self._stub, self._rank = stub, rank
 
     @property
-    def replica(self) -> Replica:
-        return self._stub.replicas[self._rank]
+    def worker(self) -> LiveWorker:
+        return self._stub.workers[self._rank]

@@ -1,6 +1,34 @@
-"""One real vLLM server for all tests of a process, over a small seeded model."""
+"""One real vLLM server for all tests of a session, over a small seeded model: in every file, and in one process."""
 
 import pytest
+
+FILES = (
+    "tests/vllm/test_server.py",
+    "tests/vllm/test_trl_trainer.py",
+    "tests/vllm/test_checkpoints.py",
+    "tests/follow/test_slow_store.py",
+)
+"""where the tests are that use it"""
+
+
+def pytest_collection_modifyitems(items):
+    """A test that uses the server stands in one of FILES, or two processes would start one each."""
+    for item in items:
+        if item.get_closest_marker("vllm") and "server" in item.fixturenames:
+            assert item.nodeid.startswith(FILES), f"add the file of {item.nodeid} to vllm_fixtures.FILES"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of several processes, one runs all of FILES; a server takes longer to start than most of them."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneServer(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "one server" if file in FILES else file
+
+    return OneServer(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -26,12 +54,13 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(checkpoint, tmp_path_factory):
-    """A vLLM server with the deltawire engine."""
+    """A vLLM server with the deltawire engine; `at_start` is what it held when it was fresh."""
     from servers import Server
 
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
     started = Server(checkpoint, log, options=("--enable-scale-out",))
     try:
-        yield started.wait()
+        started.wait().remember()
+        yield started
     finally:
         started.stop()

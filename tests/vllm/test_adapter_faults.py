@@ -49,7 +49,7 @@ def test_a_server_that_does_not_load_is_a_typed_error_and_the_next_step_loads(ru
     with run.follower(engine) as follower:
         with pytest.raises(kind, match=says):
             follower.step()
-        assert follower.standing.served is None
+        assert follower.health.served is None
         assert run.served(engine) == {}
         engine.faults.clear()
         assert follower.step().version == 0
@@ -58,9 +58,9 @@ def test_a_server_that_does_not_load_is_a_typed_error_and_the_next_step_loads(ru
 
 def test_a_replica_of_adapters_may_be_sent_requests_once_it_answers_the_newest_version(run, engine):
     with run.follower(engine) as follower:
-        assert follower.standing.why_unready(0) == "no version is served yet"
+        assert follower.health.why_unready(0) == "no version is served yet"
         follower.step()
-        assert follower.standing.why_unready(0) is None
+        assert follower.health.why_unready(0) is None
 
 
 def test_the_command_tells_of_each_load(run, engine):
@@ -71,13 +71,28 @@ def test_the_command_tells_of_each_load(run, engine):
     assert run.served(engine) == {"lora@0": 0.0}
 
 
+def test_a_server_that_was_restarted_gets_the_version_again_without_a_byte(run, engine):
+    with run.follower(engine) as follower:
+        follower.step()
+        run.publish()
+        follower.step()
+        engine.fail("/v1/models", 503)
+        with pytest.raises(EngineError):
+            follower.step()
+        engine.faults.clear()
+        engine.adapters.clear()
+        report = follower.step()
+    assert (report.version, report.wire_bytes) == (1, 0)
+    assert run.served(engine) == {"lora@1": 1.0}
+
+
 def test_an_answer_that_was_lost_after_the_load_is_found_loaded(run, engine):
     engine.fail("/v1/load_lora_adapter", 500, after=True)
     with run.follower(engine) as follower:
         with pytest.raises(EngineError):
             follower.step()
         assert follower.step() is None
-        assert follower.standing.served == run.publisher.position
+        assert follower.health.served == run.publisher.position
 
 
 def test_an_unload_that_failed_is_made_up_for(run, engine):

@@ -4,12 +4,15 @@ import json
 import signal
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 from adapters import Learner, load, logprobs
+from programs import program
+from safetensors.torch import load_file
 from servers import Server, save_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -130,7 +133,7 @@ def test_every_version_is_answered_under_its_name_as_peft_answers_and_the_two_ne
             assert follower.step() is None
         assert [report.version for report in updates] == [0, 1, 2, 3]
         assert assert_answers_as_peft_does(server, run, 2) == answers[2]  # the one before goes on, as it was
-        follower._beat()
+        follower.beat()
     assert answers[0] == pytest.approx(before, abs=CLOSE)  # an untrained adapter changes nothing
     prompts = [torch.tensor(answer[: len(PROMPT) - 1]) for answer in answers]
     assert min(float((one - other).abs().max()) for n, one in enumerate(prompts) for other in prompts[:n]) > 4 * CLOSE
@@ -181,7 +184,7 @@ def test_a_damaged_payload_is_refused_and_the_old_version_is_still_answered(serv
             follower.step()
         assert adapters(server) == ["lora@0"]
         assert ask(server, "lora@0") == before
-        assert follower.standing.lag == 1
+        assert follower.health.lag == 1
         payload.write_bytes(right)
         assert follower.step().version == 1
     assert_answers_as_peft_does(server, run, 1)
@@ -218,16 +221,18 @@ def test_a_run_that_supersedes_ours_takes_over_its_names(servers, run, base):
     assert_answers_as_peft_does(server, run, 0)
 
 
-KILLED = """
-import os, signal, sys
-from deltawire.vllm.adapters import AdapterFollower
-from deltawire.vllm.client import EngineClient
-
-bucket, engine, folder, moment = sys.argv[1:]
-setattr(EngineClient, moment, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
-with AdapterFollower(bucket, engine, "lora", folder=folder) as follower:
-    follower.step()
-"""
+def test_a_server_started_without_our_engine_is_refused_and_left_as_vllm_makes_it(servers, base, tmp_path):
+    (server,) = servers
+    url = (tmp_path / "whole").as_uri()
+    with dw.Publisher(dw.open_bucket(url, create=True), assets=base) as publisher:
+        publisher.publish(load_file(base / "model.safetensors"))
+    with (
+        pytest.raises(EngineUnsupported, match="weight-transfer-config"),
+        Follower(url, EngineClient(server.url)) as follower,
+    ):
+        follower.step()
+    packed = [name for name, value in server.checksums().items() if value == sha256().hexdigest()]
+    assert any("down_proj." in name for name in packed)  # oneDNN holds it, as without the plugin
 
 
 @pytest.mark.parametrize("moment", ["load_adapter", "unload_adapter"])
@@ -238,7 +243,8 @@ def test_a_follower_that_was_killed_is_continued_by_the_next_one(servers, run, m
             run.publish()
             follower.step()
     run.publish()
-    command = [sys.executable, "-c", KILLED, run.url, server.url, str(run.folder / "cache"), moment]
+    interrupted = [sys.executable, program("interrupted_follower"), "KILL", moment]
+    command = [*interrupted, run.url, server.url, "lora", str(run.folder / "cache")]
     assert subprocess.run(command, check=False, timeout=120).returncode == -signal.SIGKILL
     assert ("lora@2" in adapters(server)) == (moment == "unload_adapter")
     with run.follower(server) as follower:
@@ -274,9 +280,11 @@ def test_what_a_server_cannot_take_is_said_and_leaves_it_answering(servers, run,
     assert len(ask(server, "policy")[1]) == len(PROMPT) + 3
 
 
+@pytest.mark.nightly
 def test_the_command_follows_an_adapter_and_loads_it_again_into_a_server_that_was_restarted(
     servers, run, base, tmp_path
 ):
+    """Its twin against a stand-in is in test_adapter_faults."""
     (server,) = servers
     run.publish()
     command = [sys.executable, "-m", "deltawire.cli", "follow", "--bucket", run.url, "--engine", server.url, "--json"]

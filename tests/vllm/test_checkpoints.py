@@ -46,7 +46,7 @@ def walk(model, base, url, server, frozen, **options):
             assert (audit.position.version, audit.mismatched, set(audit.frozen)) == (version, [], frozen)
         with Follower(url, EngineClient(server.url), pin=1) as pinned:
             assert pinned.step().version == 1
-        assert [set(worker["frozen"]) for worker in engine.placement()] == [frozen] * audit.workers
+        assert [set(worker.frozen) for worker in engine.placement()] == [frozen] * audit.workers
         assert (engine.audit().position.version, engine.audit().mismatched) == (1, [])
 
 

@@ -46,7 +46,7 @@ def test_a_server_is_followed_once_audited_pinned_and_seen_through(place):
 def test_an_audit_of_weights_that_drifted_names_them_and_ends_with_1(place):
     run, engine = place
     told("follow", "--bucket", run.url, "--engine", engine.url, "--once")
-    engine.replica._model.v.data[3] = 42.0
+    engine.worker.model.v.data[3] = 42.0
     (audit,) = told("audit", "--engine", engine.url, code=1)
     assert audit["mismatched"] == ["v"]
 

@@ -1,5 +1,6 @@
 """What a server may answer: anything. Every wrong answer is one typed error, and a dropped connection is no answer."""
 
+import base64
 import json
 import logging
 import socket
@@ -9,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
 import pytest
 from small import Shard, SmallRun
 from stub_engine import StubEngine
@@ -86,7 +86,7 @@ CALLS = {
     "status": ("/collective_rpc", lambda client, run, subscriber: client.status()),
     "join": ("/collective_rpc", lambda client, run, subscriber: client.join(subscriber)),
     "stage": ("/collective_rpc", lambda client, run, subscriber: client.stage(run.url, 1)),
-    "vouch": ("/collective_rpc", lambda client, run, subscriber: client.vouch(subscriber, subscriber.latest())),
+    "staged": ("/collective_rpc", lambda client, run, reader: client.require_staged(reader, reader.latest())),
     "audit": ("/collective_rpc", lambda client, run, subscriber: client.audit()),
     "placement": ("/collective_rpc", lambda client, run, subscriber: client.placement()),
     "revert": ("/collective_rpc", lambda client, run, subscriber: client.revert()),
@@ -115,8 +115,8 @@ def test_whatever_comes_back_is_an_answer_or_a_typed_error(run, engine, client, 
     engine.faults[path] = right
     ask(client, run, subscriber)
     await_staging()
-    # Of several questions: of vouch's the one about what is held, of audit's the one about what was found.
-    which = len(seen) - 1 if call in ("vouch", "audit") else 0
+    # Of several questions: of staged's the one about what is held, of audit's the one about what was found.
+    which = len(seen) - 1 if call in ("staged", "audit") else 0
     kinds: dict[type, int] = {}
     for body in wrong_bodies(seen[which][1]):
         count = iter(range(100))
@@ -257,15 +257,16 @@ def test_a_name_and_password_in_the_address_are_sent_and_told_nobody(run, caplog
     with StubEngine(run.model()) as engine, caplog.at_level(logging.DEBUG):
         with Follower(run.url, EngineClient(with_password(engine.url))) as follower:
             follower.step()
-            assert httpx.BasicAuth("someone", PASSWORD)._auth_header == engine.headers[-1]["Authorization"]
+            login = base64.b64encode(f"someone:{PASSWORD}".encode()).decode()
+            assert engine.headers[-1]["Authorization"] == f"Basic {login}"
             engine.fail("/is_paused", 500)
             with pytest.raises(EngineError) as failed:
                 follower.step()
             engine.stop()
             with pytest.raises(EngineUnavailable) as gone:
                 follower.step()
-            follower._beat(error=str(gone.value))
-        replica = Follower(run.url, EngineClient(engine.url))._replica
+            follower.beat(error=str(gone.value))
+        replica = Follower(run.url, EngineClient(engine.url)).replica
     said = "".join("".join(traceback.format_exception(error.value)) for error in (failed, gone)) + caplog.text
     assert PASSWORD not in said
     assert engine.url in str(gone.value)

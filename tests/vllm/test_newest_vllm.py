@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import program
 
 from deltawire.vllm.versions import TESTED
 
@@ -49,59 +50,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(source: Path, code: str) -> Any:
-    """What `code` prints last, as JSON, run by a Python that finds this vLLM."""
+def facts(source: Path, which: str) -> Any:
+    """What `newest_vllm_facts` says in a Python that finds this vLLM."""
     path = os.pathsep.join([str(source), str(Path(__file__).parents[1] / "live"), *sys.path])
+    command = [sys.executable, program("newest_vllm_facts"), which]
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=600, env=environment
-    )
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_every_name_is_there_and_the_plugin_installs_itself_without_a_word(source):
-    version, said, lacking, abstract = run(
-        source,
-        """
-import inspect, json, warnings
-import deltawire.vllm as plugin
-with warnings.catch_warnings(record=True) as told:
-    warnings.simplefilter("always")
-    plugin.register()
-import vllm
-from deltawire.vllm import versions
-from deltawire.vllm.engine import DeltaWireEngine
-from vllm.v1.worker.gpu_worker import Worker
-assert hasattr(Worker, "deltawire_status")
-held = inspect.getsource(Worker) + inspect.getsource(Worker.__mro__[1])
-assert "self._weight_update_active" in held and "self.weight_transfer_engine" in held and "self.rank" in held
-said = [str(one.message) for one in told if "deltawire" in str(one.message)]
-lacking = versions.missing({**versions.NAMES, **versions.NAMES_ON_CPU})
-print(json.dumps([vllm.__version__, said, lacking, sorted(DeltaWireEngine.__abstractmethods__)]))
-""",
-    )
+    version, said, lacking, abstract = facts(source, "plugin")
     assert version.startswith(TESTED[1] + ".")
     assert (said, lacking, abstract) == ([], [], [])
 
 
 def test_every_endpoint_that_a_follower_asks_is_there(source):
-    routes = run(
-        source,
-        """
-import json, os
-os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-from fastapi import FastAPI
-from vllm.entrypoints.rl.online.api_router import router as online
-from vllm.entrypoints.serve.dev.rpc.api_router import router as rpc
-from vllm.entrypoints.serve.instrumentator.basic import router as basic
-from vllm.entrypoints.serve.lora.api_router import attach_router
-app = FastAPI()
-attach_router(app)
-routers = [online, rpc, basic, app]
-print(json.dumps([[route.path, sorted(route.methods or ())] for router in routers for route in router.routes]))
-""",
-    )
+    routes = facts(source, "endpoints")
     offered = {(method, path) for path, methods in routes for method in methods}
     asked = {
         ("GET", "/is_paused"), ("GET", "/version"), ("GET", "/weight_info"), ("POST", "/collective_rpc"),
@@ -113,40 +79,9 @@ print(json.dumps([[route.path, sorted(route.methods or ())] for router in router
 
 
 def test_completions_and_chat_tell_which_weights_made_which_token_when_asked(source):
-    assert (
-        run(
-            source,
-            """
-import json
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponseChoice
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponseChoice
-asked = ["return_weight_versions" in kind.model_fields for kind in (CompletionRequest, ChatCompletionRequest)]
-told = ["weight_versions" in kind.model_fields for kind in (CompletionResponseChoice, ChatCompletionResponseChoice)]
-print(json.dumps(asked + told))
-""",
-        )
-        == [True] * 4
-    )
+    assert facts(source, "weight_versions") == [True] * 4
 
 
 def test_steps_that_use_its_own_replace_parameter_are_done_again_alike(source):
-    kept = run(
-        source,
-        """
-import json
-import test_post_load
-from vllm.model_executor.utils import replace_parameter
-
-def replace(layer, name, new, **marks):
-    new.__dict__.update(marks)
-    before = getattr(layer, name)
-    replace_parameter(layer, name, new)
-    kept.add(getattr(layer, name) is before)
-
-kept = set()
-for method in (test_post_load.Doubled, test_post_load.Marked, test_post_load.Wider, test_post_load.Measured):
-    test_post_load.assert_updated_as_loaded(lambda: method(replace), test_post_load.SHAPE)
-print(json.dumps(sorted(kept)))
-""",
-    )
-    assert kept == [True]  # the parameter is the same after a step, whatever became of its shape and dtype
+    kept = facts(source, "replaced_parameters")
+    assert kept == [True]  # the parameter is the same after a transform, whatever became of its shape and dtype

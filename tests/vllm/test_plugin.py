@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from programs import program
 
 from deltawire.vllm import versions
 
@@ -20,38 +21,8 @@ def test_numba_is_not_loaded_with_the_plugin(module):
 @pytest.fixture(scope="module")
 def started():
     """What a process says of itself in which vLLM lacked a name when it loaded the plugin, and then had it."""
-    code = """
-import json, sys, warnings
-import deltawire.vllm as plugin
-import vllm
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.v1.worker.gpu_worker import Worker
-right = vllm.__version__, WeightTransferEngineFactory.__dict__["register_engine"]
-vllm.__version__ = "0.99.0"
-del WeightTransferEngineFactory.register_engine
-with warnings.catch_warnings(record=True) as told:
-    warnings.simplefilter("always")
-    plugin.register()
-    plugin.register()
-said = [str(one.message) for one in told if "deltawire" in str(one.message)]
-left_alone = not hasattr(Worker, "deltawire_status")
-
-vllm.__version__, WeightTransferEngineFactory.register_engine = right
-plugin.register()
-plugin.register()
-assert "numba" not in sys.modules
-import vllm._custom_ops as ops
-from vllm.config import WeightTransferConfig
-from vllm.model_executor.model_loader import base_loader, utils
-assert "deltawire" in WeightTransferEngineFactory._registry
-assert WeightTransferEngineFactory._registry["deltawire"]().__name__ == "DeltaWireEngine"
-assert utils.process_weights_after_loading is base_loader.process_weights_after_loading
-assert not hasattr(utils.process_weights_after_loading.__wrapped__, "__wrapped__")
-assert all(hasattr(Worker, f"deltawire_{name}") for name in ("status", "holdings", "stage", "begin", "take"))
-from deltawire.vllm import versions
-print(json.dumps([said, left_alone, versions.missing({**versions.NAMES, **versions.NAMES_ON_CPU})]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, program("loads_plugin_twice")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -81,7 +52,7 @@ def test_a_tested_version_with_every_name_is_passed_over(version):
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0.0", "dev", "0.3.0"])
 def test_any_other_version_is_told_once(version, monkeypatch):
-    monkeypatch.setattr(versions, "_warned", set())
+    monkeypatch.setattr(versions, "warned", set())
     with pytest.warns(UserWarning, match=r"tested with vLLM 0\.32 to 0\.33, and this one is") as told:
         versions.warn(version, [])
         versions.warn(version, [])

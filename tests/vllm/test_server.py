@@ -8,25 +8,26 @@ import subprocess
 import sys
 import threading
 import time
-from hashlib import sha256
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import torch
+from programs import program
 from servers import START_SECONDS, VOCABULARY, Server, tiny_qwen3
 from transformers import Qwen3ForCausalLM
 from waiting import until
 
 import deltawire as dw
-from deltawire.errors import BadDigest, EngineUnavailable, EngineUnsupported, NotFound
+from deltawire.errors import BadDigest, EngineUnavailable, NotFound
 from deltawire.follow.follower import Follower
 from deltawire.vllm.client import EngineClient
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "vllm"))
 import weight_versions
 
+INTERRUPTED = [sys.executable, program("interrupted_follower")]
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
 
 
@@ -77,24 +78,38 @@ def on_base(tmp_path, checkpoint):
     trainer.publisher.close(10)
 
 
-def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(server, on_base, checkpoint, tmp_path):
-    trainer = on_base
-    before = server.logprobs([1, 2, 3])
-    with (
-        Follower(trainer.url, EngineClient(server.url), base=checkpoint) as follower,
-        EngineClient(server.url) as engine,
-    ):
+def assert_serves(server, trainer, version):
+    with EngineClient(server.url) as engine:
+        audit = engine.audit()
+        assert audit.position.version == version
+        assert audit.digests == trainer.published
+        assert audit.mismatched == []
+        assert engine.weight_version() == f"{audit.position.run}:{version}"
+
+
+def follow_six_versions(server, trainer, base):
+    """Publish and serve six versions bit for bit."""
+    with Follower(trainer.url, EngineClient(server.url), base=base) as follower:
         for version in range(6):
             assert trainer.step().version == version
             report = follower.step()
             assert report is None or (report.version == version and report.verified)
-            audit = engine.audit()
-            assert audit.position.version == version
-            assert audit.digests == trainer.published
-            assert audit.mismatched == []
-            assert engine.weight_version() == f"{audit.position.run}:{version}"
-    after = server.logprobs([1, 2, 3])
-    assert before != after
+            assert_serves(server, trainer, version)
+
+
+def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(server, on_base, checkpoint, tmp_path):
+    """The server itself was started on version 0. The nightly twin starts another on the last."""
+    trainer = on_base
+    follow_six_versions(server, trainer, checkpoint)
+    newest = server.at_rest()
+    assert newest[1] != server.at_start[1]
+    with Follower(trainer.url, EngineClient(server.url), base=checkpoint, pin=0) as follower:
+        follower.step()
+    assert server.at_rest() == server.at_start
+    with Follower(trainer.url, EngineClient(server.url), base=checkpoint) as follower:
+        follower.step()
+    assert server.at_rest() == newest
+    assert_serves(server, trainer, 5)
 
     out = tmp_path / "materialized"
     dw.materialize(trainer.publisher.bucket, out, base=checkpoint)
@@ -103,33 +118,21 @@ def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(s
     assert dw.digest(dict(loaded.named_parameters())) == {name: int(v, 16) for name, v in trainer.published.items()}
     with torch.no_grad():
         logprobs = loaded(torch.tensor([[1, 2, 3]])).logits[0, -1].float().log_softmax(-1)
-    assert float(logprobs.max()) == pytest.approx(after[0], abs=0.05)  # vLLM's kernels round otherwise
+    assert float(logprobs.max()) == pytest.approx(newest[1][0], abs=0.05)  # vLLM's kernels round otherwise
+
+
+@pytest.mark.nightly
+def test_a_server_started_on_the_newest_version_holds_and_answers_the_same(server, on_base, checkpoint, tmp_path):
+    follow_six_versions(server, on_base, checkpoint)
+    out = tmp_path / "materialized"
+    dw.materialize(on_base.publisher.bucket, out, base=checkpoint)
     fresh = Server(out, tmp_path / "fresh.log")
     try:
-        fresh.wait()
-        assert fresh.checksums() == server.checksums()
-        assert fresh.logprobs([1, 2, 3]) == after
+        assert fresh.wait().at_rest() == server.at_rest()
     finally:
         fresh.stop()
-    with pytest.raises(EngineUnavailable), Follower(trainer.url, EngineClient(fresh.url)) as other:
+    with pytest.raises(EngineUnavailable), Follower(on_base.url, EngineClient(fresh.url)) as other:
         other.step()
-
-
-def test_a_server_started_without_our_engine_is_refused_and_left_as_vllm_makes_it(trainer, tmp_path, checkpoint):
-    trainer.step()
-    plain = Server(checkpoint, tmp_path / "plain.log", backend=None)
-    try:
-        plain.wait()
-        with (
-            pytest.raises(EngineUnsupported, match="weight-transfer-config"),
-            Follower(trainer.url, EngineClient(plain.url)) as follower,
-        ):
-            follower.step()
-        sums = plain.checksums()
-        packed = [name for name, value in sums.items() if value == sha256().hexdigest()]
-        assert any(name.endswith("down_proj.weight") for name in packed)  # oneDNN holds it, as without the plugin
-    finally:
-        plain.stop()
 
 
 def test_a_base_folder_is_opened_by_a_worker_only_where_a_follower_names_it(server, on_base, checkpoint, tmp_path):
@@ -294,25 +297,14 @@ def test_a_copy_of_the_bucket_elsewhere_is_the_same_run(server, trainer, tmp_pat
         assert follower.step() is None  # the live digests say where the server stands; nothing is fetched
 
 
-KILLED = """
-import os, signal, sys
-from deltawire.vllm.client import EngineClient
-from deltawire.follow.follower import Follower
-
-bucket, engine, moment = sys.argv[1:]
-setattr(EngineClient, moment, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL))
-with Follower(bucket, EngineClient(engine)) as follower:
-    follower.step()
-"""
-
-
 @pytest.mark.parametrize("moment", ["stage", "start", "pause", "update", "finish", "resume"])
 def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_one_mends(server, trainer, moment):
     trainer.step()
     with Follower(trainer.url, EngineClient(server.url)) as follower:
         follower.step()
     trainer.step()
-    killed = subprocess.run([sys.executable, "-c", KILLED, trainer.url, server.url, moment], check=False, timeout=120)
+    command = [*INTERRUPTED, "KILL", moment, trainer.url, server.url]
+    killed = subprocess.run(command, check=False, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     with EngineClient(server.url) as engine:
         assert engine.is_paused() == (moment in ("update", "finish", "resume"))
@@ -330,26 +322,6 @@ def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_o
     assert len(server.logprobs([1, 2, 3])) == 8
 
 
-STOPPED = """
-import os, signal, sys
-from deltawire.vllm.client import EngineClient
-from deltawire.follow.follower import Follower
-
-bucket, engine, moment = sys.argv[1:]
-original = getattr(EngineClient, moment)
-
-
-def stopped(*arguments, **options):
-    os.kill(os.getpid(), signal.SIGSTOP)
-    return original(*arguments, **options)
-
-
-setattr(EngineClient, moment, stopped)
-with Follower(bucket, EngineClient(engine)) as follower:
-    follower.run()
-"""
-
-
 @pytest.mark.parametrize("moment", ["start", "update"])
 def test_a_follower_stopped_in_an_update_loses_the_server_to_another_and_changes_nothing_when_it_goes_on(
     server, trainer, tmp_path, checkpoint, moment
@@ -360,7 +332,7 @@ def test_a_follower_stopped_in_an_update_loses_the_server_to_another_and_changes
     with Follower(trainer.url, EngineClient(server.url)) as follower:
         follower.step()
     trainer.step()
-    command = [sys.executable, "-c", STOPPED, trainer.url, server.url, moment]
+    command = [*INTERRUPTED, "STOP", moment, trainer.url, server.url]
     with EngineClient(server.url) as engine, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as old:
         until(lambda: psutil.Process(old.pid).status() == psutil.STATUS_STOPPED, unless=old.poll)
         assert engine.is_paused() == (moment == "update")
@@ -372,7 +344,7 @@ def test_a_follower_stopped_in_an_update_loses_the_server_to_another_and_changes
             old.send_signal(signal.SIGCONT)
             _, told = old.communicate(timeout=60)
             assert old.returncode == 1
-            assert f"AnotherFollower: follower {new._hold.me.replica} (pid {new._hold.me.pid} on" in told
+            assert f"AnotherFollower: follower {new.lease.me.replica} (pid {new.lease.me.pid} on" in told
             assert new.step() is None
             assert server.checksums() == served
             assert engine.weight_version() == str(other.publisher.position)

@@ -43,21 +43,21 @@ def test_two_workers_and_a_kv_head_that_both_hold_serve_every_version(place):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("step", ["init", "stage", "commit"])
-def test_a_failure_in_one_worker_leaves_both_in_step_and_the_next_update_works(place, rank, step):
+@pytest.mark.parametrize("moment", ["attach", "stage", "write"])
+def test_a_failure_in_one_worker_leaves_both_in_step_and_the_next_update_works(place, rank, moment):
     chain, server, fault = place
     with EngineClient(server.url) as engine, Follower(chain.url, engine) as follower:
         follower.step()
         before = len(chain.versions) - 1
         assert_served(chain, engine, before)
         chain.publish()
-        if step == "init":
+        if moment == "attach":
             assert engine.init((fault.parent / "elsewhere").as_uri()).error is not None
-        fault.write_text(f"{rank} {step}")
-        if step == "init":
-            assert "injected into init" in engine.init(copy_of(chain, fault.parent, rank)).error["message"]
+        fault.write_text(f"{rank} {moment}")
+        if moment == "attach":
+            assert "injected into attach" in engine.init(copy_of(chain, fault.parent, rank)).error.message
         else:
-            with pytest.raises(EngineError, match=f"worker {rank}: injected into {step}"):
+            with pytest.raises(EngineError, match=f"worker {rank}: injected into {moment}"):
                 follower.step()
             assert_served(chain, engine, before)
         fault.unlink()
@@ -72,19 +72,19 @@ def test_both_workers_refuse_a_follower_that_has_lost_the_server_and_stay_in_ste
         first.step()
         served = len(chain.versions) - 1
         chain.publish()
-        assert engine.init(chain.url).error["kind"] == "AnotherFollower"
+        assert engine.init(chain.url).error.kind == "AnotherFollower"
         with Follower(chain.url, EngineClient(server.url), pin=served) as second:
             assert second.step() is None
             for _ in range(2):
                 with pytest.raises(AnotherFollower, match=f"pid {os.getpid()} on"):
                     first.step()
                 with pytest.raises(AnotherFollower):
-                    first._engine.stage(chain.url, served + 1)
-            first._engine.start()
-            first._engine.start()
-            first._engine.update(chain.url, chain.publisher.position)
-            first._engine.finish(None)
-            first._engine.finish(None)
+                    first.engine.stage(chain.url, served + 1)
+            first.engine.start()
+            first.engine.start()
+            first.engine.update(chain.url, chain.publisher.position)
+            first.engine.finish(None)
+            first.engine.finish(None)
             assert_served(chain, engine, served)
     with Follower(chain.url, EngineClient(server.url)) as third:
         assert third.step().version == served + 1
@@ -97,10 +97,10 @@ def test_a_worker_that_cannot_finish_an_update_answers_in_step_and_serves_what_t
     chain, server, fault = place
     with Follower(chain.url, EngineClient(server.url)) as follower, EngineClient(server.url) as engine:
         follower.step()
-        fault.write_text(f"{rank} finish")
+        fault.write_text(f"{rank} confirm")
         version = chain.publish()
         assert follower.step().version == version
-        assert "injected into finish" in engine.status().error["message"]
+        assert "injected into confirm" in engine.status().error.message
         assert_served(chain, engine, version)
         fault.unlink()
         version = chain.publish()

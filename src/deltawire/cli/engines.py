@@ -1,9 +1,10 @@
 """Verbs for a vLLM server on this host: follow a bucket into its live weights, and audit them."""
 
 import re
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
@@ -16,53 +17,55 @@ from deltawire.errors import NotFound, some
 
 if TYPE_CHECKING:
     from deltawire.follow.follower import Follower, UpdateReport
-    from deltawire.follow.health import HealthServer, Standing
+    from deltawire.follow.health import Health, HealthServer
+    from deltawire.follow.options import FollowOptions
     from deltawire.vllm.adapters import AdapterFollower, AdapterReport
 
 PauseChoice = Literal["keep", "wait", "abort"]
+SourceUrl = Annotated[str, typer.Option(help="The bucket the trainer publishes to.")]
+Poll = Annotated[float | None, typer.Option(help="Seconds between looks; default: what suits the store.")]
+Pin = Annotated[int | None, typer.Option(help="Hold the server at this version, older or newer.")]
+Adapter = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The run is of an adapter: answer requests for NAME@VERSION.")
+]
+AdapterFolder = Annotated[
+    Path | None, typer.Option(help="Where the server reads adapters; default: this user's cache.")
+]
+State = Annotated[
+    Path | None,
+    typer.Option(help="With --trust: file or folder that remembers the newest version; default: of this user."),
+]
+ForgetState = Annotated[bool, typer.Option(help="Forget it, and follow what the bucket holds now.")]
+Run = Annotated[str | None, typer.Option(metavar="ID", help="Follow this run, or one that continues it.")]
+Pause = Annotated[PauseChoice, typer.Option(help="Requests in flight: kept, finished first, or ended.")]
+KeepCache = Annotated[bool, typer.Option(help="Keep the KV cache of older weights: a shorter pause.")]
+AuditEvery = Annotated[int, typer.Option(min=0, help="Digest all of live memory every so many updates.")]
+PassEndpoint = Annotated[
+    bool, typer.Option(help="Tell vLLM's worker where the store is (HF_ENDPOINT, AWS_REGION …), never a token.")
+]
+TakeOver = Annotated[bool, typer.Option(help="Drive the server even if another follower does.")]
+HealthAddress = Annotated[
+    str | None, typer.Option(metavar="[HOST:]PORT", help="Answer /health (200 when ready, else 503) and /live here.")
+]
+MaxStaleness = Annotated[
+    int | None, typer.Option(min=0, help="Versions behind, or not known, at which --health answers 503.")
+]
+MaxAge = Annotated[
+    float | None, typer.Option(min=0, help="Seconds since it was last known current at which --health answers 503.")
+]
+Once = Annotated[bool, typer.Option(help="Bring the server to the newest version, then stop.")]
+Compact = Annotated[Path | None, typer.Option(help="Keep a mirror here, and write folds and anchors.")]
+Key = Annotated[Path | None, typer.Option(help="Private key that signs those folds and anchors.")]
 
 
 def follow(
-    bucket: Annotated[str, typer.Option(help="The bucket the trainer publishes to.")],
-    engine: EngineUrl = "http://127.0.0.1:8000",
-    poll: Annotated[float | None, typer.Option(help="Seconds between looks; default: what suits the store.")] = None,
-    pin: Annotated[int | None, typer.Option(help="Hold the server at this version, older or newer.")] = None,
-    adapter: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The run is of an adapter: answer requests for NAME@VERSION.")
-    ] = None,
-    adapter_folder: Annotated[
-        Path | None, typer.Option(help="Where the server reads adapters; default: this user's cache.")
-    ] = None,
-    base: BaseFolder = None,
-    trust: Trusted = None,
-    state: Annotated[
-        Path | None,
-        typer.Option(help="With --trust: file or folder that remembers the newest version; default: of this user."),
-    ] = None,
-    forget_state: Annotated[bool, typer.Option(help="Forget it, and follow what the bucket holds now.")] = False,
-    run: Annotated[str | None, typer.Option(metavar="ID", help="Follow this run, or one that continues it.")] = None,
-    pause: Annotated[PauseChoice, typer.Option(help="Requests in flight: kept, finished first, or ended.")] = "keep",
-    keep_cache: Annotated[bool, typer.Option(help="Keep the KV cache of older weights: a shorter pause.")] = False,
-    audit_every: Annotated[int, typer.Option(min=0, help="Digest all of live memory every so many updates.")] = 100,
-    pass_endpoint: Annotated[
-        bool, typer.Option(help="Tell vLLM's worker where the store is (HF_ENDPOINT, AWS_REGION …), never a token.")
-    ] = False,
-    take_over: Annotated[bool, typer.Option(help="Drive the server even if another follower does.")] = False,
-    health: Annotated[
-        str | None,
-        typer.Option(metavar="[HOST:]PORT", help="Answer /health (200 when ready, else 503) and /live here."),
-    ] = None,
-    max_staleness: Annotated[
-        int | None, typer.Option(min=0, help="Versions behind, or not known, at which --health answers 503.")
-    ] = None,
-    max_age: Annotated[
-        float | None, typer.Option(min=0, help="Seconds since it was last known current at which --health answers 503.")
-    ] = None,
-    once: Annotated[bool, typer.Option(help="Bring the server to the newest version, then stop.")] = False,
-    compact: Annotated[Path | None, typer.Option(help="Keep a mirror here, and write folds and anchors.")] = None,
-    key: Annotated[Path | None, typer.Option(help="Private key that signs those folds and anchors.")] = None,
-    json: AsJson = False,
-) -> None:
+    bucket: SourceUrl, engine: EngineUrl = "http://127.0.0.1:8000", poll: Poll = None, pin: Pin = None,
+    adapter: Adapter = None, adapter_folder: AdapterFolder = None, base: BaseFolder = None, trust: Trusted = None,
+    state: State = None, forget_state: ForgetState = False, run: Run = None, pause: Pause = "keep",
+    keep_cache: KeepCache = False, audit_every: AuditEvery = 100, pass_endpoint: PassEndpoint = False,
+    take_over: TakeOver = False, health: HealthAddress = None, max_staleness: MaxStaleness = None,
+    max_age: MaxAge = None, once: Once = False, compact: Compact = None, key: Key = None, json: AsJson = False,
+) -> None:  # fmt: skip
     """Follow a bucket and patch a vLLM server's live weights, version by version.
 
     vLLM runs on this host with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{"backend":"deltawire"}'. Its API
@@ -74,56 +77,93 @@ def follow(
     With --adapter it runs with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora instead. It then holds the two
     newest versions of the adapter, and nothing is paused, kept or audited.
     """
+    from deltawire.follow.options import FollowOptions
+
+    teller = Teller(as_json=json)
+    options = FollowOptions(
+        poll=poll, pin=pin, base=base, trusted=tuple(trust or ()), state=state, run=run, forget_state=forget_state,
+        pause=pause, clear_cache=not keep_cache, audit_every=audit_every, pass_endpoint=pass_endpoint,
+        take_over=take_over, on_update=teller.update, on_news=teller.news, on_problem=teller.problem,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        if compact is not None:
+            options = stack.enter_context(_compacting(bucket, compact, key, options, teller))
+        follower = _follower(bucket, engine, adapter, adapter_folder, options, teller)
+        stack.enter_context(follower)
+        if health is not None:
+            stack.enter_context(_serving_health(health, follower, max_staleness, max_age, teller))
+        _follow(follower, engine, teller, once=once)
+
+
+def _follower(
+    bucket: str,
+    engine: str,
+    adapter: str | None,
+    folder: Path | None,
+    options: "FollowOptions",
+    teller: Teller,
+) -> "Follower | AdapterFollower":
+    """What follows, whole models or an adapter; a problem is printed with how long it has lasted."""
     from deltawire.follow.follower import Follower
-    from deltawire.upkeep.background import BackgroundCompactor
-    from deltawire.upkeep.compactor import Compactor
     from deltawire.vllm.adapters import AdapterFollower
     from deltawire.vllm.client import EngineClient
 
-    teller, compacting = Teller(as_json=json), None
+    def problem(error: Exception) -> None:
+        teller.problem(error, follower.health)
 
-    def report(update: "UpdateReport | AdapterReport") -> None:
-        teller.update(update)
-        if compacting is not None:
+    options = options.changed(on_problem=problem)
+    follower: Follower | AdapterFollower
+    if adapter is None:
+        follower = Follower(bucket, EngineClient(engine), options)
+    else:
+        follower = AdapterFollower(bucket, engine, adapter, folder=folder, options=options)
+    return follower
+
+
+@contextmanager
+def _compacting(
+    bucket: str, mirror: Path, key: Path | None, options: "FollowOptions", teller: Teller
+) -> Iterator["FollowOptions"]:
+    """The options of a follower that wakes a compactor at each update."""
+    from deltawire.upkeep.background import BackgroundCompactor
+    from deltawire.upkeep.compactor import Compactor
+
+    compactor = Compactor(open_bucket(bucket), mirror, base=options.base, trusted=options.trusted, signing_key=key)
+    with BackgroundCompactor(compactor, on_problem=teller.problem) as compacting:
+
+        def update(report: "UpdateReport | AdapterReport") -> None:
+            teller.update(report)
             compacting.wake()
 
-    def problem(error: Exception) -> None:
-        teller.problem(error, follower.standing)
+        yield options.changed(on_update=update)
 
-    common: dict[str, Any] = {"poll": poll, "pin": pin, "base": base, "trusted": trust or ()}
-    common |= {"state": state, "forget_state": forget_state, "run": run}
-    common |= {"on_problem": problem, "on_news": teller.news}
-    with ExitStack() as stack:
-        if compact is not None:
-            compactor = Compactor(open_bucket(bucket), compact, base=base, trusted=trust or (), signing_key=key)
-            compacting = stack.enter_context(BackgroundCompactor(compactor, on_problem=teller.problem))
-        follower: Follower | AdapterFollower
-        if adapter is None:
-            updating: dict[str, Any] = {"pause": pause, "clear_cache": not keep_cache, "audit_every": audit_every}
-            updating |= {"pass_endpoint": pass_endpoint, "take_over": take_over}
-            follower = stack.enter_context(
-                Follower(bucket, EngineClient(engine), on_update=report, **updating, **common)
-            )
+
+@contextmanager
+def _serving_health(
+    address: str,
+    follower: "Follower | AdapterFollower",
+    max_staleness: int | None,
+    max_age: float | None,
+    teller: Teller,
+) -> Iterator[None]:
+    """Meanwhile answer whether the server is ready."""
+    with _serve_health(address, follower.health, max_staleness, max_age) as served, follower.listening():
+        teller.line("health", f"health at {served.url}", url=served.url)
+        yield
+
+
+def _follow(follower: "Follower | AdapterFollower", engine: str, teller: Teller, *, once: bool) -> None:
+    where, pin = follower.bucket.url, follower.options.pin
+    server = re.sub("//.*@", "//", engine)  # a password may stand before an "@"
+    teller.line("following", f"{server} follows {where}", engine=server, bucket=where, pin=pin)
+    with teller.to_the_end(follower.stop, follower.health):
+        if once:
+            _follow_once(follower, teller)
         else:
-            loading = AdapterFollower(bucket, engine, adapter, folder=adapter_folder, on_update=report, **common)
-            follower = stack.enter_context(loading)
-        if health is not None:
-            served = stack.enter_context(_serve_health(health, follower.standing, max_staleness, max_age))
-            stack.enter_context(follower.listening())
-            teller.line("health", f"health at {served.url}", url=served.url)
-        where = follower.bucket.url
-        server = re.sub("//.*@", "//", engine)  # a password may stand before an "@"
-        teller.line("following", f"{server} follows {where}", engine=server, bucket=where, pin=pin)
-        with teller.to_the_end(follower.stop, follower.standing):
-            if once:
-                _follow_once(follower, teller)
-            else:
-                follower.run()
+            follower.run()
 
 
-def _serve_health(
-    address: str, standing: "Standing", max_staleness: int | None, max_age: float | None
-) -> "HealthServer":
+def _serve_health(address: str, health: "Health", max_staleness: int | None, max_age: float | None) -> "HealthServer":
     from deltawire.follow.health import HealthServer
 
     host, _, port = address.rpartition(":")
@@ -133,7 +173,7 @@ def _serve_health(
             f"{address!r} is not PORT or HOST:PORT, as 8001 or 0.0.0.0:8001", param_hint="--health"
         )
     try:
-        return HealthServer(int(port), lambda: standing.why_unready(max_staleness, max_age), standing, host=host)
+        return HealthServer(int(port), lambda: health.why_unready(max_staleness, max_age), health, host=host)
     except OSError as error:
         why = error.strerror or str(error)
         raise typer.BadParameter(
@@ -146,11 +186,11 @@ def _follow_once(follower: "Follower | AdapterFollower", teller: Teller) -> None
 
     if follower.step() is not None:
         return
-    standing = follower.standing
-    if standing.waiting is not None:
-        raise NotFound(standing.waiting)
-    if standing.served is not None:
-        teller.news(Current(standing.served.run, standing.served.version))
+    health = follower.health
+    if health.waiting is not None:
+        raise NotFound(health.waiting)
+    if health.served is not None:
+        teller.news(Current(health.served.run, health.served.version))
 
 
 def audit(

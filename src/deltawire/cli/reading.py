@@ -1,6 +1,5 @@
 """Verbs that show and check what was published: a run, a version as a checkpoint, a delta file, a live placement."""
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -139,25 +138,25 @@ def _show_placement(engine: str, as_json: bool) -> None:
 
     with EngineClient(engine) as client:
         workers, shown = client.placement(), client.url
-    if not any(worker["placement"] for worker in workers):
+    if not any(worker.placement for worker in workers):
         raise EngineUnsupported(
             f"{shown} follows no bucket yet, and where its weights live is found out when it does: start `deltawire "
             f"follow --bucket … --engine {shown}` first"
         )
     if as_json:
         for worker in workers:
-            emit(worker, "", as_json)
+            emit(msgspec.to_builtins(worker), "", as_json)
         return
     table = Table("tensor", "worker", "parameter", "elements", "from", title=shown)
     for worker in workers:
-        for name, boxes in worker["placement"].items():
+        rank = str(worker.rank)
+        for name, boxes in worker.placement.items():
             for box in boxes:
-                size = math.prod(box["shape"])
-                table.add_row(name, str(worker["rank"]), box["parameter"], f"{size:,}", f"{box['source_offset']:,}")
-        for name in worker["frozen"]:
-            table.add_row(name, str(worker["rank"]), "not loaded here; the run never changes it", "", "")
-        for module in worker["remade"]:
-            table.add_row(f"({module})", str(worker["rank"]), "made again at each update", "", "")
+                table.add_row(name, rank, box.parameter, f"{box.size:,}", f"{box.source_offset:,}")
+        for name in worker.frozen:
+            table.add_row(name, rank, "not loaded here; the run never changes it", "", "")
+        for module in worker.remade:
+            table.add_row(f"({module})", rank, "made again at each update", "", "")
     _show(table)
 
 

@@ -12,7 +12,7 @@ from deltawire.cli.printing import emit, named, size
 
 if TYPE_CHECKING:
     from deltawire.follow.follower import UpdateReport
-    from deltawire.follow.health import Standing
+    from deltawire.follow.health import Health
     from deltawire.follow.news import Fetching, News
     from deltawire.vllm.adapters import AdapterReport
 
@@ -38,9 +38,9 @@ class Teller:
         """A version is served."""
         self.line("update", _as_text(report), **msgspec.to_builtins(report))
 
-    def problem(self, error: Exception, standing: "Standing | None" = None) -> None:
+    def problem(self, error: Exception, health: "Health | None" = None) -> None:
         """Something stands in the way, or still does."""
-        lasted = standing.problem_age if standing is not None else 0.0
+        lasted = health.problem_age if health is not None else 0.0
         still = f" for {duration(lasted)}" if lasted >= 1 else ""
         self.line("problem", f"problem{still}: {named(error)}", error=named(error), seconds=round(lasted, 1))
 
@@ -80,7 +80,7 @@ class Teller:
             self._progress = None
 
     @contextmanager
-    def to_the_end(self, stop: Callable[[], None], standing: "Standing") -> Iterator[None]:
+    def to_the_end(self, stop: Callable[[], None], health: "Health") -> Iterator[None]:
         """Until the block ends: SIGTERM calls `stop`, and the last line says why it ended and what is served on."""
         import signal
 
@@ -100,7 +100,7 @@ class Teller:
         finally:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
             if ended_by:
-                served = None if standing.served is None else standing.served.version
+                served = None if health.served is None else health.served.version
                 kept = "what it serves" if served is None else f"version {served}"
                 text = f"stopped by {ended_by[0]}; the server keeps {kept}"
                 self.line("stopped", text, by=ended_by[0], version=served)

@@ -17,13 +17,15 @@ SILENT_AFTER = 60.0
 
 
 @dataclass
-class Standing:
+class Health:
     """What a follower knows of its server and its bucket, and since when. Times are seconds of `clock`."""
 
     clock: Callable[[], float] = time.monotonic
     patience: float = SILENT_AFTER
-    """seconds without reading the bucket after which nobody knows what is newest there"""
+    """seconds without reading the bucket after which what is newest there is not known"""
     served: Position | None = None
+    labelled: Position | None = None
+    """the version that the server reports by our doing"""
     newest: int | None = None
     staged: int | None = None
     audit: str | None = None
@@ -92,7 +94,7 @@ class Standing:
     def why_unready(self, max_staleness: int | None = None, max_age: float | None = None) -> str | None:
         """Why no request should be sent to the server, or None. `max_staleness` counts versions, `max_age` seconds.
 
-        Without either a bucket that is silent makes nobody unready: the server keeps what it serves.
+        Without either, a silent bucket makes no server unready: it keeps what it serves.
         """
         if self.served is None or self.newest is None:
             return self.problem or self.waiting or "no version is served yet"
@@ -125,8 +127,8 @@ class Standing:
                     return f"the {who} has not answered for {silence:.0f} s"
         return self.problem
 
-    def told(self, reason: str | None) -> dict[str, Any]:
-        """What whoever routes requests is told."""
+    def answer(self, reason: str | None) -> dict[str, Any]:
+        """What a router of requests reads."""
         return {
             "ready": reason is None,
             "reason": reason,
@@ -145,14 +147,14 @@ class HealthServer:
     long as this process lives. Raises OSError when the port cannot be had."""
 
     def __init__(
-        self, port: int, why_unready: Callable[[], str | None], standing: Standing, *, host: str = "127.0.0.1"
+        self, port: int, why_unready: Callable[[], str | None], health: Health, *, host: str = "127.0.0.1"
     ) -> None:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
                 if path in ("/", "/health"):
                     reason = why_unready()
-                    self._answer(200 if reason is None else 503, standing.told(reason))
+                    self._answer(200 if reason is None else 503, health.answer(reason))
                 elif path == "/live":
                     self._answer(200, {"live": True})
                 else:
@@ -160,8 +162,8 @@ class HealthServer:
 
             do_HEAD = do_GET  # noqa: N815
 
-            def _answer(self, status: int, told: dict[str, Any]) -> None:
-                body = msgspec.json.encode(told)
+            def _answer(self, status: int, said: dict[str, Any]) -> None:
+                body = msgspec.json.encode(said)
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
@@ -170,7 +172,7 @@ class HealthServer:
                     self.wfile.write(body)
 
             def log_message(self, *arguments: object) -> None:
-                """Say nothing: whoever asks is told."""
+                """Say nothing."""
 
         class Server(ThreadingHTTPServer):
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET

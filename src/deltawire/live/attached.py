@@ -2,19 +2,28 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from deltawire.errors import BadDigest, Forked, Gap, WrongBase, some
-from deltawire.live import staging
+from deltawire.live import staging, writes
 from deltawire.live.coverage import Union, disagreement
 from deltawire.live.live_weights import BetweenPasses, LiveWeights, at_once
-from deltawire.live.post_load import AfterLoading
+from deltawire.live.messages import Audited, Digested, HeldParts
 from deltawire.live.staging import PartDigests, Plan
+from deltawire.live.transforms import AfterLoading
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.records import Position
 from deltawire.weights.digest import root as root_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Undo:
+    """An update that can be taken back: its plan, and the digests and the version from before."""
+
+    plan: Plan
+    digests: PartDigests
+    position: Position | None
 
 
 @dataclass(eq=False)
@@ -24,7 +33,7 @@ class Attached:
 
     `frozen` are the committed digests, which no version changes, of frozen tensors of which this worker loads nothing.
     `asked` is the address that was asked for. `union` is None when other workers hold the rest, `joined` whether
-    somebody has found out the version. `undo` is the last update until it is confirmed, with what was before.
+    the version has been found out. `undo` takes back the last update until that is confirmed.
     """
 
     asked: str
@@ -35,7 +44,7 @@ class Attached:
     frozen: dict[str, int]
     position: Position | None = None
     joined: bool = False
-    undo: tuple[Plan, PartDigests, Position | None] | None = None
+    undo: Undo | None = None
 
     def find_version(self) -> None:
         """Of the only worker: its digests say at which committed version it is, or at none, as when it holds a tensor
@@ -47,7 +56,7 @@ class Attached:
 
     def wrote(self, plan: Plan) -> None:
         """The plan's bits are in place: stand where it leads, and keep what was before until `confirm`."""
-        self.undo = plan, self.digests, self.position
+        self.undo = Undo(plan, self.digests, self.position)
         self.digests, self.position, self.joined = plan.digests, plan.after, True
 
     def confirm(self) -> None:
@@ -58,8 +67,9 @@ class Attached:
         """Put back what the last update replaced; False when it was confirmed, or there was none."""
         if self.undo is None:
             return False
-        (plan, self.digests, self.position), self.undo = self.undo, None
-        staging.undo(plan.writes)
+        undo, self.undo = self.undo, None
+        self.digests, self.position = undo.digests, undo.position
+        writes.undo(undo.plan.writes)
         return True
 
     def forget_version(self) -> None:
@@ -100,29 +110,38 @@ class Attached:
             return
         digests = self.live.digests()
         if wrong := [name for name, value in plan.digests.items() if digests[name] != value]:
-            staging.undo(plan.writes)
+            writes.undo(plan.writes)
             raise WrongBase(f"{plan.after}: {len(wrong)} tensors read back wrong ({some(wrong)}); put back")
 
-    def audit(self) -> dict[str, Any]:
+    def audit(self) -> Audited:
         """Recompute every digest from live memory. `promised` are those of the version these weights are said to be,
         or of the newest when they are none; `drifted` names what the last update did not leave so."""
         digests = self.live.digests()
-        stale = [step for step in self.live.rebuilt() if not step.is_current()]
+        stale = [transform for transform in self.live.remade() if not transform.is_current()]
         drifted = [
             name
             for name in self.live.table
-            if digests[name] != self.digests[name] or any(step in stale for step in self.live.steps.get(name, ()))
+            if digests[name] != self.digests[name] or any(one in stale for one in self.live.transforms.get(name, ()))
         ]
         version = self.position.version if self.position else self.subscriber.latest().version
-        promised = self.subscriber.digests_at(version)
-        return {
-            "sizes": self.live.sizes,
-            "parts": self.live.parts,
-            "digests": as_hex(digests),
-            "frozen": whole_as_hex(self.frozen),
-            "drifted": drifted,
-            "promised": whole_as_hex(promised),
-        }
+        return Audited(
+            digests=as_hex(digests),
+            sizes=self.live.sizes,
+            parts=self.live.parts,
+            frozen=whole_as_hex(self.frozen),
+            position=self.position,
+            promised=whole_as_hex(self.subscriber.digests_at(version)),
+            drifted=drifted,
+        )
+
+    def held_parts(self) -> HeldParts:
+        """Which parts of which tensors these are, and the digest of each as the last update left it."""
+        digests, frozen = as_hex(self.digests), whole_as_hex(self.frozen)
+        return HeldParts(digests=digests, sizes=self.live.sizes, parts=self.live.parts, frozen=frozen)
+
+    def digested(self, staged: Plan | None) -> Digested:
+        """The digest of every part after what is staged, or as it is when nothing has to be done."""
+        return Digested(as_hex(staged.digests if staged else self.digests))
 
     def _require_promised(self, plan: Plan) -> None:
         if self.union is None:

@@ -16,7 +16,6 @@ from deltawire.errors import EngineUnavailable
 from deltawire.live import cores
 
 T = TypeVar("T")
-Errand = tuple[Callable[[], Any], "Future[Any]"]
 NAME = "deltawire-stage"
 """of the threads that run jobs"""
 NAP = 0.002
@@ -25,6 +24,22 @@ NAP = 0.002
 
 class Abandoned(Exception):
     """Nobody waits for this job any more, and nothing may come of it."""
+
+
+class Errand(NamedTuple):
+    """What a job wants done between two forward passes, and where the outcome goes."""
+
+    work: Callable[[], Any]
+    outcome: "Future[Any]"
+
+
+class Job(NamedTuple):
+    """What runs: what it does, for people, when it began, by the monotonic clock, and the bucket that it reads for a
+    follower, if any."""
+
+    what: str
+    since: float
+    bucket: str | None
 
 
 class Doing(NamedTuple):
@@ -45,7 +60,7 @@ class Background:
         self._on_start = on_start
         self._busy = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._doing: tuple[str, float, str | None] | None = None
+        self._job: Job | None = None
         self._errand: Errand | None = None
 
     def begin(self, doing: str, job: Callable[[], None], *, bucket: str | None = None) -> bool:
@@ -54,7 +69,7 @@ class Background:
         if not self._busy.acquire(blocking=False):
             self.lend()
             return False
-        self._doing = doing, time.monotonic(), bucket
+        self._job = Job(doing, time.monotonic(), bucket)
         try:
             run = functools.partial(self._run, job, self._busy)
             self._thread = threading.Thread(target=run, name=NAME, daemon=True)
@@ -67,9 +82,9 @@ class Background:
     def abandon(self) -> None:
         """Leave the job to itself, if one runs (it may wait for a store for ever): another may be begun at once."""
         waiting, self._errand = self._errand, None
-        self._busy, self._doing, self._thread = threading.Lock(), None, None
+        self._busy, self._job, self._thread = threading.Lock(), None, None
         if waiting is not None:
-            waiting[1].set_exception(Abandoned())
+            waiting.outcome.set_exception(Abandoned())
 
     def is_abandoned(self) -> bool:
         """Whether this thread is that of a job that was abandoned."""
@@ -84,10 +99,9 @@ class Background:
     @property
     def doing(self) -> Doing | None:
         """What the job does; None without one."""
-        if (job := self._doing) is None:
+        if (job := self._job) is None:
             return None
-        what, since, bucket = job
-        return Doing(what, time.monotonic() - since, bucket)
+        return Doing(job.what, time.monotonic() - job.since, job.bucket)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -114,7 +128,7 @@ class Background:
         if threading.current_thread() is not self._thread:
             return errand()
         done: Future[T] = Future()
-        self._errand = errand, done
+        self._errand = Errand(errand, done)
         return done.result()
 
     def lend(self) -> None:
@@ -122,11 +136,10 @@ class Background:
         waiting, self._errand = self._errand, None
         if waiting is None:
             return
-        errand, done = waiting
         try:
-            done.set_result(errand())
+            waiting.outcome.set_result(waiting.work())
         except BaseException as error:
-            done.set_exception(error)
+            waiting.outcome.set_exception(error)
 
     def wait(self, seconds: float) -> bool:
         """Let the server wait for the job, at most this long, and lend it its thread. Whether the job is over."""
@@ -146,5 +159,5 @@ class Background:
 
     def _end(self, busy: threading.Lock) -> None:
         if busy is self._busy:
-            self._doing = self._thread = None
+            self._job = self._thread = None
         busy.release()

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +15,25 @@ from deltawire.errors import EngineUnsupported, some
 from deltawire.weights.bits import Positions, UInts
 
 Shape = tuple[int, ...]
-Part = tuple[int, Shape, Shape]
-"""offset, shape and strides, in elements, of a rectangle of a flat checkpoint tensor"""
+
+
+class Part(NamedTuple):
+    """A rectangle of a flat checkpoint tensor; all in elements. In JSON it is a list of the three."""
+
+    offset: int
+    shape: Shape
+    strides: Shape
+
+    @property
+    def size(self) -> int:
+        """Elements in it."""
+        return prod(self.shape)
+
+    def is_inside(self, size: int) -> bool:
+        """Whether every element of it is one of a tensor of so many."""
+        if len(self.shape) != len(self.strides) or min((self.offset, *self.shape, *self.strides)) < 0:
+            return False
+        return 0 in self.shape or extent_of(*self)[1] < size
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +57,7 @@ class Box:
         return prod(self.shape)
 
     @property
-    def part(self) -> "Part":
+    def part(self) -> Part:
         """The rectangle of the checkpoint tensor, written the one way in which equal rectangles are equal."""
         joined: list[tuple[int, int]] = []
         for length, stride in zip(self.shape, self.source_strides, strict=True):
@@ -47,7 +65,7 @@ class Box:
                 joined[-1] = (joined[-1][0] * length, stride)
             else:
                 joined.append((length, stride))
-        return self.source_offset, tuple(length for length, _ in joined), tuple(stride for _, stride in joined)
+        return Part(self.source_offset, tuple(length for length, _ in joined), tuple(stride for _, stride in joined))
 
     def at(self, index: Positions) -> tuple[Positions, Positions]:
         """Flat checkpoint positions and storage offsets of elements named by their row-major index in the box."""
@@ -60,8 +78,7 @@ class Box:
 
     def pick(self, whole: UInts) -> UInts:
         """The box's elements of a flat checkpoint tensor, in row-major order; a copy."""
-        step = whole.itemsize
-        strides = tuple(step * stride for stride in self.source_strides)
+        strides = tuple(whole.itemsize * stride for stride in self.source_strides)
         view = np.lib.stride_tricks.as_strided(whole[self.source_offset :], self.shape, strides, writeable=False)
         return view.reshape(-1).copy()
 
@@ -127,21 +144,31 @@ def refuse(reasons: Mapping[str, str]) -> None:
         first = some(f"{name} ({reason})" for name, reason in reasons.items())
         raise EngineUnsupported(
             f"{len(reasons)} tensors cannot be patched in place on this server: {first}. "
-            "Serve this model with weights that vLLM keeps as they are loaded"
+            "Serve this model with weights that the server keeps as they are loaded"
         )
 
 
-def overwritten(boxes: Mapping[str, list[Box]], writes: list[tuple[str, int, int, str]]) -> dict[str, str]:
+class OtherWrite(NamedTuple):
+    """A write of a loader's that is no copy of a checkpoint tensor: the first and last offset in the storage behind a
+    parameter that it touches, and the operation."""
+
+    parameter: str
+    first: int
+    last: int
+    operation: str
+
+
+def overwritten(boxes: Mapping[str, list[Box]], writes: Iterable[OtherWrite]) -> dict[str, str]:
     """Names whose memory some operation other than their own copy would write."""
-    by_parameter: dict[str, list[tuple[int, int, str]]] = {}
+    by_parameter: dict[str, list[tuple[str, Box]]] = {}
     for name, parts in boxes.items():
         for box in parts:
-            by_parameter.setdefault(box.parameter, []).append((*box.extent, name))
+            by_parameter.setdefault(box.parameter, []).append((name, box))
     return {
-        name: f"its loader also runs {what} over it"
-        for parameter, first, last, what in writes
-        for start, stop, name in by_parameter.get(parameter, [])
-        if first <= stop and start <= last
+        name: f"its loader also runs {write.operation} over it"
+        for write in writes
+        for name, box in by_parameter.get(write.parameter, [])
+        if write.first <= box.extent[1] and box.extent[0] <= write.last
     }
 
 

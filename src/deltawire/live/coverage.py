@@ -1,7 +1,7 @@
 """What several workers hold, as one model: every element somewhere, every copy equal, each counted once."""
 
 from collections.abc import Mapping, Sequence
-from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,13 @@ from deltawire.weights.digest import MODULUS
 Parts = Mapping[str, Sequence[Part]]
 Digests = Mapping[str, Sequence[int]]
 """by name, the digest of each part that a worker holds"""
+
+
+class Held(NamedTuple):
+    """A worker that holds a part, and the number of that part among its own of the tensor."""
+
+    rank: int
+    number: int
 
 
 class Union:
@@ -31,15 +38,15 @@ class Union:
         hints: Mapping[str, str] = {},
         frozen: Mapping[str, int] = {},
     ) -> None:
-        self._copies: dict[str, list[list[tuple[int, int]]]] = {}
+        self._copies: dict[str, list[list[Held]]] = {}
         loaded = {tensor for parts in workers for tensor, held in parts.items() if held}
         self._left = {name: digest for name, digest in frozen.items() if name not in loaded}
         faults: dict[str, str] = {}
         for tensor, size in sizes.items():
-            copies: dict[Part, list[tuple[int, int]]] = {}
+            copies: dict[Part, list[Held]] = {}
             for rank, parts in enumerate(workers):
                 for index, part in enumerate(parts.get(tensor, ())):
-                    copies.setdefault(part, []).append((rank, index))
+                    copies.setdefault(Part(*part), []).append(Held(rank, index))
             self._copies[tensor] = list(copies.values())
             if tensor in self._left:
                 continue
@@ -51,10 +58,10 @@ class Union:
         """Every tensor's digest, of each copied part the first worker's; and the names whose copies differ."""
         totals, differing = {}, []
         for name, parts in self._copies.items():
-            values = [{workers[rank][name][index] for rank, index in copies} for copies in parts]
-            if any(len(value) > 1 for value in values):
+            values = [[workers[held.rank][name][held.number] for held in copies] for copies in parts]
+            if any(len(set(value)) > 1 for value in values):
                 differing.append(name)
-            totals[name] = sum(workers[copies[0][0]][name][copies[0][1]] for copies in parts) % MODULUS
+            totals[name] = sum(value[0] for value in values) % MODULUS
         return totals | self._left, differing
 
     @property
@@ -67,7 +74,7 @@ def disagreement(target: Position, wrong: list[str], drifted: list[str]) -> Wron
     """The error for an update after which tensors would not be what the commit promises."""
     names = f"{len(wrong)} tensors would not match the commit: {some(wrong)}"
     if drifted:
-        return WrongBase(f"{target}: {names}; something else wrote to {some(drifted)}: they are made anew")
+        return WrongBase(f"{target}: {names}; something else wrote to {some(drifted)}: they are remade")
     return BadDigest(f"{target}: {names}; the live weights are sound, what was published is not: publish a new run")
 
 
@@ -80,14 +87,14 @@ _NOT_LOADED = (
 def _fault(size: int, parts: list[Part]) -> str | None:
     if not parts:
         return _NOT_LOADED if size else None
-    covered = sum(prod(shape) for _, shape, _ in parts)
+    covered = sum(part.size for part in parts)
     if covered != size or not (_is_whole(parts[0], size) or _is_disjoint(parts, size)):
         return f"{covered} of its {size} elements arrive, or some arrive twice"
     return None
 
 
 def _is_whole(part: Part, size: int) -> bool:
-    return part in ((0, (size,), (1,)), (0, (), ())) and prod(part[1]) == size
+    return part.size == size and tuple(part) in ((0, (size,), (1,)), (0, (), ()))
 
 
 def _is_disjoint(parts: list[Part], size: int) -> bool:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -25,7 +24,7 @@ RENEW = 5.0
 
 
 class Holder(msgspec.Struct, frozen=True):
-    """A follower, as others are told of it. `started` tells a process from a later one of the same number."""
+    """A follower, as others see it. `started` tells a process from a later one of the same number."""
 
     replica: str
     pid: int
@@ -61,12 +60,12 @@ class View(msgspec.Struct, frozen=True):
     mine: bool = False
 
     def is_free_for(self, newcomer: Holder) -> bool:
-        """Whether a newcomer may take it without being told to."""
+        """Whether a newcomer may take it without `take_over`."""
         return self.holder is None or self.idle > TTL or self.holder.may_be_replaced_by(newcomer)
 
     @property
     def refusal(self) -> AnotherFollower:
-        """What somebody else is told."""
+        """The error for every other follower."""
         return AnotherFollower(
             f"{_named(self.holder)} drives this server since {self.age:.0f} s, renewed {self.idle:.0f} s ago: stop it, "
             "or take over with --take-over"
@@ -98,7 +97,7 @@ class Lease:
         self._taken = self._renewed = self._clock()
         return True
 
-    def release(self, token: str) -> None:
+    def release(self, token: str | None) -> None:
         """The holder needs it no more."""
         if self._is_holders(token):
             self._turn, self._token, self._holder = self._turn + 1, "", None
@@ -114,11 +113,6 @@ class Lease:
 
     def _is_holders(self, token: str | None) -> bool:
         return self._holder is not None and token == self._token
-
-
-def answer(view: View) -> dict[str, Any]:
-    """A view as it travels in JSON."""
-    return dict(msgspec.to_builtins(view))
 
 
 def _named(holder: Holder | None) -> str:

@@ -11,7 +11,8 @@ from deltawire.errors import EngineUnsupported, some
 from deltawire.live.boxes import Box, Part, Placement
 from deltawire.live.memory import Memory, digest_box, fingerprint
 from deltawire.live.placement import probe
-from deltawire.live.post_load import AfterLoading, Step, Watch, as_loaded, held
+from deltawire.live.post_load import Watch
+from deltawire.live.transforms import AfterLoading, Transform, as_loaded, held
 from deltawire.weights.bits import count
 from deltawire.weights.table import TensorEntry
 
@@ -33,8 +34,8 @@ class LiveWeights:
     """The run's tensors where they live in this worker: those that it holds, and of those the parts it holds.
 
     Opening probes the model's loader, proves by digests that the probe wrote nothing, and refuses (EngineUnsupported)
-    a model of which any tensor here can neither be patched in place nor made anew. `loading` says what vLLM changed
-    after loading: `steps` that are understood are followed or repeated, what else changed makes its module unfit.
+    a model of which any tensor here can neither be patched in place nor remade. `loading` says what the server
+    changed after loading. Its `transforms` are followed or repeated; what else changed makes its module unfit.
 
     Digesting takes seconds for a large model, and disturbs no forward pass. Probing does, and takes moments: it is done
     by `between_passes`.
@@ -52,25 +53,29 @@ class LiveWeights:
         self.table = {entry.name: entry for entry in table}
 
         def see() -> dict[str, torch.Tensor]:
-            with as_loaded(loading.steps):
+            with as_loaded(loading.transforms):
                 return tensors_of(model)
 
         def watch() -> Placement:
-            with as_loaded(loading.steps), _bound(model, loaded):
+            with as_loaded(loading.transforms), _bound(model, loaded):
                 return probe(self.table.values(), load_weights or model.load_weights, loaded)
 
         loaded = between_passes(see)
         with _unchanged(loaded):
             placement = between_passes(watch)
-        self.steps: dict[str, list[Step]] = {}
+        self.transforms: dict[str, list[Transform]] = {}
         self._memory: dict[tuple[str, int], Memory] = {}
         self.placement = _without(placement, loaded, _derived(tensors_of(model) | loaded, loading.unexplained))
-        steps = {_address(old): (step, leaf) for step in loading.steps for leaf, old in step.loaded.items()}
+        transforms = {
+            _address(old): (transform, leaf)
+            for transform in loading.transforms
+            for leaf, old in transform.loaded.items()
+        }
         for name, boxes in placement.boxes.items():
-            placement.boxes[name] = [part for box in boxes for part in self._settle(name, box, loaded, steps)]
+            placement.boxes[name] = [part for box in boxes for part in self._settle(name, box, loaded, transforms)]
         placement.require(self.table)
-        if stale := [step.prefix for step in self.rebuilt() if not step.is_current()]:
-            raise EngineUnsupported(f"what vLLM makes of {stale[0]} after loading is not the same every time")
+        if stale := [transform.prefix for transform in self.remade() if not transform.is_current()]:
+            raise EngineUnsupported(f"what the server makes of {stale[0]} after loading is not the same every time")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -102,26 +107,28 @@ class LiveWeights:
         """The digest of every part of every tensor, from live memory: the full audit."""
         return {name: self.digest(name) for name in self.table}
 
-    def rebuilt(self) -> list[Step]:
-        """The steps that are repeated when what they work on changes."""
-        return list({id(step): step for steps in self.steps.values() for step in steps}.values())
+    def remade(self) -> list[Transform]:
+        """The transforms that are repeated when what they work on changes."""
+        return list(
+            {id(transform): transform for transforms in self.transforms.values() for transform in transforms}.values()
+        )
 
     def _settle(
-        self, name: str, box: Box, loaded: Mapping[str, torch.Tensor], steps: Mapping[int, tuple[Step, str]]
+        self, name: str, box: Box, loaded: Mapping[str, torch.Tensor], transforms: Mapping[int, tuple[Transform, str]]
     ) -> list[Box]:
         """A box of the weights as the loader sees them, as boxes of where they are."""
         memory, boxes = loaded[box.parameter], [box]
-        step, leaf = steps.get(_address(memory), (None, ""))
-        if step is not None and step.layouts:
-            live = step.module._parameters[leaf]
-            carried = step.layouts[leaf].carry(box)
+        transform, leaf = transforms.get(_address(memory), (None, ""))
+        if transform is not None and transform.layouts:
+            live = transform.module._parameters[leaf]
+            carried = transform.layouts[leaf].carry(box)
             if live is None or carried is None:
-                self.placement.unfit[name] = f"{step.parameter(leaf)} is packed across it after loading"
+                self.placement.unfit[name] = f"{transform.parameter(leaf)} is packed across it after loading"
                 return []
             start = live.storage_offset()
             memory, boxes = live, [replace(part, target_offset=part.target_offset + start) for part in carried]
-        elif step is not None and step not in self.steps.setdefault(name, []):
-            self.steps[name].append(step)
+        elif transform is not None and transform not in self.transforms.setdefault(name, []):
+            self.transforms[name].append(transform)
         self._memory.setdefault((box.parameter, box.shift), Memory(memory, box.shift))
         return boxes
 
@@ -141,7 +148,7 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def changes_between(
     before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], known: Mapping[str, int]
 ) -> dict[str, str]:
-    """Which tensors a step after loading changed, and how; `known` holds the fingerprints from before it. A name that
+    """Which tensors were changed after loading, and how; `known` holds the fingerprints from before. A name that
     was tied to another tensor of before is no change: it is one more name of that one."""
     changed = {}
     tensors = {id(tensor) for tensor in before.values()}
@@ -159,20 +166,20 @@ def changes_between(
 
 
 def watch_loading(model: torch.nn.Module, process: Callable[[], Any]) -> tuple[Any, AfterLoading]:
-    """Run what vLLM does to a model after loading it. Each module's own step is watched by itself; what else changed,
-    by whatever hand, is not explained."""
+    """Run what a server does to a model after loading it. Each module's own transform is watched by itself; what else
+    changed is not explained."""
     before = tensors_of(model)
     known = {name: fingerprint(tensor) for name, tensor in before.items()}
     watch = Watch(model)
     with watch.modules():
         result = process()
     changes = changes_between(before, tensors_of(model), known)
-    explained = {id(step.module) for step in watch.steps}
+    explained = {id(transform.module) for transform in watch.transforms}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if id(module) in explained:  # under whichever of its names
             for leaf in held(module):
                 changes.pop(f"{prefix}.{leaf}" if prefix else leaf, None)
-    return result, AfterLoading(changes, watch.steps)
+    return result, AfterLoading(changes, watch.transforms)
 
 
 @contextmanager
@@ -183,7 +190,7 @@ def _unchanged(live: Mapping[str, torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         if touched := [name for name, tensor in live.items() if fingerprint(tensor) != before[name]]:
-            raise EngineUnsupported(f"this model's loader wrote to its weights ({some(touched)}): restart vLLM")
+            raise EngineUnsupported(f"this model's loader wrote to its weights ({some(touched)}): restart the server")
 
 
 @contextmanager
@@ -203,7 +210,7 @@ def _bound(model: torch.nn.Module, live: Mapping[str, torch.Tensor]) -> Iterator
             setattr(model.get_submodule(prefix), leaf, live[name])
         if touched or after.keys() != before.keys():
             whole = _bindings(tensors_of(model)) == before
-            outcome = "all is put back, and it cannot be patched in place" if whole else "restart vLLM"
+            outcome = "all is put back, and it cannot be patched in place" if whole else "restart the server"
             names = some(touched or sorted(after.keys() - before.keys()))
             raise EngineUnsupported(
                 f"this model's loader does not copy into its weights but rebinds ({names}): {outcome}"

@@ -149,9 +149,9 @@ def fingerprint(tensor: torch.Tensor) -> int:
 
 
 def _chunks(flat: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    step = max(flat.numel(), 1) if flat.device.type == "cpu" else CHUNK
-    for start in range(0, flat.numel(), step):
-        yield start, flat[start : start + step]
+    length = max(flat.numel(), 1) if flat.device.type == "cpu" else CHUNK
+    for start in range(0, flat.numel(), length):
+        yield start, flat[start : start + length]
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -11,13 +11,13 @@ or copy computed values. What such an operation would have overwritten does not 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltawire.errors import EngineUnsupported
-from deltawire.live.boxes import Box, Placement, Shape, box_of, extent_of, overwritten, shared
+from deltawire.live.boxes import Box, OtherWrite, Placement, Shape, box_of, extent_of, overwritten, shared
 from deltawire.weights.table import TensorEntry
 from deltawire.weights.tensors import NAMES
 
@@ -76,13 +76,21 @@ def _probe_aliases(
                 load_weights(iter([(alias, source)]))
 
 
+class _Dim(NamedTuple):
+    """A dimension of a storage that holds a checkpoint tensor: its size, and its strides in both."""
+
+    size: int
+    here: int
+    there: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Trace:
-    """What a storage holds: the elements of a checkpoint tensor, `layout` being (size, stride here, stride there)."""
+    """What a storage holds: the elements of a checkpoint tensor."""
 
     name: str
     source_offset: int
-    layout: tuple[tuple[int, int, int], ...]
+    layout: tuple[_Dim, ...]
 
     def follow(self, offset: int, shape: Shape, strides: Shape) -> tuple[int, Shape] | None:
         """Source offset and strides of a view of this storage, or None when it is no rectangle of the source."""
@@ -91,7 +99,7 @@ class _Trace:
             at, offset = divmod(offset, here)
             start += at * there
             left.append(size - at)
-        steps = [0] * len(shape)
+        followed = [0] * len(shape)
         for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
             if size == 1:
                 continue
@@ -100,8 +108,8 @@ class _Trace:
                 return None
             _, here, there = self.layout[known]
             left[known] -= (size - 1) * (stride // here)
-            steps[dim] = stride // here * there
-        return None if offset or min(left, default=1) < 1 else (start, tuple(steps))
+            followed[dim] = stride // here * there
+        return None if offset or min(left, default=1) < 1 else (start, tuple(followed))
 
 
 class _Watcher(TorchDispatchMode):
@@ -112,7 +120,7 @@ class _Watcher(TorchDispatchMode):
         self.boxes: dict[str, list[Box]] = {}
         self.unfit: dict[str, str] = {}
         self.computed: dict[str, str] = {}
-        self.other_writes: list[tuple[str, int, int, str]] = []
+        self.other_writes: list[OtherWrite] = []
         self._live = {_storage(tensor): name for name, tensor in live.items() if tensor.numel()}
         self._traces: dict[int, _Trace] = {}
         self._fresh: set[int] = set()
@@ -152,7 +160,7 @@ class _Watcher(TorchDispatchMode):
         box = self._box(target, parameter, source, trace) if source is not None and trace is not None else None
         if box is None or trace is None:
             first, last = extent_of(target.storage_offset(), tuple(target.shape), tuple(target.stride()))
-            self.other_writes.append((parameter, first, last, str(func)))
+            self.other_writes.append(OtherWrite(parameter, first, last, str(func)))
             self.computed[self.current] = f"its loader writes {parameter} by {func} from values it computed"
             return
         known = self.boxes.setdefault(trace.name, [])
@@ -165,7 +173,8 @@ class _Watcher(TorchDispatchMode):
         shift = 0 if source.dtype == target.dtype else _SHIFTS.get((source.dtype, target.dtype))
         if followed is None or shift is None:
             self.unfit[trace.name] = (
-                f"the server holds {target.dtype}, the run ships {source.dtype}: vLLM's --dtype, Publisher(dtype=…)"
+                f"the server holds {target.dtype}, the run ships {source.dtype}: set the server's --dtype, or "
+                "Publisher(dtype=…)"
                 if followed
                 else "copied as no rectangle of it"
             )
@@ -210,14 +219,14 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _coalesced(layout: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
+def _coalesced(layout: Iterable[tuple[int, int, int]]) -> tuple[_Dim, ...]:
     """Dimensions by falling stride, neighbours that run on in both memories joined, single ones dropped."""
-    joined: list[tuple[int, int, int]] = []
+    joined: list[_Dim] = []
     for size, here, there in sorted((dim for dim in layout if dim[0] != 1), key=lambda dim: -dim[1]):
         if joined and joined[-1][1:] == (size * here, size * there):
-            joined[-1] = (joined[-1][0] * size, here, there)
+            joined[-1] = _Dim(joined[-1].size * size, here, there)
         else:
-            joined.append((size, here, there))
+            joined.append(_Dim(size, here, there))
     return tuple(joined)
 
 

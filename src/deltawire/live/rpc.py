@@ -1,23 +1,95 @@
-"""What a worker answers when it is asked something, as typed records. Anything else is one error: BadAnswer."""
+"""How a follower and a worker understand each other: one table of verbs, and the number of the protocol they speak.
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, TypedDict, TypeVar
+A request is one JSON object, as text: a verb's record, in which `nonce` names the question. The answer is an object
+with that nonce, the worker's rank and the verb's answer, or `refused`. Both name the protocol. A newer deltawire may
+add fields, which the other side ignores; any other change takes another protocol.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Generic, TypeVar
 
 import msgspec
 
-from deltawire.errors import BadAnswer
-from deltawire.live.boxes import Box, Part
-from deltawire.runlog.records import Position
+from deltawire.errors import BadAnswer, EngineError, OtherProtocol
+from deltawire.live import messages as ask
 
-T = TypeVar("T")
+PROTOCOL = 1
+"""of the verbs below, their records, and what a follower may expect to have happened after each"""
+PREFIX = "deltawire_"
+"""of a verb, as the name of a worker's method"""
 SHOWN = 200
 """characters of a wrong answer that its error repeats"""
-Hex = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{1,16}$")]
-"""a digest"""
+
+T = TypeVar("T")
+W = TypeVar("W")
+Q = TypeVar("Q", bound=msgspec.Struct)
+A = TypeVar("A", bound=msgspec.Struct)
 
 
-def converted(answer: object, kind: type[T], asked: str) -> T:
-    """An answer that was JSON as what it should be. Raises BadAnswer."""
+@dataclass(frozen=True, slots=True)
+class Verb(Generic[Q, A]):
+    """Something that a worker can be asked, as which record, and the record that it answers."""
+
+    name: str
+    request: type[Q]
+    answer: type[A]
+
+    def by(self, handle: Callable[[W, Q], A]) -> tuple[str, Callable[[W, object], A]]:
+        """The verb's name, and what answers it from a request that was JSON. Raises EngineError for no such request."""
+        return self.name, lambda worker, request: handle(worker, request_as(request, self.request))
+
+
+STATUS = Verb("status", ask.Request, ask.WorkerStatus)
+TAKE = Verb("take", ask.Take, ask.Taken)
+RELEASE = Verb("release", ask.Request, ask.Done)
+HOLDINGS = Verb("holdings", ask.Request, ask.HeldParts)
+SET_POSITION = Verb("set_position", ask.SetPosition, ask.Done)
+STAGE = Verb("stage", ask.Stage, ask.Accepted)
+STAGED = Verb("staged", ask.Request, ask.Digested)
+REVERT = Verb("revert", ask.Request, ask.Reverted)
+PLACEMENT = Verb("placement", ask.Request, ask.Placed)
+ENVIRON = Verb("environ", ask.SeeEnviron, ask.Environ)
+BEGIN = Verb("begin", ask.Begin, ask.Accepted)
+RESULT = Verb("result", ask.FetchResult, ask.Outcome)
+VERBS: Mapping[str, Verb[msgspec.Struct, msgspec.Struct]] = {
+    verb.name: verb  # type: ignore[misc]  # each has its own records
+    for verb in (
+        STATUS,
+        TAKE,
+        RELEASE,
+        HOLDINGS,
+        SET_POSITION,
+        STAGE,
+        STAGED,
+        REVERT,
+        PLACEMENT,
+        ENVIRON,
+        BEGIN,
+        RESULT,
+    )
+}
+
+
+@cache
+def version() -> str:
+    """The deltawire of this process."""
+    return importlib.metadata.version("deltawire")
+
+
+def request_as(request: object, kind: type[Q]) -> Q:
+    """A request that was JSON as its record. Raises EngineError, naming the fields it lacks."""
+    try:
+        return msgspec.convert(request, kind)
+    except msgspec.ValidationError as error:
+        own = [name for name in kind.__struct_fields__ if name not in ask.Request.__struct_fields__]
+        raise EngineError(f"{kind.__name__} is asked for by {', '.join(own)}: {error}") from None
+
+
+def answer_as(answer: object, kind: type[T], asked: str) -> T:
+    """An answer that was JSON as its record; `asked` is the question, for the error. Raises BadAnswer."""
     try:
         return msgspec.convert(answer, kind)
     except (msgspec.ValidationError, RecursionError) as error:
@@ -27,138 +99,10 @@ def converted(answer: object, kind: type[T], asked: str) -> T:
 def bad_answer(asked: str, error: Exception, came: bytes) -> BadAnswer:
     """The error for an answer that is not the record `asked` should get."""
     shown = ascii(came[:SHOWN].decode(errors="replace"))
-    return BadAnswer(f"{asked} got no answer that vLLM gives ({error}); it was {shown}: does vLLM listen there?")
+    return BadAnswer(f"{asked} got no answer that it should get ({error}); it was {shown}: is that the right server?")
 
 
-class Refusal(msgspec.Struct, frozen=True):
-    """Why a worker did not do what it was asked: an error's type and message."""
-
-    kind: str
-    message: str
-
-
-class Problem(TypedDict):
-    """The newest failure of a worker: an error's type and message, and what it was doing."""
-
-    kind: str
-    message: str
-    doing: str
-
-
-class Staged(TypedDict):
-    """What a worker has ready to be written."""
-
-    version: int
-
-
-class Applied(TypedDict):
-    """The newest update that a worker wrote. `from_version` is None when it started from an anchor; `created` is the
-    publisher's clock, in seconds since the epoch."""
-
-    run: str
-    version: int
-    from_version: int | None
-    changed: int
-    wire_bytes: int
-    created: float
-    fetch_s: float
-    stage_s: float
-    write_ms: float
-
-
-class Worker(msgspec.Struct, frozen=True):
-    """What every answer of a worker says, besides: which worker it is."""
-
-    rank: int
-
-
-class Accepted(msgspec.Struct, frozen=True):
-    """Whether a worker does what it was asked to."""
-
-    accepted: bool
-
-
-class Finished(msgspec.Struct, frozen=True):
-    """Whether a worker has the answer to what takes long; then the answer is beside."""
-
-    done: bool
-
-
-class Taken(msgspec.Struct, frozen=True):
-    """Whether a worker gave the lease to who asked for it."""
-
-    taken: bool
-
-
-class Environ(msgspec.Struct, frozen=True):
-    """What decides whether a worker's process reaches a store: see `environment.seen`."""
-
-    environ: dict[str, str]
-    pid: int
-
-
-class Blamed(msgspec.Struct, frozen=True):
-    """Tensors that hold something else than a worker's updates left there."""
-
-    drifted: list[str]
-
-
-class Digested(msgspec.Struct, frozen=True):
-    """The digest of every part that a worker holds, by name of the tensor."""
-
-    digests: dict[str, list[Hex]]
-
-    @property
-    def values(self) -> dict[str, list[int]]:
-        """The digests as numbers."""
-        return {name: [int(value, 16) for value in digests] for name, digests in self.digests.items()}
-
-
-class Holding(Digested, frozen=True):
-    """Which parts of which tensors a worker holds, too; `sizes` are the elements of every tensor, wherever it is, and
-    `frozen` the committed digests of those that the run never changes and it holds nothing of."""
-
-    sizes: dict[str, int]
-    parts: dict[str, list[Part]]
-    frozen: dict[str, Hex]
-
-    def __post_init__(self) -> None:
-        require_digests(self.parts, self.digests)
-        for name, parts in self.parts.items():
-            if not all(_inside(part, self.sizes.get(name, 0)) for part in parts):
-                raise ValueError(f"a part of {name} is not in it")
-
-
-class Audited(Holding, frozen=True):
-    """What a worker found when it digested all of its memory: `promised` are whole tensors' digests of the version it
-    stands at, `drifted` names what its updates did not leave so."""
-
-    position: Position | None
-    promised: dict[str, Hex]
-    drifted: list[str]
-
-
-class Placed(msgspec.Struct, frozen=True):
-    """Where each tensor lives in a worker, the frozen ones it holds nothing of, and the modules whose weights are made
-    anew at an update."""
-
-    placement: dict[str, list[Box]]
-    frozen: list[str]
-    remade: list[str]
-
-
-def require_digests(parts: Mapping[str, Sequence[Part]], digests: Mapping[str, Sequence[object]]) -> None:
-    """Raise ValueError unless there is a digest for each part."""
-    for name, held in parts.items():
-        if len(digests.get(name, ())) != len(held):
-            raise ValueError(f"{len(held)} parts of {name} and {len(digests.get(name, ()))} digests")
-
-
-def _inside(part: Part, size: int) -> bool:
-    """Whether every element of a rectangle is one of a tensor's."""
-    offset, shape, strides = part
-    if len(shape) != len(strides) or min((offset, *shape, *strides)) < 0:
-        return False
-    if 0 in shape:
-        return True
-    return offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True)) < size
+def require_protocol(protocol: object, other: str, *, remedy: str) -> None:
+    """Raise OtherProtocol unless this is the protocol spoken here. `other` is who speaks it."""
+    if protocol != PROTOCOL:
+        raise OtherProtocol(f"{other} speaks protocol {protocol} and this deltawire {version()} {PROTOCOL}: {remedy}")

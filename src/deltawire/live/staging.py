@@ -1,23 +1,22 @@
 """Everything about an update that can be done while the server generates: fetch, verify, place, gather, compare.
 
-Weights move only by our own updates, so old bits gathered while generating are still right in the pause. A Plan tells
+Weights move only by our own updates, so old bits gathered while generating are still right in the pause. A Plan names
 the digests that it leads to, to be compared with its commit's before it is applied; applying it only scatters.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from deltawire.errors import DtypeMismatch, EngineUnsupported
 from deltawire.live.boxes import Box
 from deltawire.live.live_weights import LiveWeights
 from deltawire.live.memory import Memory, digest_box
-from deltawire.live.post_load import Step
-from deltawire.live.threads import share
+from deltawire.live.transforms import Transform
+from deltawire.live.writes import Fill, Scatter, Swap, SwappedAttribute, SwappedTensor, Write
 from deltawire.read.changes import Change
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.records import Position
@@ -31,77 +30,6 @@ DENSE = 4
 """one element in so many changed, and the whole part is written"""
 PIECE = 1 << 16
 """elements that a thread writes at a time, a third of a millisecond's work"""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scatter:
-    """Elements of one storage: where, what is there, and what will be. On the device already."""
-
-    memory: Memory
-    offsets: torch.Tensor
-    old: torch.Tensor
-    new: torch.Tensor
-
-    def put(self, memory: Memory, bits: torch.Tensor) -> None:
-        """Write bits to the same elements of a storage."""
-        memory.scatter(self.offsets, bits)
-
-    def write(self) -> None:
-        """Put the new bits."""
-        self.put(self.memory, self.new)
-
-    def undo(self) -> None:
-        """Put the old bits back."""
-        self.put(self.memory, self.old)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Fill:
-    """A whole rectangle of live memory, for a tensor that changed nearly everywhere."""
-
-    memory: Memory
-    box: Box
-    old: torch.Tensor
-    new: torch.Tensor
-
-    def put(self, memory: Memory, bits: torch.Tensor) -> None:
-        """Write bits to the same rectangle of a storage."""
-        memory.view(self.box).copy_(bits)
-
-    def write(self) -> None:
-        """Put the new bits."""
-        self.put(self.memory, self.new)
-
-    def undo(self) -> None:
-        """Put the old bits back."""
-        self.put(self.memory, self.old)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Swap:
-    """What a module's step after loading makes of its new weights, made on a shadow: into its live tensors, in place,
-    and into the attributes that hold what it keeps out of sight."""
-
-    module: nn.Module
-    tensors: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
-    attributes: tuple[tuple[str, object, object], ...]
-
-    def write(self) -> None:
-        """Put the new results."""
-        for live, _, new in self.tensors:
-            live.copy_(new)
-        for name, _, made in self.attributes:
-            setattr(self.module, name, made)
-
-    def undo(self) -> None:
-        """Put the old results back."""
-        for live, old, _ in self.tensors:
-            live.copy_(old)
-        for name, held, _ in self.attributes:
-            setattr(self.module, name, held)
-
-
-Write = Scatter | Fill | Swap
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,30 +65,16 @@ def stage(
     started = time.monotonic()
     change = subscriber.change(since, version)
     fetched = time.monotonic()
-    writes: list[Scatter | Fill] = []
-    after, changed = dict(digests), change.delta.changed
-    if change.anchor is None:
-        for name, tensor in change.delta.items():
-            with _naming(name):
-                after[name] = _place(live, name, tensor, digests[name], writes)
-        touched = [step for name in change.delta for step in live.steps.get(name, ())]
-    else:
-        changed = 0
-        for name in live.placement.boxes:  # of other tensors nothing is here
-            wanted = change.anchor[name].copy()
-            if name in change.delta:
-                change.delta[name].apply_(wanted.data)
-            with _naming(name):
-                after[name], moved_here = _place_whole(live, name, wanted.data, writes)
-            changed += moved_here
-        touched = live.rebuilt()
-    swaps = [_remake(step, writes) for step in dict.fromkeys(touched)]
+    placed = (
+        _from_anchor(live, digests, change) if change.anchor is not None else _by_delta(live, digests, change.delta)
+    )
+    swaps = [_remake(transform, placed.writes) for transform in placed.touched]
     return Plan(
         since=change.since,
         after=change.position,
-        digests=after,
-        writes=(*writes, *swaps),
-        changed=changed,
+        digests=placed.digests,
+        writes=(*placed.writes, *swaps),
+        changed=placed.changed,
         wire_bytes=change.wire_bytes,
         created=change.commit.created,
         fetch_seconds=fetched - started,
@@ -169,30 +83,40 @@ def stage(
     )
 
 
-def apply(writes: Sequence[Write]) -> None:
-    """Write everything, or (when a write fails) put everything back and raise. No two writes touch one element."""
-    shared, elements, rest = [], 0, []
-    for write in writes:
-        if isinstance(write, Scatter) and write.memory.is_on_host:
-            shared.append(write.write)
-            elements += write.new.numel()
-        else:
-            rest.append(write)
-    try:
-        share(shared, elements)
-        with torch.inference_mode():
-            for write in rest:
-                write.write()
-    except BaseException:
-        undo(writes)
-        raise
+@dataclass(slots=True, eq=False)
+class _Placed:
+    """A change as writes to live memory, the digests of every part after them, how many elements of this worker's they
+    change, and the transforms whose weights they touch."""
+
+    digests: dict[str, tuple[int, ...]]
+    writes: list[Scatter | Fill] = field(default_factory=list)
+    changed: int = 0
+    touched: list[Transform] = field(default_factory=list)
 
 
-def undo(writes: Iterable[Write]) -> None:
-    """Put back what `apply` replaced, all of it or a part."""
-    with torch.inference_mode():
-        for write in writes:
-            write.undo()
+def _by_delta(live: LiveWeights, digests: PartDigests, delta: Delta) -> _Placed:
+    """A delta from the bits that these digests are of."""
+    placed = _Placed(dict(digests), changed=delta.changed)
+    for name, tensor in delta.items():
+        with _naming(name):
+            placed.digests[name] = _place(live, name, tensor, digests[name], placed.writes)
+    touched = [transform for name in delta for transform in live.transforms.get(name, ())]
+    placed.touched = list(dict.fromkeys(touched))
+    return placed
+
+
+def _from_anchor(live: LiveWeights, digests: PartDigests, change: Change) -> _Placed:
+    """Whole tensors, whatever lies there now."""
+    assert change.anchor is not None
+    placed = _Placed(dict(digests), touched=live.remade())
+    for name in live.placement.boxes:  # of other tensors nothing is here
+        wanted = change.anchor[name].copy()
+        if name in change.delta:
+            change.delta[name].apply_(wanted.data)
+        with _naming(name):
+            placed.digests[name], moved_here = _place_whole(live, name, wanted.data, placed.writes)
+        placed.changed += moved_here
+    return placed
 
 
 @contextmanager
@@ -256,20 +180,20 @@ def _fill(memory: Memory, box: Box, new: UInts, writes: list[Scatter | Fill]) ->
     writes.append(Fill(memory, box, memory.view(box).clone(), memory.bits_on_device(new).reshape(box.shape)))
 
 
-def _remake(step: Step, writes: Iterable[Scatter | Fill]) -> Swap:
-    """Run a module's step on a shadow of it with its new weights."""
-    values = step.copies()
-    storages = {old.untyped_storage().data_ptr(): values[leaf] for leaf, old in step.loaded.items()}
+def _remake(transform: Transform, writes: Iterable[Scatter | Fill]) -> Swap:
+    """Run a module's transform on a shadow of it with its new weights."""
+    values = transform.copies()
+    storages = {old.untyped_storage().data_ptr(): values[leaf] for leaf, old in transform.loaded.items()}
     for write in writes:
         if (copied := storages.get(write.memory.flat.untyped_storage().data_ptr())) is not None:
             write.put(Memory(copied), write.new)
-    shadow = step.shadow(values)
-    live, made = step.results(step.module), step.results(shadow)
+    shadow = transform.shadow(values)
+    live, made = transform.results(transform.module), transform.results(shadow)
     if any(name not in made or made[name].shape != tensor.shape for name, tensor in live.items()):
-        raise EngineUnsupported(f"what vLLM makes of {step.prefix} after loading does not fit in its place")
-    attributes = (*step.hidden, *(name for name in step.plain if name in vars(shadow)))
+        raise EngineUnsupported(f"what the server makes of {transform.prefix} after loading does not fit in its place")
+    attributes = (*transform.hidden, *(name for name in transform.plain if name in vars(shadow)))
     return Swap(
-        step.module,
-        tuple((tensor, tensor.detach().clone(), made[name].detach()) for name, tensor in live.items()),
-        tuple((name, getattr(step.module, name), getattr(shadow, name)) for name in attributes),
+        transform.module,
+        tuple(SwappedTensor(tensor, tensor.detach().clone(), made[name].detach()) for name, tensor in live.items()),
+        tuple(SwappedAttribute(name, getattr(transform.module, name), getattr(shadow, name)) for name in attributes),
     )

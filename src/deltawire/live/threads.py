@@ -1,5 +1,7 @@
-"""Writes to host memory shared among the cores that this process may use: one core waits for memory and does not fill
-the bus, and while a server is paused the others have little to do."""
+"""Writes to host memory on all cores that this process may use.
+
+One core waits for memory and does not fill the bus, and while a server is paused the others have little to do.
+"""
 
 import threading
 from collections import deque
@@ -14,48 +16,57 @@ WORTH = 200_000
 """elements, about a millisecond's work, below which starting a thread does not pay"""
 
 
-def share(jobs: Sequence[Callable[[], None]], elements: int) -> None:
-    """Do every job, in any order; all together write so many elements. The first error is raised when nothing is under
-    way any more; jobs that no thread had begun by then are left out.
+def run_together(jobs: Sequence[Callable[[], None]], elements: int) -> None:
+    """Do every job, in any order; all together write so many elements. The first error is raised when no job runs any
+    more; jobs that no thread had begun by then are left out.
 
-    A thread that is done takes the next job, for a core may be busy: vLLM's engine process spins on one while it waits.
+    A thread that is done takes the next job, for a core may be busy: a server's process (vLLM's engine) may spin on one
+    while it waits.
     """
     usable = cores.allowed() if elements >= WORTH else set()
-    others = cores.beside(usable)
-    waiting, errors = deque(jobs), list[BaseException]()
-
-    def run() -> None:
-        try:
-            while waiting and not errors:
-                try:
-                    job = waiting.popleft()
-                except IndexError:  # another thread took the last
-                    return
-                job()
-        except BaseException as error:
-            errors.append(error)
-
-    def run_beside() -> None:
-        cores.move(others)
-        run()
-
+    queue, others = _Queue(jobs), cores.beside(usable)
     count = min(len(usable), MOST, len(jobs)) - 1
-    threads = [threading.Thread(target=run_beside, name="deltawire-write") for _ in range(count)]
+    threads = [threading.Thread(target=queue.run_on, args=(others,), name="deltawire-write") for _ in range(count)]
     begun = False
     while True:
         try:
             if not begun:
                 begun = True
                 _start(threads)
-                run()
+                queue.run()
             for thread in threads:
                 if thread.ident is not None:  # one that has no number never began, or will see the error first
                     thread.join()
             break
-        except BaseException as error:  # an interrupt: whoever undoes what was written must be alone when it does
-            errors.append(error)
-    if errors:
-        raise errors[0]
+        except BaseException as error:  # an interrupt: what undoes the writes must be alone when it does
+            queue.errors.append(error)
+    if queue.errors:
+        raise queue.errors[0]
+
+
+class _Queue:
+    """Jobs that threads take one by one, until there are no more or one of them fails."""
+
+    def __init__(self, jobs: Sequence[Callable[[], None]]) -> None:
+        self._waiting = deque(jobs)
+        self.errors: list[BaseException] = []
+
+    def run(self) -> None:
+        """Take jobs on this thread; what one raises is kept."""
+        try:
+            while self._waiting and not self.errors:
+                try:
+                    job = self._waiting.popleft()
+                except IndexError:  # another thread took the last
+                    return
+                job()
+        except BaseException as error:
+            self.errors.append(error)
+
+    def run_on(self, usable: set[int]) -> None:
+        """The same, on these cores."""
+        cores.move(usable)
+        self.run()
 
 
 def _start(threads: Sequence[threading.Thread]) -> None:

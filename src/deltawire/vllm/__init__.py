@@ -16,8 +16,8 @@ def register() -> None:
 def follow(llm: object, bucket: str, **options: object) -> "Follower":
     """A follower of `bucket` for a `vllm.LLM` in this process; call its `step()` between calls of `generate`.
 
-    The LLM is made with `weight_transfer_config=WeightTransferConfig(backend="deltawire")`. `options` are `Follower`'s,
-    which says what is raised.
+    The LLM is made with `weight_transfer_config=WeightTransferConfig(backend="deltawire")`. `options` are
+    `FollowOptions`'; `Follower` says what is raised.
     """
     from deltawire.vllm import in_process
 

@@ -7,15 +7,16 @@ what was asked of the version before is answered by it to the end.
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.errors import EngineError, EngineUnsupported, FormatError
-from deltawire.follow.loop import Following, replica_name
-from deltawire.follow.news import News
+from deltawire.follow.loop import FollowLoop, replica_name
+from deltawire.follow.options import FollowOptions
 from deltawire.format import checkpoint
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.local_copy import LocalCopy
@@ -36,7 +37,7 @@ class AdapterReport(msgspec.Struct, frozen=True):
 
     `from_version` is what this host's copy held, None when it started from an anchor; `changed` elements differ from
     it, or are all. Every tensor's digest was equal to the commit's in the folder the server loaded. `load_s` is how
-    long the server took to answer the load; it reads between two of its steps. `publish_to_served_s` compares this
+    long the server took to answer the load; it reads between two of its passes. `publish_to_served_s` compares this
     host's clock with the publisher's.
     """
 
@@ -51,18 +52,15 @@ class AdapterReport(msgspec.Struct, frozen=True):
     publish_to_served_s: float
 
 
-class AdapterFollower(Following[EngineClient, AdapterReport]):
+class AdapterFollower(FollowLoop[AdapterReport]):
     """Has one vLLM server hold the newest version of an adapter run as `NAME@VERSION`, and the one before it. The
-    server runs with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.
+    server, named by its address or reached by a client, runs with --enable-lora and
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. `options` are FollowOptions, as a record
+    or by keyword; of a pinned version, newer ones are no longer answered.
 
     `folder` holds, under the adapter's name, a copy that deltas move and a folder for each version the server may read
     again: it reads an adapter when it is loaded, and after it had to make room. By default it is in this user's cache;
-    the server must see it under the same path, and no two followers may share one adapter's.
-
-    `pin` holds a version, older or newer; versions after it are no longer answered. `base` is a folder here with the
-    adapter that the run starts from, where it starts from one by reference. `trusted` are public keys, or files of
-    them, one of which must have signed every record; `state`, `run` and `forget_state` are as for `Follower`. `replica`
-    names the entry under `replicas/`. `poll` is seconds between looks at the bucket.
+    the server must see it under the same path, and each follower of an adapter needs one of its own.
 
     Raises FormatError for a name that is not letters, digits, '.', '_' and '-'.
     """
@@ -70,43 +68,22 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
     def __init__(
         self,
         bucket_url: str,
-        engine: str,
+        engine: str | EngineClient,
         name: str,
         *,
         folder: Path | str | None = None,
-        poll: float | None = None,
-        pin: int | None = None,
-        base: Path | str | None = None,
-        trusted: Iterable[str | Path] = (),
-        state: Path | str | None = None,
-        run: str | None = None,
-        forget_state: bool = False,
-        replica: str | None = None,
-        on_update: Callable[[AdapterReport], None] = lambda report: None,
-        on_problem: Callable[[Exception], None] = lambda error: None,
-        on_news: Callable[[News], None] = lambda news: None,
-        clock: Callable[[], float] = time.time,
+        options: FollowOptions | None = None,
+        **keywords: Any,
     ) -> None:
         if not _NAME.fullmatch(name):
             raise FormatError(f"adapter name {name!r}: use at most 100 letters, digits, '.', '_' and '-'")
-        super().__init__(
-            bucket_url,
-            EngineClient(engine),
-            poll=poll,
-            pin=pin,
-            base=base,
-            trusted=trusted,
-            state=place_of(state, f"{replica or replica_name(engine)}@{name}"),
-            run=run,
-            forget_state=forget_state,
-            replica=replica,
-            on_update=on_update,
-            on_problem=on_problem,
-            on_news=on_news,
-            clock=clock,
-        )
+        options = (options or FollowOptions()).changed(**keywords)
+        self._engine = EngineClient(engine) if isinstance(engine, str) else engine
+        url = self._engine.url
+        state = place_of(options.state, f"{options.replica or replica_name(url)}@{name}")
+        super().__init__(bucket_url, options, server=url, state=state)
         self._name = name
-        own = (Path(folder) if folder is not None else cache_folder() / self._replica).resolve() / name
+        own = (Path(folder) if folder is not None else cache_folder() / self.replica).resolve() / name
         self._versions, self._copy = own / "versions", LocalCopy(own / "copy")
 
     def close(self) -> None:
@@ -114,19 +91,22 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
         super().close()
         self._copy.close()
 
+    def _let_go_of_server(self) -> None:
+        self._engine.close()
+
     def _ask_server(self) -> Position | None:
-        return self._newest_of(self._loaded(), self._subscriber.run.run)
+        return self._newest_of(self._loaded(), self.source.subscriber.run.run)
 
     def _advance(self, target: Position) -> AdapterReport | None:
-        standing = self.standing
-        if not checkpoint.is_adapter(self._subscriber.run.table):
+        health = self.health
+        if not checkpoint.is_adapter(self.source.subscriber.run.table):
             raise EngineUnsupported(f"{self.bucket.url}: run {target.run} is of a model: follow it without --adapter")
         loaded = self._loaded()
-        self._labelled = self._newest_of(loaded, target.run)
-        standing.server_says(self._labelled)
+        health.labelled = self._newest_of(loaded, target.run)
+        health.server_says(health.labelled)
         report = self._load(target, loaded) if loaded.get(self._named(target)) != target else None
-        self._labelled = target
-        standing.is_current(target)
+        health.labelled = target
+        health.is_current(target)
         self._tidy(target)
         return report
 
@@ -148,16 +128,16 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
         """Have the server read a folder that holds the version, checked against its commit."""
         self._keep_what_is_needed()
         name, started = self._named(target), time.perf_counter()
-        mirror, change = self._copy.at(self._subscriber, target.version)
+        mirror, change = self._copy.at(self.source.subscriber, target.version)
         folder = self._lay_out(mirror)
         fetched = time.perf_counter()
-        if name in loaded:  # of another run: loading in place would have vLLM read the folder anew for every request
+        if name in loaded:  # of another run: loaded in place, vLLM would read the folder again for every request
             self._engine.unload_adapter(name)
         self._engine.load_adapter(name, folder)
         load_s = time.perf_counter() - fetched
         if self._engine.models().get(name) != str(folder):
             raise EngineError(f"{self._engine.url} took adapter {name} and does not list it: restart it")
-        whole = sum(count(entry.shape) for entry in self._subscriber.run.table)
+        whole = sum(count(entry.shape) for entry in self.source.subscriber.run.table)
         report = AdapterReport(
             name=name,
             run=target.run,
@@ -167,13 +147,13 @@ class AdapterFollower(Following[EngineClient, AdapterReport]):
             wire_bytes=change.wire_bytes,
             fetch_s=fetched - started,
             load_s=load_s,
-            publish_to_served_s=self._clock() - change.commit.created,
+            publish_to_served_s=self.options.clock() - change.commit.created,
         )
-        self._on_update(report)
+        self.options.on_update(report)
         return report
 
     def _lay_out(self, mirror: Mirror) -> Path:
-        """A folder of its own for the version the copy is at; made anew, whatever a server that was restarted left."""
+        """A folder of its own for the version the copy is at; it replaces what a server that was restarted left."""
         folder = self._versions / f"{mirror.position.run}-{mirror.position.version:06d}"
         shutil.rmtree(folder, ignore_errors=True)
         with building(folder, mirror.position) as work:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from deltawire.buckets.addresses import is_loopback
 from deltawire.buckets.proxies import proxy_note
 from deltawire.errors import BadAnswer, EngineError, EngineUnavailable, EngineUnsupported, Quarantined
-from deltawire.follow.engine import Engine, PauseMode, opening
+from deltawire.follow.engine import Engine, PauseMode
 from deltawire.runlog.records import Position
 from deltawire.vllm.answers import Done, Models, Paused, Results, WeightInfo, decoded
 
@@ -19,7 +19,7 @@ except ImportError:
 
 T = TypeVar("T")
 TIMEOUT = httpx.Timeout(120.0, connect=5.0)
-"""seconds; a call waits for the scheduler's current step, and for a first compile"""
+"""seconds; a call waits for the scheduler's current pass, and for a first compile"""
 LIMITS = httpx.Limits(keepalive_expiry=2.0)
 """seconds an idle connection is used again: fewer than the 5 after which vLLM closes it"""
 BROKEN_OFF = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
@@ -31,6 +31,8 @@ class EngineClient(Engine):
 
     A name and password in the address ("http://name:password@host") are sent, and are not in `url` or any error.
     Raises EngineUnsupported for what is not the address of a server."""
+
+    software = "vLLM"
 
     def __init__(self, url: str, *, timeout: httpx.Timeout | float = TIMEOUT) -> None:
         self.url, login = _address(url)
@@ -61,16 +63,13 @@ class EngineClient(Engine):
     def begin_init(
         self, bucket: str, trusted: Iterable[str] = (), settings: Mapping[str, str] = {}, base: Path | None = None
     ) -> None:
-        self._post(
-            "/init_weight_transfer_engine", {"init_info": opening(bucket, trusted, settings, base) | self.carried}
-        )
+        self._post("/init_weight_transfer_engine", {"init_info": self.attaching(bucket, trusted, settings, base)})
 
     def start(self) -> None:
         self._post("/start_weight_update", {}, again=False)
 
     def update(self, bucket: str, target: Position) -> None:
-        info = {"bucket": bucket, "version": target.version, "root": target.root, **self.carried}
-        self._post("/update_weights", {"update_info": info}, again=False)
+        self._post("/update_weights", {"update_info": self.updating(bucket, target)}, again=False)
 
     def finish(self, weight_version: str | None) -> None:
         self._post("/finish_weight_update", {"weight_version": weight_version} if weight_version else {}, again=False)

@@ -1,4 +1,4 @@
-"""The weight transfer engine that vLLM creates in each worker: vLLM's names for what a replica does."""
+"""The weight transfer engine that vLLM creates in each worker: vLLM's names for what a LiveWorker does."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,15 +11,15 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from deltawire.format.codecs import gap
-from deltawire.live.worker import Replica
+from deltawire.live.worker import LiveWorker
 from deltawire.vllm.hooks import LOADING
 from deltawire.weights import kernels
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Body of /init_weight_transfer_engine: the bucket to stand on, optional, the public keys to trust, and a folder
-    of this host with the base checkpoint of its run."""
+    """Body of /init_weight_transfer_engine: what `live.messages.Attach` holds; the
+    bucket is optional."""
 
     request: dict[str, Any]
 
@@ -46,7 +46,7 @@ class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         super().__init__(*args, **kwargs)
         kernels.warm_up()  # nothing compiles inside a pause
         gap.warm_up()
-        self.replica = Replica(
+        self.worker = LiveWorker(
             self.model,
             loading=getattr(self.model, LOADING, None),
             workers=self.parallel_config.world_size,
@@ -63,26 +63,26 @@ class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Begin to attach to a bucket, if one is named: probe placement, digest live weights, find the version."""
         if init_info.request.get("bucket") is not None:
-            self.replica.begin_attach(init_info.request)
+            self.worker.begin_attach(init_info.request)
 
     def start_weight_update(self) -> None:
         """Nothing to prepare: staging has its own call, and needs no session."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Write version `version` of bucket `bucket`, staged before or staged now."""
-        self.replica.update(update_info)
+        self.worker.update(update_info)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """vLLM's inner half of update_weights, which this engine overrides whole."""
-        self.replica.update(asdict(update_info))
+        self.worker.update(asdict(update_info))
 
     def finish_weight_update(self) -> None:
         """The update stays: what it replaced is forgotten."""
-        self.replica.confirm()
+        self.worker.confirm()
 
     def shutdown(self) -> None:
         """Forget the bucket and its downloads; the weights stay as they are."""
-        self.replica.close()
+        self.worker.close()
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":

@@ -2,14 +2,15 @@
 model served with it after loading (with CPU packing off), and the worker's methods behind `/collective_rpc`."""
 
 import functools
-import json
 import os
 from typing import Any
 
 import torch
 
 from deltawire.errors import EngineUnsupported
+from deltawire.live.answers import Seat, respond
 from deltawire.live.live_weights import watch_loading
+from deltawire.live.rpc import PREFIX, VERBS
 from deltawire.vllm import versions
 
 ENGINE = "deltawire"
@@ -18,20 +19,6 @@ LOADING = "_deltawire_loading"
 PREPACK = "DELTAWIRE_PREPACK"
 """the environment variable that, when `keep`, leaves vLLM's packing of linear weights on CPU as it is"""
 NOT_CHOSEN = """start vLLM with --weight-transfer-config '{"backend":"deltawire"}'"""
-METHODS = (
-    "status",
-    "take",
-    "release",
-    "holdings",
-    "stand",
-    "stage",
-    "staged",
-    "revert",
-    "placement",
-    "environ",
-    "begin",
-    "result",
-)
 SESSION = ("start_weight_update", "update_weights", "finish_weight_update")
 """vLLM's own worker methods that raise when no session is open, or one is already"""
 _INSTALLED = "_deltawire_installed"
@@ -53,14 +40,14 @@ def install() -> None:
         return
     setattr(Worker, _INSTALLED, True)
     WeightTransferEngineFactory.register_engine(ENGINE, "deltawire.vllm.engine", "DeltaWireEngine")
-    _watch_post_load_steps()
+    _watch_post_load()
     for name in SESSION:
         setattr(Worker, name, _kept_from_raising(getattr(Worker, name)))
-    for name in METHODS:
-        setattr(Worker, f"deltawire_{name}", _worker_method(name))
+    for verb in VERBS:
+        setattr(Worker, PREFIX + verb, worker_method(verb))
 
 
-def _watch_post_load_steps() -> None:
+def _watch_post_load() -> None:
     """See what `process_weights_after_loading` changes, before anyone asks: what it changes is not as loaded."""
     from vllm.config import get_current_vllm_config_or_none
     from vllm.model_executor.model_loader import base_loader, utils
@@ -85,7 +72,7 @@ def _watch_post_load_steps() -> None:
 
 def _ask_for_tiles() -> None:
     """Linux gives a process AMX tiles only when asked. vLLM's attention on CPU uses them without asking, and dies of
-    SIGILL where no other kernel happened to ask before (vLLM 0.32 on Sapphire Rapids, linear weights packed)."""
+    SIGILL where no other kernel asked before (vLLM 0.32 on Sapphire Rapids, linear weights packed)."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -95,7 +82,7 @@ def _ask_for_tiles() -> None:
 def _keep_linear_weights_unpacked() -> None:
     """On CPU oneDNN and SGL copy a linear layer's weight into a packed one and read only that. Without them weights are
     patched where they lie, which vLLM has no switch for. With DELTAWIRE_PREPACK=keep they stay, and what they hold is
-    made anew at each update. Kept so for vLLM's own reloads, which would pack some layers only."""
+    remade at each update. Kept so for vLLM's own reloads, which would pack some layers only."""
     import vllm._custom_ops as ops
     from vllm.model_executor.layers import utils
     from vllm.platforms import current_platform
@@ -113,31 +100,28 @@ def _kept_from_raising(original: Any) -> Any:
 
     @functools.wraps(original)
     def method(worker: Any, *args: Any, **kwargs: Any) -> None:
-        replica = getattr(worker.weight_transfer_engine, "replica", None)
-        if replica is None:
+        live = getattr(worker.weight_transfer_engine, "worker", None)
+        if live is None:
             original(worker, *args, **kwargs)
             return
-        with replica.recording(original.__name__, clear=False):
+        with live.recording(original.__name__, clear=False):
             original(worker, *args, **kwargs)
 
     return method
 
 
-def _worker_method(name: str) -> Any:
-    def method(worker: Any, request: str = "{}") -> dict[str, Any]:
-        """JSON in, a dict out; never raises: with several workers one that did would leave later answers off by one."""
-        nonce = None
-        try:
-            asked = json.loads(request)
-            nonce = asked.get("nonce")
-            replica = getattr(worker.weight_transfer_engine, "replica", None)
-            answer = getattr(replica, f"answer_{name}", None)
-            if answer is None:
-                raise EngineUnsupported(NOT_CHOSEN)
-            session_open = bool(worker._weight_update_active)
-            return {**answer(asked), "nonce": nonce, "rank": worker.rank, "session_open": session_open}
-        except Exception as error:
-            return {"nonce": nonce, "refused": {"kind": type(error).__name__, "message": str(error)}}
+def worker_method(verb: str) -> Any:
+    """What vLLM's Worker does under a verb's name: JSON in, a dict out; it never raises."""
 
-    method.__name__ = f"deltawire_{name}"
+    def method(worker: Any, request: str = "{}") -> dict[str, Any]:
+        return respond(verb, request, lambda: _seat_of(worker))
+
+    method.__name__ = PREFIX + verb
     return method
+
+
+def _seat_of(worker: Any) -> Seat:
+    live = getattr(worker.weight_transfer_engine, "worker", None)
+    if live is None:
+        raise EngineUnsupported(NOT_CHOSEN)
+    return Seat(live, worker.rank, bool(worker._weight_update_active))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deltawire.errors import EngineError, EngineUnsupported
-from deltawire.follow.engine import Engine, PauseMode, opening
+from deltawire.follow.engine import Engine, PauseMode
 from deltawire.follow.follower import Follower
 from deltawire.runlog.records import Position
 from deltawire.vllm.hooks import NOT_CHOSEN
@@ -20,6 +20,7 @@ class LocalEngine(Engine):
     """The engine behind an `LLM`. It generates only inside `generate`, so there is nothing to pause."""
 
     url = "this process's LLM"
+    software = "vLLM"
     outlives_follower = False
 
     def __init__(self, llm: Any) -> None:
@@ -37,14 +38,13 @@ class LocalEngine(Engine):
     def begin_init(
         self, bucket: str, trusted: Iterable[str] = (), settings: Mapping[str, str] = {}, base: Path | None = None
     ) -> None:
-        self._call("init_weight_transfer_engine", init_info=opening(bucket, trusted, settings, base) | self.carried)
+        self._call("init_weight_transfer_engine", init_info=self.attaching(bucket, trusted, settings, base))
 
     def start(self) -> None:
         self._call("start_weight_update")
 
     def update(self, bucket: str, target: Position) -> None:
-        info = {"bucket": bucket, "version": target.version, "root": target.root, **self.carried}
-        self._call("update_weights", update_info=info)
+        self._call("update_weights", update_info=self.updating(bucket, target))
 
     def finish(self, weight_version: str | None) -> None:
         self._call("finish_weight_update")

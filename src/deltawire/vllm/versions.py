@@ -1,5 +1,5 @@
-"""Which vLLM this is tested with, and the names of vLLM that it uses: another version, or a name that is not there, is
-told once, in a warning."""
+"""Which vLLM this is tested with, and the names of vLLM that it uses: a warning says once that the
+version is another, or that a name is not there."""
 
 import importlib
 import re
@@ -39,7 +39,8 @@ NAMES_ON_CPU: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.utils": ("check_cpu_sgl_kernel",),
 }
 """the switches of what vLLM packs on CPU"""
-_warned: set[str] = set()
+warned: set[str] = set()
+"""what was said in this process"""
 
 
 def missing(names: Mapping[str, tuple[str, ...]]) -> list[str]:
@@ -76,6 +77,6 @@ def warn(version: str, lacking: list[str]) -> None:
         if lacking
         else f"and this one is {version}; every name of it that deltawire uses is there"
     )
-    if (said := f"{known}, {what}") not in _warned:
-        _warned.add(said)
+    if (said := f"{known}, {what}") not in warned:
+        warned.add(said)
         warnings.warn(said, stacklevel=2)

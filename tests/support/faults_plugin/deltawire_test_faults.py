@@ -1,4 +1,4 @@
-"""A vLLM plugin that makes one worker fail where the file named by DELTAWIRE_TEST_FAULT says: `<rank> <step>`.
+"""A vLLM plugin that makes one worker fail where the file named by DELTAWIRE_TEST_FAULT says: `<rank> <moment>`.
 
 While the folder named by DELTAWIRE_TEST_JOURNAL holds a file `on`, it also notes the weights before and after each
 forward pass, in a file for each rank.
@@ -8,49 +8,34 @@ import functools
 import os
 from pathlib import Path
 
-STEPS = {"init": "_opened", "stage": "_prepare", "commit": "_write", "finish": "_keep"}
-
 
 def register() -> None:
-    from deltawire.live.worker import Replica
+    from deltawire.live.worker import LiveWorker
 
-    if getattr(Replica, "_faulty", False):
-        return
-    Replica._faulty = True
-    for step, method in STEPS.items():
-        setattr(Replica, method, _faulty(step, getattr(Replica, method)))
-    Replica.__init__ = _journaled(Replica.__init__)
+    LiveWorker.before = before
 
 
-def _faulty(step, original):
-    @functools.wraps(original)
-    def wrapped(*arguments):
-        wanted = Path(os.environ["DELTAWIRE_TEST_FAULT"])
-        if wanted.exists() and wanted.read_text() == f"{_rank()} {step}":
-            raise RuntimeError(f"injected into {step}")
-        return original(*arguments)
-
-    return wrapped
-
-
-def _journaled(original):
-    @functools.wraps(original)
-    def wrapped(replica, model, **options):
-        original(replica, model, **options)
-        journal = Path(os.environ["DELTAWIRE_TEST_JOURNAL"])
-
-        def note(end, *_):
-            if (journal / "on").exists():
-                with (journal / str(_rank())).open("a") as file:
-                    file.write(f"{hash(str(replica._attached.live.digests())):x}{end}")
-
-        model.register_forward_pre_hook(functools.partial(note, " "))
-        model.register_forward_hook(functools.partial(note, "\n"))
-
-    return wrapped
-
-
-def _rank():
+def before(worker, moment):
+    """In place of `LiveWorker.before`."""
     import torch.distributed as dist
 
-    return dist.get_rank()
+    rank = dist.get_rank()
+    if moment == "attach":
+        watch(worker, rank)
+    wanted = Path(os.environ["DELTAWIRE_TEST_FAULT"])
+    if wanted.exists() and wanted.read_text() == f"{rank} {moment}":
+        raise RuntimeError(f"injected into {moment}")
+
+
+@functools.cache
+def watch(worker, rank):
+    """Note a worker's weights around each forward pass, from when it is attached for the first time."""
+    journal = Path(os.environ["DELTAWIRE_TEST_JOURNAL"])
+
+    def note(end, *_):
+        if (journal / "on").exists():
+            with (journal / str(rank)).open("a") as file:
+                file.write(f"{hash(str(worker.live.require_attached().live.digests())):x}{end}")
+
+    worker.model.register_forward_pre_hook(functools.partial(note, " "))
+    worker.model.register_forward_hook(functools.partial(note, "\n"))

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from deltawire.errors import EngineError
-from deltawire.follow.engine import Engine, WorkerStatus
+from deltawire.follow.engine import Engine
+from deltawire.follow.status import ServerStatus
 from deltawire.live.lease import RENEW, this_follower
 
 LOOK = 0.25
 """seconds between looks at the lease of a follower that may be gone"""
 
 
-class Hold:
+class ServerLease:
     """The right to drive one engine, for the follower that is `replica` of `bucket`. `take_over` takes it, the first
     time, from a follower that is well, too. `stopping` ends waiting."""
 
@@ -25,8 +26,8 @@ class Hold:
         self.held = False
         engine.token = secrets.token_hex(16)
 
-    def status(self) -> WorkerStatus | None:
-        """The workers' status once the lease is ours; None when `stopping` came first. The end of another's lease is
+    def status(self) -> ServerStatus | None:
+        """The server's status once the lease is ours; None when `stopping` came first. The end of another's lease is
         waited for. Raises AnotherFollower when it is renewed meanwhile, or when another's was ours."""
         status = self._engine.status()
         first = status.lease
@@ -43,8 +44,8 @@ class Hold:
         self._take_over = False
         return status
 
-    def confirmed(self) -> WorkerStatus:
-        """The workers' status. Raises AnotherFollower when the lease is not ours any more."""
+    def confirmed(self) -> ServerStatus:
+        """The server's status. Raises AnotherFollower when the lease is not ours any more."""
         status = self._engine.status()
         if not status.lease.mine:
             raise status.lease.refusal
@@ -63,7 +64,7 @@ class Hold:
             thread.join()
 
     def release(self) -> None:
-        """Let whoever comes next drive the engine at once."""
+        """Let the next follower drive the engine at once."""
         if self.held:
             with suppress(EngineError):
                 self._engine.release()
