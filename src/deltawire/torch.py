@@ -35,8 +35,8 @@ def follow(
     `names` leads to them: `name_map(model)` of `deltawire.trainers.conversion` for a transformers model. Tensors that
     the run never changes need not be there.
 
-    Weights are patched in place, in the dtype the run ships, or in fp32 where it ships bf16, or in bf16 while all that
-    it ships as F32 fits. `base` is a folder with the run's base checkpoint, where it starts from one by reference.
+    Weights are patched in place, in the dtype the run ships. They may be fp32 where it ships bf16, or bf16 while all
+    that it ships as F32 fits. `base` is a folder with the run's base checkpoint, where it starts from one by reference.
     `trusted` are public keys, or files of them, one of which must have signed every record; going back then takes
     `step(version)`. `state` is a file that remembers the newest signed version across restarts. `run` names the only
     run that is followed, beside those that continue it.

@@ -2,8 +2,8 @@
 
 To add an engine, write two things beside `vllm/`, and change nothing here or in `live/`:
 
-1. In each worker process, a `live.worker.LiveWorker` over the loaded model, made when the model is, and a method for
-   each verb of `live.rpc.VERBS`, named `deltawire_` and the verb. It takes one string and returns
+1. In each worker process, a `live.worker.LiveWorker` over the loaded model, made when the model is. Beside it, a method
+   for each verb of `live.rpc.VERBS`, named `deltawire_` and the verb. It takes one string and returns
    `live.answers.respond(verb, string, find)`. `live.live_weights.watch_loading` wraps what the engine does to weights
    after loading them. The engine's own calls for a weight update reach `LiveWorker.begin_attach`, `update` and
    `confirm`, on the thread that runs forward passes, between two of them.
@@ -33,8 +33,8 @@ PauseMode = Literal["keep", "wait", "abort"]
 class Engine(WorkerCalls):
     """One engine and all its workers.
 
-    Every call raises EngineUnavailable when nobody answers, BadAnswer when what is answered is no answer to it,
-    EngineUnsupported when the engine lacks what it takes, and EngineError when it refuses.
+    Every call raises EngineUnavailable when nobody answers, BadAnswer when what comes back is no answer to it, and
+    EngineError when it refuses. EngineUnsupported says what the engine lacks.
     """
 
     outlives_follower: bool = True

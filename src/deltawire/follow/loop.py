@@ -82,9 +82,9 @@ class FollowLoop(ABC, Generic[R]):
         self.stopping.set()
 
     def run(self) -> None:
-        """Follow until stopped or closed. What passes (a store or server that fails or is out of reach, a damaged file,
-        a chain that was read while it changed, another trainer's run) is reported, every minute while it lasts, and
-        looked at again; the server keeps what it serves.
+        """Follow until stopped or closed. What passes is reported, every minute while it lasts, and looked at again;
+        the server keeps what it serves. It may be a store or server that fails or is out of reach, a damaged file, a
+        chain that was read while it changed, or another trainer's run.
 
         Raises what a person must mend: EngineUnsupported, Quarantined, AnotherFollower, ApplyError.
         """
@@ -109,7 +109,7 @@ class FollowLoop(ABC, Generic[R]):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Meanwhile the server is asked every few seconds what it serves, whatever the bucket does: a store that hangs
+        """Meanwhile the server is asked every few seconds what it serves, whatever the bucket does. A store that hangs
         must not make a server look dead, nor hide that one is."""
         done = threading.Event()
 

@@ -29,8 +29,9 @@ class FollowOptions:
     beside those that continue it.
 
     `replica` names the entry under `replicas/` that says, to others and to retention, what the server serves and needs.
-    `on_update` hears each update's report, `on_problem` what stands in the way, and `on_news` what is waited for and
-    fetched, and when the server is current without an update. `clock` is the time of day, in seconds since the epoch.
+    `on_update` hears each update's report, and `on_problem` what stands in the way. `on_news` hears what is waited for
+    and fetched, and when the server is current without an update. `clock` is the time of day, in seconds since the
+    epoch.
 
     An engine whose live weights are patched takes five more; an adapter's follower does not use them. `pause` says
     what becomes of requests in flight during an update: "keep" holds them where they are, "wait" lets them finish

@@ -30,9 +30,9 @@ ASK_AGAIN = 0.02
 class WorkerCalls(ABC):
     """The verbs of `live.rpc`, asked of every worker of an engine at once. An engine says how they are reached.
 
-    Every call raises EngineUnavailable when nobody answers, BadAnswer when what is answered is no answer to it,
-    EngineUnsupported when the engine lacks what it takes, OtherProtocol when its workers run another deltawire, and
-    Quarantined when an answer is to another question. A call that raises has changed nothing, unless it says so.
+    Every call raises EngineUnavailable when nobody answers, BadAnswer when what comes back is no answer to it, and
+    Quarantined when it answers another question. EngineUnsupported says what the engine lacks, OtherProtocol that its
+    workers run another deltawire. A call that raises has changed nothing, unless it says so.
     """
 
     url: str
@@ -113,8 +113,8 @@ class WorkerCalls(ABC):
         return audited(self._fetch(ask.AuditJob(bucket), ask.Audited))
 
     def placement(self) -> list[ask.Placed]:
-        """Of each worker, where each checkpoint tensor lives in its parameters, the tensors that the run never changes
-        of which it holds nothing, and the modules whose weights are remade at an update."""
+        """Of each worker, where each checkpoint tensor lives in its parameters. `frozen` names the tensors that the run
+        never changes and it holds nothing of, `remade` the modules whose weights are remade at an update."""
         return self.ask(rpc.PLACEMENT, ask.Request())
 
     def why_unreached(self, bucket: str) -> str:
@@ -182,6 +182,6 @@ class WorkerCalls(ABC):
 
 
 def nap(seconds: float) -> float:
-    """How long to wait before asking again after a job that has run for some seconds: a little, then a twentieth of
-    that, at most half a second."""
+    """How long to wait before asking again after a job that has run for some seconds. It is a twentieth of that, but
+    neither less than `ASK_AGAIN` nor more than half a second."""
     return min(0.5, max(ASK_AGAIN, seconds / 20))

@@ -81,8 +81,8 @@ class Attached:
         return [name for name in names if self.live.digest(name) != self.digests[name]]
 
     def plan(self, version: int) -> Plan:
-        """The plan that leads to a version, newer or older, from where these weights stand; from an anchor when they
-        stand at no version, or at one that the chain no longer has. It is compared with its commit, unless other
+        """The plan that leads to a version, newer or older, from where these weights are. It starts from an anchor when
+        they are at no version, or at one that the chain no longer has. It is compared with its commit, unless other
         workers hold the rest.
 
         Raises BucketError, FormatError, ChainError; WrongBase for live weights that drifted, BadDigest for a change

@@ -38,10 +38,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle of a checkpoint tensor and the rectangle of a live storage that holds it; offsets and strides count
-    elements, `source_*` in the flat checkpoint tensor, `target_*` in the storage behind parameter `parameter`.
-    Dimensions stand by falling source stride. Live elements are `shift` bits wider (below 0: narrower), at the low end,
-    where all bits are zero."""
+    """A rectangle of a checkpoint tensor and the rectangle of a live storage that holds it. Offsets and strides count
+    elements: `source_*` in the flat checkpoint tensor, `target_*` in the storage behind `parameter`. Dimensions stand
+    by falling source stride. Live elements are `shift` bits wider (below 0: narrower), at the low end, where all bits
+    are zero."""
 
     shape: Shape
     source_offset: int
@@ -149,8 +149,8 @@ def refuse(reasons: Mapping[str, str]) -> None:
 
 
 class OtherWrite(NamedTuple):
-    """A write of a loader's that is no copy of a checkpoint tensor: the first and last offset in the storage behind a
-    parameter that it touches, and the operation."""
+    """A loader's write that is no copy of a checkpoint tensor: the operation, and the first and last offset that it
+    touches in the storage behind a parameter."""
 
     parameter: str
     first: int

@@ -1,7 +1,7 @@
 """A storage whose elements were put in another order after loading, and where a rectangle of it went.
 
-Packing a weight for a kernel moves blocks of it about. Written in mixed radix, every digit of an element's offset keeps
-a stride of its own, before and after; so rectangles stay rectangles and nothing is kept per element.
+Packing a weight for a kernel moves blocks of it about. Written in mixed radix, every digit of an element's offset
+keeps a stride of its own, before and after. So rectangles stay rectangles, and nothing is kept per element.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class Digit(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """A dimension, or a part of one, along which one digit moves: how many values it takes, how many elements of the
-    dimension lie between two of them, which digit moves, and by how much."""
+    """A dimension, or a part of one, along which one digit moves. It takes so many `values`, `elements` of the
+    dimension apart; each moves the digit by `move`."""
 
     values: int
     elements: int
@@ -42,8 +42,8 @@ class Cut(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a box: where it starts in the checkpoint tensor and in the storage before, its stretches, and the
-    stride of each in the checkpoint tensor."""
+    """A part of a box: where it starts in the checkpoint tensor and in the storage before. Each of its stretches has a
+    stride in the checkpoint tensor."""
 
     source: int
     at: int

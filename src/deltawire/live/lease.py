@@ -1,9 +1,9 @@
 """Which follower drives a server: one at a time, by a lease that its status calls renew and its changes carry.
 
 Worker 0's clock says how long a lease was not renewed. Who may take it is decided by the newcomer, from worker 0's
-answer; each worker then swaps holders only if nothing happened since that answer. All workers get the same calls in the
-same order, so all decide alike. What expires is the right to be left alone, not to write: a follower that comes back
-late goes on, unless another has taken the lease; then every worker refuses it.
+answer; each worker then swaps holders only if nothing happened since that answer. All workers get the same calls in
+the same order, so all decide alike. What expires is the right to be left alone, not to write. A follower that comes
+back late goes on, unless another has taken the lease; then every worker refuses it.
 """
 
 import os
@@ -37,8 +37,8 @@ class Holder(msgspec.Struct, frozen=True):
         return self.host == socket.gethostname() and _started(self.pid) != self.started
 
     def may_be_replaced_by(self, other: "Holder") -> bool:
-        """Whether another follower need not wait: ours is gone, is in its own process, or was the same replica in
-        another place (a container that was started again)."""
+        """Whether another follower need not wait: ours is gone, or is in its own process. Or it was the same replica in
+        another place, as a container that was started again."""
         if self.host == other.host:
             return self.is_gone() or (self.pid, self.started) == (other.pid, other.started)
         return self.replica == other.replica

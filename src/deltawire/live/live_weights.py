@@ -33,9 +33,10 @@ def at_once(errand: Callable[[], T]) -> T:
 class LiveWeights:
     """The run's tensors where they live in this worker: those that it holds, and of those the parts it holds.
 
-    Opening probes the model's loader, proves by digests that the probe wrote nothing, and refuses (EngineUnsupported)
-    a model of which any tensor here can neither be patched in place nor remade. `loading` says what the server
-    changed after loading. Its `transforms` are followed or repeated; what else changed makes its module unfit.
+    Opening probes the model's loader, and proves by digests that the probe wrote nothing. It refuses
+    (EngineUnsupported) a model of which a tensor here can neither be patched in place nor remade. `loading` says what
+    the server changed after loading. Its `transforms` are followed or repeated; what else changed makes its module
+    unfit.
 
     Digesting takes seconds for a large model, and disturbs no forward pass. Probing does, and takes moments: it is done
     by `between_passes`.

@@ -21,8 +21,8 @@ CHUNK = 1 << 24
 class Memory:
     """The whole storage behind one live tensor, as a flat vector of integers as wide as its dtype.
 
-    Bits go in and out as the checkpoint has them: where live elements are wider, `shift` zero bits are added at the low
-    end or taken off, and where they are narrower (a `shift` below 0) the other way. Writing goes through the storage
+    Bits go in and out as the checkpoint has them. Where live elements are wider, `shift` zero bits are added at the low
+    end or taken off; where they are narrower (a `shift` below 0), the other way. Writing goes through the storage
     itself and never rebinds it: captured CUDA graphs hold its address.
     """
 

@@ -157,9 +157,9 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     None while that is no committed one; `joined` says whether that is known. `error` is the newest failure, None after
     a success. `fetching` tells how many bytes of an anchor are there, and of how many, while one is being fetched.
 
-    `doing` is what keeps a thread of its own busy, for `doing_s` seconds so far, and `reading` the bucket that this
-    reads for a follower; the server generates meanwhile. `trusted` are public keys, and `base` a folder with the run's
-    base checkpoint, that some follower gave. They are kept until another gives others or the server ends.
+    `doing` is what keeps a thread of its own busy, for `doing_s` seconds so far; the server generates meanwhile.
+    `reading` is the bucket that this reads for a follower. `trusted` are public keys, and `base` a folder with the
+    run's base checkpoint, that some follower gave. They are kept until another gives others or the server ends.
 
     `rank` and `session_open` are its server's to say.
     """

@@ -1,7 +1,8 @@
 """One worker's model, attached to one bucket at a time: attach, stage, write, take back, audit.
 
-A failure leaves weights and version as they were, or quarantines the model: it claims no version until an update from
-an anchor has compared all of memory. Who may ask for what, and what runs in the background, is `worker`'s to decide.
+A failure leaves weights and version as they were, or quarantines the model. It then claims no version until an update
+from an anchor has compared all of memory. Who may ask for what, and what runs in the background, is `worker`'s to
+decide.
 """
 
 import time

@@ -66,8 +66,8 @@ def _probe_aliases(
     entries: Iterable[TensorEntry],
     load_weights: Callable[[Iterator[tuple[str, torch.Tensor]]], Any],
 ) -> None:
-    """Where a tensor's further names lead: nowhere new in a model that ties them, and in one that holds two of it to
-    the second, which moves with the first. A loader that knows no such name holds it only once."""
+    """Find where a tensor's further names lead. In a model that ties them it is nowhere new; in one that holds two
+    copies it is the second, which moves with the first. A loader that knows no such name holds it only once."""
     for entry in entries:
         for alias in entry.aliases:
             source = torch.empty(entry.shape, dtype=getattr(torch, NAMES[entry.dtype]))

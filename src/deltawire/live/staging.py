@@ -85,8 +85,8 @@ def stage(
 
 @dataclass(slots=True, eq=False)
 class _Placed:
-    """A change as writes to live memory, the digests of every part after them, how many elements of this worker's they
-    change, and the transforms whose weights they touch."""
+    """A change as writes to live memory, and the digests of every part after them. `changed` elements of this worker's
+    differ, and transforms whose weights differ are `touched`."""
 
     digests: dict[str, tuple[int, ...]]
     writes: list[Scatter | Fill] = field(default_factory=list)

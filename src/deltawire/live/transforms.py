@@ -1,8 +1,8 @@
 """What a server does to a module's weights after loading them, done again: pack, pad, quantise, hand them to a kernel.
 
 A transform that only moves elements about has layouts, and its weights are patched where they lie. Of any other the
-weights are kept as they were loaded: an update changes those, and runs the transform again on a shadow of the module,
-whose result goes into the live one.
+weights are kept as they were loaded. An update changes those and runs the transform again on a shadow of the module;
+its result goes into the live one.
 """
 
 import copy
@@ -77,8 +77,8 @@ class Transform:
         return {name: made[name] for name in self.results(self.module) if name in made}
 
     def is_current(self) -> bool:
-        """Whether the live module is what its loaded values make, bit for bit (what it keeps out of sight: as far as
-        the same input gives the same output)."""
+        """Whether the live module is what its loaded values make, bit for bit. Of what it keeps out of sight, the same
+        input must give the same output."""
         shadow = self.shadow(self.copies())
         if not self.is_plainly(shadow):
             return False

@@ -1,13 +1,13 @@
 """What one worker does when its server is asked: who may ask, what runs in the background, and how it answers.
 
-A worker that holds the whole model compares with commits by itself. Of several, each holds parts, and only all together
-can be compared: a follower adds up what they report, says where they are, and checks what they write.
+A worker that holds the whole model compares with commits by itself. Of several, each holds parts, and only all
+together can be compared. A follower adds up what they report, says where they are, and checks what they write.
 
 Nothing that a server asks of it raises. With several workers an exception in one leaves every later answer off by one
 behind HTTP 200. So failures are kept here, and the status names the newest.
 
 Weights change on the server's own thread alone. What waits for a store or reads all of memory (attaching, staging,
-auditing) is a job in the background: it only reads the weights, and no update is written meanwhile.
+auditing) is a job in the background. It only reads the weights, and no update is written meanwhile.
 """
 
 import functools

@@ -78,8 +78,8 @@ class SwappedAttribute:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Swap:
-    """What a module's transform makes of its new weights, made on a shadow: into its live tensors, in place, and into
-    the attributes that hold what it keeps out of sight."""
+    """What a module's transform makes of its new weights, made on a shadow. It goes into the live tensors, in place,
+    and into the attributes that hold what is out of sight."""
 
     module: nn.Module
     tensors: tuple[SwappedTensor, ...]

@@ -1,7 +1,7 @@
 """Follow an adapter run: vLLM loads each version beside the last, under a name that says which one it is: NAME@VERSION.
 
-Nothing is paused. A request names the version it wants as its model, so every answer says which policy gave it, and
-what was asked of the version before is answered by it to the end.
+Nothing is paused. A request names the version it wants as its model, so every answer says which policy gave it. What
+was asked of the version before is answered by it to the end.
 """
 
 import re
@@ -59,8 +59,8 @@ class AdapterFollower(FollowLoop[AdapterReport]):
     or by keyword; of a pinned version, newer ones are no longer answered.
 
     `folder` holds, under the adapter's name, a copy that deltas move and a folder for each version the server may read
-    again: it reads an adapter when it is loaded, and after it had to make room. By default it is in this user's cache;
-    the server must see it under the same path, and each follower of an adapter needs one of its own.
+    again. It reads an adapter when it is loaded, and after it had to make room. By default it is in this user's cache.
+    The server must see it under the same path, and each follower of an adapter needs one of its own.
 
     Raises FormatError for a name that is not letters, digits, '.', '_' and '-'.
     """

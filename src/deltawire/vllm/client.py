@@ -129,7 +129,7 @@ class EngineClient(Engine):
 
     def _once(self, verb: str, path: str, body: Any, params: dict[str, str] | None) -> tuple[int, bytes]:
         """Status and body of one request. A connection that brought 500 or above is not used again, for the server may
-        be closing it: leaving such an answer before its end is what drops it from the pool."""
+        be closing it. Leaving such an answer before its end drops the connection from the pool."""
         with self._http.stream(verb, path, json=body, params=params) as response:
             if response.status_code >= 500:
                 return response.status_code, next(response.iter_bytes(), b"")

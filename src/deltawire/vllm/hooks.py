@@ -1,5 +1,6 @@
-"""What the plugin changes in vLLM, once per process: the engine's name, a watch on what happens to the weights of a
-model served with it after loading (with CPU packing off), and the worker's methods behind `/collective_rpc`."""
+"""What the plugin changes in vLLM, once per process. It adds the engine's name and the worker's methods behind
+`/collective_rpc`. Of a model served with it, it watches what happens to the weights after loading, with CPU packing
+off."""
 
 import functools
 import os
@@ -72,7 +73,7 @@ def _watch_post_load() -> None:
 
 def _ask_for_tiles() -> None:
     """Linux gives a process AMX tiles only when asked. vLLM's attention on CPU uses them without asking, and dies of
-    SIGILL where no other kernel asked before (vLLM 0.32 on Sapphire Rapids, linear weights packed)."""
+    SIGILL where no other kernel asked before. So did vLLM 0.32 on Sapphire Rapids, with linear weights packed."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():

@@ -1,5 +1,5 @@
-"""Which vLLM this is tested with, and the names of vLLM that it uses: a warning says once that the
-version is another, or that a name is not there."""
+"""Which vLLM this is tested with, and the names of vLLM that it uses. A warning says once that the version is
+another, or that a name is not there."""
 
 import importlib
 import re
