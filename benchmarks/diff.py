@@ -12,7 +12,7 @@ import numpy as np
 
 from deltawire.publish.baseline import Baseline
 from deltawire.publish.sharded.boxes import Box
-from deltawire.weights import compiled, kernels
+from deltawire.weights import kernels, kernels_numba
 from deltawire.weights.bits import Bits, UInts
 
 
@@ -40,7 +40,7 @@ def main(elements: int, shares: list[float], rounds: int) -> None:
         new[places] += np.uint16(1)
         contenders = {
             "bare numpy": lambda new=new: np.not_equal(old, new).any(),
-            "count kernel": lambda new=new: compiled._count_changed(old, new),
+            "count kernel": lambda new=new: kernels_numba._count_changed(old, new),
             "compare_and_collect": lambda new=new: kernels.compare_and_collect(old, new),
             "capture": capturing(old, new, None),
             "capture of a shard": capturing(old, new, Box((2 * elements,), (elements,), (elements,))),

@@ -24,7 +24,7 @@ from deltawire.errors import (
 )
 from deltawire.publish import publisher
 from deltawire.runlog.log import read_head
-from deltawire.weights import compiled
+from deltawire.weights import kernels_numba
 from deltawire.weights.tensors import equal
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -284,14 +284,14 @@ def test_a_tensor_that_another_thread_writes_while_it_is_compared_makes_a_versio
     monkeypatch,
 ):
     bucket, live = fresh(), torch.zeros(99, dtype=torch.bfloat16)
-    real = compiled._count_changed
+    real = kernels_numba._count_changed
 
     def count(old, new):
         counted = real(old, new)
         live[::2] += 1  # after the changes were counted and before they are written down
         return counted
 
-    monkeypatch.setattr(compiled, "_count_changed", count)
+    monkeypatch.setattr(kernels_numba, "_count_changed", count)
     with publishing(bucket) as pub:
         for _ in range(3):
             live[::7] += 1

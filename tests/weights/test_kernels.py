@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import pairs
 
-from deltawire.weights import compiled, kernels, plain
+from deltawire.weights import kernels, kernels_numba
+from deltawire.weights import kernels_numpy as plain
 
 WIDTHS = [np.uint8, np.uint16, np.uint32, np.uint64]
 
@@ -59,10 +60,10 @@ def test_scatter_writes_what_its_twin_writes(pair):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("changed", [0, 1, compiled.AHEAD, compiled.AHEAD + 1, 3 * compiled.AHEAD])
+@pytest.mark.parametrize("changed", [0, 1, kernels_numba.AHEAD, kernels_numba.AHEAD + 1, 3 * kernels_numba.AHEAD])
 def test_gather_and_scatter_reach_every_position_however_many_there_are(width, changed):
     random = np.random.default_rng(changed)
-    bits = random.integers(0, np.iinfo(width).max, 5 * compiled.AHEAD, width, endpoint=True)
+    bits = random.integers(0, np.iinfo(width).max, 5 * kernels_numba.AHEAD, width, endpoint=True)
     positions = np.sort(random.choice(bits.size, changed, replace=False))
     assert np.array_equal(kernels.gather(bits, positions), kernels.plain.gather(bits, positions))
     one, other = bits.copy(), bits.copy()
@@ -126,10 +127,10 @@ def test_two_threads_in_one_kernel_both_get_the_right_sum():
 def test_after_warming_up_no_element_width_compiles_anything_more():
     kernels.warm_up()
     digests, writes = (
-        (compiled._digest_sweep, compiled._digest_at),
-        (compiled._apply, compiled._gather, compiled._scatter),
+        (kernels_numba._digest_sweep, kernels_numba._digest_at),
+        (kernels_numba._apply, kernels_numba._gather, kernels_numba._scatter),
     )
-    loops = (compiled._count_changed, compiled._collect, *digests, *writes)
+    loops = (kernels_numba._count_changed, kernels_numba._collect, *digests, *writes)
     signatures = [len(loop.signatures) for loop in loops]
     for width in WIDTHS:
         old, new = np.zeros(100, width), np.ones(100, width)
@@ -145,8 +146,8 @@ def test_what_does_not_fit_is_not_written_whatever_was_counted(width):
     old, new = np.zeros(67, width), np.ones(67, width)
     for room in (0, 3, 8, 30, 66):
         positions, steps = np.full(80, -7, np.int64), np.full(80, 7, width)
-        arguments = (old, new), (compiled._words(old), compiled._words(new)), positions[:room], steps[:room]
-        assert compiled._collect(*arguments) == -1
+        arguments = (old, new), (kernels_numba._words(old), kernels_numba._words(new)), positions[:room], steps[:room]
+        assert kernels_numba._collect(*arguments) == -1
         assert set(positions[room:]) == {-7}
         assert set(steps[room:]) == {7}
 
@@ -160,7 +161,7 @@ def test_weights_written_after_they_were_counted_are_compared_as_they_then_are(w
         live[::2] = 3
         return counted
 
-    monkeypatch.setattr(compiled, "_count_changed", count)
+    monkeypatch.setattr(kernels_numba, "_count_changed", count)
     positions, steps = kernels.compare_and_collect(old, new)
     kernels.apply_with_digest(old, positions, steps)
     assert np.array_equal(old, new)

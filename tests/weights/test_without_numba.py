@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltawire.weights import plain, speed
+from deltawire.weights import kernels_numpy as plain
+from deltawire.weights import speed
 
 PROGRAM = Path(__file__).parents[1] / "support" / "core_paths.py"
 
@@ -59,3 +61,12 @@ def test_where_numba_is_installed_nothing_is_counted_or_said(monkeypatch):
     monkeypatch.setattr(speed, "NOTICEABLE", 10)
     plain.digest_sweep(np.zeros(999, np.uint8))
     assert speed._elements == 0
+
+
+def test_only_modules_named_for_it_import_numba_so_that_each_has_a_twin_that_does_not():
+    source = Path(speed.__file__).parents[1]
+    named = {path for path in source.rglob("*.py") if path.stem.endswith("_numba")}
+    imports = re.compile(r"^\s*(import|from) (numba|llvmlite)\b", re.M)
+    importing = {path for path in source.rglob("*.py") if imports.search(path.read_text())} - {Path(speed.__file__)}
+    assert importing <= named
+    assert len(importing) >= 2

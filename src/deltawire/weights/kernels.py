@@ -1,4 +1,4 @@
-"""The inner loops: Numba's (`compiled`) where it is installed, else their numpy twins (`plain`), with equal results.
+"""The inner loops: Numba's (`kernels_numba`) where it is installed, else their numpy twins (`kernels_numpy`), with equal results.
 
 Import this module inside the function that needs it. Numba costs half a second to import, and vLLM's start-up
 (0.32, CPU) looks into every loaded module and fails on llvmlite's.
@@ -6,12 +6,12 @@ Import this module inside the function that needs it. Numba costs half a second 
 
 import numpy as np
 
-from deltawire.weights import plain
+from deltawire.weights import kernels_numpy as plain
 from deltawire.weights.bits import UInts, unsigned
 from deltawire.weights.speed import why_no_numba
 
 if why_no_numba() is None:
-    from deltawire.weights.compiled import (
+    from deltawire.weights.kernels_numba import (
         apply_with_digest,
         compare_and_collect,
         digest_at,
@@ -20,7 +20,7 @@ if why_no_numba() is None:
         scatter,
     )
 else:
-    from deltawire.weights.plain import (
+    from deltawire.weights.kernels_numpy import (
         apply_with_digest,
         compare_and_collect,
         digest_at,

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire.format.codecs import varints_compiled as compiled
-from deltawire.format.codecs import varints_plain as plain
+from deltawire.format.codecs import varints_numba as compiled
+from deltawire.format.codecs import varints_numpy as plain
 
 LARGE = [126, 127, 128, 254, 255, 256, 382, 383, 2**14, 2**21 + 1, 2**35, 2**40]
 EDGES = [0, 1, 2, 3, 64, 127, 128, 129, 130, 253, 254, 255]

@@ -7,8 +7,8 @@ explains.
 from deltawire.weights.speed import why_no_numba
 
 if why_no_numba() is None:
-    from deltawire.format.codecs.varints_compiled import read_gaps, read_varints, write_gaps, write_varints
+    from deltawire.format.codecs.varints_numba import read_gaps, read_varints, write_gaps, write_varints
 else:
-    from deltawire.format.codecs.varints_plain import read_gaps, read_varints, write_gaps, write_varints
+    from deltawire.format.codecs.varints_numpy import read_gaps, read_varints, write_gaps, write_varints
 
 __all__ = ["read_gaps", "read_varints", "write_gaps", "write_varints"]

@@ -1,9 +1,9 @@
-"""The loops of codec `gap` in Numba. `varints_plain` has each as a numpy twin; `varints` chooses."""
+"""The loops of codec `gap` in Numba. `varints_numpy` has each as a numpy twin; `varints` chooses."""
 
 import numba
 import numpy as np
 
-from deltawire.format.codecs.varints_plain import ESCAPE
+from deltawire.format.codecs.varints_numpy import ESCAPE
 
 _jit = numba.njit(nogil=True, cache=True, error_model="numpy")
 

@@ -1,4 +1,4 @@
-"""The inner loops in Numba. `deltawire.weights.plain` has each as a numpy twin of the same name, with equal results.
+"""The inner loops in Numba. `deltawire.weights.kernels_numpy` has each as a numpy twin of the same name, with equal results.
 
 Every loop releases the GIL and none is `parallel=True`: two Python threads inside one under Numba's workqueue abort
 the process. Parallelism is a thread pool over chunks. They compile on first use and are cached on disk. Callers import
@@ -12,7 +12,7 @@ from numba.core.cgutils import get_item_pointer
 from numba.extending import intrinsic
 
 from deltawire.weights.bits import Positions, UInts
-from deltawire.weights.plain import GOLDEN, M1, M2
+from deltawire.weights.kernels_numpy import GOLDEN, M1, M2
 
 CHUNK = 1024
 """words of eight bytes that are compared at a time: what is noted of them, and their copy, stay in the nearest cache"""
