@@ -1,4 +1,4 @@
-"""The inner loops: Numba's (`kernels_numba`) where it is installed, else their numpy twins (`kernels_numpy`), with equal results.
+"""The inner loops, in Numba (`kernels_numba`) where it is installed, else in numpy (`kernels_numpy`): equal results.
 
 Import this module inside the function that needs it. Numba costs half a second to import, and vLLM's start-up
 (0.32, CPU) looks into every loaded module and fails on llvmlite's.

@@ -1,4 +1,4 @@
-"""The inner loops in Numba. `deltawire.weights.kernels_numpy` has each as a numpy twin of the same name, with equal results.
+"""The inner loops in Numba. `kernels_numpy` has a twin of each, of the same name and with equal results.
 
 Every loop releases the GIL and none is `parallel=True`: two Python threads inside one under Numba's workqueue abort
 the process. Parallelism is a thread pool over chunks. They compile on first use and are cached on disk. Callers import
