@@ -35,7 +35,8 @@ lint: setup      ## style
 types: setup     ## mypy --strict on the library
 	@.venv/bin/mypy
 
-docs: setup ## write docs/CLI.md anew from the commands' help
+docs: setup      ## write docs/CLI.md from the commands' help, and build every page as one site in site/
 	@.venv/bin/python scripts/cli_reference.py
+	@.venv/bin/python scripts/website.py site
 
 check: lint types test  ## what CI runs

@@ -37,3 +37,4 @@ __all__ = [
     "verify",
 ]
 __version__ = "0.1.0"
+"""the one place that says it: packages, and `deltawire --version`, read it here"""

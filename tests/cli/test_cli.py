@@ -1,6 +1,5 @@
 """The command line: every verb has help, the reference is current, and an error is one typed line and exit code 1."""
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -117,10 +116,6 @@ def test_a_url_that_is_none_names_the_known_kinds():
 def test_following_without_a_server_says_so(published):
     done = run_verb("follow", "--bucket", published, "--engine", "http://127.0.0.1:9", "--once", code=1)
     assert "EngineUnavailable" in done.stderr
-
-
-def test_the_version_is_told():
-    assert run_verb("--version").stdout == f"deltawire {importlib.metadata.version('deltawire')}\n"
 
 
 def test_log_lists_as_many_of_the_newest_as_asked_for(published):

@@ -26,7 +26,7 @@ from deltawire.publish import uploader
 from deltawire.publish.baseline import Baseline
 from deltawire.publish.queue import Queue
 from deltawire.runlog.log import read_head
-from deltawire.weights import kernels
+from deltawire.weights import kernels_numba
 from deltawire.weights.tensors import equal
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -288,14 +288,14 @@ def test_a_tensor_that_another_thread_writes_while_it_is_compared_makes_a_versio
     monkeypatch,
 ):
     bucket, live = fresh(), torch.zeros(99, dtype=torch.bfloat16)
-    real = kernels._count_changed
+    real = kernels_numba._count_changed
 
     def count(old, new):
         counted = real(old, new)
         live[::2] += 1  # after the changes were counted and before they are written down
         return counted
 
-    monkeypatch.setattr(kernels, "_count_changed", count)
+    monkeypatch.setattr(kernels_numba, "_count_changed", count)
     with publishing(bucket) as pub:
         for _ in range(3):
             live[::7] += 1

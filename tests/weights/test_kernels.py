@@ -1,6 +1,7 @@
 """The compiled loops do what their plain numpy twins say, for every element width and kind of memory."""
 
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import pairs
 
-from deltawire.weights import kernels
+from deltawire.weights import kernels, kernels_numba
+from deltawire.weights import kernels_numpy as plain
 
 WIDTHS = [np.uint8, np.uint16, np.uint32, np.uint64]
 
@@ -58,10 +60,10 @@ def test_scatter_writes_what_its_twin_writes(pair):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("changed", [0, 1, kernels.AHEAD, kernels.AHEAD + 1, 3 * kernels.AHEAD])
+@pytest.mark.parametrize("changed", [0, 1, kernels_numba.AHEAD, kernels_numba.AHEAD + 1, 3 * kernels_numba.AHEAD])
 def test_gather_and_scatter_reach_every_position_however_many_there_are(width, changed):
     random = np.random.default_rng(changed)
-    bits = random.integers(0, np.iinfo(width).max, 5 * kernels.AHEAD, width, endpoint=True)
+    bits = random.integers(0, np.iinfo(width).max, 5 * kernels_numba.AHEAD, width, endpoint=True)
     positions = np.sort(random.choice(bits.size, changed, replace=False))
     assert np.array_equal(kernels.gather(bits, positions), kernels.plain.gather(bits, positions))
     one, other = bits.copy(), bits.copy()
@@ -124,16 +126,19 @@ def test_two_threads_in_one_kernel_both_get_the_right_sum():
 
 def test_after_warming_up_no_element_width_compiles_anything_more():
     kernels.warm_up()
-    digests, writes = (kernels._digest_sweep, kernels._digest_at), (kernels._apply, kernels._gather, kernels._scatter)
-    loops = (kernels._count_changed, kernels._collect, *digests, *writes)
-    compiled = [len(loop.signatures) for loop in loops]
+    digests, writes = (
+        (kernels_numba._digest_sweep, kernels_numba._digest_at),
+        (kernels_numba._apply, kernels_numba._gather, kernels_numba._scatter),
+    )
+    loops = (kernels_numba._count_changed, kernels_numba._collect, *digests, *writes)
+    signatures = [len(loop.signatures) for loop in loops]
     for width in WIDTHS:
         old, new = np.zeros(100, width), np.ones(100, width)
         kernels.apply_with_digest(old, *kernels.compare_and_collect(old, new))
         kernels.digest_at(np.arange(100), new)
         kernels.digest_sweep(new)
         kernels.scatter(old, np.arange(100), kernels.gather(new, np.arange(100)))
-    assert [len(loop.signatures) for loop in loops] == compiled
+    assert [len(loop.signatures) for loop in loops] == signatures
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -141,8 +146,8 @@ def test_what_does_not_fit_is_not_written_whatever_was_counted(width):
     old, new = np.zeros(67, width), np.ones(67, width)
     for room in (0, 3, 8, 30, 66):
         positions, steps = np.full(80, -7, np.int64), np.full(80, 7, width)
-        arguments = (old, new), (kernels._words(old), kernels._words(new)), positions[:room], steps[:room]
-        assert kernels._collect(*arguments) == -1
+        arguments = (old, new), (kernels_numba._words(old), kernels_numba._words(new)), positions[:room], steps[:room]
+        assert kernels_numba._collect(*arguments) == -1
         assert set(positions[room:]) == {-7}
         assert set(steps[room:]) == {7}
 
@@ -156,8 +161,36 @@ def test_weights_written_after_they_were_counted_are_compared_as_they_then_are(w
         live[::2] = 3
         return counted
 
-    monkeypatch.setattr(kernels, "_count_changed", count)
+    monkeypatch.setattr(kernels_numba, "_count_changed", count)
     positions, steps = kernels.compare_and_collect(old, new)
     kernels.apply_with_digest(old, positions, steps)
     assert np.array_equal(old, new)
     assert positions.tolist() == list(range(0, size, 2))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_twins_join_their_chunks(width):
+    random = np.random.default_rng(4)
+    old = random.integers(0, np.iinfo(width).max, 3 * plain.CHUNK + 5, width, endpoint=True)
+    new = old.copy()
+    new[random.choice(old.size, old.size // 2, replace=False)] += width(7)
+    change = kernels.compare_and_collect(old, new)
+    found = plain.compare_and_collect(old, new)
+    assert [part.dtype for part in found] == [part.dtype for part in change]
+    assert all(map(np.array_equal, found, change))
+    assert plain.digest_sweep(new, 11) == kernels.digest_sweep(new, 11)
+    assert plain.digest_at(*change) == kernels.digest_at(*change)
+    one, other = old.copy(), old.copy()
+    assert plain.apply_with_digest(one, *change, 2**40) == kernels.apply_with_digest(other, *change, 2**40)
+    assert np.array_equal(one, other)
+
+
+def test_the_twins_need_little_memory_whatever_the_tensor():
+    old = np.zeros(4_000_000, np.uint16)
+    new = old.copy()
+    new[::1000] = 1
+    tracemalloc.start()
+    plain.apply_with_digest(old, *plain.compare_and_collect(old, new))
+    plain.digest_sweep(new)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()

@@ -1,13 +1,13 @@
 """The `deltawire` command: one verb per thing people do. It prints reports; `--json` prints them one object a line."""
 
-import importlib.metadata
 import sys
 from typing import Annotated
 
 import typer
 
+from deltawire.cli import version as versions
 from deltawire.cli.engines import audit, follow
-from deltawire.cli.printing import named
+from deltawire.cli.printing import emit, named
 from deltawire.cli.reading import inspect, log, materialize, verify
 from deltawire.cli.starting import demo, render, serve
 from deltawire.cli.upkeep import compact, keygen, prune
@@ -22,19 +22,21 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
-        print(f"deltawire {importlib.metadata.version('deltawire')}")
-        raise typer.Exit
-
-
-@app.callback()
+@app.callback(invoke_without_command=True)
 def deltawire(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and its formats, and exit.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --version: one JSON object.")] = False,
 ) -> None:
     """Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket."""
+    if version:
+        report = versions.report()
+        emit(report, versions.text_of(report), json)
+        raise typer.Exit
+    if json:
+        raise typer.BadParameter("stands behind the verb, or beside --version", param_hint="--json")
+    if context.invoked_subcommand is None:
+        raise typer.BadParameter("name a verb; `deltawire --help` lists them", param_hint="VERB")
 
 
 for verb in (serve, follow, audit, log, inspect, verify, materialize, compact, prune, keygen):

@@ -210,12 +210,17 @@ def write(record: Run | Commit | Derived | Head | Way) -> bytes:
     return msgspec.json.encode(record, order="sorted")
 
 
+def formats_of(kind: type[msgspec.Struct]) -> tuple[int, ...]:
+    """The formats in which a kind of record is written and read."""
+    return (FORMAT, ALIASES) if kind is Run else (FORMAT,)
+
+
 def read(kind: type[Record], data: bytes, *, where: str) -> Record:
     """A record from JSON, checked. `where` names the object in errors. Raises FormatError, UnknownVersion."""
     try:
         version = msgspec.json.decode(data, type=_AnyFormat).format
-        if version != FORMAT and not (kind is Run and version == ALIASES):
-            known = f"{FORMAT} or {ALIASES}" if kind is Run else FORMAT
+        if version not in formats_of(kind):
+            known = " or ".join(map(str, formats_of(kind)))
             raise UnknownVersion(f"{where}: format {version}; this deltawire reads format {known}, upgrade it")
         record = msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

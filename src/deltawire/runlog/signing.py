@@ -8,17 +8,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from typing import TYPE_CHECKING
 
 from deltawire.errors import AlreadyExists, BadSignature, FormatError, NotFound
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 UNSIGNED = "0" * 128
 """what stands in the signature's place while a record is signed or checked"""
@@ -32,7 +27,7 @@ _PRIVATE = "PRIVATE KEY-----"
 class SigningKey:
     """A private key. Its repr shows the public half alone."""
 
-    _private: Ed25519PrivateKey
+    _private: "Ed25519PrivateKey"
 
     @property
     def public(self) -> str:
@@ -71,13 +66,10 @@ class Trust:
         field = _FIELD % signature.encode()
         if data.count(field) != 1:
             raise BadSignature(f"{where}: its signature does not stand in it exactly once")
-        try:
-            key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signer))
-            key.verify(bytes.fromhex(signature), data.replace(field, _FIELD % UNSIGNED.encode()))
-        except (InvalidSignature, ValueError):
-            raise BadSignature(
-                f"{where}: the signature of {signer[:16]}… is wrong: altered since it was signed"
-            ) from None
+        from deltawire.runlog import ed25519
+
+        if not ed25519.verifies(signer, signature, data.replace(field, _FIELD % UNSIGNED.encode())):
+            raise BadSignature(f"{where}: the signature of {signer[:16]}… is wrong: altered since it was signed")
 
     def _names(self) -> str:
         return ", ".join(f"{key[:16]}…" for key in sorted(self.keys))
@@ -85,13 +77,15 @@ class Trust:
 
 def generate_key(path: Path) -> SigningKey:
     """A new private key in a file of its own, PEM (PKCS #8), readable by its owner alone. Raises AlreadyExists."""
-    key = Ed25519PrivateKey.generate()
+    from deltawire.runlog import ed25519
+
+    key = ed25519.generate()
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise AlreadyExists(f"{path} exists already; a key is never overwritten, choose another name") from None
     with os.fdopen(descriptor, "wb") as file:
-        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        file.write(ed25519.to_pem(key))
     return SigningKey(key)
 
 
@@ -101,13 +95,15 @@ def read_key(path: Path | str) -> SigningKey:
         raise FormatError("a signing key is named by its file: what was given is the private key itself")
     if _is_key(str(path)):
         raise FormatError(f"{path} is a public key: records are signed with the file that `deltawire keygen` wrote")
+    from deltawire.runlog import ed25519
+
     try:
-        key = load_pem_private_key(Path(path).read_bytes(), password=None)
+        key = ed25519.from_pem(Path(path).read_bytes())
     except OSError as error:
         raise NotFound(f"signing key {path}: {error.strerror}; write one with `deltawire keygen {path}`") from None
     except (ValueError, TypeError):
         raise FormatError(f"{path} is no private key: write one with `deltawire keygen {path}`") from None
-    if not isinstance(key, Ed25519PrivateKey):
+    if key is None:
         raise FormatError(f"{path} is a key of another kind; records are signed with Ed25519")
     return SigningKey(key)
 
@@ -115,7 +111,7 @@ def read_key(path: Path | str) -> SigningKey:
 def trust(keys: Iterable[str | Path]) -> Trust:
     """Trust in public keys, each given as 64 hex digits or as a file with one key a line ("#" starts a comment).
 
-    Raises FormatError for what is neither.
+    Raises FormatError for what is neither, and ImportError where signatures cannot be checked.
     """
     found: set[str] = set()
     for given in keys:
@@ -123,6 +119,8 @@ def trust(keys: Iterable[str | Path]) -> Trust:
         if _PRIVATE in text:
             raise FormatError("this is a private key: trust its public half, which `deltawire keygen` printed")
         found |= {text.lower()} if _is_key(text) else _read_public_keys(Path(text))
+    if found:
+        from deltawire.runlog import ed25519  # noqa: F401  fails here rather than at the first record
     return Trust(frozenset(found))
 
 

@@ -1,36 +1,48 @@
 """What a codec is given and gives back: one tensor's streams, and the facts the file's header states about them."""
 
+import sys
+
 import numpy as np
-import zstandard
 
 from deltawire.errors import FormatError, TooLarge, Truncated
 from deltawire.weights.bits import UInts
 
-ZSTD = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, write_content_size=True)
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+ZSTD: dict[int, int] = {
+    zstd.CompressionParameter.compression_level: 1,
+    zstd.CompressionParameter.min_match: 7,
+    zstd.CompressionParameter.hash_log: 6,
+}
 """zstd-1 made to look for few matches: these streams have an uneven histogram but no repeats, and the short matches
 that plain zstd-1 finds in them cost more than Huffman alone (1.41 against 1.44 bytes per change on a real RL trace)."""
 
 
 def compress(data: UInts) -> UInts:
     """A zstd frame (with its content size, without a checksum: the file has its own) as uint8."""
-    packed = zstandard.ZstdCompressor(compression_params=ZSTD).compress(np.ascontiguousarray(data).data)
-    return np.frombuffer(packed, np.uint8)
+    return np.frombuffer(zstd.compress(np.ascontiguousarray(data).data, options=ZSTD), np.uint8)
 
 
 def decompress(packed: UInts, *, limit: int, what: str) -> UInts:
     """The content of one zstd frame as uint8. Raises TooLarge before decompressing more than `limit` bytes,
     FormatError for anything but one whole frame."""
     try:
-        size = zstandard.frame_content_size(packed.data)
-        if size < 0:
+        size = zstd.get_frame_info(packed.data).decompressed_size
+        if size is None:
             raise FormatError(f"{what}: the zstd frame does not say its size")
         if size > limit:
             raise TooLarge(f"{what}: {size:,} bytes where at most {limit:,} can belong")
-        data = zstandard.ZstdDecompressor().decompress(packed.data, max_output_size=size or 1, allow_extra_data=False)
-    except zstandard.ZstdError as error:
+        decompressor = zstd.ZstdDecompressor()
+        data = decompressor.decompress(packed.data, max_length=size + 1)
+    except zstd.ZstdError as error:
         raise FormatError(f"{what}: not a zstd frame ({error})") from None
-    if len(data) != size:
+    if len(data) != size or not decompressor.eof:
         raise Truncated(f"{what}: {len(data):,} bytes of {size:,}")
+    if decompressor.unused_data:
+        raise FormatError(f"{what}: {len(decompressor.unused_data):,} bytes after the zstd frame")
     return np.frombuffer(data, np.uint8)
 
 
