@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from deltawire.cli.engines import audit, follow
+from deltawire.cli.history import diff, log, tag
+from deltawire.cli.interchange import apply, export, import_run
 from deltawire.cli.printing import named
-from deltawire.cli.reading import inspect, log, materialize, verify
+from deltawire.cli.reading import inspect, materialize, verify
 from deltawire.cli.starting import demo, render, serve
 from deltawire.cli.upkeep import compact, keygen, prune
 from deltawire.demo.commands import in_checkout
@@ -16,7 +18,6 @@ from deltawire.errors import DeltaWireError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_show_locals=False,  # an address may hold a password
 )
@@ -37,8 +38,9 @@ def deltawire(
     """Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket."""
 
 
-for verb in (serve, follow, audit, log, inspect, verify, materialize, compact, prune, keygen):
+for verb in (serve, follow, audit, log, diff, tag, inspect, verify, materialize, apply, export, compact, prune, keygen):
     app.command()(verb)
+app.command("import")(import_run)
 app.command(hidden=not in_checkout())(demo)  # a wheel has no examples to run
 spaces = typer.Typer(help="An RL run as three Spaces of the Hub.", no_args_is_help=True, rich_markup_mode=None)
 spaces.command()(render)

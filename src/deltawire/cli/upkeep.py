@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from deltawire.buckets import open_bucket
-from deltawire.cli.options import AsJson, BaseFolder, BucketUrl, Trusted
+from deltawire.cli.options import AsJson, BaseFolder, BucketUrl, SigningKeyFile, Trusted
 from deltawire.cli.printing import emit, size
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.keys import HEAD_KEY
@@ -23,7 +23,7 @@ def compact(
     watch: Annotated[bool, typer.Option(help="Go on for ever, as versions come.")] = False,
     base: BaseFolder = None,
     trust: Trusted = None,
-    key: Annotated[Path | None, typer.Option(help="Private key that signs what is written.")] = None,
+    key: SigningKeyFile = None,
     json: AsJson = False,
 ) -> None:
     """Write folded deltas (over 4, 16, 64 versions) and anchors, so that late readers fetch little."""
