@@ -11,18 +11,18 @@ import msgspec
 import typer
 from rich.table import Table
 
-from deltawire.bits import count
 from deltawire.buckets import open_bucket
-from deltawire.checkpoint import Checkpoint
 from deltawire.cli.options import AsJson, BucketOption, BucketUrl, SigningKeyFile, Trusted
 from deltawire.cli.printing import emit, show, size
 from deltawire.cli.telling import duration
-from deltawire.delta import Delta
-from deltawire.manifests import Commit
+from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.naming import version_named
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.records import Commit
+from deltawire.runlog.signing import read_key
 from deltawire.runlog.tags import Tag, delete_tag, read_tags, write_tag
-from deltawire.signing import read_key
-from deltawire.subscriber import Subscriber
+from deltawire.weights.bits import count
+from deltawire.weights.delta import Delta
 from deltawire.weights.movement import Movement, movements
 from deltawire.weights.movement import total as total_of
 

@@ -9,9 +9,9 @@ import typer
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import ADDRESSES, AsJson, BaseFolder, BucketFirst, SigningKeyFile, Trusted, VersionName
 from deltawire.cli.printing import emit, progress, size
-from deltawire.publisher import Publisher
+from deltawire.publish.publisher import Publisher
 from deltawire.read.naming import version_named
-from deltawire.subscriber import Subscriber
+from deltawire.read.subscriber import Subscriber
 from deltawire.upkeep.applying import apply_files
 from deltawire.upkeep.trl_layout import export_trl, import_trl
 

@@ -1,9 +1,9 @@
 """Which version people mean: a number, `newest`, a tag, or the best by a metric."""
 
 from deltawire.errors import Gap, NotFound, WrongBase
-from deltawire.manifests import Commit
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.records import Commit
 from deltawire.runlog.tags import read_tag, read_tags
-from deltawire.subscriber import Subscriber
 
 BEST = "best:"
 """`best:reward` is the version of the highest reward; `best:-loss` that of the lowest loss"""

@@ -10,8 +10,8 @@ import msgspec
 
 from deltawire.buckets.base import Bucket
 from deltawire.errors import AlreadyExists, ChainError, FormatError, NotFound, TooLarge
-from deltawire.manifests import Position
-from deltawire.signing import UNSIGNED, SigningKey, Trust
+from deltawire.runlog.records import Position
+from deltawire.runlog.signing import UNSIGNED, SigningKey, Trust
 
 MAX_TAG = 64 << 10
 """bytes of the largest tag accepted"""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltawire import checkpoint, wire
 from deltawire.buckets.atomic import file_system_errors
-from deltawire.checkpoint import Checkpoint
 from deltawire.errors import AlreadyExists, Gap, NeedsBase
-from deltawire.mirror import MARKER, held
-from deltawire.wire import DeltaHeader
+from deltawire.format import checkpoint, delta_file
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.format.delta_file import DeltaHeader
+from deltawire.read.mirror import MARKER, held
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ def apply_files(folder: Path, deltas: Sequence[Path], out: Path, *, undo: bool =
         weights = Checkpoint(work, writable=True)
         for path in deltas:
             data = path.read_bytes()
-            here = _next(wire.read_header(data), here, path, undo=undo)
-            delta = wire.decode(data, base=weights)
+            here = _next(delta_file.read_header(data), here, path, undo=undo)
+            delta = delta_file.decode(data, base=weights)
             (-delta if undo else delta).apply_(weights)
             changed += delta.changed
         weights.flush()

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from deltawire import checkpoint, container, wire
-from deltawire.bits import Bits
 from deltawire.buckets.atomic import file_system_errors, replacing
 from deltawire.buckets.base import Bucket, Stat
-from deltawire.changes import Update
-from deltawire.codecs import raw
-from deltawire.delta import Delta
 from deltawire.errors import AlreadyExists, FormatError, Gap, NotFound
-from deltawire.manifests import Position
-from deltawire.publisher import Publisher
-from deltawire.subscriber import Subscriber
+from deltawire.format import checkpoint, container, delta_file
+from deltawire.format.codecs import raw
+from deltawire.publish.publisher import Publisher
+from deltawire.read.changes import Update
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.records import Position
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta
 
 _KEY = re.compile(r"(?P<kind>anchors|deltas)/step_(?P<step>\d+)\.safetensors")
 
@@ -139,7 +139,7 @@ def export_trl(
 
 
 def _read_anchor(path: Path) -> dict[str, Bits]:
-    if wire.is_delta(checkpoint.metadata_of(path)):
+    if delta_file.is_delta(checkpoint.metadata_of(path)):
         raise FormatError(f"{path.name} is a delta file of deltawire, not an anchor of TRL's layout")
     return {name: bits.copy() for name, bits in checkpoint.shard(path).items()}
 
@@ -149,7 +149,7 @@ def _moved(weights: dict[str, Bits], path: Path, file: Stored, last: int) -> dic
     before = checkpoint.metadata_of(path).get("prev_model_version", str(file.step - 1))
     if before != str(last):
         raise Gap(f"{file.stat.key} continues step {before}, and the file before it is of step {last}")
-    wire.decode(path.read_bytes(), base=weights).apply_(weights)
+    delta_file.decode(path.read_bytes(), base=weights).apply_(weights)
     return weights
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltawire.delta import Delta, TensorDelta
+from deltawire.weights.delta import Delta, TensorDelta
 
 _NUMBERED = re.compile(r"(.*?\.\d+)\..+")
 

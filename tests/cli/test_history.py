@@ -6,19 +6,19 @@ import time
 import msgspec
 import numpy as np
 import pytest
-import typer
-
-import deltawire as dw
-from deltawire import retention
-from deltawire.errors import AlreadyExists, BadSignature, FormatError, Gap, NotFound, WrongBase
-from deltawire.manifests import Position
-from deltawire.read.naming import version_named
-from deltawire.retention import Policy
-from deltawire.runlog.tags import read_tag, read_tags, tag_key, write_tag
-from deltawire.signing import generate_key, trust
-from deltawire.weights.movement import layer_of
 from runs import chain_of_four, commits, fresh, publishing
 from verbs import records, say
+
+import deltawire as dw
+from deltawire.errors import AlreadyExists, BadSignature, FormatError, Gap, NotFound, WrongBase
+from deltawire.read.naming import version_named
+from deltawire.runlog.records import Position
+from deltawire.runlog.signing import generate_key, trust
+from deltawire.runlog.tags import read_tag, read_tags, tag_key, write_tag
+from deltawire.upkeep import retention
+from deltawire.upkeep.compactor import Compactor
+from deltawire.upkeep.retention import Policy
+from deltawire.weights.movement import layer_of
 
 REWARDS = (0.1, 0.7, 0.4)
 HOUR = 3600.0
@@ -29,9 +29,10 @@ def run(tmp_path):
     """A folder bucket of three versions, an hour apart, with metrics; its address."""
     url = (tmp_path / "bucket").as_uri()
     weights = {"model.layers.0.w": np.arange(1000, dtype=np.float16), "norm.b": np.zeros(3, np.float16)}
-    now = iter(time.time() - HOUR * age for age in (3, 3, 3, 2, 1, 1, 1, 1))
-    with dw.Publisher(dw.open_bucket(url, create=True), clock=lambda: next(now)) as publisher:
+    ages = {"now": 3.0}
+    with dw.Publisher(dw.open_bucket(url, create=True), clock=lambda: time.time() - HOUR * ages["now"]) as publisher:
         for step, reward in enumerate(REWARDS):
+            ages["now"] = 3.0 - step
             bits = weights["model.layers.0.w"].view(np.uint16)
             bits[step * 7] += 1
             bits[step * 9 + 500] += 40
@@ -81,7 +82,8 @@ def test_diff_says_which_layers_moved_and_how_much_of_it_by_one_step(run, tmp_pa
         ("all", 1, 4, 2),
     ]
     assert "50.0%" in say("diff", 0, 2, "--bucket", run)
-    assert [row["name"] for row in records("diff", 0, 2, "--bucket", run, "--tensors")][0] == "model.layers.0.w"
+    rows = records("diff", 0, 2, "--bucket", run, "--tensors")
+    assert [row["name"] for row in rows] == ["model.layers.0.w", "norm.b", "all"]
     back = records("diff", 2, 0, "--bucket", run)
     assert [row["changed"] for row in back] == [row["changed"] for row in layers]
     for version in (0, 2):
@@ -145,17 +147,10 @@ def test_a_name_that_could_be_taken_for_something_else_is_refused(name):
         write_tag(bucket, commits(bucket)[0].position, name)
 
 
-def test_prune_keeps_what_has_a_tag():
+def test_prune_keeps_what_has_a_tag(tmp_path):
     bucket, _ = chain_of_four()
-    with dw.Subscriber(bucket) as subscriber:
-        target = subscriber.position_at(3)
-    from deltawire.compactor import Compactor
-
-    run = target.run
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder, Compactor(bucket, Path(folder, "mirror"), anchors=2) as compactor:
+    run = commits(bucket)[0].run
+    with Compactor(bucket, tmp_path / "mirror", anchors=2) as compactor:
         compactor.step()
     policy = Policy(anchors=1, hours=0)
     free = retention.plan_prune(bucket, run, policy)
@@ -193,7 +188,7 @@ def test_a_reader_that_trusts_a_key_takes_only_its_tags(tmp_path):
     position = commits(bucket)[0].position
     write_tag(bucket, position, "mine", key=key)
     write_tag(bucket, position, "theirs", key=stranger)
-    write_tag(bucket, position, "nobody's".replace("'", ""))
+    write_tag(bucket, position, "nobodys")
     with dw.Subscriber(bucket, trusted=[key.public]) as subscriber:
         assert version_named(subscriber, "mine") == 0
         for name in ("theirs", "nobodys"):
@@ -206,4 +201,3 @@ def test_a_verb_takes_what_a_unit_sets(run):
     assert "3 older" not in say("log", DELTAWIRE_BUCKET=run)
     assert '"version":2' in say("log", DELTAWIRE_BUCKET=run, DELTAWIRE_JSON="1")
     assert say("tag", DELTAWIRE_BUCKET=run) == "no tags\n"
-    assert typer  # the app itself
