@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from deltawire.cli.engines import audit, follow
-from deltawire.cli.history import diff, log, tag
+from deltawire.cli.history import diff, log
 from deltawire.cli.interchange import apply, export, import_run
 from deltawire.cli.printing import named
 from deltawire.cli.reading import inspect, materialize, verify
+from deltawire.cli.sizing import plan
 from deltawire.cli.starting import demo, render, serve
+from deltawire.cli.tagging import tag
 from deltawire.cli.upkeep import compact, keygen, prune
 from deltawire.demo.commands import in_checkout
 from deltawire.errors import DeltaWireError
@@ -38,7 +40,23 @@ def deltawire(
     """Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket."""
 
 
-for verb in (serve, follow, audit, log, diff, tag, inspect, verify, materialize, apply, export, compact, prune, keygen):
+for verb in (
+    serve,
+    follow,
+    audit,
+    log,
+    diff,
+    tag,
+    inspect,
+    verify,
+    materialize,
+    apply,
+    export,
+    compact,
+    prune,
+    plan,
+    keygen,
+):
     app.command()(verb)
 app.command("import")(import_run)
 app.command(hidden=not in_checkout())(demo)  # a wheel has no examples to run

@@ -1,4 +1,4 @@
-"""Verbs that show a run's history and name its versions: log, diff, tag."""
+"""Verbs that show a run's history: log, diff."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,15 +12,14 @@ import typer
 from rich.table import Table
 
 from deltawire.buckets import open_bucket
-from deltawire.cli.options import AsJson, BucketOption, BucketUrl, SigningKeyFile, Trusted
+from deltawire.cli.options import AsJson, BucketOption, BucketUrl, Trusted
 from deltawire.cli.printing import emit, show, size
 from deltawire.cli.telling import duration
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.naming import version_named
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.records import Commit
-from deltawire.runlog.signing import read_key
-from deltawire.runlog.tags import Tag, delete_tag, read_tags, write_tag
+from deltawire.runlog.tags import read_tags
 from deltawire.weights.bits import count
 from deltawire.weights.delta import Delta
 from deltawire.weights.movement import Movement, movements
@@ -129,40 +128,6 @@ def diff(
     table.add_section()
     table.add_row(*_moved(summary))
     show(table)
-
-
-def tag(
-    version: Annotated[
-        str | None, typer.Argument(metavar="VERSION", help="A version: number, tag, newest, best:METRIC.")
-    ] = None,
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="What to call it.")] = None,
-    bucket: BucketOption = None,
-    move: Annotated[bool, typer.Option("--move", help="Let a tag that is there name this version.")] = False,
-    delete: Annotated[str | None, typer.Option(metavar="NAME", help="Remove this tag; its version stays.")] = None,
-    key: SigningKeyFile = None,
-    trust: Trusted = None,
-    json: AsJson = False,
-) -> None:
-    """Name a version, so that `prune` keeps it and --pin finds it. Without arguments: list the tags.
-
-    What came after a tagged version stays, too. In a signed run a follower with --trust asks for a signed tag: --key.
-    """
-    if bucket is None:
-        raise typer.BadParameter("name the bucket, or set DELTAWIRE_BUCKET", param_hint="--bucket")
-    if (version is None) != (name is None) or (delete is not None and version is not None):
-        raise typer.BadParameter("give VERSION and NAME, or --delete NAME, or nothing to list the tags")
-    with Subscriber(open_bucket(bucket), trusted=trust or ()) as subscriber:
-        store, run = subscriber.bucket, subscriber.run.run
-        if delete is not None:
-            delete_tag(store, run, delete)
-            emit({"deleted": delete}, f"removed tag {delete}; its version stays", json)
-        elif version is not None and name is not None:
-            position = subscriber.position_at(version_named(subscriber, version))
-            report = write_tag(store, position, name, move=move, key=None if key is None else read_key(key))
-            moved = "" if report.before in (None, position.version) else f"; it named version {report.before} before"
-            emit(msgspec.to_builtins(report.tag), f"tag {name}: version {position.version}{moved}", json)
-        else:
-            _show_tags(read_tags(store, run, trust=subscriber.trust), json)
 
 
 def sparkline(shares: Sequence[float]) -> str:
@@ -287,19 +252,3 @@ def _between_folders(first: Path, second: Path) -> tuple[Delta, dict[str, int]]:
             raise typer.BadParameter(f"{folder} is no folder; name versions together with --bucket")
     old = Checkpoint(first)
     return Delta.between(old, Checkpoint(second)), {name: old[name].data.size for name in old}
-
-
-def _show_tags(tags: Sequence[Tag], as_json: bool) -> None:
-    if as_json:
-        for each in tags:
-            emit(msgspec.to_builtins(each), "", as_json)
-        return
-    if not tags:
-        print("no tags")
-        return
-    table = Table("tag", "version", "age", "signer")
-    for each in tags:
-        table.add_row(
-            each.name, str(each.version), duration(max(time.time() - each.created, 0.0)), (each.signer or "")[:8]
-        )
-    show(table)
