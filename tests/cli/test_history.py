@@ -12,9 +12,10 @@ from verbs import records, say
 import deltawire as dw
 from deltawire.errors import AlreadyExists, BadSignature, FormatError, Gap, NotFound, WrongBase
 from deltawire.read.naming import version_named
+from deltawire.runlog.keys import tag_key
 from deltawire.runlog.records import Position
 from deltawire.runlog.signing import generate_key, trust
-from deltawire.runlog.tags import read_tag, read_tags, tag_key, write_tag
+from deltawire.runlog.tags import read_tag, read_tags, write_tag
 from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
 from deltawire.upkeep.retention import Policy

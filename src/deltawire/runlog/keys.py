@@ -24,6 +24,9 @@ _KINDS: Mapping[Kind, re.Pattern[str]] = {
     "anchor record": re.compile(rf"derived/anchor-{_VERSION}-[0-9a-f]{{12}}\.json"),
 }
 _REPLICA = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_TAG = re.compile(r"(?!\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NO_TAGS = frozenset({"newest"})
+"""words that stand for a version, and so name no tag"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,3 +148,22 @@ def replica_key(replica: str) -> str:
     if not _REPLICA.fullmatch(replica):
         raise FormatError(f"replica name {replica!r}: use at most 100 letters, digits, '.', '_' and '-'")
     return f"{REPLICAS}{replica}.json"
+
+
+def tags_prefix(run: str) -> str:
+    """What the key of every tag of a run starts with."""
+    return f"{run_prefix(run)}tags/"
+
+
+def tag_key(run: str, name: str) -> str:
+    """Key of a tag's record. Raises FormatError for a name that no tag may have."""
+    if not _TAG.fullmatch(name) or name in NO_TAGS:
+        raise FormatError(
+            f"tag {name!r}: use at most 100 letters, digits, '.', '_' and '-', not digits alone, and not 'newest'"
+        )
+    return f"{tags_prefix(run)}{name}.json"
+
+
+def tag_name(run: str, key: str) -> str:
+    """The name in a key that lies among the tags of a run; it may be none."""
+    return key.removeprefix(tags_prefix(run)).removesuffix(".json")

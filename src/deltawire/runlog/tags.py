@@ -10,6 +10,7 @@ import msgspec
 
 from deltawire.buckets.base import Bucket
 from deltawire.errors import AlreadyExists, ChainError, FormatError, NotFound, TooLarge
+from deltawire.runlog.keys import tag_key, tag_name, tags_prefix
 from deltawire.runlog.records import Position
 from deltawire.runlog.signing import UNSIGNED, SigningKey, Trust
 
@@ -17,9 +18,6 @@ MAX_TAG = 64 << 10
 """bytes of the largest tag accepted"""
 MAX_TAGS = 10_000
 """tags of one run that are read"""
-RESERVED = frozenset({"newest"})
-"""words that stand for a version, and so name no tag"""
-_NAME = re.compile(r"(?!\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ROOT = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,20 +43,6 @@ class TagReport:
 
     tag: Tag
     before: int | None
-
-
-def check_name(name: str) -> None:
-    """Raise FormatError unless this may name a tag."""
-    if not _NAME.fullmatch(name) or name in RESERVED:
-        raise FormatError(
-            f"tag {name!r}: use at most 100 letters, digits, '.', '_' and '-', not digits alone, and not 'newest'"
-        )
-
-
-def tag_key(run: str, name: str) -> str:
-    """Key of a tag's record. Raises FormatError for a name that no tag may have."""
-    check_name(name)
-    return f"runs/{run}/tags/{name}.json"
 
 
 def write_tag(
@@ -111,12 +95,12 @@ def read_tags(bucket: Bucket, run: str, *, trust: Trust | None = None) -> list[T
     """The tags of a run, by name. What is no tag, or is not signed as `trust` asks, is passed over.
 
     Raises TooLarge where more than MAX_TAGS lie there; BucketError."""
-    prefix, found = f"runs/{run}/tags/", []
-    for count, stat in enumerate(bucket.list(prefix)):
+    found = []
+    for count, stat in enumerate(bucket.list(tags_prefix(run))):
         if count >= MAX_TAGS:
-            raise TooLarge(f"{bucket.url}/{prefix} holds more than {MAX_TAGS:,} tags; remove some")
+            raise TooLarge(f"{bucket.url}/{tags_prefix(run)} holds more than {MAX_TAGS:,} tags; remove some")
         with suppress(NotFound, FormatError, ChainError):
-            found.append(read_tag(bucket, run, stat.key.removeprefix(prefix).removesuffix(".json"), trust=trust))
+            found.append(read_tag(bucket, run, tag_name(run, stat.key), trust=trust))
     return found
 
 
