@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from deltawire.cli.engines import audit, follow
+from deltawire.cli.gateway import gateway
 from deltawire.cli.history import diff, log
 from deltawire.cli.interchange import apply, export, import_run
 from deltawire.cli.printing import named
@@ -43,6 +44,7 @@ def deltawire(
 for verb in (
     serve,
     follow,
+    gateway,
     audit,
     log,
     diff,
