@@ -1,5 +1,8 @@
 """A gateway before real vLLM servers: the policy asked for answers, streamed too, and each answer says which it was."""
 
+import sys
+from pathlib import Path
+
 import httpx
 import pytest
 from gateways import StubVLLM, gateway
@@ -9,6 +12,9 @@ import deltawire as dw
 from deltawire.follow.follower import Follower
 from deltawire.gateway.routing import Engine
 from deltawire.vllm.client import EngineClient
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "vllm"))
+import weight_versions
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3 * START_SECONDS)]
 
@@ -47,6 +53,7 @@ def test_a_real_server_is_asked_for_what_only_it_serves_and_says_what_it_served(
             assert answer.status_code == 200 and answer.headers["X-Served-By"] == "1"
             assert answer.headers["X-Policy-Version"] == answer.headers["X-Policy-Version-Last"] == label
             assert len(answer.json()["choices"]) == 1
+            assert not old.asked
             newer = {"X-Min-Policy-Version": "3"}
             assert complete(door, [1, 2, 3], **newer).status_code == 503
             body = {"model": "policy", "prompt": [4, 5], "max_tokens": 4, "stream": True, "ignore_eos": True}
@@ -56,7 +63,8 @@ def test_a_real_server_is_asked_for_what_only_it_serves_and_says_what_it_served(
             assert streamed.headers["X-Policy-Version"] == label
             assert sum(line.startswith("data: {") for line in lines) == 4
             assert lines[-2:] == ["data: [DONE]", f": X-Policy-Version-Last: {label}"]
-        assert not old.asked
+            assert weight_versions.policy(door, [1, 2], 3)[0] is not None
+        assert weight_versions.policy(server.url, [1, 2], 3) == (label, label)
     finally:
         old.stop()
 
