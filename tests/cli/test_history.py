@@ -11,7 +11,7 @@ from verbs import records, say
 
 import deltawire as dw
 from deltawire.errors import AlreadyExists, BadSignature, FormatError, Gap, NotFound, WrongBase
-from deltawire.read.naming import version_named
+from deltawire.read.naming import name_version, version_named
 from deltawire.runlog.keys import tag_key
 from deltawire.runlog.records import Position
 from deltawire.runlog.signing import generate_key, trust
@@ -159,6 +159,21 @@ def test_prune_keeps_what_has_a_tag(tmp_path):
     write_tag(bucket, commits(bucket)[1].position, "keep")
     held = retention.plan_prune(bucket, run, policy)
     assert (held.floor, held.keys, held.reason) == (0, (), "tag keep")
+
+
+def test_a_version_that_was_pruned_while_it_got_its_tag_has_none(monkeypatch):
+    bucket, _ = chain_of_four()
+    (stat,) = [stat for stat in bucket.list("runs/") if stat.key.endswith("/commits/000001.json")]
+
+    def prune(*arguments, **options):
+        bucket.delete(stat.key)
+        return write_tag(*arguments, **options)
+
+    monkeypatch.setattr("deltawire.read.naming.write_tag", prune)
+    with dw.Subscriber(bucket) as subscriber:
+        with pytest.raises(Gap):
+            name_version(subscriber, "1", "keep")
+        assert read_tags(bucket, subscriber.run.run) == []
 
 
 def test_a_tag_of_other_weights_is_refused():

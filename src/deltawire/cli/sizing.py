@@ -75,8 +75,12 @@ def plan(
     found = forecast(scenario)
     fleet = simulate(scenario, failures_a_day=failures) if play else None
     if json:
-        told = msgspec.to_builtins(found) | {"advice": found.advice, "ratio": found.ratio, "served": found.times.served}
-        emit(told | ({} if fleet is None else {"fleet": msgspec.to_builtins(fleet)}), "", json)
+        record = msgspec.to_builtins(found) | {
+            "advice": found.advice,
+            "ratio": found.ratio,
+            "served": found.times.served,
+        }
+        emit(record | ({} if fleet is None else {"fleet": msgspec.to_builtins(fleet)}), "", json)
         return
     show(_table(found))
     if fleet is not None:

@@ -12,10 +12,10 @@ from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, BucketOption, SigningKeyFile, Trusted
 from deltawire.cli.printing import emit, show
 from deltawire.cli.telling import duration
-from deltawire.read.naming import version_named
+from deltawire.read.naming import name_version
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.signing import read_key
-from deltawire.runlog.tags import Tag, delete_tag, read_tags, write_tag
+from deltawire.runlog.tags import Tag, delete_tag, read_tags
 
 
 def tag(
@@ -44,10 +44,15 @@ def tag(
             delete_tag(store, run, delete)
             emit({"deleted": delete}, f"removed tag {delete}; its version stays", json)
         elif version is not None and name is not None:
-            position = subscriber.position_at(version_named(subscriber, version))
-            report = write_tag(store, position, name, move=move, key=None if key is None else read_key(key))
-            moved = "" if report.before in (None, position.version) else f"; it named version {report.before} before"
-            emit(msgspec.to_builtins(report.tag), f"tag {name}: version {position.version}{moved}", json)
+            signing_key = None if key is None else read_key(key)
+            report = name_version(subscriber, version, name, move=move, key=signing_key)
+            moved = f"; it named version {report.before} before"
+            text = f"tag {name}: version {report.tag.version}"
+            emit(
+                msgspec.to_builtins(report.tag),
+                text if report.before in (None, report.tag.version) else text + moved,
+                json,
+            )
         else:
             _show_tags(read_tags(store, run, trust=subscriber.trust), json)
 

@@ -53,7 +53,9 @@ def build_app(engines: Sequence[Engine], *, patience: float = 30.0, poll: float 
 
     async def health(request: Request) -> Response:
         ready = any(known.ready for known in fleet.known)
-        return JSONResponse({"ready": ready, "engines": [_told(known) for known in fleet.known]}, 200 if ready else 503)
+        return JSONResponse(
+            {"ready": ready, "engines": [_listed(known) for known in fleet.known]}, 200 if ready else 503
+        )
 
     door = _Door(fleet, http, [engine.url for engine in engines], patience)
     passed = [Route(path, door.handle, methods=[method]) for path, method in ROUTES.items()]
@@ -184,7 +186,7 @@ def _refusal(status: int, message: str) -> Response:
     return JSONResponse({"error": error}, status, headers={"Retry-After": "1"} if status == BUSY else None)
 
 
-def _told(known: Known) -> dict[str, Any]:
+def _listed(known: Known) -> dict[str, Any]:
     return {
         "url": known.engine.url,
         "ready": known.ready,

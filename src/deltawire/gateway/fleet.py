@@ -76,13 +76,12 @@ class Fleet:
 
     async def _ask(self, url: str) -> None:
         before = self._known[url]
-        told = await self._told(before.engine)
-        self._set(url, **told)
+        self._set(url, **await self._look_at(before.engine))
         if replace(before, in_flight=0) != replace(self._known[url], in_flight=0):
             async with self._changed:
                 self._changed.notify_all()
 
-    async def _told(self, engine: Engine) -> dict[str, Any]:
+    async def _look_at(self, engine: Engine) -> dict[str, Any]:
         """What an engine's follower says of it, or without one the engine itself."""
         try:
             if engine.health is not None:
@@ -100,11 +99,11 @@ class Fleet:
         self._known[url] = replace(self._known[url], **facts)
 
 
-def _from_follower(told: dict[str, Any]) -> dict[str, Any]:
-    served = told.get("served") or {}
+def _from_follower(health: dict[str, Any]) -> dict[str, Any]:
+    served = health.get("served") or {}
     return {
-        "ready": bool(told["ready"]),
-        "reason": told.get("reason"),
+        "ready": bool(health["ready"]),
+        "reason": health.get("reason"),
         "run": served.get("run"),
         "version": served.get("version"),
     }

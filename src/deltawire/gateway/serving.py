@@ -1,4 +1,4 @@
-"""A gateway as a process: it listens until it is told to end, and finishes what is in flight."""
+"""A gateway as a process: it listens until a signal ends it, and finishes what is in flight."""
 
 import socket
 from collections.abc import Callable, Sequence

@@ -1,9 +1,10 @@
-"""Which version people mean: a number, `newest`, a tag, or the best by a metric."""
+"""Which version people mean: a number, `newest`, a tag, or the best by a metric; and how a version gets a tag."""
 
 from deltawire.errors import Gap, NotFound, WrongBase
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.records import Commit
-from deltawire.runlog.tags import read_tag, read_tags
+from deltawire.runlog.signing import SigningKey
+from deltawire.runlog.tags import TagReport, delete_tag, read_tag, read_tags, write_tag
 
 BEST = "best:"
 """`best:reward` is the version of the highest reward; `best:-loss` that of the lowest loss"""
@@ -22,6 +23,25 @@ def version_named(subscriber: Subscriber, text: str) -> int:
     if text.startswith(BEST):
         return best(subscriber.commits(), text.removeprefix(BEST)).version
     return _tagged(subscriber, text)
+
+
+def name_version(
+    subscriber: Subscriber, text: str, name: str, *, move: bool = False, key: SigningKey | None = None
+) -> TagReport:
+    """Give a version a tag, so that `prune` keeps it; `text` is as for `version_named`, `move` and `key` as for
+    `write_tag`.
+
+    Raises what those raise; Gap where a prune removed the version meanwhile, and then no tag is left.
+    """
+    position = subscriber.position_at(version_named(subscriber, text))
+    report = write_tag(subscriber.bucket, position, name, move=move, key=key)
+    subscriber.refresh()
+    try:
+        subscriber.position_at(position.version)
+    except Gap:
+        delete_tag(subscriber.bucket, position.run, name)
+        raise
+    return report
 
 
 def best(commits: list[Commit], metric: str) -> Commit:

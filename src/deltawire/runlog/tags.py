@@ -92,7 +92,7 @@ def read_tag(bucket: Bucket, run: str, name: str, *, trust: Trust | None = None)
 
 
 def read_tags(bucket: Bucket, run: str, *, trust: Trust | None = None) -> list[Tag]:
-    """The tags of a run, by name. What is no tag, or is not signed as `trust` asks, is passed over.
+    """The tags of a run, by name. Junk, and what is not signed as `trust` asks, is passed over.
 
     Raises TooLarge where more than MAX_TAGS lie there; BucketError."""
     found = []

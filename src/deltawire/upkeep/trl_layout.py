@@ -70,7 +70,7 @@ def import_trl(
 
     The bits are those of the files. Memory: one model and one delta. `timeout` is how long one version may take to be
     durable. Raises NotFound where no anchor is there, Gap where a delta continues no file that is there, FormatError
-    for a file that is none of the layout; what `publish` raises.
+    for another kind of file; what `publish` raises.
     """
     files = list_trl(source)
     start = next((number for number, file in enumerate(files) if file.anchor), None)
@@ -126,7 +126,7 @@ def export_trl(
         if update.delta is None:
             weights = _taken(update, (entry.name for entry in subscriber.run.table))
         elif not anchor:
-            metadata |= _told(update.delta, weights, update.parent)
+            metadata |= _metadata(update.delta, weights, update.parent)
             written += _write(path, dict(_streams(update.delta, weights)), metadata)
         if update.delta is not None:
             update.delta.apply_(weights)
@@ -158,11 +158,11 @@ def _taken(update: Update, names: Iterable[str]) -> dict[str, Bits]:
     return {name: update.anchor[name].copy() for name in names}
 
 
-def _told(delta: Delta, weights: Mapping[str, Bits], parent: Position | None) -> dict[str, str]:
+def _metadata(delta: Delta, weights: Mapping[str, Bits], parent: Position | None) -> dict[str, str]:
     """What a delta file of the layout says of itself."""
     elements = sum(bits.data.size for bits in weights.values())
-    told = {"sparsity": f"{1 - delta.changed / elements:.6f}", "changed_params": json.dumps(sorted(delta))}
-    return told if parent is None else told | {"prev_model_version": str(parent.version)}
+    said = {"sparsity": f"{1 - delta.changed / elements:.6f}", "changed_params": json.dumps(sorted(delta))}
+    return said if parent is None else said | {"prev_model_version": str(parent.version)}
 
 
 def _streams(delta: Delta, weights: Mapping[str, Bits]) -> Iterator[tuple[str, Bits]]:

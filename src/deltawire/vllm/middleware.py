@@ -44,8 +44,8 @@ class PolicyVersion:
                 return
             if message["type"] == "http.response.start":
                 streamed = _is_stream(message)
-                told = {FIRST: first} if streamed else {FIRST: first, LAST: await _label(scope) or first}
-                added = [(name.lower().encode(), value.encode("latin-1")) for name, value in told.items()]
+                labels = {FIRST: first} if streamed else {FIRST: first, LAST: await _label(scope) or first}
+                added = [(name.lower().encode(), value.encode("latin-1")) for name, value in labels.items()]
                 message = {**message, "headers": [*message.get("headers", ()), *added]}
             elif streamed and message["type"] == "http.response.body" and not message.get("more_body"):
                 comment = f": {LAST}: {await _label(scope) or first}\n\n".encode()
