@@ -15,7 +15,7 @@ from deltawire.cli.reading import inspect, materialize, verify
 from deltawire.cli.sizing import plan
 from deltawire.cli.starting import demo, render, serve
 from deltawire.cli.tagging import tag
-from deltawire.cli.upkeep import compact, keygen, prune
+from deltawire.cli.upkeep import compact, keygen, prune, relay
 from deltawire.demo.commands import in_checkout
 from deltawire.errors import DeltaWireError
 
@@ -55,6 +55,7 @@ for verb in (
     apply,
     export,
     compact,
+    relay,
     prune,
     plan,
     keygen,
