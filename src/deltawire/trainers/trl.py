@@ -79,8 +79,8 @@ class DeltaWeightTransfer:
         self.last: PublishReport | None = None
         """what the last `send_weights` published"""
         self.policies: list[Position] = []
-        """what each `send_weights` that returned made durable. A sample that TRL tags n was begun with entry n - 1, counted from the
-        tag that training began with"""
+        """what each `send_weights` that returned made durable. A sample that TRL tags n was begun with entry n - 1,
+        counted from the tag that training began with"""
 
     @property
     def position(self) -> Position | None:
