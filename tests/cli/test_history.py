@@ -89,7 +89,8 @@ def test_diff_says_which_layers_moved_and_how_much_of_it_by_one_step(run, tmp_pa
     assert [row["changed"] for row in back] == [row["changed"] for row in layers]
     for version in (0, 2):
         say("materialize", run, tmp_path / str(version), "--version", version)
-    assert records("diff", tmp_path / "0", tmp_path / "2") == layers
+    for more in ((), ("--bucket", run)):
+        assert records("diff", tmp_path / "0", tmp_path / "2", *more) == layers
     with pytest.raises(AssertionError, match="no folder"):
         say("diff", 0, 2)
 

@@ -105,3 +105,6 @@ def test_an_engine_is_an_address_and_perhaps_where_its_follower_tells_its_health
     for wrong in ("a:8000", "http://a:8000,8001"):
         with pytest.raises(FormatError, match="no address"):
             parse_engine(wrong)
+    with pytest.raises(FormatError, match="password") as refused:
+        parse_engine("http://ada:secret@a:8000")
+    assert "secret" not in str(refused.value)

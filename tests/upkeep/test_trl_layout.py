@@ -58,6 +58,13 @@ def test_a_folder_in_trls_layout_becomes_a_run_bit_for_bit(trl_folder, tmp_path)
     }
 
 
+def test_a_folder_is_not_imported_onto_another_run(trl_folder, tmp_path):
+    say("import", trl_folder[0], tmp_path / "bucket")
+    with pytest.raises(AlreadyExists, match="bucket of its own"):
+        say("import", trl_folder[0], tmp_path / "bucket")
+    assert len(commits(dw.open_bucket((tmp_path / "bucket").as_uri()))) == 5
+
+
 @pytest.mark.parametrize(
     ("spoil", "error", "said"),
     [

@@ -110,9 +110,10 @@ def diff(
 ) -> None:
     """Show what changes from A to B, layer by layer: how many weights, and how many of them by one step of their bits.
 
-    With --bucket A and B are versions of its run; only deltas and folds are fetched. Else they are checkpoint folders.
+    With --bucket A and B are versions of its run; only deltas and folds are fetched. Without it, or where both hold a
+    "/", they are checkpoint folders.
     """
-    if bucket is None:
+    if bucket is None or ("/" in first and "/" in second):
         delta, sizes = _between_folders(Path(first), Path(second))
     else:
         delta, sizes = _between_versions(bucket, first, second, trust or [])

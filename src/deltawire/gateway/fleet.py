@@ -126,4 +126,6 @@ def parse_engine(text: str) -> Engine:
             raise FormatError(
                 f"{address!r} is no address: write http://host:8000, or http://host:8000,http://host:8001/health"
             )
+        if "@" in address:
+            raise FormatError("no address of an engine may hold a password: what clients send is passed on")
     return Engine(url.strip().rstrip("/"), health.strip() or None)

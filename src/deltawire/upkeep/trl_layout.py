@@ -69,9 +69,15 @@ def import_trl(
     """Publish each file of a folder in TRL's layout as a version, from its oldest anchor on; `step` is the file's.
 
     The bits are those of the files. Memory: one model and one delta. `timeout` is how long one version may take to be
-    durable. Raises NotFound where no anchor is there, Gap where a delta continues no file that is there, FormatError
-    for another kind of file; what `publish` raises.
+    durable.
+
+    Raises AlreadyExists where the bucket holds a run, NotFound where no anchor is there, Gap where a delta continues no
+    file that is there, FormatError for another kind of file; and what `publish` raises.
     """
+    if publisher.position is not None:
+        raise AlreadyExists(
+            f"{publisher.bucket.url} holds run {publisher.position.run} already; import into a bucket of its own"
+        )
     files = list_trl(source)
     start = next((number for number, file in enumerate(files) if file.anchor), None)
     if start is None:
