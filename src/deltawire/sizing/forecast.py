@@ -223,7 +223,7 @@ def _advice(found: Forecast) -> list[str]:
         )
         said.append(
             f"On the Hub, {found.requests.busiest:,.0f} API requests in 5 minutes are above the limit of "
-            f"{found.requests.limit:,}. {way}, another plan, or s3://."
+            f"{found.requests.limit:,}. {way}, another plan, `deltawire relay`, or s3://."
         )
     said.append(
         f"An anchor each {found.anchor_every:,} versions ({_duration(found.anchor_every * scenario.cadence)}) is what "

@@ -5,7 +5,6 @@ deltas/step_000011.safetensors      NAME.indices and NAME.values of what changed
 """
 
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,11 +20,10 @@ from deltawire.format.codecs import raw
 from deltawire.publish.publisher import Publisher
 from deltawire.read.changes import Update
 from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.keys import TRL_FOLDERS, trl_key, trl_step
 from deltawire.runlog.records import Position
 from deltawire.weights.bits import Bits
 from deltawire.weights.delta import Delta
-
-_KEY = re.compile(r"(?P<kind>anchors|deltas)/step_(?P<step>\d+)\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +99,9 @@ def import_trl(
 def list_trl(source: Bucket) -> list[Stored]:
     """The files of the layout, by step; of an anchor and a delta of one step the anchor."""
     found: dict[int, Stored] = {}
-    for stat in [*source.list("deltas/"), *source.list("anchors/")]:
-        if name := _KEY.fullmatch(stat.key):
-            found[int(name["step"])] = Stored(int(name["step"]), name["kind"] == "anchors", stat)
+    for stat in (stat for folder in TRL_FOLDERS for stat in source.list(folder)):
+        if (said := trl_step(stat.key)) is not None:
+            found[said[0]] = Stored(*said, stat)
     return [found[step] for step in sorted(found)]
 
 
@@ -127,7 +125,7 @@ def export_trl(
     written, versions = 0, []
     for number, update in enumerate(subscriber.updates(until=until)):
         anchor = number % anchor_every == 0
-        path = folder / ("anchors" if anchor else "deltas") / f"step_{update.position.version:06d}.safetensors"
+        path = folder / trl_key(update.position.version, anchor=anchor)
         metadata = {"sparse": str(not anchor), "model_version": str(update.position.version)}
         if update.delta is None:
             weights = _taken(update, (entry.name for entry in subscriber.run.table))
