@@ -57,6 +57,7 @@ class Tell(TrainerCallback):
             return
         told = {name: logs.get(key) for name, key in TOLD.items()}
         published = {"version": self._transfer.last.version, "delta_bytes": self._transfer.last.wire_bytes}
+        published["policy"] = str(self._transfer.policies[-1])
         print(json.dumps({"event": "step", "step": state.global_step, **told, **published}), flush=True)
 
 

@@ -3,6 +3,9 @@
 vLLM 0.33 tells with every completion (and chat completion) that asks for `return_weight_versions`; before that, its
 `/inference/v1/generate` does, if started with `--enable-scale-out`. Run `python weight_versions.py --prompt 1 2`.
 Versions read `<run>:<version>`, and a request that lives through an update shows both.
+
+Of a whole answer, any vLLM started with `--middleware deltawire.vllm.middleware.PolicyVersion` tells the first and the
+last version in two headers: `python weight_versions.py --headers`. So does `deltawire gateway` of the first.
 """
 
 import argparse
@@ -36,6 +39,14 @@ def generate(engine: str, prompt: list[int], tokens: int) -> Iterator[dict[str, 
         time.sleep(ASK_AGAIN)
 
 
+def policy(engine: str, prompt: list[int], tokens: int) -> tuple[str | None, str | None]:
+    """The first and the last version that made an answer, by its headers; None for one that no header tells."""
+    path, body = request(prompt, tokens, tells=True)
+    answer = httpx.post(engine + path, json={**body, "stream": False}, timeout=STALLED)
+    answer.raise_for_status()
+    return answer.headers.get("X-Policy-Version"), answer.headers.get("X-Policy-Version-Last")
+
+
 def request(prompt: list[int], tokens: int, *, tells: bool) -> tuple[str, dict[str, Any]]:
     """Path and body of the request; `tells` is whether `/v1/completions` tells which weights made its tokens."""
     sampling = {"max_tokens": tokens, "ignore_eos": True}
@@ -56,7 +67,11 @@ def main() -> None:
     parser.add_argument("--engine", default="http://127.0.0.1:8000", help="the vLLM server")
     parser.add_argument("--prompt", type=int, nargs="+", default=[1, 2, 3], help="token ids")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to generate")
+    parser.add_argument("--headers", action="store_true", help="by the headers of a whole answer")
     options = parser.parse_args()
+    if options.headers:
+        print(*policy(options.engine, options.prompt, options.tokens))
+        return
     *_, last = generate(options.engine, options.prompt, options.tokens)
     for span in last["weight_versions"]:
         print(span)

@@ -2,7 +2,7 @@
 
 A turn is one batched request to `/v1/completions`: token ids in, token ids and their log-probabilities out, so nothing
 is lost to re-tokenising. Each episode is one OpenEnv session over WebSocket. Which weights played, vLLM tells with each
-answer since 0.33; a rollout is bracketed by two looks at `/weight_info`, too, for older ones.
+answer since 0.33, and older ones do by deltawire's middleware; else two looks at `/weight_info` bracket a rollout.
 """
 
 import asyncio
@@ -29,6 +29,8 @@ BUSY = 503
 """what vLLM 0.33 answers new requests while a follower with `--pause wait` or `abort` writes; a gateway may, too"""
 ASK_AGAIN = 0.1
 """seconds between requests to a server that is busy"""
+POLICY_HEADERS = ("X-Policy-Version", "X-Policy-Version-Last")
+"""the first and the last weights that made an answer, as deltawire's middleware for vLLM tells them"""
 T = TypeVar("T")
 
 
@@ -232,7 +234,8 @@ class Player:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         for episode, choice in zip(episodes, choices, strict=True):
             episode.wrote(choice["token_ids"], choice["logprobs"]["token_logprobs"])
-        return {span["version"] for choice in choices for span in choice.get("weight_versions") or ()}
+        spans = {span["version"] for choice in choices for span in choice.get("weight_versions") or ()}
+        return spans or {*answer["policy_versions"]}
 
     def _guess(self, episode: Episode) -> str:
         """The line the policy wrote last."""
@@ -260,7 +263,8 @@ class Player:
                     raise NotThereYet(f"{url}: HTTP {response.status}: vLLM is not ready behind it")
                 if response.status != 200:
                     raise ServerError(f"{url}: HTTP {response.status}: {(await response.text())[:300]}")
-                return dict(await response.json())
+                told = [response.headers[name] for name in POLICY_HEADERS if name in response.headers]
+                return {**await response.json(), "policy_versions": told}
         except (aiohttp.ClientError, TimeoutError) as error:
             raise NotThereYet(
                 f"{url}: {error or 'no answer in time'}; is vLLM running there? Start it with "

@@ -150,3 +150,16 @@ def test_a_table_cuts_no_name(tmp_path):
     shown = run_verb("inspect", tmp_path / "delta.safetensors").stdout
     rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")]
     assert "".join(rows) == name
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"), [("ma", "materialize"), ("log --on", "--oneline"), ("follow --pause k", "keep")]
+)
+def test_the_shell_completes_verbs_options_and_choices(words, offered):
+    """What bash asks the command that `deltawire --install-completion` sets up."""
+    typed = f"deltawire {words}"
+    asked = {"_DELTAWIRE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    code = "import sys; sys.argv = ['deltawire']; from deltawire.cli import main; main()"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == [offered]

@@ -15,7 +15,8 @@ class Completions:
     """Answers `/v1/completions` with the lines of `script`, which sees each prompt, cut to `max_tokens`.
 
     Token n of a line has log-probability -n. `/weight_info` tells `versions` one by one, the last forever. `made_by`,
-    if there are any, are the versions that vLLM 0.33 tells with each choice. The next `pauses` requests get a 503.
+    if there are any, are the versions that vLLM 0.33 tells with each choice; `headers` those of an answer. The
+    next `pauses` requests get a 503.
     """
 
     def __init__(self, script: Script, versions: Sequence[str] = ("default",)) -> None:
@@ -25,6 +26,7 @@ class Completions:
         self.fault: int | None = None
         self.dev_mode = True
         self.made_by: list[str] = []
+        self.headers: dict[str, str] = {}
         self.pauses = 0
 
     async def weight_info(self, request: web.Request) -> web.Response:
@@ -51,7 +53,7 @@ class Completions:
                 choice["weight_versions"] = [
                     {"version": v, "start": n, "end": n + 1} for n, v in enumerate(self.made_by)
                 ]
-        return web.json_response({"choices": choices[::-1]})  # vLLM promises no order
+        return web.json_response({"choices": choices[::-1]}, headers=self.headers)  # vLLM promises no order
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[str]:

@@ -23,6 +23,7 @@ class VLLM(BaseHTTPRequestHandler):
     version = "0.33.0"
     pauses = 0
     asked: list[tuple[str, dict[str, Any]]] = []  # noqa: RUF012
+    headers_told: dict[str, str] = {}  # noqa: RUF012
 
     def do_GET(self) -> None:
         self.answer(200, json.dumps({"version": VLLM.version}))
@@ -40,6 +41,8 @@ class VLLM(BaseHTTPRequestHandler):
     def answer(self, status: int, text: str) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
+        for name, value in VLLM.headers_told.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(text.encode())
 
@@ -83,3 +86,15 @@ def test_a_vllm_that_pauses_is_asked_again(engine: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(VLLM, "pauses", 2)
     assert [chunk["token_ids"] for chunk in weight_versions.generate(engine, [1], 3)] == [[5, 6], [7]]
     assert len(VLLM.asked) == 3
+
+
+def test_the_headers_of_a_whole_answer_are_told_where_there_are_any(
+    engine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert weight_versions.policy(engine, [1, 2], 3) == (None, None)
+    told = {"X-Policy-Version": "run:1", "X-Policy-Version-Last": "run:2"}
+    monkeypatch.setattr(VLLM, "headers_told", told)
+    assert weight_versions.policy(engine, [1, 2], 3) == ("run:1", "run:2")
+    monkeypatch.setattr(sys, "argv", ["weight_versions.py", "--engine", engine, "--headers"])
+    weight_versions.main()
+    assert capsys.readouterr().out == "run:1 run:2\n"

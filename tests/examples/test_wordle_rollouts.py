@@ -70,6 +70,16 @@ def test_where_vllm_tells_which_weights_made_which_token_the_rollout_says_so(env
     assert (rollout.version_before, rollout.version_after) == ("run:4", "run:12")
 
 
+def test_where_only_headers_tell_which_weights_answered_the_rollout_says_so(environment_url: str) -> None:
+    vllm = Completions(cat_then_dog, versions=["run:4", "run:4", "run:12"])
+    vllm.headers = {"X-Policy-Version": "run:9", "X-Policy-Version-Last": "run:10"}
+    rollout = play(vllm, environment_url)
+    assert (rollout.version_before, rollout.version_after) == ("run:9", "run:10")
+    vllm.made_by = ["run:11"]
+    rollout = play(vllm, environment_url)
+    assert (rollout.version_before, rollout.version_after) == ("run:11", "run:11"), "what tells of tokens goes first"
+
+
 def test_a_vllm_that_pauses_is_asked_again_and_nothing_is_sampled_twice(environment_url: str, monkeypatch) -> None:
     monkeypatch.setattr("examples.wordle.rollouts.ASK_AGAIN", 0.001)
     vllm = Completions(cat_then_dog)

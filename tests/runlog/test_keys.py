@@ -76,8 +76,20 @@ def test_a_replica_name_that_is_no_part_of_a_key_is_refused(name):
         keys.replica_key(name)
 
 
+@pytest.mark.parametrize("name", ["best", "v1.0", "0-rc_1", "x" * 100])
+def test_the_key_of_a_tag_says_its_name(name):
+    assert keys.tag_name(RUN, keys.tag_key(RUN, name)) == name
+    assert listed(RUN, keys.tag_key(RUN, name)) is None, "a prune passes it over"
+
+
+@pytest.mark.parametrize(("step", "anchor"), [(0, True), (11, False), (1_234_567, False)])
+def test_the_key_of_a_file_in_trls_layout_says_its_step_and_kind(step, anchor):
+    assert keys.trl_step(keys.trl_key(step, anchor=anchor)) == (step, anchor)
+    assert keys.trl_step(f"deltas/step_{step}.bin") is None
+
+
 def test_no_other_module_spells_a_key():
-    spelled = re.compile(r"""f?"(runs|replicas|commits|deltas|anchors|folds|derived)/""")
+    spelled = re.compile(r"""f?"(runs|replicas|commits|deltas|anchors|folds|derived|tags)/""")
     source = Path(deltawire.__file__).parent
     rooms = [path for path in source.iterdir() if path.name not in ("hub_server", "buckets")]  # they hold any keys
     others = [path for room in rooms for path in room.rglob("*.py") if path.name != "keys.py"]

@@ -58,7 +58,8 @@ def server(checkpoint, tmp_path_factory):
     from servers import Server
 
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    started = Server(checkpoint, log, options=("--enable-scale-out",))
+    telling = ("--middleware", "deltawire.vllm.middleware.PolicyVersion")
+    started = Server(checkpoint, log, options=("--enable-scale-out", *telling))
     try:
         started.wait().remember()
         yield started

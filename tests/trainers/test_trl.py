@@ -106,6 +106,7 @@ def test_weights_that_did_not_change_are_a_version_too_and_are_served(url, engin
             assert (transfer.position.version, transfer.last.version) == (version, version)
         assert engine.weight_version == str(transfer.position)
         assert transfer.last.changed == 0
+        assert [position.version for position in transfer.policies] == [0, 1, 2], "what TRL tags 1, 2, 3"
 
 
 def test_what_is_trained_is_what_comes_and_the_rest_is_the_bases(url, tmp_path):

@@ -68,6 +68,18 @@ def test_trl_learns_from_what_vllm_serves_and_at_the_end_both_hold_the_same_bits
     assert all(report.verified for report in reports)
 
 
+def test_the_minimal_example_trains_and_the_server_ends_with_its_last_version(server, tmp_path):
+    save_checkpoint(tmp_path / "policy")
+    url = (tmp_path / "bucket").as_uri()
+    with following(url, server.url) as reports:
+        with python("minimal_on_cpu.py", "policy", url, server.url, 2, folder=tmp_path) as process:
+            code = process.wait(LIMIT)
+        assert code == 0, (tmp_path / "trainer.log").read_text(errors="replace")[-3000:]
+    assert [report.version for report in reports] == [0, 1, 2]
+    with EngineClient(server.url) as engine:
+        assert engine.audit().mismatched == []
+
+
 def test_a_trainer_killed_in_the_middle_starts_again_and_the_server_ends_with_its_weights(server, tmp_path):
     url = (tmp_path / "bucket").as_uri()
     with following(url, server.url) as reports:

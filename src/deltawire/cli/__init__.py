@@ -7,16 +7,20 @@ import typer
 
 from deltawire.cli import version as versions
 from deltawire.cli.engines import audit, follow
+from deltawire.cli.gateway import gateway
+from deltawire.cli.history import diff, log
+from deltawire.cli.interchange import apply, export, import_run
 from deltawire.cli.printing import emit, named
-from deltawire.cli.reading import inspect, log, materialize, verify
+from deltawire.cli.reading import inspect, materialize, verify
+from deltawire.cli.sizing import plan
 from deltawire.cli.starting import demo, render, serve
-from deltawire.cli.upkeep import compact, keygen, prune
+from deltawire.cli.tagging import tag
+from deltawire.cli.upkeep import compact, keygen, prune, relay
 from deltawire.demo.commands import in_checkout
 from deltawire.errors import DeltaWireError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_show_locals=False,  # an address may hold a password
 )
@@ -39,8 +43,27 @@ def deltawire(
         raise typer.BadParameter("name a verb; `deltawire --help` lists them", param_hint="VERB")
 
 
-for verb in (serve, follow, audit, log, inspect, verify, materialize, compact, prune, keygen):
+for verb in (
+    serve,
+    follow,
+    gateway,
+    audit,
+    log,
+    diff,
+    tag,
+    inspect,
+    verify,
+    materialize,
+    apply,
+    export,
+    compact,
+    relay,
+    prune,
+    plan,
+    keygen,
+):
     app.command()(verb)
+app.command("import")(import_run)
 app.command(hidden=not in_checkout())(demo)  # a wheel has no examples to run
 spaces = typer.Typer(help="An RL run as three Spaces of the Hub.", no_args_is_help=True, rich_markup_mode=None)
 spaces.command()(render)

@@ -1,7 +1,7 @@
 """Verbs for a vLLM server on this host: follow a bucket into its live weights, and audit them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,10 +10,12 @@ import msgspec
 import typer
 
 from deltawire.buckets import open_bucket
-from deltawire.cli.options import AsJson, BaseFolder, EngineUrl, Trusted
+from deltawire.cli.options import AsJson, BaseFolder, EngineUrl, SigningKeyFile, Trusted
 from deltawire.cli.printing import emit
 from deltawire.cli.telling import Teller
 from deltawire.errors import NotFound, some
+from deltawire.read.naming import version_named
+from deltawire.read.subscriber import Subscriber
 
 if TYPE_CHECKING:
     from deltawire.follow.follower import Follower, UpdateReport
@@ -22,40 +24,82 @@ if TYPE_CHECKING:
     from deltawire.vllm.adapters import AdapterFollower, AdapterReport
 
 PauseChoice = Literal["keep", "wait", "abort"]
-SourceUrl = Annotated[str, typer.Option(help="The bucket the trainer publishes to.")]
-Poll = Annotated[float | None, typer.Option(help="Seconds between looks; default: what suits the store.")]
-Pin = Annotated[int | None, typer.Option(help="Hold the server at this version, older or newer.")]
+SourceUrl = Annotated[str, typer.Option(help="The bucket the trainer publishes to.", envvar="DELTAWIRE_BUCKET")]
+Poll = Annotated[
+    float | None, typer.Option(help="Seconds between looks; default: what suits the store.", envvar="DELTAWIRE_POLL")
+]
+Pin = Annotated[
+    str | None,
+    typer.Option(
+        metavar="VERSION",
+        help="Hold the server at this version: a number, a tag, or best:METRIC as it stands now.",
+        envvar="DELTAWIRE_PIN",
+    ),
+]
 Adapter = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The run is of an adapter: answer requests for NAME@VERSION.")
+    str | None,
+    typer.Option(
+        metavar="NAME", help="The run is of an adapter: answer requests for NAME@VERSION.", envvar="DELTAWIRE_ADAPTER"
+    ),
 ]
 AdapterFolder = Annotated[
-    Path | None, typer.Option(help="Where the server reads adapters; default: this user's cache.")
+    Path | None,
+    typer.Option(
+        help="Where the server reads adapters; default: this user's cache.", envvar="DELTAWIRE_ADAPTER_FOLDER"
+    ),
 ]
 State = Annotated[
     Path | None,
-    typer.Option(help="With --trust: file or folder that remembers the newest version; default: of this user."),
+    typer.Option(
+        help="With --trust: file or folder that remembers the newest version; default: of this user.",
+        envvar="DELTAWIRE_STATE",
+    ),
 ]
 ForgetState = Annotated[bool, typer.Option(help="Forget it, and follow what the bucket holds now.")]
-Run = Annotated[str | None, typer.Option(metavar="ID", help="Follow this run, or one that continues it.")]
-Pause = Annotated[PauseChoice, typer.Option(help="Requests in flight: kept, finished first, or ended.")]
-KeepCache = Annotated[bool, typer.Option(help="Keep the KV cache of older weights: a shorter pause.")]
-AuditEvery = Annotated[int, typer.Option(min=0, help="Digest all of live memory every so many updates.")]
+Run = Annotated[
+    str | None, typer.Option(metavar="ID", help="Follow this run, or one that continues it.", envvar="DELTAWIRE_RUN")
+]
+Pause = Annotated[
+    PauseChoice, typer.Option(help="Requests in flight: kept, finished first, or ended.", envvar="DELTAWIRE_PAUSE")
+]
+KeepCache = Annotated[
+    bool, typer.Option(help="Keep the KV cache of older weights: a shorter pause.", envvar="DELTAWIRE_KEEP_CACHE")
+]
+AuditEvery = Annotated[
+    int, typer.Option(min=0, help="Digest all of live memory every so many updates.", envvar="DELTAWIRE_AUDIT_EVERY")
+]
 PassEndpoint = Annotated[
-    bool, typer.Option(help="Tell vLLM's worker where the store is (HF_ENDPOINT, AWS_REGION …), never a token.")
+    bool,
+    typer.Option(
+        help="Tell vLLM's worker where the store is (HF_ENDPOINT, AWS_REGION …), never a token.",
+        envvar="DELTAWIRE_PASS_ENDPOINT",
+    ),
 ]
 TakeOver = Annotated[bool, typer.Option(help="Drive the server even if another follower does.")]
 HealthAddress = Annotated[
-    str | None, typer.Option(metavar="[HOST:]PORT", help="Answer /health (200 when ready, else 503) and /live here.")
+    str | None,
+    typer.Option(
+        metavar="[HOST:]PORT",
+        help="Answer /health (200 when ready, else 503) and /live here.",
+        envvar="DELTAWIRE_HEALTH",
+    ),
 ]
 MaxStaleness = Annotated[
-    int | None, typer.Option(min=0, help="Versions behind, or not known, at which --health answers 503.")
+    int | None,
+    typer.Option(
+        min=0, help="Versions behind, or not known, at which --health answers 503.", envvar="DELTAWIRE_MAX_STALENESS"
+    ),
 ]
 MaxAge = Annotated[
-    float | None, typer.Option(min=0, help="Seconds since it was last known current at which --health answers 503.")
+    float | None,
+    typer.Option(
+        min=0, help="Seconds since it was last known current at which --health answers 503.", envvar="DELTAWIRE_MAX_AGE"
+    ),
 ]
 Once = Annotated[bool, typer.Option(help="Bring the server to the newest version, then stop.")]
-Compact = Annotated[Path | None, typer.Option(help="Keep a mirror here, and write folds and anchors.")]
-Key = Annotated[Path | None, typer.Option(help="Private key that signs those folds and anchors.")]
+Compact = Annotated[
+    Path | None, typer.Option(help="Keep a mirror here, and write folds and anchors.", envvar="DELTAWIRE_COMPACT")
+]
 
 
 def follow(
@@ -64,7 +108,7 @@ def follow(
     state: State = None, forget_state: ForgetState = False, run: Run = None, pause: Pause = "keep",
     keep_cache: KeepCache = False, audit_every: AuditEvery = 100, pass_endpoint: PassEndpoint = False,
     take_over: TakeOver = False, health: HealthAddress = None, max_staleness: MaxStaleness = None,
-    max_age: MaxAge = None, once: Once = False, compact: Compact = None, key: Key = None, json: AsJson = False,
+    max_age: MaxAge = None, once: Once = False, compact: Compact = None, key: SigningKeyFile = None, json: AsJson = False,
 ) -> None:  # fmt: skip
     """Follow a bucket and patch a vLLM server's live weights, version by version.
 
@@ -81,7 +125,7 @@ def follow(
 
     teller = Teller(as_json=json)
     options = FollowOptions(
-        poll=poll, pin=pin, base=base, trusted=tuple(trust or ()), state=state, run=run, forget_state=forget_state,
+        poll=poll, pin=_pinned(bucket, pin, trust or ()), base=base, trusted=tuple(trust or ()), state=state, run=run, forget_state=forget_state,
         pause=pause, clear_cache=not keep_cache, audit_every=audit_every, pass_endpoint=pass_endpoint,
         take_over=take_over, on_update=teller.update, on_news=teller.news, on_problem=teller.problem,
     )  # fmt: skip
@@ -93,6 +137,14 @@ def follow(
         if health is not None:
             stack.enter_context(_serving_health(health, follower, max_staleness, max_age, teller))
         _follow(follower, engine, teller, once=once)
+
+
+def _pinned(bucket: str, pin: str | None, trust: Iterable[str]) -> int | None:
+    """The version to hold a server at. A number is believed: the follower may be started before it is there."""
+    if pin is None or pin.isdecimal():
+        return None if pin is None else int(pin)
+    with Subscriber(open_bucket(bucket), trusted=trust) as subscriber:
+        return version_named(subscriber, pin)
 
 
 def _follower(

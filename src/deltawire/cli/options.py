@@ -1,17 +1,39 @@
-"""The arguments and options that several verbs share."""
+"""The arguments and options that several verbs share. Those that a unit or a container sets may come from its
+environment; `--help` names the variable."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-BucketUrl = Annotated[str, typer.Argument(metavar="BUCKET", help="hf://buckets/ns/name, s3://…, file:///folder, …")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of text.")]
+ADDRESSES = "hf://buckets/ns/name, s3://…, file:///folder, …"
+BucketUrl = Annotated[str, typer.Argument(metavar="BUCKET", help=ADDRESSES, envvar="DELTAWIRE_BUCKET")]
+BucketFirst = Annotated[str, typer.Argument(metavar="BUCKET", help=ADDRESSES)]
+"""before another argument: a variable could not stand in for it"""
+BucketOption = Annotated[str | None, typer.Option("--bucket", help=ADDRESSES, envvar="DELTAWIRE_BUCKET")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object a line instead of text.", envvar="DELTAWIRE_JSON")
+]
 Trusted = Annotated[
     list[str] | None,
-    typer.Option("--trust", metavar="KEY", help="Accept only what this public key, or a key in this file, signed."),
+    typer.Option(
+        "--trust",
+        metavar="KEY",
+        help="Accept only what this public key, or a key in this file, signed.",
+        envvar="DELTAWIRE_TRUST",
+    ),
 ]
 BaseFolder = Annotated[
-    Path | None, typer.Option(help="Folder here of the base checkpoint, for a run that starts from a folder.")
+    Path | None,
+    typer.Option(
+        help="Folder here of the base checkpoint, for a run that starts from a folder.", envvar="DELTAWIRE_BASE"
+    ),
 ]
-EngineUrl = Annotated[str, typer.Option(help="The vLLM server on this host.")]
+EngineUrl = Annotated[str, typer.Option(help="The vLLM server on this host.", envvar="DELTAWIRE_ENGINE")]
+SigningKeyFile = Annotated[
+    Path | None, typer.Option("--key", help="Private key that signs what is written.", envvar="DELTAWIRE_KEY")
+]
+VersionName = Annotated[
+    str,
+    typer.Option("--version", metavar="VERSION", help="A number, a tag, newest, or best:METRIC (best:-loss: lowest)."),
+]

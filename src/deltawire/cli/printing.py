@@ -1,6 +1,9 @@
 """How reports are printed: a line of text, or with `--json` one object a line."""
 
 import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 MIB = 1 << 20
 
@@ -19,3 +22,16 @@ def size(count: int) -> str:
 def named(error: BaseException) -> str:
     """An error's type and what it says."""
     return f"{type(error).__name__}: {error}"
+
+
+def show(table: Table) -> None:
+    """Print a table whole: where it is too wide, names go on in the next line, and none is cut to look like another."""
+    for column in table.columns:
+        column.overflow = "fold"
+    Console().print(table)
+
+
+def progress() -> Progress:
+    """A bar on stderr that counts things done, and is gone afterwards."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)

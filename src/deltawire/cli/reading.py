@@ -5,55 +5,19 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from deltawire.buckets import open_bucket
-from deltawire.cli.options import AsJson, BaseFolder, BucketUrl, Trusted
-from deltawire.cli.printing import emit, size
+from deltawire.cli.options import AsJson, BaseFolder, BucketFirst, BucketUrl, Trusted, VersionName
+from deltawire.cli.printing import emit, progress, show, size
 from deltawire.errors import EngineUnsupported
 from deltawire.format import checkpoint, delta_file
 from deltawire.read.changes import Update
+from deltawire.read.naming import version_named
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.planner import Edge
 from deltawire.upkeep.materialize import materialize as materialize_version
 from deltawire.upkeep.verify import verify as verify_run
-
-LISTED = 20
-"""versions that `deltawire log` lists by default"""
-
-
-def log(
-    bucket: BucketUrl,
-    number: Annotated[
-        int | None,
-        typer.Option("--number", "-n", min=0, help="How many, 0: all; default: 20, with --json all."),
-    ] = None,
-    trust: Trusted = None,
-    json: AsJson = False,
-) -> None:
-    """List the newest versions of the bucket's run, the newest last: bytes, step and root of each commit.
-
-    It reads the commits that it lists, and checks that they are a chain. With -n 0 it checks their roots, too.
-    """
-    count = number if number is not None else 0 if json else LISTED
-    with Subscriber(open_bucket(bucket), trusted=trust or ()) as subscriber:
-        commits = subscriber.recent(count) if count else subscriber.commits()
-        older = len(subscriber.chain.versions()) - len(commits) if count and not json else 0
-    if json:
-        for commit in commits:
-            emit(msgspec.to_builtins(commit), "", json)
-        return
-    table = Table("version", "parent", "step", "bytes", "tensors changed", "root", title=f"run {commits[0].run}")
-    for commit in commits:
-        parent = "anchor" if commit.parent is None else str(commit.parent)
-        step = "" if commit.step is None else str(commit.step)
-        row = (str(commit.version), parent, step, size(commit.wire_bytes), str(len(commit.digests)), commit.root[:12])
-        table.add_row(*row)
-    _show(table)
-    if older:
-        print(f"{older:,} older: -n NUMBER lists more, -n 0 all")
 
 
 def inspect(
@@ -81,7 +45,7 @@ def inspect(
     for spec, encoding in zip(header.tensors, header.encodings, strict=True):
         share = f"{spec.changed / spec.total:.3%}" if header.sealed else ""
         table.add_row(spec.name, spec.dtype, str(list(spec.shape)), f"{spec.changed:,}", share, encoding)
-    _show(table)
+    show(table)
 
 
 def verify(
@@ -91,11 +55,11 @@ def verify(
     json: AsJson = False,
 ) -> None:
     """Read every delta, fold and anchor of the run, and recompute every digest."""
-    with _progress() as progress:
-        task = progress.add_task("deltas, folds, anchors", total=None)
+    with progress() as bar:
+        task = bar.add_task("deltas, folds, anchors", total=None)
 
         def advance(edge: Edge, total: int) -> None:
-            progress.update(task, advance=1, total=total)
+            bar.update(task, advance=1, total=total)
 
         report = verify_run(open_bucket(bucket), base=base, trusted=trust or (), on_read=advance)
     text = (
@@ -109,24 +73,25 @@ def verify(
 
 
 def materialize(
-    bucket: BucketUrl,
+    bucket: BucketFirst,
     out_dir: Annotated[Path, typer.Argument(help="Folder to write, or that holds another version of this run.")],
-    version: Annotated[int | None, typer.Option(help="Which version; default: the newest.")] = None,
+    version: VersionName = "newest",
     base: BaseFolder = None,
     trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
     """Write a version as a Hugging Face checkpoint folder that vLLM and transformers load."""
     store = open_bucket(bucket)
-    with _progress() as progress:
+    with progress() as bar:
         with Subscriber(store, base=base, trusted=trust or ()) as subscriber:
-            total = sum(1 for commit in subscriber.commits() if version is None or commit.version <= version)
-        task = progress.add_task("versions", total=total)
+            wanted = version_named(subscriber, version)
+            total = sum(1 for commit in subscriber.commits() if commit.version <= wanted)
+        task = bar.add_task("versions", total=total)
 
         def advance(update: Update) -> None:
-            progress.advance(task)
+            bar.advance(task)
 
-        report = materialize_version(store, out_dir, version, base=base, trusted=trust or (), on_update=advance)
+        report = materialize_version(store, out_dir, wanted, base=base, trusted=trust or (), on_update=advance)
     text = f"{report.position} in {out_dir}: anchor and {report.deltas} deltas, {report.seconds:.1f} s"
     if not any((out_dir / config).is_file() for config in ("config.json", checkpoint.ADAPTER_CONFIG)):
         text += "\nit has no config.json: neither the base of this run nor its assets= held one"
@@ -157,16 +122,4 @@ def _show_placement(engine: str, as_json: bool) -> None:
             table.add_row(name, rank, "not loaded here; the run never changes it", "", "")
         for module in worker.remade:
             table.add_row(f"({module})", rank, "made again at each update", "", "")
-    _show(table)
-
-
-def _show(table: Table) -> None:
-    """Print a table whole: where it is too wide, names go on in the next line, and none is cut to look like another."""
-    for column in table.columns:
-        column.overflow = "fold"
-    Console().print(table)
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    show(table)

@@ -8,8 +8,8 @@ import msgspec
 import typer
 
 from deltawire.buckets import open_bucket
-from deltawire.cli.options import AsJson, BaseFolder, BucketUrl, Trusted
-from deltawire.cli.printing import emit, size
+from deltawire.cli.options import ADDRESSES, AsJson, BaseFolder, BucketUrl, SigningKeyFile, Trusted
+from deltawire.cli.printing import emit, named, size
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.keys import HEAD_KEY
 
@@ -23,7 +23,7 @@ def compact(
     watch: Annotated[bool, typer.Option(help="Go on for ever, as versions come.")] = False,
     base: BaseFolder = None,
     trust: Trusted = None,
-    key: Annotated[Path | None, typer.Option(help="Private key that signs what is written.")] = None,
+    key: SigningKeyFile = None,
     json: AsJson = False,
 ) -> None:
     """Write folded deltas (over 4, 16, 64 versions) and anchors, so that late readers fetch little."""
@@ -44,6 +44,36 @@ def compact(
                     return
                 found = store.watch(HEAD_KEY, tag=tag, timeout=60.0)
                 tag = found.tag if found else tag
+
+
+def relay(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help=f"The bucket to read: {ADDRESSES}")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="The bucket nearby, of its own: file:///folder, s3://…")
+    ],
+    once: Annotated[bool, typer.Option("--once", help="Copy what is there, then stop.")] = False,
+    trust: Trusted = None,
+    json: AsJson = False,
+) -> None:
+    """Keep a copy of a run in a bucket nearby, so that all servers of a host or a region fetch it once.
+
+    It begins at the newest anchor, and copies byte for byte what comes after: followers of TARGET check the same hashes
+    and signatures. TARGET may be compacted and pruned as any bucket.
+    """
+    from deltawire.upkeep.relay import Relay, RelayReport
+
+    def report(step: RelayReport) -> None:
+        text = f"version {step.version} is at {target}: {step.objects} objects, {size(step.bytes)}"
+        emit({"event": "relay", **msgspec.to_builtins(step)}, text, json)
+
+    def problem(error: Exception) -> None:
+        emit({"event": "problem", "error": named(error)}, f"problem: {named(error)}", json)
+
+    copying = Relay(open_bucket(source), open_bucket(target, create=True), trusted=trust or ())
+    if not once:
+        copying.run(report, problem)
+    elif (step := copying.step()) is not None:
+        report(step)
 
 
 def prune(

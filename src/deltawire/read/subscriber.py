@@ -1,5 +1,6 @@
 """Read a bucket's run: verified updates in order, or the cheapest change from where a copy stands to a version."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -63,10 +64,12 @@ class Subscriber(OpenedRun):
             raise
         return [commit for commit in found if after is None or commit.version > after]
 
-    def recent(self, most: int) -> list[Commit]:
-        """The newest commits, oldest first, as far as they are there; nothing else of the run is read. Raises as
-        `latest` does."""
-        return [filed.record for filed in self.chain.back(self._newest(), most=most)][::-1]
+    def recent(self, most: int | None = None, *, since: float | None = None) -> list[Commit]:
+        """The newest commits, oldest first, as far as they are there; nothing else of the run is read. `since` ends at
+        the first that is older, in seconds since the epoch by the publisher's clock. Raises as `latest` does."""
+        back = (filed.record for filed in self.chain.back(self._newest(), most=most))
+        young = itertools.takewhile(lambda commit: since is None or commit.created >= since, back)
+        return [*young][::-1]
 
     def position_at(self, version: int) -> Position:
         """Where a committed version stands. Raises Gap, which names what is there, for one never committed."""

@@ -24,6 +24,12 @@ _KINDS: Mapping[Kind, re.Pattern[str]] = {
     "anchor record": re.compile(rf"derived/anchor-{_VERSION}-[0-9a-f]{{12}}\.json"),
 }
 _REPLICA = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_TAG = re.compile(r"(?!\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_TRL = re.compile(r"(anchors|deltas)/step_([0-9]+)\.safetensors")
+TRL_FOLDERS = ("deltas/", "anchors/")
+"""where the layout of TRL's post has its files, which lie in no run (docs/FORMAT.md §5.4)"""
+NO_TAGS = frozenset({"newest"})
+"""words that stand for a version, and so name no tag"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,3 +151,33 @@ def replica_key(replica: str) -> str:
     if not _REPLICA.fullmatch(replica):
         raise FormatError(f"replica name {replica!r}: use at most 100 letters, digits, '.', '_' and '-'")
     return f"{REPLICAS}{replica}.json"
+
+
+def tags_prefix(run: str) -> str:
+    """What the key of every tag of a run starts with."""
+    return f"{run_prefix(run)}tags/"
+
+
+def tag_key(run: str, name: str) -> str:
+    """Key of a tag's record. Raises FormatError for a name that no tag may have."""
+    if not _TAG.fullmatch(name) or name in NO_TAGS:
+        raise FormatError(
+            f"tag {name!r}: use at most 100 letters, digits, '.', '_' and '-', not digits alone, and not 'newest'"
+        )
+    return f"{tags_prefix(run)}{name}.json"
+
+
+def tag_name(run: str, key: str) -> str:
+    """The name in a key that lies among the tags of a run; it may be none."""
+    return key.removeprefix(tags_prefix(run)).removesuffix(".json")
+
+
+def trl_key(step: int, *, anchor: bool) -> str:
+    """Key of a file in the layout of TRL's post: a whole checkpoint, or a delta."""
+    return f"{TRL_FOLDERS[anchor]}step_{step:06d}.safetensors"
+
+
+def trl_step(key: str) -> tuple[int, bool] | None:
+    """The step in a key of the layout of TRL's post, and whether it is an anchor's; None for any other key."""
+    found = _TRL.fullmatch(key)
+    return None if found is None else (int(found[2]), found[1] == "anchors")

@@ -78,6 +78,9 @@ class DeltaWeightTransfer:
         self._warned = False
         self.last: PublishReport | None = None
         """what the last `send_weights` published"""
+        self.policies: list[Position] = []
+        """what each `send_weights` that returned made durable. A sample that TRL tags n was begun with entry n - 1,
+        counted from the tag that training began with"""
 
     @property
     def position(self) -> Position | None:
@@ -130,6 +133,8 @@ class DeltaWeightTransfer:
                 poll=self._poll or (ASK_ENGINE_EVERY if self._engine_urls else bucket.poll_seconds),
                 where=bucket.url,
             )
+        if committed is not None:
+            self.policies.append(committed)
 
     def resume(self) -> None:
         """Nothing: a follower has its server go on as soon as the update is written."""

@@ -1,12 +1,13 @@
 """What may go from a bucket: one number, the floor, decides. References go before what they refer to.
 
 The floor is the newest anchor at or below everything that is still wanted: the newest anchors of the policy, what was
-committed lately, and what an active replica stands on. A reader at or above it never misses anything.
+committed lately, what has a tag, and what an active replica stands on. A reader at or above it never misses
+anything.
 """
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from deltawire.runlog.heartbeats import Heartbeat, read_all
 from deltawire.runlog.keys import Kind, Listed, listed, run_prefix
 from deltawire.runlog.planner import Edge
 from deltawire.runlog.signing import trust
+from deltawire.runlog.tags import read_tags
 from deltawire.upkeep.proofs import Proofs
 
 BATCH = 500
@@ -27,8 +29,8 @@ _ORDER: tuple[Kind, ...] = ("fold record", "anchor record", "commit", "fold", "d
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What stays: the chains of the newest `anchors`, what was committed within `hours`, and all that a replica needs
-    whose heartbeat is no older than `replica_hours`."""
+    """What stays: the chains of the newest `anchors`, what was committed within `hours`, all that a replica needs whose
+    heartbeat is no older than `replica_hours`, and every tagged version with what came after it."""
 
     anchors: int = 2
     hours: float = 24.0
@@ -74,6 +76,7 @@ def plan_prune(
     keys, or files of them; a signed run's anchors are signed by its own key or its compactors' in any case.
 
     Raises BucketError, FormatError, ChainError."""
+    tags = {tag.name: tag.version for tag in read_tags(bucket, run)}
     heartbeats = read_all(bucket)  # before the listing: a joiner that writes its need later lists later
     stats = [*bucket.list(run_prefix(run))]
     given = trust(trusted)
@@ -84,7 +87,7 @@ def plan_prune(
         proofs = Proofs(subscriber, memory=memory)
         while True:
             kept = [stat for stat in stats if stat.key not in wrong]
-            found = plan(kept, run, heartbeats, policy or Policy())
+            found = plan(kept, run, heartbeats, policy or Policy(), tags=tags)
             problems = _unsound(proofs, kept, run, found.anchors) if found.keys else {}
             wrong |= problems
             if not problems:
@@ -97,11 +100,14 @@ def plan(
     heartbeats: Iterable[tuple[Stat, Heartbeat]],
     policy: Policy,
     *,
+    tags: Mapping[str, int] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> PruneList:
-    """What a listing lets go. Ages are differences of the store's own timestamps: now is the newest of them, which is
-    never later than the store's clock, and not later than this host's: one file from the future makes nobody old. A
-    replica is silent only where the store's stamp and the time in its heartbeat both say so."""
+    """What a listing lets go; `tags` are the versions that people named, by name.
+
+    Ages are differences of the store's own timestamps: now is the newest of them, which is never later than the
+    store's clock, and not later than this host's: one file from the future makes nobody old. A replica is silent only
+    where the store's stamp and the time in its heartbeat both say so."""
     objects, beats = _sorted_out(stats, run), list(heartbeats)
     commits = {item.name.end: item.stat.modified for item in objects if item.name.kind == "commit"}
     anchored = {item.name.end for item in objects if item.name.kind == "anchor record" and item.name.end in commits}
@@ -113,6 +119,7 @@ def plan(
     wanted = {f"the newest {policy.anchors} anchors": anchors[-max(policy.anchors, 1) :][0]}
     if lately := [version for version, when in commits.items() if max(now - when, 0) <= 3600 * policy.hours]:
         wanted[f"commits of the last {policy.hours:g} hours"] = min(lately)
+    wanted |= {f"tag {name}": version for name, version in (tags or {}).items()}
     for stat, beat in beats:
         stands = beat.version if beat.need is None else beat.need
         age = min(max(now - stat.modified, 0), max(here - beat.at, 0) if beat.at is not None else math.inf)

@@ -1,0 +1,78 @@
+"""Verbs for files beside a bucket: apply deltas to a checkpoint folder, and runs in the layout of TRL's post."""
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from deltawire.buckets import open_bucket
+from deltawire.cli.options import ADDRESSES, AsJson, BaseFolder, BucketFirst, SigningKeyFile, Trusted, VersionName
+from deltawire.cli.printing import emit, progress, size
+from deltawire.publish.publisher import Publisher
+from deltawire.read.naming import version_named
+from deltawire.read.subscriber import Subscriber
+from deltawire.upkeep.applying import apply_files
+from deltawire.upkeep.trl_layout import export_trl, import_trl
+
+
+def apply(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder; it is left as it is.")],
+    files: Annotated[list[Path], typer.Argument(help="Delta files, in order; also those in the layout of TRL's post.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Take the deltas back, in the order given.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Apply delta files to a copy of a checkpoint folder, without a bucket.
+
+    Each file must continue the one before it. Nothing says what the result should be: `materialize` checks digests.
+    """
+    report = apply_files(folder, files, out, undo=undo)
+    text = f"{report.files} files applied: {report.changed:,} changes, in {report.folder}"
+    emit(msgspec.to_builtins(report, enc_hook=str), text, json)
+
+
+def import_run(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help=f"Folder or bucket in TRL's layout: {ADDRESSES}")],
+    bucket: BucketFirst,
+    assets: Annotated[Path | None, typer.Option(help="Folder with the model's config and tokenizer files.")] = None,
+    base: BaseFolder = None,
+    key: SigningKeyFile = None,
+    json: AsJson = False,
+) -> None:
+    """Publish a folder in the layout of TRL's post (anchors/ and deltas/) as a run, bit for bit.
+
+    Each file becomes a version, from the oldest anchor on. A delta must continue the file before it.
+    """
+    target = open_bucket(bucket, create=True)
+    with progress() as bar, Publisher(target, assets=assets, base=base, signing_key=key) as publisher:
+        task = bar.add_task("files", total=None)
+        report = import_trl(open_bucket(source), publisher, on_step=lambda step: bar.advance(task))
+    text = (
+        f"{report.files} files, {size(report.read_bytes)}, are {report.position} in {target.url}: "
+        f"{size(report.wire_bytes)}"
+    )
+    emit(msgspec.to_builtins(report), text, json)
+
+
+def export(
+    bucket: BucketFirst,
+    out_dir: Annotated[Path, typer.Argument(help="Folder to write; empty, or not there yet.")],
+    version: VersionName = "newest",
+    anchor_every: Annotated[int, typer.Option(min=1, help="Versions between anchors.")] = 10,
+    base: BaseFolder = None,
+    trust: Trusted = None,
+    json: AsJson = False,
+) -> None:
+    """Write a run in the layout of TRL's post, up to a version: anchors/ and deltas/ of indices and values."""
+    with progress() as bar, Subscriber(open_bucket(bucket), base=base, trusted=trust or ()) as subscriber:
+        task = bar.add_task("versions", total=None)
+        until = version_named(subscriber, version)
+        report = export_trl(
+            subscriber, out_dir, until=until, anchor_every=anchor_every, on_version=lambda number: bar.advance(task)
+        )
+    text = (
+        f"versions {report.first} to {report.last} in {report.folder}: {report.anchors} anchors, "
+        f"{report.deltas} deltas, {size(report.written_bytes)}"
+    )
+    emit(msgspec.to_builtins(report, enc_hook=str), text, json)

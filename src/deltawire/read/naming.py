@@ -1,0 +1,75 @@
+"""Which version people mean: a number, `newest`, a tag, or the best by a metric; and how a version gets a tag."""
+
+from deltawire.errors import Gap, NotFound, WrongBase
+from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.records import Commit
+from deltawire.runlog.signing import SigningKey
+from deltawire.runlog.tags import TagReport, delete_tag, read_tag, read_tags, write_tag
+
+BEST = "best:"
+"""`best:reward` is the version of the highest reward; `best:-loss` that of the lowest loss"""
+
+
+def version_named(subscriber: Subscriber, text: str) -> int:
+    """The committed version that a word stands for, as the bucket stands now.
+
+    Raises NotFound for a tag or a metric that is not there, Gap for a version that is not, WrongBase for a tag of
+    other weights than its version has; BadSignature for a tag that no trusted key signed.
+    """
+    if text.isdecimal():
+        return subscriber.position_at(int(text)).version
+    if text == "newest":
+        return subscriber.latest().version
+    if text.startswith(BEST):
+        return best(subscriber.commits(), text.removeprefix(BEST)).version
+    return _tagged(subscriber, text)
+
+
+def name_version(
+    subscriber: Subscriber, text: str, name: str, *, move: bool = False, key: SigningKey | None = None
+) -> TagReport:
+    """Give a version a tag, so that `prune` keeps it; `text` is as for `version_named`, `move` and `key` as for
+    `write_tag`.
+
+    Raises what those raise; Gap where a prune removed the version meanwhile, and then no tag is left.
+    """
+    position = subscriber.position_at(version_named(subscriber, text))
+    report = write_tag(subscriber.bucket, position, name, move=move, key=key)
+    subscriber.refresh()
+    try:
+        subscriber.position_at(position.version)
+    except Gap:
+        delete_tag(subscriber.bucket, position.run, name)
+        raise
+    return report
+
+
+def best(commits: list[Commit], metric: str) -> Commit:
+    """The commit with the highest value of a metric, or with `-` before its name the lowest; of equals the newest.
+
+    Raises NotFound where no commit has that metric; it names those that are there.
+    """
+    sign, name = (-1.0, metric[1:]) if metric.startswith("-") else (1.0, metric)
+    scored = [
+        (sign * value, commit.version, commit) for commit in commits if (value := commit.metrics.get(name)) is not None
+    ]
+    if not scored:
+        there = ", ".join(sorted({name for commit in commits for name in commit.metrics})) or "none"
+        raise NotFound(f"no version of run {commits[0].run} has the metric {name!r}; there are: {there}")
+    return max(scored, key=lambda item: item[:2])[2]
+
+
+def _tagged(subscriber: Subscriber, name: str) -> int:
+    bucket, run = subscriber.bucket, subscriber.run.run
+    try:
+        tag = read_tag(bucket, run, name, trust=subscriber.trust)
+    except NotFound:
+        there = ", ".join(tag.name for tag in read_tags(bucket, run)) or "none"
+        raise NotFound(f"{bucket.url}: run {run} has no tag {name!r}; tags there: {there}") from None
+    try:
+        position = subscriber.position_at(tag.version)
+    except Gap as error:
+        raise Gap(f"tag {name}: {error}") from None
+    if position.root != tag.root:
+        raise WrongBase(f"{bucket.url}: tag {name} names version {tag.version} with other weights than are there")
+    return tag.version
