@@ -108,7 +108,8 @@ def follow(
     state: State = None, forget_state: ForgetState = False, run: Run = None, pause: Pause = "keep",
     keep_cache: KeepCache = False, audit_every: AuditEvery = 100, pass_endpoint: PassEndpoint = False,
     take_over: TakeOver = False, health: HealthAddress = None, max_staleness: MaxStaleness = None,
-    max_age: MaxAge = None, once: Once = False, compact: Compact = None, key: SigningKeyFile = None, json: AsJson = False,
+    max_age: MaxAge = None, once: Once = False, compact: Compact = None, key: SigningKeyFile = None,
+    json: AsJson = False,
 ) -> None:  # fmt: skip
     """Follow a bucket and patch a vLLM server's live weights, version by version.
 
@@ -125,7 +126,8 @@ def follow(
 
     teller = Teller(as_json=json)
     options = FollowOptions(
-        poll=poll, pin=_pinned(bucket, pin, trust or ()), base=base, trusted=tuple(trust or ()), state=state, run=run, forget_state=forget_state,
+        poll=poll, pin=_pinned(bucket, pin, trust or ()), base=base, trusted=tuple(trust or ()), state=state,
+        run=run, forget_state=forget_state,
         pause=pause, clear_cache=not keep_cache, audit_every=audit_every, pass_endpoint=pass_endpoint,
         take_over=take_over, on_update=teller.update, on_news=teller.news, on_problem=teller.problem,
     )  # fmt: skip
