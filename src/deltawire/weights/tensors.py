@@ -104,10 +104,10 @@ def named(pairs: Any) -> Iterator[tuple[str, Any]]:
             if not (hasattr(tensor, "dtype") and hasattr(tensor, "shape")):
                 raise DtypeMismatch(f"{type(tensor).__name__} is not a tensor")
             dense = not is_torch(tensor) or is_dense(tensor)
+            if dense:
+                dtype_of(tensor)
         if not dense:
             raise DtypeMismatch(f"{name} {_not_dense(tensor)}")
-        with naming(name):
-            dtype_of(tensor)
         yield name, tensor
 
 
