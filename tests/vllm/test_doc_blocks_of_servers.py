@@ -5,9 +5,11 @@ import re
 import shlex
 
 import pytest
-from doc_blocks import BLOCKS, Block, Reader
+from doc_blocks import BLOCKS, REPOSITORY, Block, Reader
 from runs import publish_all
 from servers import START_SECONDS, Server, tiny_qwen3
+
+import deltawire as dw
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
 OURS = [block for block in BLOCKS if block.kind == "vllm"]
@@ -20,9 +22,7 @@ def readers(server: Server, tmp_path_factory):
     from deltawire.demo.processes import free_port
 
     folder = tmp_path_factory.mktemp("bucket")
-    after = {name: parameter.detach().clone() for name, parameter in tiny_qwen3().named_parameters()}
-    before = {**after, "model.norm.weight": after["model.norm.weight"] + 1}
-    publish_all(_opened(folder.as_uri()), before, after)
+    publish_all(dw.open_bucket(folder.as_uri(), create=True), *two_versions())
     instead = {"hf://buckets/me/wordle": folder.as_uri(), "http://127.0.0.1:8000": server.url}
     pages: dict[str, Reader] = {}
 
@@ -37,10 +37,10 @@ def readers(server: Server, tmp_path_factory):
         reader.__exit__()
 
 
-def _opened(url: str):
-    import deltawire as dw
-
-    return dw.open_bucket(url, create=True)
+def two_versions() -> tuple[dict, dict]:
+    """Weights of the server's model, and the ones it was started with."""
+    after = {name: parameter.detach().clone() for name, parameter in tiny_qwen3().named_parameters()}
+    return {**after, "model.norm.weight": after["model.norm.weight"] + 1}, after
 
 
 @pytest.mark.parametrize("block", OURS, ids=str)
@@ -70,3 +70,11 @@ def require_started_so(block: Block, server: Server) -> None:
     started = dict(zip(server.command, server.command[1:], strict=False))
     assert json.loads(asked.pop("--weight-transfer-config")) == json.loads(started["--weight-transfer-config"])
     assert asked.items() <= started.items()
+
+
+def test_what_docs_show_beside_a_server_is_what_the_commands_print(server, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    import cli_examples
+
+    for name, printed in cli_examples.beside_a_server(server.url, tmp_path, *two_versions()).items():
+        assert printed == cli_examples.recorded(name), f"look at it, then put it into scripts/transcripts/{name}.txt"
