@@ -121,9 +121,7 @@ def _of_command(words: list[str]) -> str:
 def _of_server(words: list[str]) -> str:
     """What `serve` prints until it is ready, on any free port."""
     free = [*words[: words.index("--port") + 1], "0"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "deltawire.cli", *free], stdout=subprocess.PIPE, text=True
-    ) as server:
+    with subprocess.Popen([sys.executable, "-m", "deltawire.cli", *free], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
             said = server.stdout.readline() + server.stdout.readline()

@@ -15,11 +15,11 @@ from deltawire.cli import app
 PAGE = Path(__file__).parents[1] / "docs" / "CLI.md"
 INTRODUCTION = """# The `deltawire` command
 
-Written by `make docs`: each command's `--help`, and what it prints on a small run of 101,000 weights. Ids, keys,
+Written by `make docs`: each command's `--help`, and what it prints on a small run. Ids, keys,
 seconds and folders stand for those of your run. `--json` prints the same as one JSON object a line.
 
-An error is one line, `deltawire: Kind: what, where, what to do`, and exit code 1. [OPERATIONS.md](OPERATIONS.md) has
-every kind.
+An error is one line, `deltawire: Kind: what, where, what to do`, and exit code 1.
+[OPERATIONS.md](OPERATIONS.md) has every kind.
 """
 
 

@@ -20,6 +20,7 @@ class Sentence:
 
     line: int
     text: str
+    in_a_table: bool = False
 
     @property
     def words(self) -> int:
@@ -29,7 +30,7 @@ class Sentence:
 
 def sentences(page: str) -> list[Sentence]:
     """Every sentence of a page, those of list items and of table cells included."""
-    return [Sentence(line, text) for line, block in _blocks(page) for text in _split(block)]
+    return [Sentence(line, text, cell) for line, block, cell in _blocks(page) for text in _split(block)]
 
 
 def prose_lines(page: str) -> Iterator[tuple[int, str]]:
@@ -43,23 +44,23 @@ def prose_lines(page: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _blocks(page: str) -> Iterator[tuple[int, str]]:
-    """Paragraphs, list items and table cells as one line each."""
+def _blocks(page: str) -> Iterator[tuple[int, str, bool]]:
+    """Paragraphs, list items and table cells as one line each; whether it is a cell."""
     start, lines, before = 0, [], -1
     for number, line in prose_lines(page):
         table, heading = line.lstrip().startswith("|"), line.startswith("#")
         fresh = number != before + 1 or not line.strip() or table or heading or ITEM.match(line)
         before = number
         if fresh and lines:
-            yield start, " ".join(lines)
+            yield start, " ".join(lines), False
             lines = []
         if table and not RULE.match(line.strip()):
-            yield from ((number, cell.strip()) for cell in re.split(r"(?<!\\)\|", line.strip().strip("|")))
+            yield from ((number, cell.strip(), True) for cell in re.split(r"(?<!\\)\|", line.strip().strip("|")))
         elif line.strip() and not table and not heading:
             start = start if lines else number
             lines.append(ITEM.sub("", line, count=1).strip())
     if lines:
-        yield start, " ".join(lines)
+        yield start, " ".join(lines), False
 
 
 def _split(block: str) -> Iterator[str]:
