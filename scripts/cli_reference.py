@@ -1,4 +1,5 @@
-"""Write docs/CLI.md from the commands' own --help; `make docs` runs it and a test checks that it is current."""
+"""Write docs/CLI.md from the commands' own --help and what they print on a small run; `make docs` runs it and a test
+checks that it is current."""
 
 import sys
 from collections.abc import Iterator
@@ -6,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from cli_examples import WIDTH, transcripts
 from typer.testing import CliRunner
 
 from deltawire.cli import app
 
 PAGE = Path(__file__).parents[1] / "docs" / "CLI.md"
-WIDTH = {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
+INTRODUCTION = """# The `deltawire` command
+
+Written by `make docs`: each command's `--help`, and what it prints on a small run. Ids, keys,
+seconds and folders stand for those of your run. `--json` prints the same as one JSON object a line.
+
+An error is one line, `deltawire: Kind: what, where, what to do`, and exit code 1.
+[OPERATIONS.md](OPERATIONS.md) has every kind.
+"""
 
 
 def commands(group: Any) -> Iterator[str]:
@@ -25,11 +34,13 @@ def commands(group: Any) -> Iterator[str]:
 
 def reference() -> str:
     """The whole page."""
-    parts = ["# The `deltawire` command\n\nWritten by `make docs` from `--help`.\n"]
+    parts, shown = [INTRODUCTION], transcripts()
     for command in sorted(commands(typer.main.get_command(app))):
         result = CliRunner().invoke(app, [*command.split(), "--help"], env=WIDTH, prog_name="deltawire")
         text = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
-        parts.append(f"## {command}\n\n```\n{text}\n```\n")
+        parts.append(f"## {command}\n\n```text\n{text}\n```\n")
+        if command in shown:
+            parts.append(f"```text\n{shown[command].rstrip()}\n```\n")
     return "\n".join(parts)
 
 

@@ -1,6 +1,7 @@
 """The demo itself, with every part real."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "deltawire.cli", "demo", "--quick", "--plain", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    (out / "printed.txt").write_text(done.stdout)
     return out
+
+
+def test_it_ends_with_what_the_reference_shows(folder: Path) -> None:
+    def ending(text: str) -> list[str]:
+        """The last lines without figures and folders; the figures' width moves the table's edges."""
+        lines = text[text.rindex(" deltawire demo") :].splitlines()
+        kept = [re.sub(r"\S*/buckets|[\d.]+", "…", line) for line in lines if not set(line) & set("┏┡└│")]
+        return [" ".join(line.split()) for line in kept if line.strip()]
+
+    shown = (Path(__file__).parents[2] / "scripts" / "transcripts" / "demo.txt").read_text()
+    assert ending((folder / "printed.txt").read_text()) == ending(shown)
 
 
 def test_after_the_last_update_vllm_and_the_bucket_hold_exactly_the_trainers_weights(folder: Path) -> None:

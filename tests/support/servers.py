@@ -172,14 +172,18 @@ class Server:
         self.model, self.port = model, port
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        command = [
+        self.command = command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
             *("--served-model-name", "policy", "--dtype", "bfloat16", "--max-model-len", str(LONGEST)),
             *("--enforce-eager", "--host", "127.0.0.1", "--port", str(port)),
             *options,
             *(("--weight-transfer-config", f'{{"backend":"{backend}"}}') if backend else ()),
         ]
-        environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **environ}
+        self.environment = environment = {
+            **os.environ,
+            **{"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+            **environ,
+        }
         self._slow = log.with_suffix(".slow")
         environment["DELTAWIRE_TEST_SLOW"] = str(self._slow)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SLOW_PLUGIN), environment.get("PYTHONPATH")]))

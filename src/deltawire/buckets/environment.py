@@ -64,8 +64,8 @@ def endpoints(url: str, environ: Mapping[str, str] = os.environ) -> dict[str, st
 
 @contextmanager
 def applied(url: str, settings: Mapping[str, str]) -> Iterator[None]:
-    """Have this process's environment say where a bucket's store is, for as long as it takes to open it. What is no
-    such setting is left out."""
+    """Have this process's environment say where a bucket's store is, for as long as it takes to open it. Other
+    settings are left out."""
     allowed = _ENDPOINTS.get(_scheme(url), ())
     wanted = {name: value for name, value in settings.items() if name in allowed}
     before = {name: os.environ.get(name) for name in wanted}

@@ -43,7 +43,7 @@ class Fault:
 
 
 RECORD = 64 << 10
-"""bytes up to which an object is remembered to be read stale: HEAD and the ledger, which alone are overwritten"""
+"""bytes up to which an object is remembered to be read stale: HEAD and heartbeats, which alone are overwritten"""
 Schedule = Callable[[Call], Fault | None]
 
 

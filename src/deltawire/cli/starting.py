@@ -21,7 +21,7 @@ def serve(
     Point clients at it with HF_ENDPOINT=<the printed URL> and any HF_TOKEN; then hf://buckets/me/NAME lives in --root.
 
     With --users, tokens are checked and private buckets are private:
-    {"users": [{"name": "ada", "token": "a long secret", "orgs": [{"name": "lab", "private_by_default": true}]}]}.
+    {"users": [{"name": "ada", "token": "a-long-secret", "orgs": [{"name": "lab", "private_by_default": true}]}]}.
     Tokens travel as they are: beyond your own network, put a server that speaks TLS in front.
     """
     from deltawire.hub_server import serve as serve_forever

@@ -33,7 +33,7 @@ from deltawire.runlog.keys import HEAD_KEY
 from deltawire.runlog.records import Position
 
 BEAT_EVERY = 30.0
-"""seconds after which a replica's ledger entry is written again"""
+"""seconds after which a replica's heartbeat is written again"""
 LOOK_ANYWAY = 5.0
 """seconds after which the server is looked at even if the bucket did not change: it may have been restarted"""
 SAY_AGAIN = 60.0
@@ -135,7 +135,7 @@ class FollowLoop(ABC, Generic[R]):
             health.server_says(self._ask_server(), asked=asked)
 
     def beat(self, *, need: int | None = None, error: str | None = None) -> None:
-        """Write our ledger entry when it says something new or is getting old; a host that may only read has none."""
+        """Write our heartbeat when it says something new or is getting old; a host that may only read has none."""
         health, served = self.health, self.health.labelled
         entry = Heartbeat(
             self.replica,

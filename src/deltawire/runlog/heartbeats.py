@@ -1,4 +1,4 @@
-"""The fleet's ledger: what each replica serves and still needs, one small record each under `replicas/`."""
+"""The fleet's heartbeats: what each replica serves and still needs, one small record each under `replicas/`."""
 
 from collections.abc import Iterable
 
@@ -41,7 +41,7 @@ def beat(bucket: Bucket, heartbeat: Heartbeat) -> None:
 
 
 def read_all(bucket: Bucket, known: Iterable[tuple[Stat, Heartbeat]] = ()) -> list[tuple[Stat, Heartbeat]]:
-    """Every replica's newest record, by name; what is no record of its key's replica is left out. Of `known`, an
+    """Every replica's newest record, by name; a record of another replica than its key's is left out. Of `known`, an
     earlier answer, only what changed since is fetched. Raises TooLarge where more than MAX_REPLICAS lie there."""
     held = {(stat.key, stat.tag): heartbeat for stat, heartbeat in known}
     found: list[tuple[Stat, Heartbeat]] = []

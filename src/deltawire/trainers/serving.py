@@ -51,7 +51,7 @@ def wait_until_served(look: Look, target: Position, *, timeout: float, poll: flo
             raise NotServed(
                 f"{where}: after {timeout:.3g} s no replica serves {target}, which is committed and stays. Seen "
                 f"serving: {found}. Is `deltawire follow --bucket {where} --engine URL` running? See its output; one "
-                "that may not write the bucket keeps no ledger entry, so name its server in engine_urls"
+                "that may not write the bucket keeps no heartbeat, so name its server in engine_urls"
             )
         time.sleep(min(poll, left))
 
@@ -64,7 +64,7 @@ def ledger_look(bucket: Bucket) -> Look:
         try:
             known[:] = heartbeats.read_all(bucket, known)
         except Unavailable as error:
-            return [Seen("the ledger", note=f" ({error})")]
+            return [Seen("the heartbeats", note=f" ({error})")]
         return [Seen(_plain(beat.replica, 100), beat.run, beat.version, _note(beat)) for _, beat in known]
 
     return look

@@ -48,9 +48,9 @@ def verify(
     The deltas are applied one after another to a copy of that anchor. A delta must lead to the digests that its commit
     promises, a fold must lead back to those of the version it starts from, an anchor must have those of its version;
     at the end the digests of all weights are recomputed. Takes twice the model's size in temporary files, and the
-    memory of a delta and its negative. A bucket that is pruned meanwhile is read again from its new start. What is no
-    record under the key of a fold or an anchor, or is signed by nobody trusted, is followed by no reader: it is counted
-    as junk.
+    memory of a delta and its negative. A bucket that is pruned meanwhile is read again from its new start. An object
+    under the key of a fold or an anchor that is not its record, or is signed by nobody trusted, is followed by no
+    reader: it is counted as junk.
 
     `trusted` are public keys, or files of them, one of which must have signed every record. `on_read` hears of each
     delta, fold and anchor, and of how many there are.

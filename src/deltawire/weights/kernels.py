@@ -1,7 +1,9 @@
 """The inner loops, in Numba (`kernels_numba`) where it is installed, else in numpy (`kernels_numpy`): equal results.
 
-Import this module inside the function that needs it. Numba costs half a second to import, and vLLM's start-up
-(0.32, CPU) looks into every loaded module and fails on llvmlite's.
+Every kernel releases the GIL and none is `parallel=True`: two Python threads inside one under Numba's workqueue abort
+the process. Parallelism is a thread pool over chunks. They compile on first use (cached on disk); `warm_up` compiles
+them ahead of time, so that nothing compiles inside a pause. A user imports them inside the function that
+does: numba costs half a second, and vLLM's start-up (0.32, CPU) looks into every loaded module and fails on llvmlite's.
 """
 
 import numpy as np
