@@ -21,6 +21,10 @@ NAMES = {
     "deltawire.buckets.urls": ("open_bucket", "_KNOWN"),
     "deltawire.cli.printing": ("emit",),
     "deltawire.format.delta_file": ("CODECS", "ENCODINGS", "_encode_tensor", "_decode_tensor"),
+    "deltawire.follow.engine": ("Engine",),
+    "deltawire.follow.follower": ("Follower",),
+    "deltawire.live.answers": ("respond",),
+    "deltawire.live.worker": ("LiveWorker",),
     "deltawire.weights.speed": ("why_no_numba",),
 }
 """what it tells people to use, by the module where it is"""
@@ -39,4 +43,4 @@ def test_a_name_it_gives_is_there(module, name):
 
 def test_it_says_how_to_add_each_kind_of_part():
     kinds = re.findall(r"^## How to add an? (\w+)$", TEXT, re.M)
-    assert kinds == ["codec", "store", "verb"]
+    assert kinds == ["codec", "store", "verb", "engine"]

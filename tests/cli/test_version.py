@@ -13,6 +13,7 @@ import deltawire
 from deltawire import open_bucket
 from deltawire.errors import UnknownVersion
 from deltawire.format import container, delta_file
+from deltawire.live import rpc
 from deltawire.runlog import records
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,7 @@ def test_the_formats_that_are_named_are_those_written_and_read(tmp_path):
         "delta file": [delta_file.VERSION], "run.json": [1, 2], "commit": [1], "fold or anchor": [1], "HEAD.json": [1],
     }  # fmt: skip
     assert (told["version"], told["codecs"]) == (deltawire.__version__, list(delta_file.CODECS))
+    assert told["protocol"] == rpc.PROTOCOL
 
 
 @pytest.mark.parametrize("kind", [records.Run, records.Commit, records.Derived, records.Head])

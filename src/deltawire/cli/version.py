@@ -7,6 +7,7 @@ import msgspec
 
 import deltawire
 from deltawire.format import delta_file
+from deltawire.live import rpc
 from deltawire.runlog import records
 from deltawire.runlog.records import Commit, Derived, Head, Run
 from deltawire.weights.speed import why_no_numba
@@ -30,11 +31,13 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class VersionReport:
-    """The package's version with its formats, the codecs it reads and what runs its inner loops."""
+    """The package's version with its formats, the codecs it reads, the protocol between follower and worker, and what
+    runs its inner loops."""
 
     version: str
     formats: tuple[Format, ...]
     codecs: tuple[str, ...]
+    protocol: int
     loops: str
     python: str
 
@@ -47,6 +50,7 @@ def report() -> VersionReport:
         version=deltawire.__version__,
         formats=(delta, *recorded),
         codecs=delta_file.CODECS,
+        protocol=rpc.PROTOCOL,
         loops="numba" if why_no_numba() is None else "numpy",
         python=sys.version.split()[0],
     )
@@ -58,6 +62,7 @@ def text_of(told: VersionReport) -> str:
     for known in told.formats:
         lines.append(f"{known.object:<16}writes format {_either(known.writes)}, reads {_either(known.reads)}")
     lines.append(f"{'codecs':<16}{', '.join(told.codecs)}")
+    lines.append(f"{'protocol':<16}{told.protocol}, between a follower and its server's workers")
     lines.append(f"{'inner loops':<16}{told.loops}")
     return "\n".join(lines)
 
