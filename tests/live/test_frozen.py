@@ -18,6 +18,7 @@ from deltawire.torch import follow
 from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
 from deltawire.vllm.client import EngineClient
+from deltawire.weights.boxes import Box
 
 LEFT = {"mtp.norm": torch.arange(6.0).bfloat16(), "mtp.empty": torch.zeros(0).bfloat16()}
 
@@ -138,11 +139,11 @@ def test_a_plain_module_may_do_without_what_the_run_never_changes(run):
         follow(model, run.url)
 
 
-WHOLE = [(0, (4,), (1,))]
+WHOLE = [Box(0, (4,), (1,))]
 
 
 def test_of_a_frozen_tensor_that_some_worker_loads_every_element_must_be_somewhere():
-    half = [(0, (2,), (1,))]
+    half = [Box(0, (2,), (1,))]
     assert Union({"x": 4}, [{}, {}], frozen={"x": 7}).digests([{}, {}]) == ({"x": 7}, [])
     union = Union({"x": 4}, [{}, {"x": WHOLE}], frozen={"x": 7})
     assert (union.digests([{}, {"x": [9]}]), union.left_out) == (({"x": 9}, []), [])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire.live.boxes import Box
+from deltawire.live.boxes import LiveBox
 from deltawire.live.layouts import fit
 
 
@@ -43,7 +43,7 @@ def test_every_rectangle_of_a_packed_weight_is_found_where_it_went(experts, coun
     dims = [(taken, width, columns * step), (width, 1, 1)]
     kept = [dim for dim in dims if dim[0] != 1]
     start = (expert * rows + first) * columns + left
-    box = Box(
+    box = LiveBox(
         tuple(dim[0] for dim in kept), 5, tuple(dim[1] for dim in kept), "w", start, tuple(dim[2] for dim in kept)
     )
     boxes = layout.carry(box)
@@ -71,7 +71,7 @@ def test_an_order_that_digits_do_not_explain_is_not_fitted(order):
 
 def test_halves_that_changed_places_are_one_box_each_and_a_long_reversal_is_not_fitted():
     layout = fit(np.array([4, 5, 6, 7, 0, 1, 2, 3]))
-    first, second = layout.carry(Box((8,), 0, (1,), "w", 0, (1,)))
+    first, second = layout.carry(LiveBox((8,), 0, (1,), "w", 0, (1,)))
     assert (first.target_offset, second.target_offset) == (4, 0)
     assert fit(np.arange(100)[::-1]) is None
 

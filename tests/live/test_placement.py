@@ -11,7 +11,7 @@ from torch import nn
 
 import deltawire as dw
 from deltawire.errors import EngineUnsupported
-from deltawire.live.boxes import Box, Placement
+from deltawire.live.boxes import LiveBox, Placement
 from deltawire.live.coverage import Union
 from deltawire.live.live_weights import LiveWeights, changes_between, tensors_of, watch_loading
 from deltawire.live.memory import Memory, fingerprint
@@ -210,7 +210,7 @@ def test_locating_positions_is_what_walking_the_whole_box_says(data):
     apart = data.draw(st.sampled_from([1, 3]))  # elements of the storage from one of the box's to the next
     places = 7 + apart * torch.arange(view.numel()).reshape(view.shape)
     kept = [dim for dim, size in enumerate(view.shape) if size != 1]
-    box = Box(
+    box = LiveBox(
         tuple(view.shape[dim] for dim in kept),
         view.storage_offset(),
         tuple(view.stride(dim) for dim in kept),

@@ -19,6 +19,7 @@ from deltawire.live import answers, staging
 from deltawire.live.coverage import Union
 from deltawire.live.messages import Stage
 from deltawire.vllm.client import EngineClient
+from deltawire.weights.boxes import Box
 from deltawire.weights.digest import digest_at
 
 
@@ -211,16 +212,17 @@ def test_however_a_matrix_is_cut_and_copied_its_digest_is_that_of_the_whole(rows
     length = columns if across else rows
     cuts = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=3))})
     parts = [
-        (first, (rows, last - first), (columns, 1)) if across else (first * columns, ((last - first) * columns,), (1,))
+        Box(first, (rows, last - first), (columns, 1))
+        if across
+        else Box(first * columns, ((last - first) * columns,), (1,))
         for first, last in itertools.pairwise(cuts)
     ]
     owners = [data.draw(st.sets(st.integers(0, 2), min_size=1)) for _ in parts]
     held = [[part for part, who in zip(parts, owners, strict=True) if rank in who] for rank in range(3)]
 
     def digest(part):
-        offset, shape, strides = part
-        index = np.indices(shape).reshape(len(shape), -1)
-        positions = offset + sum(at * stride for at, stride in zip(index, strides, strict=True))
+        index = np.indices(part.shape).reshape(len(part.shape), -1)
+        positions = part.offset + sum(at * stride for at, stride in zip(index, part.strides, strict=True))
         return digest_at(positions.astype(np.int64), whole[positions])
 
     union = Union({"x": whole.size}, [{"x": part} for part in held])

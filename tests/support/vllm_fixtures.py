@@ -1,32 +1,32 @@
 """One real vLLM server for all tests of a session, over a small seeded model: in every file, and in one process."""
 
+import re
+from functools import cache
+from pathlib import Path
+
 import pytest
 
-FILES = (
-    "tests/vllm/test_server.py",
-    "tests/vllm/test_trl_trainer.py",
-    "tests/vllm/test_checkpoints.py",
-    "tests/follow/test_slow_store.py",
-)
-"""where the tests are that use it"""
+REPOSITORY = Path(__file__).parents[2]
+USES_IT = re.compile(r"^def test_\w+\([^)]*\bserver\b", re.MULTILINE)
 
 
-def pytest_collection_modifyitems(items):
-    """A test that uses the server stands in one of FILES, or two processes would start one each."""
-    for item in items:
-        if item.get_closest_marker("vllm") and "server" in item.fixturenames:
-            assert item.nodeid.startswith(FILES), f"add the file of {item.nodeid} to vllm_fixtures.FILES"
+@cache
+def uses_the_server(file):
+    """Whether tests of a file, named from the repository's root, ask for the server."""
+    path = REPOSITORY / file
+    text = path.read_text() if path.suffix == ".py" and path.exists() else ""
+    return "pytest.mark.vllm" in text and USES_IT.search(text) is not None
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Of several processes, one runs all of FILES; a server takes longer to start than most of them."""
+    """Of several processes, one runs all files that use the server: it takes longer to start than most of them."""
     from xdist.scheduler import LoadFileScheduling
 
     class OneServer(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return "one server" if file in FILES else file
+            return "one server" if uses_the_server(file) else file
 
     return OneServer(config, log)
 

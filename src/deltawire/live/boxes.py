@@ -13,31 +13,11 @@ import numpy as np
 
 from deltawire.errors import EngineUnsupported, some
 from deltawire.weights.bits import Positions, UInts
-
-Shape = tuple[int, ...]
-
-
-class Part(NamedTuple):
-    """A rectangle of a flat checkpoint tensor; all in elements. In JSON it is a list of the three."""
-
-    offset: int
-    shape: Shape
-    strides: Shape
-
-    @property
-    def size(self) -> int:
-        """Elements in it."""
-        return prod(self.shape)
-
-    def is_inside(self, size: int) -> bool:
-        """Whether every element of it is one of a tensor of so many."""
-        if len(self.shape) != len(self.strides) or min((self.offset, *self.shape, *self.strides)) < 0:
-            return False
-        return 0 in self.shape or extent_of(*self)[1] < size
+from deltawire.weights.boxes import Box, Shape
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class LiveBox:
     """A rectangle of a checkpoint tensor and the rectangle of a live storage that holds it. Offsets and strides count
     elements: `source_*` in the flat checkpoint tensor, `target_*` in the storage behind `parameter`. Dimensions stand
     by falling source stride. Live elements are `shift` bits wider (below 0: narrower), at the low end, where all bits
@@ -57,15 +37,9 @@ class Box:
         return prod(self.shape)
 
     @property
-    def part(self) -> Part:
+    def part(self) -> Box:
         """The rectangle of the checkpoint tensor, written the one way in which equal rectangles are equal."""
-        joined: list[tuple[int, int]] = []
-        for length, stride in zip(self.shape, self.source_strides, strict=True):
-            if joined and joined[-1][1] == length * stride:
-                joined[-1] = (joined[-1][0] * length, stride)
-            else:
-                joined.append((length, stride))
-        return Part(self.source_offset, tuple(length for length, _ in joined), tuple(stride for _, stride in joined))
+        return Box(self.source_offset, self.shape, self.source_strides).joined
 
     def at(self, index: Positions) -> tuple[Positions, Positions]:
         """Flat checkpoint positions and storage offsets of elements named by their row-major index in the box."""
@@ -78,9 +52,7 @@ class Box:
 
     def pick(self, whole: UInts) -> UInts:
         """The box's elements of a flat checkpoint tensor, in row-major order; a copy."""
-        strides = tuple(whole.itemsize * stride for stride in self.source_strides)
-        view = np.lib.stride_tricks.as_strided(whole[self.source_offset :], self.shape, strides, writeable=False)
-        return view.reshape(-1).copy()
+        return self.part.pick(whole)
 
     @property
     def is_contiguous(self) -> bool:
@@ -112,11 +84,11 @@ class Box:
         return extent_of(self.target_offset, self.shape, self.target_strides)
 
 
-def box_of(dims: Iterable[tuple[int, int, int]], source: int, parameter: str, target: int, shift: int = 0) -> Box:
+def box_of(dims: Iterable[tuple[int, int, int]], source: int, parameter: str, target: int, shift: int = 0) -> LiveBox:
     """A box of (length, source stride, target stride) in any order; dimensions of one element are left out."""
     kept = sorted((dim for dim in dims if dim[0] != 1), key=lambda dim: -dim[1])
     shape, sources, targets = zip(*kept, strict=True) if kept else ((), (), ())
-    return Box(shape, source, sources, parameter, target, targets, shift)
+    return LiveBox(shape, source, sources, parameter, target, targets, shift)
 
 
 @dataclass(slots=True)
@@ -124,7 +96,7 @@ class Placement:
     """Boxes by checkpoint name, and for names that cannot be patched in place, why. `computed` says of names of which
     something did not arrive as a copy what wrote it instead."""
 
-    boxes: dict[str, list[Box]] = field(default_factory=dict)
+    boxes: dict[str, list[LiveBox]] = field(default_factory=dict)
     unfit: dict[str, str] = field(default_factory=dict)
     computed: dict[str, str] = field(default_factory=dict)
 
@@ -133,7 +105,7 @@ class Placement:
         refuse({name: self.unfit[name] for name in names if name in self.unfit})
 
     @property
-    def parts(self) -> dict[str, list[Part]]:
+    def parts(self) -> dict[str, list[Box]]:
         """Which rectangles of each checkpoint tensor are here."""
         return {name: [box.part for box in boxes] for name, boxes in self.boxes.items()}
 
@@ -158,9 +130,9 @@ class OtherWrite(NamedTuple):
     operation: str
 
 
-def overwritten(boxes: Mapping[str, list[Box]], writes: Iterable[OtherWrite]) -> dict[str, str]:
+def overwritten(boxes: Mapping[str, list[LiveBox]], writes: Iterable[OtherWrite]) -> dict[str, str]:
     """Names whose memory some operation other than their own copy would write."""
-    by_parameter: dict[str, list[tuple[str, Box]]] = {}
+    by_parameter: dict[str, list[tuple[str, LiveBox]]] = {}
     for name, parts in boxes.items():
         for box in parts:
             by_parameter.setdefault(box.parameter, []).append((name, box))
@@ -172,10 +144,10 @@ def overwritten(boxes: Mapping[str, list[Box]], writes: Iterable[OtherWrite]) ->
     }
 
 
-def shared(boxes: Mapping[str, list[Box]]) -> dict[str, str]:
+def shared(boxes: Mapping[str, list[LiveBox]]) -> dict[str, str]:
     """Names that land, somewhere, where another name landed before: only one of the two can be read back."""
     faults: dict[str, str] = {}
-    by_parameter: dict[str, list[tuple[str, Box]]] = {}
+    by_parameter: dict[str, list[tuple[str, LiveBox]]] = {}
     for name, parts in boxes.items():
         for box in parts:
             by_parameter.setdefault(box.parameter, []).append((name, box))
@@ -198,3 +170,10 @@ def shared(boxes: Mapping[str, list[Box]]) -> dict[str, str]:
 def extent_of(offset: int, shape: Shape, strides: Shape) -> tuple[int, int]:
     """First and last offset of a rectangle."""
     return offset, offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def is_inside(part: Box, size: int) -> bool:
+    """Whether a rectangle is one of a tensor of so many elements."""
+    if len(part.shape) != len(part.strides) or min((part.offset, *part.shape, *part.strides)) < 0:
+        return False
+    return 0 in part.shape or extent_of(part.offset, part.shape, part.strides)[1] < size

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import numpy as np
 
 from deltawire.errors import BadDigest, WrongBase, some
-from deltawire.live.boxes import Part, refuse
+from deltawire.live.boxes import refuse
 from deltawire.runlog.records import Position
+from deltawire.weights.boxes import Box
 from deltawire.weights.digest import MODULUS
 
-Parts = Mapping[str, Sequence[Part]]
+Parts = Mapping[str, Sequence[Box]]
 Digests = Mapping[str, Sequence[int]]
 """by name, the digest of each part that a worker holds"""
 
@@ -43,10 +44,10 @@ class Union:
         self._left = {name: digest for name, digest in frozen.items() if name not in loaded}
         faults: dict[str, str] = {}
         for tensor, size in sizes.items():
-            copies: dict[Part, list[Held]] = {}
+            copies: dict[Box, list[Held]] = {}
             for rank, parts in enumerate(workers):
                 for index, part in enumerate(parts.get(tensor, ())):
-                    copies.setdefault(Part(*part), []).append(Held(rank, index))
+                    copies.setdefault(part, []).append(Held(rank, index))
             self._copies[tensor] = list(copies.values())
             if tensor in self._left:
                 continue
@@ -84,7 +85,7 @@ _NOT_LOADED = (
 )
 
 
-def _fault(size: int, parts: list[Part]) -> str | None:
+def _fault(size: int, parts: list[Box]) -> str | None:
     if not parts:
         return _NOT_LOADED if size else None
     covered = sum(part.size for part in parts)
@@ -93,12 +94,12 @@ def _fault(size: int, parts: list[Part]) -> str | None:
     return None
 
 
-def _is_whole(part: Part, size: int) -> bool:
-    return part.size == size and tuple(part) in ((0, (size,), (1,)), (0, (), ()))
+def _is_whole(part: Box, size: int) -> bool:
+    return part.size == size and part in (Box(0, (size,), (1,)), Box(0, (), ()))
 
 
-def _is_disjoint(parts: list[Part], size: int) -> bool:
+def _is_disjoint(parts: list[Box], size: int) -> bool:
     seen = np.zeros(size, bool)
-    for offset, shape, strides in parts:
-        np.lib.stride_tricks.as_strided(seen[offset:], shape, strides)[...] = True
+    for part in parts:
+        np.lib.stride_tricks.as_strided(seen[part.offset :], part.shape, part.strides)[...] = True
     return bool(seen.all())

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltawire.live.boxes import Box, box_of
+from deltawire.live.boxes import LiveBox, box_of
 from deltawire.weights.bits import Positions
 
 BACKWARDS = 16
@@ -63,7 +63,7 @@ class Layout:
         """Where one element went."""
         return self.start + sum(before // digit.before % digit.size * digit.after for digit in self.digits)
 
-    def carry(self, box: Box) -> list[Box] | None:
+    def carry(self, box: LiveBox) -> list[LiveBox] | None:
         """The boxes that a box became, together the same elements; None when they are no rectangles."""
         dims = sorted(zip(box.shape, box.source_strides, box.target_strides, strict=True), key=lambda dim: dim[2])
         pieces = [Piece(box.source_offset, box.target_offset)]
@@ -111,7 +111,7 @@ class Layout:
             highest[stretch.digit] += (stretch.values - 1) * stretch.move
         return all(high < digit.size for high, digit in zip(highest, self.digits, strict=True))
 
-    def _boxes(self, parameter: str, piece: Piece) -> list[Box]:
+    def _boxes(self, parameter: str, piece: Piece) -> list[LiveBox]:
         """A piece as a box; one for each value of a digit that runs backwards, which no view of a storage does."""
         boxes: list[tuple[tuple[tuple[int, int, int], ...], int, int]] = [((), piece.source, self.offset(piece.at))]
         for stretch, source_stride in zip(piece.stretches, piece.strides, strict=True):

@@ -8,12 +8,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from deltawire.errors import EngineUnsupported, some
-from deltawire.live.boxes import Box, Part, Placement
+from deltawire.live.boxes import LiveBox, Placement
 from deltawire.live.memory import Memory, digest_box, fingerprint
 from deltawire.live.placement import probe
 from deltawire.live.post_load import Watch
 from deltawire.live.transforms import AfterLoading, Transform, as_loaded, held
 from deltawire.weights.bits import count
+from deltawire.weights.boxes import Box
 from deltawire.weights.table import TensorEntry
 
 T = TypeVar("T")
@@ -91,11 +92,11 @@ class LiveWeights:
         ]
 
     @property
-    def parts(self) -> dict[str, list[Part]]:
+    def parts(self) -> dict[str, list[Box]]:
         """Which rectangles of each checkpoint tensor are here."""
         return self.placement.parts
 
-    def places(self, name: str) -> Iterator[tuple[Memory, Box]]:
+    def places(self, name: str) -> Iterator[tuple[Memory, LiveBox]]:
         """Where the parts of a tensor live."""
         for box in self.placement.boxes.get(name, []):
             yield self._memory[box.parameter, box.shift], box
@@ -115,8 +116,12 @@ class LiveWeights:
         )
 
     def _settle(
-        self, name: str, box: Box, loaded: Mapping[str, torch.Tensor], transforms: Mapping[int, tuple[Transform, str]]
-    ) -> list[Box]:
+        self,
+        name: str,
+        box: LiveBox,
+        loaded: Mapping[str, torch.Tensor],
+        transforms: Mapping[int, tuple[Transform, str]],
+    ) -> list[LiveBox]:
         """A box of the weights as the loader sees them, as boxes of where they are."""
         memory, boxes = loaded[box.parameter], [box]
         transform, leaf = transforms.get(_address(memory), (None, ""))

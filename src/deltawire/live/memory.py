@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from deltawire.errors import DtypeMismatch
-from deltawire.live.boxes import Box
+from deltawire.live.boxes import LiveBox
 from deltawire.weights.bits import Positions, UInts
 from deltawire.weights.digest import MODULUS, digest_at, digest_bits
 
@@ -75,17 +75,17 @@ class Memory:
 
         kernels.scatter(self._host, offsets.numpy(), bits.numpy().view(self._live))
 
-    def read(self, box: Box) -> UInts:
+    def read(self, box: LiveBox) -> UInts:
         """A box's bits on the host, in row-major order; perhaps live memory itself, to look at now."""
         return self._as_checkpoint(to_host(self.view(box)))
 
-    def differing(self, box: Box, bits: UInts) -> Positions:
+    def differing(self, box: LiveBox, bits: UInts) -> Positions:
         """Row-major indices of a box's elements that are not these, in every bit of the live dtype."""
         if self.shift < 0:
             return np.flatnonzero(self.read(box) != bits)
         return np.flatnonzero(to_host(self.view(box)) != self._as_live(bits))
 
-    def view(self, box: Box) -> torch.Tensor:
+    def view(self, box: LiveBox) -> torch.Tensor:
         """A box of the storage, writable, with its bits as they lie there."""
         return self.flat.as_strided(box.shape, box.target_strides, box.target_offset)
 
@@ -118,7 +118,7 @@ def _carried(bits: UInts) -> torch.Tensor:
     return torch.from_numpy(bits).view(CARRIER[bits.itemsize])
 
 
-def digest_box(bits: UInts, box: Box) -> int:
+def digest_box(bits: UInts, box: LiveBox) -> int:
     """The part of a tensor's digest that a box makes; `bits` are its elements in row-major order."""
     run = 1
     for length, stride in reversed(list(zip(box.shape, box.source_strides, strict=True))):

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import msgspec
 
-from deltawire.live.boxes import Box, Part
+from deltawire.live.boxes import LiveBox, is_inside
 from deltawire.live.lease import Holder, View
 from deltawire.runlog.records import Position
+from deltawire.weights.boxes import Box
 
 Hex = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{1,16}$")]
 """a digest"""
@@ -225,13 +226,13 @@ class HeldParts(Digested, frozen=True):
     `frozen` the committed digests of those that the run never changes and it holds nothing of."""
 
     sizes: dict[str, int]
-    parts: dict[str, list[Part]]
+    parts: dict[str, list[Box]]
     frozen: dict[str, Hex]
 
     def __post_init__(self) -> None:
         require_digests(self.parts, self.digests)
         for name, parts in self.parts.items():
-            if not all(part.is_inside(self.sizes.get(name, 0)) for part in parts):
+            if not all(is_inside(part, self.sizes.get(name, 0)) for part in parts):
                 raise ValueError(f"a part of {name} is not in it")
 
 
@@ -265,13 +266,13 @@ class Placed(msgspec.Struct, frozen=True):
     """Where each tensor lives in a worker, the frozen ones that it holds nothing of, and the modules whose weights are
     remade at an update. `rank` is its server's to say."""
 
-    placement: dict[str, list[Box]]
+    placement: dict[str, list[LiveBox]]
     frozen: list[str]
     remade: list[str]
     rank: int = 0
 
 
-def require_digests(parts: Mapping[str, Sequence[Part]], digests: Mapping[str, Sequence[object]]) -> None:
+def require_digests(parts: Mapping[str, Sequence[Box]], digests: Mapping[str, Sequence[object]]) -> None:
     """Raise ValueError unless there is a digest for each part."""
     for name, held in parts.items():
         if len(digests.get(name, ())) != len(held):

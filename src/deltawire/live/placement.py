@@ -17,7 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltawire.errors import EngineUnsupported
-from deltawire.live.boxes import Box, OtherWrite, Placement, Shape, box_of, extent_of, overwritten, shared
+from deltawire.live.boxes import LiveBox, OtherWrite, Placement, box_of, extent_of, overwritten, shared
+from deltawire.weights.boxes import Shape
 from deltawire.weights.table import TensorEntry
 from deltawire.weights.tensors import NAMES
 
@@ -117,7 +118,7 @@ class _Watcher(TorchDispatchMode):
 
     def __init__(self, live: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.boxes: dict[str, list[Box]] = {}
+        self.boxes: dict[str, list[LiveBox]] = {}
         self.unfit: dict[str, str] = {}
         self.computed: dict[str, str] = {}
         self.other_writes: list[OtherWrite] = []
@@ -167,7 +168,7 @@ class _Watcher(TorchDispatchMode):
         if box not in known:
             known.append(box)
 
-    def _box(self, target: torch.Tensor, parameter: str, source: torch.Tensor, trace: _Trace) -> Box | None:
+    def _box(self, target: torch.Tensor, parameter: str, source: torch.Tensor, trace: _Trace) -> LiveBox | None:
         source = source.expand(target.shape)
         followed = trace.follow(source.storage_offset(), tuple(source.shape), tuple(source.stride()))
         shift = 0 if source.dtype == target.dtype else _SHIFTS.get((source.dtype, target.dtype))

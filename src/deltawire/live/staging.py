@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from deltawire.errors import DtypeMismatch, EngineUnsupported
-from deltawire.live.boxes import Box
+from deltawire.live.boxes import LiveBox
 from deltawire.live.live_weights import LiveWeights
 from deltawire.live.memory import Memory, digest_box
 from deltawire.live.transforms import Transform
@@ -176,7 +176,7 @@ def _scatters(memory: Memory, offsets: torch.Tensor, old: torch.Tensor, new: tor
     return (Scatter(memory, *piece) for piece in zip(*pieces, strict=True) if piece[0].numel())
 
 
-def _fill(memory: Memory, box: Box, new: UInts, writes: list[Scatter | Fill]) -> None:
+def _fill(memory: Memory, box: LiveBox, new: UInts, writes: list[Scatter | Fill]) -> None:
     writes.append(Fill(memory, box, memory.view(box).clone(), memory.bits_on_device(new).reshape(box.shape)))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from deltawire.live.boxes import Box
+from deltawire.live.boxes import LiveBox
 from deltawire.live.memory import Memory
 from deltawire.live.threads import run_together
 
@@ -41,7 +41,7 @@ class Fill:
     """A whole rectangle of live memory, for a tensor that changed nearly everywhere."""
 
     memory: Memory
-    box: Box
+    box: LiveBox
     old: torch.Tensor
     new: torch.Tensor
 
