@@ -7,7 +7,7 @@ anything.
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def plan_prune(
         while True:
             kept = [stat for stat in stats if stat.key not in wrong]
             found = plan(kept, run, heartbeats, policy or Policy(), tags=tags)
-            problems = _unsound(proofs, kept, run, found.anchors) if found.keys else {}
+            problems = _unsound(proofs, kept, run, found) if found.keys else {}
             wrong |= problems
             if not problems:
                 return replace(found, passed_over=tuple(f"{key}: {why}" for key, why in sorted(wrong.items())))
@@ -143,12 +143,13 @@ def carry_out(bucket: Bucket, plan: PruneList, *, on_step: Callable[[str], None]
         on_step(batch[-1])
 
 
-def _unsound(proofs: Proofs, stats: list[Stat], run: str, versions: Collection[int]) -> dict[str, str]:
-    """Which records of these versions' anchors lead to no anchor, and why."""
-    found = {}
+def _unsound(proofs: Proofs, stats: list[Stat], run: str, plan: PruneList) -> dict[str, str]:
+    """Which records of the anchors that a plan leans on lead to no anchor once it is carried out, and why. A record may
+    list the files of an older version that held the same weights."""
+    found, going = {}, frozenset(plan.keys)
     for item in _sorted_out(stats, run):
-        if item.name.kind == "anchor record" and item.name.end in versions:
-            problem = proofs.problem(Edge(None, item.name.end, 0, item.stat.key))
+        if item.name.kind == "anchor record" and item.name.end in plan.anchors:
+            problem = proofs.problem(Edge(None, item.name.end, 0, item.stat.key), going=going)
             if problem is not None:
                 found[item.stat.key] = str(problem)
     return found
