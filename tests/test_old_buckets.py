@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from deltawire import Publisher, Subscriber, digest, materialize, open_bucket, verify
-from deltawire.bits import Bits
-from deltawire.checkpoint import Checkpoint
-from deltawire.compactor import Compactor
 from deltawire.errors import BadSignature
-from deltawire.retention import Policy, carry_out, plan_prune
-from deltawire.signing import read_key
-from deltawire.tensors import equal
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.runlog.signing import read_key
+from deltawire.upkeep.compactor import Compactor
+from deltawire.upkeep.retention import Policy, carry_out, plan_prune
+from deltawire.weights.bits import Bits
+from deltawire.weights.tensors import equal
 from waiting import PATIENCE
 
 GOLDEN = Path(__file__).parent / "golden" / "buckets"
