@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import PATIENCE
 
 from deltawire import Publisher, Subscriber, digest, materialize, open_bucket, verify
 from deltawire.errors import BadSignature
@@ -18,9 +19,8 @@ from deltawire.upkeep.compactor import Compactor
 from deltawire.upkeep.retention import Policy, carry_out, plan_prune
 from deltawire.weights.bits import Bits
 from deltawire.weights.tensors import equal
-from waiting import PATIENCE
 
-GOLDEN = Path(__file__).parent / "golden" / "buckets"
+GOLDEN = Path(__file__).parent / "buckets"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.zip"))
 VERSIONS = [0, 1, 2, 3, 4, 5, 7]
 NEWEST = Policy(anchors=1, hours=-1.0)
