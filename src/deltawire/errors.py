@@ -199,6 +199,10 @@ class NotServed(EngineError):
     """No replica served a published version in time. The version is committed: look at the followers, or wait on."""
 
 
+class BrokenInvariant(DeltaWireError):
+    """What deltawire holds contradicts itself. It stops before it writes more; please report it."""
+
+
 def some(names: Iterable[str]) -> str:
     """Three of these names, and how many more there are: "a, b, c and 4 more"."""
     listed = list(names)

@@ -14,6 +14,7 @@ from runs import PATIENCE, commits, edit, fresh, model, publish_all, publishing,
 from strategies import seeds
 
 from deltawire import Publisher, materialize
+from deltawire.buckets import faulty as schedules
 from deltawire.errors import (
     AccessRefused,
     BadDigest,
@@ -24,7 +25,7 @@ from deltawire.errors import (
     Unavailable,
 )
 from deltawire.format.checkpoint import Checkpoint
-from deltawire.runlog.keys import commit_key
+from deltawire.runlog.keys import HEAD_KEY, commit_key
 from deltawire.runlog.log import list_versions, read_head
 from deltawire.weights.tensors import equal
 
@@ -371,4 +372,24 @@ def test_a_restarted_trainer_does_not_continue_a_commit_that_was_damaged_on_its_
         Publisher(Misread())
     edit(weights, 1)
     publish_all(bucket, weights)
+    assert equal(read_weights(bucket), served(weights))
+
+
+@pytest.mark.parametrize("damage", [1, 2])
+def test_a_trainer_that_reads_a_commit_beyond_head_damaged_continues_from_it_all_the_same(damage):
+    """It was killed before it moved HEAD on. What it passed over would be committed beside."""
+    bucket, weights = fresh(), model()
+    publish_all(bucket, weights)
+    head = bucket.get(HEAD_KEY, limit=1000)
+    edit(weights, 1)
+    publish_all(bucket, weights)
+    bucket.put(HEAD_KEY, head)
+    with publishing(schedules.Faulty(bucket, schedules.at("get", "commits/000001", "truncate", times=damage))) as again:
+        assert again.position.version == 1
+        edit(weights, 2)
+        again.publish(weights)
+        edit(weights, 3)
+        again.publish(weights)
+        again.flush(PATIENCE)
+    assert [commit.version for commit in commits(bucket)][:2] == [0, 1]
     assert equal(read_weights(bucket), served(weights))

@@ -25,7 +25,9 @@ from runs import (
 )
 
 from deltawire import Subscriber, digest
+from deltawire.buckets.wrappers import Counting
 from deltawire.errors import (
+    DeltaWireError,
     Forked,
     Gap,
     NotFound,
@@ -312,3 +314,24 @@ def test_fetching_and_applying_an_update_costs_one_delta():
     assert equal(held, steps[2])
     allowed = update.delta.nbytes + 3 * update.wire_bytes + 100_000
     assert peak < allowed, f"{peak:,} bytes at the peak; the delta is {update.delta.nbytes:,}, allowed are {allowed:,}"
+
+
+@pytest.mark.parametrize("read", [lambda reader: list(reader.updates()), lambda reader: reader.change(None, 3)])
+def test_a_run_record_that_was_damaged_on_its_way_is_read_again_by_a_reader_that_lives_on(read):
+    bucket, steps = chain_of_four()
+    get, left = bucket.get, [1]
+
+    class Damaged(Counting):
+        def get(self, key, *, limit):
+            data = get(key, limit=limit)
+            if key.endswith("run.json") and left[0]:
+                left[0] -= 1
+                return data.replace(b"layer.0.bias", b"layer.0.bjas")
+            return data
+
+    with Subscriber(Damaged(bucket)) as subscriber:
+        with pytest.raises(DeltaWireError):
+            read(subscriber)
+        subscriber.refresh()  # as a follower, a worker and a compactor do after what they could not use
+        read(subscriber)
+        assert subscriber.run.table == table(steps[0])

@@ -4,17 +4,17 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import edit, fresh, model, publishing, read_weights, served
+from runs import commits, edit, fresh, model, publish_all, publishing, read_weights, served
 
 from deltawire import Subscriber, materialize
 from deltawire.buckets import Stat
-from deltawire.buckets.faulty import Faulty
+from deltawire.buckets.faulty import Faulty, at
 from deltawire.buckets.wrappers import Counting
 from deltawire.errors import FormatError, Gap
 from deltawire.runlog import heartbeats, log, signing
 from deltawire.runlog.heartbeats import Heartbeat
-from deltawire.runlog.keys import commit_key
-from deltawire.runlog.records import Derived, hash_of, read, signed, write
+from deltawire.runlog.keys import HEAD_KEY, commit_key, derived_key
+from deltawire.runlog.records import Derived, Head, hash_of, read, signed, write
 from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
 from deltawire.upkeep.retention import Policy, carry_out, plan, plan_prune
@@ -277,3 +277,49 @@ def test_a_run_on_a_store_that_refuses_no_second_write_is_pruned_like_any_other(
     assert [version for version, _ in log.list_commits(bucket, second.run)] == [5]
     assert not [stat.key for stat in bucket.list("runs/") if "/deltas/" in stat.key]
     assert equal(read_weights(bucket), served(weights))
+
+
+def test_an_anchor_that_borrows_the_files_of_an_older_version_is_not_leaned_on():
+    bucket, weights = fresh(), model()
+    publish_all(bucket, weights, weights)
+    first, second = commits(bucket)
+    with Subscriber(bucket) as subscriber:
+        held, hash_of_second = subscriber.digests_at(1), subscriber.chain.commit(1).hash
+    digests = {name: f"{value:016x}" for name, value in held.items()}
+    record = Derived(
+        run=first.run,
+        version=1,
+        parent=None,
+        root=second.root,
+        digests=digests,
+        payloads=first.payloads,
+        commit_hash=hash_of_second,
+    )
+    bucket.put(derived_key(first.run, None, 1, first.payloads), write(record))
+    found = plan_prune(bucket, first.run, SOON)
+    carry_out(bucket, found)
+    assert (found.floor, found.keys) == (0, ())
+    assert "older version" in found.passed_over[0]
+    assert equal(read_weights(bucket), served(weights))
+    with publishing(bucket) as publisher:
+        assert publisher.position.version == 1
+
+
+def test_the_commit_that_head_names_stays_when_its_writer_died_before_it_moved_head(compacted):
+    bucket, run, steps = compacted
+    head = log.read_head(bucket)
+    bucket.put(HEAD_KEY, write(Head(run, 10, commit_key(run, 10))))
+    found = plan_prune(bucket, run, SOON)
+    assert (found.floor, found.reason) == (8, "HEAD.json")
+    carry_out(bucket, found)
+    assert equal(read_weights(bucket), steps[19])
+    bucket.put(HEAD_KEY, write(head))
+    assert plan_prune(bucket, run, SOON).floor == 19
+
+
+def test_a_heartbeat_that_was_cut_short_on_its_way_keeps_what_its_replica_stands_on(compacted):
+    bucket, run, _ = compacted
+    heartbeats.beat(bucket, Heartbeat("a", run, 10))
+    cut = Faulty(bucket, at("get", "replicas/", "truncate", times=2))
+    assert plan_prune(cut, run, SOON).reason == "replica a"
+    assert cut.injected["truncate"] == 2

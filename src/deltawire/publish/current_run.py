@@ -8,8 +8,12 @@ from deltawire.publish.baseline import Baseline
 from deltawire.publish.sender import Tip
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog import log
+from deltawire.runlog.chain import Chain
 from deltawire.runlog.records import Position
 from deltawire.weights.digest import root as root_of
+
+LOOKS = 3
+"""times a trainer looks for the newest commit before it continues from it"""
 
 
 def holds_run(bucket: Bucket) -> bool:
@@ -54,8 +58,15 @@ def newest(bucket: Bucket) -> Position | None:
 
 
 def newest_of(subscriber: Subscriber) -> Position:
-    """The newest committed position, looked up twice, as either look may be stale."""
-    return max(subscriber.latest(), subscriber.latest(), key=lambda position: position.version)
+    """The newest committed position, by looks that share nothing: one may be stale, or damaged on its way.
+
+    A trainer that took an older version for the newest would commit beside it.
+    """
+    looks = [subscriber.latest()]
+    for _ in range(LOOKS - 1):
+        again = Chain(subscriber.bucket, subscriber.chain.filed, subscriber.trust)
+        looks.append(again.newest(log.hinted(subscriber.bucket)).record.position)
+    return max(looks, key=lambda position: position.version)
 
 
 def tip_at(subscriber: Subscriber, position: Position) -> Tip:

@@ -10,6 +10,7 @@ from deltawire.errors import DeltaWireError
 from deltawire.publish import pending
 from deltawire.publish.pending import Captured, Shipment
 from deltawire.runlog import writing
+from deltawire.runlog.invariants import parent_is, require
 from deltawire.runlog.records import Position
 from deltawire.runlog.signing import SigningKey
 from deltawire.runlog.writing import Attempt
@@ -76,7 +77,9 @@ class SoloSender:
 def commit(bucket: Bucket, attempt: Attempt, tip: Tip | None) -> Committed:
     """Append a version to the run, after its newest commit `tip`. Every commit that a publisher makes is made here.
 
-    Raises BucketError, ChainError.
+    Raises BucketError, ChainError; BrokenInvariant for a commit whose parent is not `tip`.
     """
+    position, hash_of_tip = (None, None) if tip is None else (tip.position, tip.hash)
+    require(parent_is(attempt.commit, position, hash_of_tip), where=bucket.url)
     writing.append(bucket, attempt)
     return Committed(attempt.commit.position, attempt.hash, attempt.commit.wire_bytes)

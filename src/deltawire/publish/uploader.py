@@ -8,10 +8,12 @@ from pathlib import Path
 
 from deltawire.errors import BucketError, ChainError, DeltaWireError, FormatError, RankFailed, Unavailable
 from deltawire.publish import pending
+from deltawire.publish.invariants import nothing_is_forgotten
 from deltawire.publish.pending import Captured, Shipment
 from deltawire.publish.queue import Backlog, Queue
 from deltawire.publish.reports import UploadReport
 from deltawire.publish.sender import Committed, Sender, Tip
+from deltawire.runlog.invariants import require
 from deltawire.runlog.records import Position
 
 FIRST_RETRY = 0.5
@@ -49,6 +51,7 @@ class Uploader:
         self._lock = threading.RLock()  # entered by itself: a signal's exception in Condition.__exit__ would keep it
         self._changed = threading.Condition(self._lock)
         self._queue, self._tip = Queue(), tip
+        self._following = 0 if tip is None else tip.position.version + 1
         self._problem: DeltaWireError | None = None
         self._failures = 0
         self._is_capturing = self._hurry = self._is_stopping = self._has_died = False
@@ -96,6 +99,8 @@ class Uploader:
             queue = self._queue.cut_at(cut)
             for captured in versions:
                 queue = queue.add(captured)
+                self._following = captured.version + 1
+            self._require_nothing_forgotten(queue)
             self._queue = queue
             self._changed.notify_all()
             return Queued(queue.backlog, self._problem)
@@ -127,6 +132,11 @@ class Uploader:
         """Whether waiting cannot help: no thread uploads, or a try failed for good since `before` failures."""
         is_final = self._failures > before and not isinstance(self._problem, Unavailable | None)
         return self._is_stopping or self._has_died or is_final
+
+    def _require_nothing_forgotten(self, queue: Queue) -> None:
+        """Raise BrokenInvariant unless what is committed and what is queued lead to the newest captured version."""
+        committed = None if self._tip is None else self._tip.position.version
+        require(nothing_is_forgotten(committed, queue.held, self._following), where=self._where)
 
     # On the thread
 
@@ -196,5 +206,6 @@ class Uploader:
         """The frozen version is durable: the next one names it as its parent."""
         with self._changed:
             self._queue, self._tip = self._queue.commit(), committed
+            self._require_nothing_forgotten(self._queue)
             self._problem, self._hurry = None, False
             self._changed.notify_all()

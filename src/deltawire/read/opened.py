@@ -28,6 +28,7 @@ class OpenedRun:
         self.trust = trusted if isinstance(trusted, Trust) else trust(trusted)
         self._anchors = Anchors(bucket, base=Path(base) if base is not None else None)
         self._opened: Chain | None = None
+        self._run_id: str | None = None
         self._wrong: set[str] = set()
 
     def close(self) -> None:
@@ -42,19 +43,20 @@ class OpenedRun:
     def refresh(self) -> None:
         """Forget the records read so far, so that one damaged on its way is read again; the run stays the same."""
         if self._opened is not None:
-            self._opened = Chain(self.bucket, self._opened.filed, self.trust)
+            self._run_id = self._opened.run.run
+            self._opened = None
 
     @property
     def chain(self) -> Chain:
         """The run's records. Raises NotFound while nothing is published."""
         if self._opened is None:
-            run = log.load_run(self.bucket, log.current_run(self.bucket, trust=self.trust), trust=self.trust)
-            self._opened = Chain(self.bucket, run, self.trust)
+            run = self._run_id or log.current_run(self.bucket, trust=self.trust)
+            self._opened = Chain(self.bucket, log.load_run(self.bucket, run, trust=self.trust), self.trust)
         return self._opened
 
     @property
     def run(self) -> Run:
-        """The run's record, read once. Raises NotFound while nothing is published."""
+        """The run's record, read once, and again after `refresh`. Raises NotFound while nothing is published."""
         return self.chain.run
 
     def watch(self, *, timeout: float, tag: str | None = None) -> Stat | None:

@@ -10,6 +10,8 @@ from deltawire.runlog.keys import REPLICAS, replica_key
 
 MAX_HEARTBEAT = 64 << 10
 """bytes"""
+LOOKS = 3
+"""times a heartbeat is read before it counts as none"""
 MAX_REPLICAS = 10_000
 """heartbeats that are read; beyond, somebody writes them who is no replica"""
 
@@ -50,13 +52,22 @@ def read_all(bucket: Bucket, known: Iterable[tuple[Stat, Heartbeat]] = ()) -> li
             raise TooLarge(
                 f"{bucket.url}/{REPLICAS} holds more than {MAX_REPLICAS:,} heartbeats; remove those of no replica"
             )
-        if heartbeat := held.get((stat.key, stat.tag)):
-            found.append((stat, heartbeat))
-            continue
-        try:
-            heartbeat = msgspec.json.decode(bucket.get(stat.key, limit=MAX_HEARTBEAT), type=Heartbeat)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, NotFound, TooLarge):
-            continue
-        if stat.key == f"{REPLICAS}{heartbeat.replica}.json":
+        heartbeat = held.get((stat.key, stat.tag)) or _read(bucket, stat.key)
+        if heartbeat is not None:
             found.append((stat, heartbeat))
     return found
+
+
+def _read(bucket: Bucket, key: str) -> Heartbeat | None:
+    """The record of a key's replica; None for what is none. One that cannot be read is read again: it may have been
+    damaged on its way, and a prune deletes what no heartbeat asks for."""
+    for _ in range(LOOKS):
+        try:
+            heartbeat = msgspec.json.decode(bucket.get(key, limit=MAX_HEARTBEAT), type=Heartbeat)
+        except (NotFound, TooLarge):
+            return None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+        if key == f"{REPLICAS}{heartbeat.replica}.json":
+            return heartbeat
+    return None

@@ -6,7 +6,7 @@ later proofs ask the store for the tags of its files alone.
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import msgspec
 from deltawire.buckets.atomic import file_system_errors, replacing
 from deltawire.buckets.base import Bucket, Stat
 from deltawire.buckets.verified import download_verified
-from deltawire.errors import DAMAGE, BadDigest, DeltaWireError, Forked
+from deltawire.errors import DAMAGE, BadDigest, DeltaWireError, Forked, NotFound
 from deltawire.format import checkpoint
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.bounds import require_anchor
@@ -47,16 +47,16 @@ class Proofs:
         self._subscriber, self._memory = subscriber, memory
         self._known = _read(memory)
 
-    def problem(self, edge: Edge) -> DeltaWireError | None:
-        """Why a reader could not begin at an anchor; None where it can. Raises what passes: Unavailable, OutOfSpace,
-        AccessRefused."""
+    def problem(self, edge: Edge, *, going: Container[str] = ()) -> DeltaWireError | None:
+        """Why a reader could not begin at an anchor once the keys `going` are deleted; None where it can. Raises what
+        passes: Unavailable, OutOfSpace, AccessRefused."""
         try:
-            self._prove(edge)
+            self._prove(edge, going)
         except DAMAGE as error:
             return error
         return None
 
-    def _prove(self, edge: Edge) -> None:
+    def _prove(self, edge: Edge, going: Container[str]) -> None:
         chain, bucket = self._subscriber.chain, self._subscriber.bucket
         (hop,) = chain.read([edge])
         filed, record = hop.filed, hop.filed.record
@@ -64,7 +64,10 @@ class Proofs:
             return  # a run's first version: nothing older is there to be deleted
         if record.commit_hash != chain.commit(edge.end).hash:
             raise Forked(f"{bucket.url}/{edge.record} is the anchor of another commit {edge.end}")
-        stats = [bucket.stat(payload_key(record.run, payload.key)) for payload in record.payloads]
+        keys = [payload_key(record.run, payload.key) for payload in record.payloads]
+        if borrowed := [key for key in keys if key in going]:
+            raise NotFound(f"{bucket.url}/{edge.record} leads to {borrowed[0]}, which is of an older version and goes")
+        stats = [bucket.stat(key) for key in keys]
         tags = _tags(stats)
         if self._known.get(filed.hash) == tags:
             return

@@ -1,13 +1,13 @@
 """What may go from a bucket: one number, the floor, decides. References go before what they refer to.
 
 The floor is the newest anchor at or below everything that is still wanted: the newest anchors of the policy, what was
-committed lately, what has a tag, and what an active replica stands on. A reader at or above it never misses
-anything.
+committed lately, what has a tag, what HEAD names, and what an active replica stands on. A reader at or above it never
+misses anything.
 """
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from deltawire.buckets.base import Bucket, Stat
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog import log
 from deltawire.runlog.heartbeats import Heartbeat, read_all
+from deltawire.runlog.invariants import every_version_is_reachable, require
 from deltawire.runlog.keys import Kind, Listed, listed, run_prefix
 from deltawire.runlog.planner import Edge
 from deltawire.runlog.signing import trust
@@ -68,6 +69,7 @@ def plan_prune(
     *,
     trusted: Iterable[str | Path] = (),
     memory: Path | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> PruneList:
     """What a policy lets go of a run, by one listing and the ledger. Changes nothing.
 
@@ -78,6 +80,8 @@ def plan_prune(
     Raises BucketError, FormatError, ChainError."""
     tags = {tag.name: tag.version for tag in read_tags(bucket, run)}
     heartbeats = read_all(bucket)  # before the listing: a joiner that writes its need later lists later
+    hinted = log.hinted(bucket)  # a trainer that died may have left it behind the newest commit
+    head = hinted.version if hinted is not None and hinted.run == run else None
     stats = [*bucket.list(run_prefix(run))]
     given = trust(trusted)
     if not given and (signer := log.load_run(bucket, run).record.signer) is not None:
@@ -87,8 +91,8 @@ def plan_prune(
         proofs = Proofs(subscriber, memory=memory)
         while True:
             kept = [stat for stat in stats if stat.key not in wrong]
-            found = plan(kept, run, heartbeats, policy or Policy(), tags=tags)
-            problems = _unsound(proofs, kept, run, found.anchors) if found.keys else {}
+            found = plan(kept, run, heartbeats, policy or Policy(), tags=tags, head=head, clock=clock)
+            problems = _unsound(proofs, kept, run, found) if found.keys else {}
             wrong |= problems
             if not problems:
                 return replace(found, passed_over=tuple(f"{key}: {why}" for key, why in sorted(wrong.items())))
@@ -101,9 +105,11 @@ def plan(
     policy: Policy,
     *,
     tags: Mapping[str, int] | None = None,
+    head: int | None = None,
     clock: Callable[[], float] = time.time,
 ) -> PruneList:
-    """What a listing lets go; `tags` are the versions that people named, by name.
+    """What a listing lets go; `tags` are the versions that people named, by name. `head` is the version that HEAD
+    names: its commit stays, for a writer may have died before it moved HEAD on.
 
     Ages are differences of the store's own timestamps: now is the newest of them, which is never later than the
     store's clock, and not later than this host's: one file from the future makes nobody old. A replica is silent only
@@ -120,6 +126,8 @@ def plan(
     if lately := [version for version, when in commits.items() if max(now - when, 0) <= 3600 * policy.hours]:
         wanted[f"commits of the last {policy.hours:g} hours"] = min(lately)
     wanted |= {f"tag {name}": version for name, version in (tags or {}).items()}
+    if head in commits:
+        wanted["HEAD.json"] = head
     for stat, beat in beats:
         stands = beat.version if beat.need is None else beat.need
         age = min(max(now - stat.modified, 0), max(here - beat.at, 0) if beat.at is not None else math.inf)
@@ -129,6 +137,7 @@ def plan(
     floor = max((version for version in anchors if version <= lowest), default=0)
     going = [item for item in objects if _goes(item, floor)]
     going.sort(key=lambda item: (_ORDER.index(item.name.kind), item.name.end, item.stat.key))
+    _require_reachable([version for version in commits if version >= floor], anchors, run)
     leans_on = tuple(sorted({floor, *anchors[-max(policy.anchors, 1) :]}))
     size = sum(item.stat.size for item in going)
     return PruneList(floor, tuple(item.stat.key for item in going), size, reason, leans_on)
@@ -143,12 +152,20 @@ def carry_out(bucket: Bucket, plan: PruneList, *, on_step: Callable[[str], None]
         on_step(batch[-1])
 
 
-def _unsound(proofs: Proofs, stats: list[Stat], run: str, versions: Collection[int]) -> dict[str, str]:
-    """Which records of these versions' anchors lead to no anchor, and why."""
-    found = {}
+def _require_reachable(kept: list[int], anchors: list[int], run: str) -> None:
+    """Raise BrokenInvariant unless an anchor that stays leads to every commit that stays."""
+    versions = sorted(kept)
+    parents = dict(zip(versions, [None, *versions], strict=False))
+    require(every_version_is_reachable(parents, anchors), where=f"run {run}")
+
+
+def _unsound(proofs: Proofs, stats: list[Stat], run: str, plan: PruneList) -> dict[str, str]:
+    """Which records of the anchors that a plan leans on lead to no anchor once it is carried out, and why. A record may
+    list the files of an older version that held the same weights."""
+    found, going = {}, frozenset(plan.keys)
     for item in _sorted_out(stats, run):
-        if item.name.kind == "anchor record" and item.name.end in versions:
-            problem = proofs.problem(Edge(None, item.name.end, 0, item.stat.key))
+        if item.name.kind == "anchor record" and item.name.end in plan.anchors:
+            problem = proofs.problem(Edge(None, item.name.end, 0, item.stat.key), going=going)
             if problem is not None:
                 found[item.stat.key] = str(problem)
     return found

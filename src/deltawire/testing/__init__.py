@@ -1,0 +1,1 @@
+"""How a store, and deltawire on it, prove themselves: a state machine and a simulation, for tests of any package."""

@@ -1,0 +1,114 @@
+"""Faults that deltawire does not have, planted for the time of a test: what checks it must find each of them."""
+
+from contextlib import suppress
+
+from deltawire.errors import DeltaWireError
+from deltawire.publish import capture
+from deltawire.publish.capture import Capturer
+from deltawire.runlog import chain, keys, log, records, writing
+from deltawire.testing.stepped import SteppedPublisher
+from deltawire.upkeep import compactor, retention
+
+
+def head_before_the_commit(patch):
+    append = writing.append
+
+    def wrong(bucket, attempt, **options):
+        head = records.Head(attempt.run.run, attempt.commit.version, attempt.key_in(bucket))
+        bucket.put(keys.HEAD_KEY, records.write(head))
+        append(bucket, attempt, **options)
+
+    patch.setattr(writing, "append", wrong)
+
+
+def a_failed_upload_is_forgotten(patch):
+    upload = SteppedPublisher.upload
+
+    def wrong(self):
+        try:
+            return upload(self)
+        except DeltaWireError:
+            self._work = None
+            raise
+
+    patch.setattr(SteppedPublisher, "upload", wrong)
+
+
+def a_capture_that_broke_off_is_forgotten(patch):
+    compare = Capturer._compare
+
+    def wrong(self, *given):
+        try:
+            return compare(self, *given)
+        except Exception:
+            self._partial = {}
+            raise
+
+    patch.setattr(Capturer, "_compare", wrong)
+
+
+def a_commit_before_its_payloads(patch):
+    put_payloads = writing.put_payloads
+
+    def wrong(bucket, run, payloads, **options):
+        if any("deltas/" in key for key in payloads):
+            return
+        put_payloads(bucket, run, payloads, **options)
+
+    patch.setattr(writing, "put_payloads", wrong)
+
+
+def a_manifest_before_its_payloads(patch):
+    put = compactor.Compactor._put
+
+    def wrong(self, record, payloads):
+        put(self, record, {})
+        return put(self, record, payloads)
+
+    patch.setattr(compactor.Compactor, "_put", wrong)
+
+
+def payloads_are_pruned_first(patch):
+    patch.setattr(retention, "_ORDER", retention._ORDER[::-1])
+
+
+def the_floors_anchor_is_pruned(patch):
+    goes = retention._goes
+    patch.setattr(retention, "_goes", lambda item, floor: goes(item, floor + 1))
+
+
+def a_reader_that_begins_looks_no_further_than_head(patch):
+    def wrong(self):
+        with suppress(DeltaWireError):
+            head = log.read_head(self.bucket)
+            self._newest = self._keep(self._load(head.version, head.commit))
+
+    patch.setattr(chain.Chain, "_look_beyond", wrong)
+
+
+def heartbeats_are_not_asked(patch):
+    patch.setattr(retention, "read_all", lambda bucket: [])
+
+
+def head_is_left_behind_by_a_prune(patch):
+    plan = retention.plan
+    patch.setattr(retention, "plan", lambda *given, head, **options: plan(*given, **options))
+
+
+def one_look_at_the_newest_commit(patch):
+    patch.setattr(capture, "LOOKS", 1)
+
+
+PLANTED = [
+    head_before_the_commit,
+    a_failed_upload_is_forgotten,
+    a_capture_that_broke_off_is_forgotten,
+    a_commit_before_its_payloads,
+    a_manifest_before_its_payloads,
+    payloads_are_pruned_first,
+    the_floors_anchor_is_pruned,
+    a_reader_that_begins_looks_no_further_than_head,
+    heartbeats_are_not_asked,
+    head_is_left_behind_by_a_prune,
+    one_look_at_the_newest_commit,
+]
