@@ -78,6 +78,7 @@ def main(model, engine, bucket, steps, result):
     weights = {name: parameter.detach().bfloat16() for name, parameter in trainer.model.named_parameters()}
     told = {
         "rewards": [record["reward"] for record in trainer.state.log_history if "reward" in record],
+        "logged": [record["deltawire/version"] for record in trainer.state.log_history if "reward" in record],
         "position": str(transfer.sent),
         "digests": {name: f"{value:016x}" for name, value in dw.digest(weights).items()},
     }

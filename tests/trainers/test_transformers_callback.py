@@ -74,6 +74,31 @@ def test_a_commit_tells_what_the_trainer_logged_last_and_of_which_step(tmp_path,
     assert told[2:] == [{"loss": logged[step], "logged_step": step} for step in (1, 2)]
 
 
+class Reporting(TrainerCallback):
+    """What an integration, W&B's or another, is given to log."""
+
+    def __init__(self):
+        self.logged = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged.append(dict(logs))
+
+
+def test_what_a_publish_reports_is_in_what_the_trainer_logs_and_hands_to_others(tmp_path, url):
+    first = Reporting()
+    trainer = small_trainer(small_model(), tmp_path / "out", first, DeltaWeightSyncCallback(url))
+    for _ in range(2):  # a second training puts nobody there twice
+        trainer.train()
+    logged = [entry for entry in first.logged if "loss" in entry]
+    versions = [entry["deltawire/version"] for entry in logged]
+    assert len(versions) == 6 and versions == sorted(versions)
+    assert all(0 < entry["deltawire/density"] < 1 and entry["deltawire/wire_bytes"] > 0 for entry in logged)
+    assert {entry["deltawire/failing"] for entry in logged} == {0.0}
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["deltawire/version"] for entry in history] == versions[-3:]
+    assert sum(type(callback).__name__ == "IntoLogs" for callback in trainer.callback_handler.callbacks) == 1
+
+
 def test_a_publisher_of_the_callers_is_flushed_and_stays_open(tmp_path, url):
     bucket, model = dw.open_bucket(url, create=True), small_model()
     with publishing(bucket) as publisher:

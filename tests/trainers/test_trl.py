@@ -1,6 +1,7 @@
 """DeltaWeightTransfer by itself: what TRL's protocol asks of it, and for whom it waits. tests/vllm has TRL and vLLM."""
 
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 
 import msgspec
@@ -258,3 +259,31 @@ def test_an_adapter_merged_into_16_bit_weights_at_every_sync_is_warned_of_once(d
         trainer.sync(transfer)
     said = [str(warning.message) for warning in recwarn if "adapter_tensors" in str(warning.message)]
     assert len(said) == (dtype is torch.bfloat16)
+
+
+class LoggingTrainer:
+    """Hands its weights over as TRL's trainers do, and logs what stands in its metrics as they do."""
+
+    def __init__(self, metrics):
+        self.model, self._metrics = torch.nn.Linear(4, 4), metrics
+
+    def _streaming_iter(self):
+        yield from ((name, parameter.detach()) for name, parameter in self.model.named_parameters())
+
+
+def test_what_a_publish_reports_is_among_the_metrics_that_trl_logs():
+    trainer = LoggingTrainer({"train": defaultdict(list), "eval": defaultdict(list)})
+    with sending(fresh(), wait_for="commit") as transfer:
+        for _ in range(2):
+            transfer.send_weights(trainer._streaming_iter())
+    assert trainer._metrics["train"]["deltawire/version"] == [0, 1]
+    assert trainer._metrics["train"]["deltawire/changed"] == [20, 0]
+    assert not trainer._metrics["eval"]
+
+
+@pytest.mark.parametrize("metrics", [None, {}, {"train": {}}, {"train": None}])
+def test_a_trainer_that_keeps_other_metrics_is_left_as_it_is(metrics):
+    trainer = LoggingTrainer(metrics)
+    with sending(fresh(), wait_for="commit") as transfer:
+        transfer.send_weights(trainer._streaming_iter())
+    assert trainer._metrics == metrics

@@ -63,6 +63,7 @@ def test_trl_learns_from_what_vllm_serves_and_at_the_end_both_hold_the_same_bits
     assert_serves(server, told["position"], told["digests"])
     rewards = told["rewards"]
     assert len(rewards) == STEPS
+    assert told["logged"] == sorted(told["logged"]) and told["logged"][-1] >= STEPS - 1
     assert fmean(rewards[-5:]) > fmean(rewards[:5]) + 0.2, rewards
     assert [report.version for report in reports][-STEPS:] == [*range(1, STEPS + 1)], "TRL waits for each"
     assert all(report.verified for report in reports)

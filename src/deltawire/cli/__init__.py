@@ -16,6 +16,7 @@ from deltawire.cli.sizing import plan
 from deltawire.cli.starting import demo, render, serve
 from deltawire.cli.tagging import tag
 from deltawire.cli.upkeep import compact, keygen, prune, relay
+from deltawire.cli.watching import doctor, status
 from deltawire.demo.commands import in_checkout
 from deltawire.errors import DeltaWireError
 
@@ -46,6 +47,8 @@ def deltawire(
 for verb in (
     serve,
     follow,
+    status,
+    doctor,
     gateway,
     audit,
     log,

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,7 +10,15 @@ import msgspec
 import typer
 
 from deltawire.buckets import open_bucket
-from deltawire.cli.options import AsJson, BaseFolder, EngineUrl, SigningKeyFile, Trusted
+from deltawire.cli.options import (
+    AsJson,
+    BaseFolder,
+    EngineUrl,
+    SigningKeyFile,
+    Trusted,
+    host_and_port,
+    listening_at,
+)
 from deltawire.cli.printing import emit
 from deltawire.cli.telling import Teller
 from deltawire.errors import NotFound, some
@@ -19,7 +27,6 @@ from deltawire.read.subscriber import Subscriber
 
 if TYPE_CHECKING:
     from deltawire.follow.follower import Follower, UpdateReport
-    from deltawire.follow.health import Health, HealthServer
     from deltawire.follow.options import FollowOptions
     from deltawire.vllm.adapters import AdapterFollower, AdapterReport
 
@@ -200,10 +207,21 @@ def _serving_health(
     max_age: float | None,
     teller: Teller,
 ) -> Iterator[None]:
-    """Meanwhile answer whether the server is ready."""
-    with _serve_health(address, follower.health, max_staleness, max_age) as served, follower.listening():
-        teller.line("health", f"health at {served.url}", url=served.url)
-        yield
+    """Meanwhile answer whether the server is ready, show the page, and export metrics."""
+    from deltawire.fleet.local import board_of, metrics_of
+    from deltawire.follow.health import HealthServer
+
+    health = follower.health
+    follower.beats.unready = lambda: health.why_unready(max_staleness, max_age)
+    host, port = host_and_port(address, "--health")
+    with closing(board_of(follower)) as board:
+        with listening_at(host, port, "--health"):
+            routes = [board, metrics_of(follower)]
+            server = HealthServer(port, follower.beats.unready, health, host=host, routes=routes)
+        with server, follower.listening():
+            page = server.url.removesuffix("health")
+            teller.line("health", f"health at {server.url}, page at {page}", url=server.url, page=page)
+            yield
 
 
 def _follow(follower: "Follower | AdapterFollower", engine: str, teller: Teller, *, once: bool) -> None:
@@ -215,24 +233,6 @@ def _follow(follower: "Follower | AdapterFollower", engine: str, teller: Teller,
             _follow_once(follower, teller)
         else:
             follower.run()
-
-
-def _serve_health(address: str, health: "Health", max_staleness: int | None, max_age: float | None) -> "HealthServer":
-    from deltawire.follow.health import HealthServer
-
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]") or "127.0.0.1"
-    if not port.isdecimal() or int(port) > 65535:
-        raise typer.BadParameter(
-            f"{address!r} is not PORT or HOST:PORT, as 8001 or 0.0.0.0:8001", param_hint="--health"
-        )
-    try:
-        return HealthServer(int(port), lambda: health.why_unready(max_staleness, max_age), health, host=host)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise typer.BadParameter(
-            f"cannot listen at {host} port {port}: {why}; name another port (0 picks a free one)", param_hint="--health"
-        ) from None
 
 
 def _follow_once(follower: "Follower | AdapterFollower", teller: Teller) -> None:

@@ -13,8 +13,7 @@ from rich.table import Table
 
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, BucketOption, BucketUrl, Trusted
-from deltawire.cli.printing import emit, show, size
-from deltawire.cli.telling import duration
+from deltawire.cli.printing import duration, emit, show, size
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.naming import version_named
 from deltawire.read.subscriber import Subscriber

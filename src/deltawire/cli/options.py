@@ -1,6 +1,8 @@
 """The arguments and options that several verbs share. Those that a unit or a container sets may come from its
 environment; `--help` names the variable."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -37,3 +39,23 @@ VersionName = Annotated[
     str,
     typer.Option("--version", metavar="VERSION", help="A number, a tag, newest, or best:METRIC (best:-loss: lowest)."),
 ]
+
+
+def host_and_port(address: str, option: str) -> tuple[str, int]:
+    """[HOST:]PORT taken apart; without a host it is loopback. Raises BadParameter, naming the option."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise typer.BadParameter(f"{address!r} is not PORT or HOST:PORT, as 8001 or 0.0.0.0:8001", param_hint=option)
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+@contextmanager
+def listening_at(host: str, port: int, option: str) -> Iterator[None]:
+    """Say which option named a port that cannot be had."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise typer.BadParameter(
+            f"cannot listen at {host} port {port}: {why}; name another port (0 picks a free one)", param_hint=option
+        ) from None

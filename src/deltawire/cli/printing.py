@@ -35,3 +35,15 @@ def progress() -> Progress:
     """A bar on stderr that counts things done, and is gone afterwards."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, as people say them: 45 s, 3 min, 2 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def plain(text: str, limit: int = 300) -> str:
+    """What anyone who may write the bucket may have written, fit for a terminal."""
+    return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)[:limit]

@@ -8,8 +8,7 @@ import typer
 from rich.table import Table
 
 from deltawire.cli.options import AsJson
-from deltawire.cli.printing import emit, show
-from deltawire.cli.telling import duration
+from deltawire.cli.printing import duration, emit, show
 from deltawire.errors import NotFound
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.sizing.fleet import FleetReport, simulate

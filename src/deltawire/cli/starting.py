@@ -20,10 +20,13 @@ def serve(
 
     Point clients at it with HF_ENDPOINT=<the printed URL> and any HF_TOKEN; then hf://buckets/me/NAME lives in --root.
 
+    Its page, at /, shows the runs in its buckets; not with --users, for the page asks nobody who they are.
+
     With --users, tokens are checked and private buckets are private:
     {"users": [{"name": "ada", "token": "a-long-secret", "orgs": [{"name": "lab", "private_by_default": true}]}]}.
     Tokens travel as they are: beyond your own network, put a server that speaks TLS in front.
     """
+    from deltawire.fleet.hub import hub_page
     from deltawire.hub_server import serve as serve_forever
 
     def ready(url: str) -> None:
@@ -31,7 +34,7 @@ def serve(
         text = f"serving {root} at {url}\nexport HF_ENDPOINT={url} HF_TOKEN={token}   # then use hf://buckets/me/NAME"
         emit({"event": "ready", "url": url, "root": str(root)}, text, json)
 
-    serve_forever(root, host, port, users=users, on_ready=ready)
+    serve_forever(root, host, port, users=users, home=hub_page, on_ready=ready)
 
 
 def demo(

@@ -10,8 +10,7 @@ from rich.table import Table
 
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, BucketOption, SigningKeyFile, Trusted
-from deltawire.cli.printing import emit, show
-from deltawire.cli.telling import duration
+from deltawire.cli.printing import duration, emit, show
 from deltawire.read.naming import name_version
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.signing import read_key

@@ -8,7 +8,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
-from deltawire.cli.printing import emit, named, size
+from deltawire.cli.printing import duration, emit, named, size
 
 if TYPE_CHECKING:
     from deltawire.follow.follower import UpdateReport
@@ -104,13 +104,6 @@ class Teller:
                 kept = "what it serves" if served is None else f"version {served}"
                 text = f"stopped by {ended_by[0]}; the server keeps {kept}"
                 self.line("stopped", text, by=ended_by[0], version=served)
-
-
-def duration(seconds: float) -> str:
-    """Seconds, as people say them: 45 s, 3 min, 2 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 def _as_text(update: "UpdateReport | AdapterReport") -> str:

@@ -28,6 +28,7 @@ from deltawire.follow.server import DrivenServer
 from deltawire.follow.status import AuditReport, ServerStatus
 from deltawire.format.checkpoint import is_adapter
 from deltawire.read.seen import given, place_of
+from deltawire.runlog.figures import figures
 from deltawire.runlog.records import Position
 
 
@@ -51,6 +52,10 @@ class UpdateReport(msgspec.Struct, frozen=True):
     write_ms: float
     verified: bool
     publish_to_served_s: float
+
+    def as_metrics(self) -> dict[str, float]:
+        """Its numbers as `deltawire/…`, for a trainer's logs."""
+        return figures(self)
 
 
 class Follower(FollowLoop[UpdateReport]):

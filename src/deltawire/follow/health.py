@@ -1,15 +1,11 @@
 """Whether a replica may be sent requests: its server answers and serves a version, and one that is new enough."""
 
-import socket
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import msgspec
-
+from deltawire.follow.port import Answer, Port, Route, as_json
 from deltawire.runlog.records import Position
 
 SILENT_AFTER = 60.0
@@ -142,51 +138,46 @@ class Health:
         return 0.0 if since is None else self.clock() - since
 
 
-class HealthServer:
-    """Answers GET on a port: /health is 200 while `why_unready` returns None, else 503 and the reason; /live is 200 as
-    long as this process lives. Raises OSError when the port cannot be had."""
+class HealthRoute:
+    """Answers GETs: /health is 200 while `why_unready` returns None, else 503 and the reason; /live is 200 as long as
+    this process lives."""
+
+    def __init__(self, why_unready: Callable[[], str | None], health: Health) -> None:
+        self._why_unready, self._health = why_unready, health
+
+    def answer(self, path: str, query: str) -> Answer | None:
+        """See `Route.answer`."""
+        if path == "/health":
+            reason = self._why_unready()
+            return as_json(200 if reason is None else 503, self._health.answer(reason))
+        return as_json(200, {"live": True}) if path == "/live" else None
+
+
+class HealthServer(Port):
+    """`HealthRoute` on a port, and what else `routes` answer; / too is /health where none of them does.
+
+    Raises OSError when the port cannot be had.
+    """
 
     def __init__(
-        self, port: int, why_unready: Callable[[], str | None], health: Health, *, host: str = "127.0.0.1"
+        self,
+        port: int,
+        why_unready: Callable[[], str | None],
+        health: Health,
+        *,
+        host: str = "127.0.0.1",
+        routes: Sequence[Route] = (),
     ) -> None:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                path = self.path.partition("?")[0]
-                if path in ("/", "/health"):
-                    reason = why_unready()
-                    self._answer(200 if reason is None else 503, health.answer(reason))
-                elif path == "/live":
-                    self._answer(200, {"live": True})
-                else:
-                    self._answer(404, {"error": f"{path} is not here: /health and /live are"})
+        route = HealthRoute(why_unready, health)
+        super().__init__([*routes, route, _At("/", "/health", route)], port, host=host)
+        self.url += "health"
 
-            do_HEAD = do_GET  # noqa: N815
 
-            def _answer(self, status: int, said: dict[str, Any]) -> None:
-                body = msgspec.json.encode(said)
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
+class _At:
+    """Another path of a route."""
 
-            def log_message(self, *arguments: object) -> None:
-                """Say nothing."""
+    def __init__(self, path: str, same_as: str, route: Route) -> None:
+        self._path, self._same_as, self._route = path, same_as, route
 
-        class Server(ThreadingHTTPServer):
-            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-
-        self._server = Server((host, port), Handler)
-        at = f"[{host}]" if ":" in host else host
-        self.url = f"http://{at}:{self._server.server_port}/health"
-        self._thread = threading.Thread(target=self._server.serve_forever, name="deltawire-health", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> "HealthServer":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def answer(self, path: str, query: str) -> Answer | None:
+        return self._route.answer(self._same_as, query) if path == self._path else None

@@ -3,17 +3,13 @@
 import re
 import socket
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Generic, Self, TypeVar
 
-import msgspec
-
 from deltawire.errors import (
-    AccessRefused,
     AnotherFollower,
     BucketError,
     ChainError,
@@ -23,17 +19,14 @@ from deltawire.errors import (
     NotFound,
     Quarantined,
 )
+from deltawire.follow.beats import Beats
 from deltawire.follow.health import SILENT_AFTER, Health
 from deltawire.follow.news import Current, Note, Waiting
 from deltawire.follow.options import FollowOptions
 from deltawire.follow.source import Source
-from deltawire.runlog import heartbeats
-from deltawire.runlog.heartbeats import Heartbeat
 from deltawire.runlog.keys import HEAD_KEY
 from deltawire.runlog.records import Position
 
-BEAT_EVERY = 30.0
-"""seconds after which a replica's heartbeat is written again"""
 LOOK_ANYWAY = 5.0
 """seconds after which the server is looked at even if the bucket did not change: it may have been restarted"""
 SAY_AGAIN = 60.0
@@ -52,17 +45,17 @@ class FollowLoop(ABC, Generic[R]):
     def __init__(
         self, bucket_url: str, options: FollowOptions, *, server: str, state: Path | None, any_run: bool = False
     ) -> None:
-        self.options = options
         self.source = Source(bucket_url, options, state=state, on_doubt=self._doubt, any_run=any_run)
         self.bucket = self.source.bucket
         self._poll = options.poll if options.poll is not None else self.bucket.poll_seconds
         self.health = Health(patience=max(SILENT_AFTER, 2 * self._poll))
         self.replica = options.replica or replica_name(server)
+        self.beats = Beats(self.bucket, self.replica, self.health, clock=options.clock)
+        self.options = options.changed(on_update=self.beats.hear(options.on_update))
         self.stopping = threading.Event()
         """set once `run` is to return"""
         self._stepping = threading.RLock()
         self._said, self._said_at = "", 0.0
-        self._may_write, self._beaten, self._last_beat = True, -BEAT_EVERY, ""
 
     def __enter__(self) -> Self:
         return self
@@ -92,12 +85,13 @@ class FollowLoop(ABC, Generic[R]):
         while not self.stopping.is_set():
             try:
                 self._look(look)
-                self.stopping.wait(max(0.0, self._poll - self.bucket.poll_seconds))
+                self.beats.pace.answered()
+                self.stopping.wait(max(0.0, self._between_looks() - self.bucket.poll_seconds))
             except (EngineUnsupported, Quarantined, AnotherFollower):
                 raise
             except (BucketError, FormatError, ChainError, EngineError) as error:
                 self._report(error)
-                self.stopping.wait(self._poll)
+                self.stopping.wait(self._between_looks())
 
     def step(self) -> R | None:
         """Bring the server to the newest version, once. None when there was nothing to do, nothing is published
@@ -106,6 +100,10 @@ class FollowLoop(ABC, Generic[R]):
         Raises BucketError, FormatError, ChainError, ApplyError, EngineError; the server then serves what it served.
         """
         return self._step(self.options.pin)
+
+    def _between_looks(self) -> float:
+        """Seconds; longer than the store's own where many replicas share what it allows, unless they were given."""
+        return self._poll if self.options.poll is not None else self.beats.pace.poll(self._poll)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -135,28 +133,8 @@ class FollowLoop(ABC, Generic[R]):
             health.server_says(self._ask_server(), asked=asked)
 
     def beat(self, *, need: int | None = None, error: str | None = None) -> None:
-        """Write our heartbeat when it says something new or is getting old; a host that may only read has none."""
-        health, served = self.health, self.health.labelled
-        entry = Heartbeat(
-            self.replica,
-            run=served.run if served else None,
-            version=served.version if served else None,
-            root=served.root if served else None,
-            need=need,
-            staged=health.staged,
-            lag=health.lag,
-            audit=health.audit,
-            error=error,
-        )
-        if not self._may_write or (self._last_beat == str(entry) and time.monotonic() < self._beaten + BEAT_EVERY):
-            return
-        try:
-            heartbeats.beat(self.bucket, msgspec.structs.replace(entry, at=self.options.clock()))
-        except AccessRefused:
-            self._may_write = False
-        except BucketError:  # the next one will tell
-            return
-        self._beaten, self._last_beat = time.monotonic(), str(entry)
+        """Write our heartbeat, if it is time to."""
+        self.beats.write(self.health.labelled, need=need, error=error)
 
     def _look(self, look: "_Look") -> None:
         """Wait for the bucket to change, and bring the server to what it says then, or when it is time."""
@@ -176,6 +154,7 @@ class FollowLoop(ABC, Generic[R]):
     def _report(self, error: Exception) -> None:
         """Say what stands in the way, here and in the ledger."""
         self.source.refresh()
+        self.beats.pace.failed(error)
         self.health.fails(error)
         if self._is_due(type(error).__name__):
             self.options.on_problem(error)

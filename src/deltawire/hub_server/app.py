@@ -23,6 +23,7 @@ from deltawire.hub_server.answers import (
 )
 from deltawire.hub_server.events import Feed
 from deltawire.hub_server.grants import Grants
+from deltawire.hub_server.home import Home, routes
 from deltawire.hub_server.store import Store
 from deltawire.hub_server.users import Users
 
@@ -43,14 +44,20 @@ class Faults:
 
 
 def create_app(
-    store: Store, *, page_size: int = 1000, users: Users | None = None, faults: Inject = lambda request: None
+    store: Store,
+    *,
+    page_size: int = 1000,
+    users: Users | None = None,
+    faults: Inject = lambda request: None,
+    home: Home | None = None,
 ) -> Starlette:
     """An ASGI application over `store`, which stays the caller's to close. Listings have `page_size` items a page.
 
     `users` are those who may use it; without them, anyone who reaches it. `faults` may answer in the server's place.
+    `home` is the page at /, which anyone may see.
     """
     app = Starlette(
-        routes=[*hub_routes.ROUTES, *cas_routes.ROUTES, *bucket_routes.ROUTES],
+        routes=[*(routes(home) if home else ()), *hub_routes.ROUTES, *cas_routes.ROUTES, *bucket_routes.ROUTES],
         middleware=[Middleware(WholeAddresses), Middleware(RequestIds), Middleware(Faults, inject=faults)],
         exception_handlers={
             RangeNotSatisfiable: range_refusal,
@@ -65,4 +72,5 @@ def create_app(
     app.state.feed = Feed()
     app.state.grants = Grants()
     app.state.page_size = page_size
+    app.state.home = home
     return app

@@ -116,6 +116,11 @@ class Catalog:
             _bucket_id(connection, bucket)
             return next(_infos(connection, "buckets.name = ?", (bucket,), limit=1))
 
+    def names(self) -> list[str]:
+        """Every bucket, by name."""
+        with self._database.read() as connection:
+            return [name for (name,) in connection.execute("SELECT name FROM buckets ORDER BY name")]
+
     def buckets(self, namespace: str, *, private: bool, search: str, after: str, limit: int) -> list[BucketInfo]:
         """Up to `limit` buckets of a namespace whose name contains `search`, by name, those after `after`.
 

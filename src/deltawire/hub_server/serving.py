@@ -23,6 +23,7 @@ from deltawire.errors import AccessRefused, Unavailable
 from deltawire.hub_server.app import Inject, create_app
 from deltawire.hub_server.connections import DEFAULT_BOUNDS, Bounds, Connection
 from deltawire.hub_server.events import Feed
+from deltawire.hub_server.home import Home
 from deltawire.hub_server.store import Store
 from deltawire.hub_server.users import Users, read_users
 
@@ -37,17 +38,20 @@ def serve(
     page_size: int = 1000,
     users: Path | str | None = None,
     bounds: Bounds = DEFAULT_BOUNDS,
+    home: Callable[[Store], Home] | None = None,
     on_ready: Callable[[str], object] = lambda url: None,
 ) -> None:
     """Serve the buckets under `root` until SIGINT or SIGTERM, to the users a file names, else to anyone here.
 
-    `bounds` are what clients may take up. `on_ready` is called with the server's URL ("http://127.0.0.1:41234") once it
+    `bounds` are what clients may take up. `home` makes the page at /, of a server without users alone, for anyone who
+    reaches it sees all of it. `on_ready` is called with the server's URL ("http://127.0.0.1:41234") once it
     accepts requests; port 0 is any free one. Raises AccessRefused if `host` is not loopback and there are no users,
     FormatError for a file that names none, Unavailable if the port or the folder is taken.
     """
     known = None if users is None else read_users(users)
     with closing(_listen(host, port, known)) as listener, closing(Store(root)) as store:
-        app = create_app(store, page_size=page_size, users=known)
+        page = home(store) if home is not None and known is None else None
+        app = create_app(store, page_size=page_size, users=known, home=page)
         server = _Server(app, bounds, on_ready=lambda: on_ready(_url(listener)))
         with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has finished
             server.run([listener])
@@ -218,6 +222,7 @@ class _Server(uvicorn.Server):
         )
         super().__init__(config)
         self._feed: Feed = app.state.feed
+        self._home: Home | None = app.state.home
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -237,6 +242,8 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish; streams of events first, which would never end by themselves."""
         self._feed.close()
+        if self._home is not None:
+            self._home.close()
         await super().shutdown(sockets)
 
 

@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltawire.errors import AccessRefused, FormatError, OutOfSpace, Unavailable
-from deltawire.hub_server.catalog import Catalog
+from deltawire.hub_server.catalog import Catalog, Entry
 from deltawire.hub_server.content import Content
 from deltawire.hub_server.database import Database
 from deltawire.hub_server.durable import flush, no_space_is_typed
+from deltawire.hub_server.reconstruct import reconstruct_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,11 @@ class Store:
     def new_staging_path(self) -> Path:
         """A name nobody else has, for an upload in progress."""
         return self._staging / secrets.token_hex(16)
+
+    def read(self, entry: Entry) -> Iterator[bytes]:
+        """The bytes of a file, in pieces. Raises Damaged where the disk changed them."""
+        segments = self.content.segments(entry.xet_hash)
+        return self.content.read(reconstruct_range(segments, 0, entry.size, self.content.xorb_table))
 
     def count(self, *, received: int = 0, deduplicated: int = 0) -> None:
         """Add to the byte counters."""

@@ -19,8 +19,10 @@ from typing import Any, Literal
 
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
+from deltawire.buckets.wrappers import Typed
 from deltawire.errors import DeltaWireError, Unavailable, UnknownVersion, WrongBase
 from deltawire.publish import fsdp, resuming
+from deltawire.publish.beats import TrainerBeats
 from deltawire.publish.capturer import Capture, CaptureOptions
 from deltawire.publish.reports import PublishReport, UploadReport
 from deltawire.publish.roles import Keys, open_roles
@@ -55,8 +57,8 @@ class Publisher:
     With a base, its dtypes rule; a pattern may still ask for values rounded to fewer bits.
 
     `prepare` are functions over the (name, tensor) pairs of a publish, applied in order. They give the checkpoint's
-    names, shapes and dtypes where the trainer's differ. `codec`: "gap". `on_upload` gets a report of every commit, on
-    the uploader's thread.
+    names, shapes and dtypes where the trainer's differ. `codec`: "gap". `on_publish` gets a report of every publish,
+    and `on_upload` of every commit, on the uploader's thread. Upload trouble is a warning of the logger "deltawire".
 
     A bucket that already holds a run continues it: the baseline is rebuilt from the last commit, and the first publish
     is the difference. With run="supersede" a new run begins instead. It names where the old one stood, and followers
@@ -91,11 +93,13 @@ class Publisher:
         signing_key: str | Path | None = None,
         compactors: Iterable[str | Path] = (),
         process_group: Any = None,
+        on_publish: Callable[[PublishReport], None] = lambda report: None,
         on_upload: Callable[[UploadReport], None] = lambda report: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         _require_options(bucket, codec=codec, run=run, resume=resume)
         self.bucket, self._owner, self._prepare = bucket, os.getpid(), tuple(prepare)
+        self._on_publish = on_publish
         self._must_resume, self._is_torn = resume == "require", False
         self._refused: DeltaWireError | None = None
         folder = Path(assets) if assets is not None else None
@@ -111,6 +115,7 @@ class Publisher:
         self._capturer, self._before = roles.capturer, roles.before
         tip, adds_up = roles.capturer.resumed, process_group is not None
         self._uploader = Uploader(roles.sender, where=bucket.url, tip=tip, adds_up=adds_up, on_upload=on_upload)
+        self._beats = TrainerBeats(Typed(bucket), self._uploader.beat) if roles.leads else None
         atexit.register(self._close_at_exit)
 
     def __enter__(self) -> "Publisher":
@@ -162,6 +167,7 @@ class Publisher:
         finally:
             self._uploader.end_capture()
         report = self._report(capture, queued, started)
+        self._on_publish(report)
         if jump is not None:  # not before it is queued: a filter may make an error of it
             warnings.warn(f'{jump}; Publisher(resume="require") would refuse this', stacklevel=2)
         return report
@@ -253,6 +259,8 @@ class Publisher:
                 patience = min(GOODBYE, max(left, 0.0))
         finally:
             atexit.unregister(self._close_at_exit)
+            if self._beats is not None:
+                self._beats.close()
             self._uploader.stop(patience)
             self._capturer.close()
             shutil.rmtree(self._spool, ignore_errors=True)

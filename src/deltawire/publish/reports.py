@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from deltawire.runlog.figures import figures
 from deltawire.runlog.records import Position
 
 
@@ -38,6 +39,10 @@ class PublishReport:
         """Share of elements that changed, 0 to 1."""
         return self.changed / self.total if self.total else 0.0
 
+    def as_metrics(self) -> dict[str, float]:
+        """Its numbers as `deltawire/…`, for a trainer's logs; `deltawire/failing` is 1 while uploads fail."""
+        return figures(self, density=self.density, failing=float(self.problem is not None))
+
 
 @dataclass(frozen=True, slots=True)
 class UploadReport:
@@ -49,3 +54,7 @@ class UploadReport:
     wire_bytes: int
     seconds: float
     attempts: int
+
+    def as_metrics(self) -> dict[str, float]:
+        """Its numbers as `deltawire/…`, for a trainer's logs."""
+        return figures(self)

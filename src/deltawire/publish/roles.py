@@ -33,11 +33,13 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """What a publisher is made of. `before` is what a continued run looked like; None for a run that begins."""
+    """What a publisher is made of. `before` is what a continued run looked like; None for a run that begins. `leads`
+    says whether this process makes the commits."""
 
     capturer: Capturer
     sender: Sender
     before: RunState | None
+    leads: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ def open_roles(
     capturer: Capturer
     capturer = WholeCapturer(bucket, spool, options) if ranks is None else ShardCapturer(bucket, ranks, options)
     before = _before(bucket, capturer, ranks, must_resume=must_resume)
-    return Roles(capturer, sender_of(Typed(bucket), ranks, read[0].signing_key if read else None), before)
+    sender = sender_of(Typed(bucket), ranks, read[0].signing_key if read else None)
+    return Roles(capturer, sender, before, leads=ranks is None or ranks.rank == 0)
 
 
 def sender_of(bucket: Bucket, ranks: Ranks | None, key: SigningKey | None) -> Sender:

@@ -13,6 +13,8 @@ from deltawire.publish.pending import Captured, Shipment
 from deltawire.publish.queue import Backlog, Queue
 from deltawire.publish.reports import UploadReport
 from deltawire.publish.sender import Committed, Sender, Tip
+from deltawire.publish.trouble import Trouble
+from deltawire.runlog.heartbeats import TrainerBeat
 from deltawire.runlog.invariants import require
 from deltawire.runlog.records import Position
 
@@ -51,6 +53,7 @@ class Uploader:
         self._lock = threading.RLock()  # entered by itself: a signal's exception in Condition.__exit__ would keep it
         self._changed = threading.Condition(self._lock)
         self._queue, self._tip = Queue(), tip
+        self._trouble = Trouble(where)
         self._following = 0 if tip is None else tip.position.version + 1
         self._problem: DeltaWireError | None = None
         self._failures = 0
@@ -77,6 +80,22 @@ class Uploader:
         """Raise what ended this uploader for good: another writer, a rank that is gone, `stop`."""
         if isinstance(self._problem, ChainError | RankFailed) or self._has_died or self._is_stopping:
             raise self._problem or DeltaWireError(f"{self._where}: this publisher is closed; open a new one")
+
+    def beat(self) -> TrainerBeat | None:
+        """What is said in the bucket of what waits; nothing before the run's first commit."""
+        with self._lock:
+            queue, committed, problem = self._queue, self.position, self._problem
+        if committed is None:
+            return None
+        newest = queue.waiting[-1] if queue.waiting else queue.frozen
+        return TrainerBeat(
+            committed.run,
+            version=newest.version if newest is not None else committed.version,
+            committed=committed.version,
+            waiting=queue.backlog.versions,
+            waiting_bytes=queue.backlog.nbytes,
+            problem=str(problem) if problem is not None else None,
+        )
 
     def begin_capture(self) -> int:
         """A capture begins. The newest version that nothing folds into, as far as this process knows; -1 for none.
@@ -180,11 +199,13 @@ class Uploader:
                 break
             except (BucketError, ChainError, FormatError) as error:
                 self._sender.report_trouble(error)
+                self._trouble.failed(error)
                 if not self._wait_to_retry(error, delay):
                     return
                 delay = min(2 * delay, LAST_RETRY)
         if committed is None:
             return
+        self._trouble.over()
         seconds = time.monotonic() - started
         for data in shipment.payloads.values():
             if isinstance(data, Path):

@@ -1,12 +1,13 @@
-"""The fleet's heartbeats: what each replica serves and still needs, one small record each under `replicas/`."""
+"""The fleet's heartbeats: what each replica serves and still needs, and what the trainer holds back."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 import msgspec
 
 from deltawire.buckets.base import Bucket, Stat
 from deltawire.errors import NotFound, TooLarge
-from deltawire.runlog.keys import REPLICAS, replica_key
+from deltawire.runlog.keys import REPLICAS, replica_key, trainer_key
 
 MAX_HEARTBEAT = 64 << 10
 """bytes"""
@@ -14,6 +15,8 @@ LOOKS = 3
 """times a heartbeat is read before it counts as none"""
 MAX_REPLICAS = 10_000
 """heartbeats that are read; beyond, somebody writes them who is no replica"""
+UNSAID = 30.0
+"""seconds after which an older deltawire, which does not say so, writes its heartbeat again"""
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
@@ -21,7 +24,11 @@ class Heartbeat(msgspec.Struct, frozen=True):
 
     `version` is what it serves, `staged` what is ready to be written, `lag` versions behind, `audit` what the last look
     at all of its memory found; `need` the lowest version it still reads from, written before a joiner downloads. `at`
-    is when it was written, in seconds since the epoch by the replica's clock.
+    is when it was written, in seconds since the epoch by the replica's clock, and `every` after how many seconds the
+    next one comes at the latest.
+
+    `pause_p50_ms` and `pause_p99_ms` are over its last hundred updates, `wire_bytes` of the last one, `fetched_bytes`
+    of all since the follower began. `codecs` are those that it reads; `unready` says why no request should be sent.
     """
 
     replica: str
@@ -34,12 +41,47 @@ class Heartbeat(msgspec.Struct, frozen=True):
     audit: str | None = None
     error: str | None = None
     at: float | None = None
+    every: float | None = None
+    pause_p50_ms: float | None = None
+    pause_p99_ms: float | None = None
+    wire_bytes: int | None = None
+    fetched_bytes: int | None = None
+    codecs: tuple[str, ...] = ()
+    unready: str | None = None
+    format: int = 1
+
+
+class TrainerBeat(msgspec.Struct, frozen=True):
+    """What the trainer of a run says of itself beside its commits; a hint as heartbeats are.
+
+    `version` is the newest that it captured, `committed` the newest in the bucket; `waiting` versions of
+    `waiting_bytes` in memory lie between. `problem` is the last upload error, None while all is well. `ended` means
+    that the trainer closed the run.
+    """
+
+    run: str
+    version: int | None = None
+    committed: int | None = None
+    waiting: int = 0
+    waiting_bytes: int = 0
+    problem: str | None = None
+    ended: bool = False
+    at: float | None = None
+    every: float | None = None
     format: int = 1
 
 
 def beat(bucket: Bucket, heartbeat: Heartbeat) -> None:
     """Write a replica's record. Raises BucketError: AccessRefused where this host may only read."""
     bucket.put(replica_key(heartbeat.replica), msgspec.json.encode(heartbeat))
+
+
+def read_trainer(bucket: Bucket, run: str) -> TrainerBeat | None:
+    """What a run's trainer said of itself last; None where there is none, or it cannot be read. Raises BucketError."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError, NotFound, TooLarge):
+        beat = msgspec.json.decode(bucket.get(trainer_key(run), limit=MAX_HEARTBEAT), type=TrainerBeat)
+        return beat if beat.run == run else None
+    return None
 
 
 def read_all(bucket: Bucket, known: Iterable[tuple[Stat, Heartbeat]] = ()) -> list[tuple[Stat, Heartbeat]]:

@@ -146,6 +146,17 @@ def derived_key(run: str, parent: int | None, version: int, payloads: tuple[Payl
     return f"{run_prefix(run)}derived/{span}-{named}.json"
 
 
+def derived_since(run: str, version: int) -> list[tuple[str, str]]:
+    """(prefix, where to begin) of the listings that together show the folds and anchors of a run from a version on."""
+    rooms = ("derived/fold-", "derived/anchor-", "folds/step_", "anchors/step_")
+    return [(f"{run_prefix(run)}{room}", f"{run_prefix(run)}{room}{version:06d}") for room in rooms]
+
+
+def trainer_key(run: str) -> str:
+    """Key of what a run's trainer says of itself beside its commits."""
+    return f"{run_prefix(run)}trainer.json"
+
+
 def replica_key(replica: str) -> str:
     """Key of a replica's record. Raises FormatError for a name that is no safe part of a key."""
     if not _REPLICA.fullmatch(replica):

@@ -5,19 +5,10 @@ come back. On a small Qwen3 1.4 % of its base weights differed after one round, 
 (`findings/peft-bf16-merge-drift.sh`). The adapter alone loses nothing, nor do fp32 base weights.
 """
 
-import inspect
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 ROUNDED = ("torch.bfloat16", "torch.float16")
-
-
-def model_behind(pairs: Iterable[tuple[str, Any]]) -> Any:
-    """The model of the trainer whose generator these pairs come from, as TRL's do; None where it cannot be found."""
-    if not inspect.isgenerator(pairs) or pairs.gi_frame is None:
-        return None
-    return getattr(inspect.getgeneratorlocals(pairs).get("self"), "model", None)
 
 
 def warn_of_merging(model: Any) -> bool:

@@ -23,6 +23,7 @@ from deltawire.errors import DeltaWireError
 from deltawire.publish.publisher import Publisher
 from deltawire.publish.reports import PublishReport
 from deltawire.trainers.hook import require_whole
+from deltawire.trainers.logs import IntoLogs
 from deltawire.trainers.rounding import RoundingWatch
 from deltawire.trainers.state import checkpoint_tensors
 
@@ -43,6 +44,9 @@ class DeltaWeightSyncCallback(TrainerCallback):
     next commit. A trainer logs a step only after it ended, so `logged_step` says which step they belong to. Where
     16-bit weights lose most of an update to rounding, a warning says so once. `rounding_lost` is then among the numbers
     of the commits it was measured for (`trainers.rounding`).
+
+    What each publish reports goes into the trainer's own logs as `deltawire/…`, and so to W&B, Trackio, TensorBoard or
+    whatever it reports to.
 
     With `train(resume_from_checkpoint=…)` the run goes on: the checkpoint's weights become the next version, even where
     versions published later than that checkpoint stand before it. In a job of several processes the first publishes.
@@ -105,6 +109,7 @@ class DeltaWeightSyncCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         require_whole(kwargs["model"])
+        IntoLogs.ahead_of_others(lambda: self.report)
         if not state.is_world_process_zero:
             return
         if self._publisher is None:

@@ -17,7 +17,8 @@ from deltawire.buckets import Bucket, open_bucket
 from deltawire.publish.publisher import Publisher
 from deltawire.publish.reports import PublishReport
 from deltawire.runlog.records import Position
-from deltawire.trainers.merging import model_behind, warn_of_merging
+from deltawire.trainers.behind import log_into, trainer_behind
+from deltawire.trainers.merging import warn_of_merging
 from deltawire.trainers.serving import ASK_ENGINE_EVERY, Look, engine_look, ledger_look, wait_until_served
 
 ENGINE_SECONDS = 10.0
@@ -34,8 +35,9 @@ class DeltaWeightTransfer:
     TRL tags each sample with its own counter, which moves when `send_weights` returns, and drops samples more than
     `max_staleness` behind. The tag is true with `wait_for="served"`: `send_weights` then returns once one replica
     serves the version just published, or a newer one. It knows by the heartbeats that followers write to the bucket or,
-    given `engine_urls`, by what those vLLM servers say. Servers that lag behind the first one may still answer with
-    older weights.
+    given `engine_urls`, by what those vLLM servers say. On a store that bills or limits calls a heartbeat comes at most
+    every 30 seconds: name the servers where steps are shorter. Servers that lag behind the first one may still answer
+    with older weights.
 
     With wait_for="commit" `send_weights` returns once the version is durable, and training goes on while servers fetch
     it. A tag then says which version was committed when the sample was begun, not which one made it. A sample may be
@@ -46,6 +48,8 @@ class DeltaWeightTransfer:
 
     TRL merges a PEFT adapter into its base for every sync. In a bf16 base that loses bits for good; a warning says so
     once (`trainers.merging`).
+
+    What each publish reports goes into the trainer's logs as `deltawire/…`.
 
     No server is paused by it: each follower pauses its own server around the swap alone.
     """
@@ -113,11 +117,13 @@ class DeltaWeightTransfer:
         there in time. What was captured is kept, and goes with the next call.
         """
         pairs = iter(iterator)
-        self._warned = self._warned or warn_of_merging(model_behind(pairs))
+        trainer = trainer_behind(pairs)
+        self._warned = self._warned or warn_of_merging(getattr(trainer, "model", None))
         try:
             self.init_weight_transfer()
             assert self._publisher is not None
             self.last = self._publisher.publish(pairs)
+            log_into(trainer, self.last.as_metrics())
         finally:
             for _ in pairs:
                 pass

@@ -28,6 +28,7 @@ from deltawire.read.mirror import Mirror
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog import log, records, signing, writing
 from deltawire.runlog.bounds import require_anchor
+from deltawire.runlog.figures import figures
 from deltawire.runlog.keys import anchor_hash, anchor_prefix, derived_key, fold_key, way_key
 from deltawire.runlog.log import Filed
 from deltawire.runlog.planner import Edge
@@ -54,6 +55,10 @@ class CompactReport:
     version: int
     wire_bytes: int
     replaced_bytes: int
+
+    def as_metrics(self) -> dict[str, float]:
+        """Its numbers as `deltawire/…`, for a trainer's logs."""
+        return figures(self)
 
 
 class Compactor:

@@ -12,6 +12,7 @@ from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.changes import Change, Update
 from deltawire.read.mirror import Mirror, building, held, unfinished
 from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.figures import figures
 from deltawire.runlog.records import Position, aliases_of
 
 
@@ -24,6 +25,10 @@ class MaterializeReport:
     deltas: int
     fetched_bytes: int
     seconds: float
+
+    def as_metrics(self) -> dict[str, float]:
+        """Its numbers as `deltawire/…`, for a trainer's logs."""
+        return figures(self)
 
 
 def materialize(

@@ -13,6 +13,7 @@ from deltawire.format import checkpoint
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.subscriber import PLANS, Subscriber
 from deltawire.runlog import log
+from deltawire.runlog.figures import figures
 from deltawire.runlog.planner import Edge
 from deltawire.runlog.records import Commit, Derived, Position, aliases_of
 from deltawire.runlog.ways import as_numbers
@@ -34,6 +35,10 @@ class VerifyReport:
     fetched_bytes: int
     seconds: float
     junk: int = 0
+
+    def as_metrics(self) -> dict[str, float]:
+        """Its numbers as `deltawire/…`, for a trainer's logs."""
+        return figures(self)
 
 
 def verify(

@@ -22,6 +22,7 @@ from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.local_copy import LocalCopy
 from deltawire.read.mirror import Mirror, building, held
 from deltawire.read.seen import place_of
+from deltawire.runlog.figures import figures
 from deltawire.runlog.records import Position
 from deltawire.upkeep.proofs import cache_folder
 from deltawire.vllm.client import EngineClient
@@ -50,6 +51,10 @@ class AdapterReport(msgspec.Struct, frozen=True):
     fetch_s: float
     load_s: float
     publish_to_served_s: float
+
+    def as_metrics(self) -> dict[str, float]:
+        """Its numbers as `deltawire/…`, for a trainer's logs."""
+        return figures(self)
 
 
 class AdapterFollower(FollowLoop[AdapterReport]):
