@@ -101,7 +101,7 @@ def read_all(bucket: Bucket, known: Iterable[tuple[Stat, Heartbeat]] = ()) -> li
 
 
 def _read(bucket: Bucket, key: str) -> Heartbeat | None:
-    """The record of a key's replica; None for what is none. One that cannot be read is read again: it may have been
+    """The record of a key's replica; None for other objects. One that cannot be read is read again: it may have been
     damaged on its way, and a prune deletes what no heartbeat asks for."""
     for _ in range(LOOKS):
         try:

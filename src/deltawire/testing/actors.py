@@ -101,7 +101,7 @@ class Trainer:
 
 
 class Follower:
-    """Keeps a copy of the weights, as whoever serves them does, and says so in the ledger."""
+    """Keeps a copy of the weights, as a server does, and says so in a heartbeat."""
 
     def __init__(self, world: Surroundings, bucket: Bucket, name: str) -> None:
         self._world, self.bucket, self.name = world, bucket, name
