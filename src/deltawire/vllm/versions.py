@@ -39,6 +39,8 @@ NAMES_ON_CPU: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.utils": ("check_cpu_sgl_kernel",),
 }
 """the switches of what vLLM packs on CPU"""
+NAMES_OF_MIDDLEWARE: Mapping[str, tuple[str, ...]] = {"vllm.v1.engine.async_llm": ("AsyncLLM.get_weight_version",)}
+"""what `middleware` asks; without it no header is added"""
 warned: set[str] = set()
 """what was said in this process"""
 

@@ -33,5 +33,5 @@ if __name__ == "__main__":
     assert utils.process_weights_after_loading is base_loader.process_weights_after_loading
     assert not hasattr(utils.process_weights_after_loading.__wrapped__, "__wrapped__")
     assert all(hasattr(Worker, f"deltawire_{name}") for name in ("status", "holdings", "stage", "begin", "take"))
-    lacking = versions.missing({**versions.NAMES, **versions.NAMES_ON_CPU})
+    lacking = versions.missing({**versions.NAMES, **versions.NAMES_ON_CPU, **versions.NAMES_OF_MIDDLEWARE})
     sys.stdout.write(json.dumps([said, left_alone, lacking]))

@@ -24,7 +24,7 @@ def plugin():
     held = inspect.getsource(Worker) + inspect.getsource(Worker.__mro__[1])
     assert "self._weight_update_active" in held and "self.weight_transfer_engine" in held and "self.rank" in held
     said = [str(one.message) for one in seen if "deltawire" in str(one.message)]
-    lacking = versions.missing({**versions.NAMES, **versions.NAMES_ON_CPU})
+    lacking = versions.missing({**versions.NAMES, **versions.NAMES_ON_CPU, **versions.NAMES_OF_MIDDLEWARE})
     return vllm.__version__, said, lacking, sorted(DeltaWireEngine.__abstractmethods__)
 
 
