@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import typer
@@ -64,7 +65,11 @@ def publish_small_run(url: str, versions: int = 9) -> None:
         "embed.weight": rng.normal(0, 0.02, (1000, 100)).astype(np.float32),
         "norm.weight": np.ones(1000, np.float32),
     }
-    with dw.Publisher(dw.open_bucket(url, create=True), clock=lambda: 1.8e9) as publisher:
+    with (
+        patch("socket.gethostname", return_value="trainer"),  # a commit names its writer; its age is 0 s until 2096
+        patch("os.getpid", return_value=4711),
+        dw.Publisher(dw.open_bucket(url, create=True), clock=lambda: 4e9) as publisher,
+    ):
         for step in range(versions):
             publisher.publish(weights, step=step)
             publisher.flush(60)
