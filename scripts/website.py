@@ -41,7 +41,7 @@ INTEGRATIONS = {
     "Errors": ("deltawire.errors",),
 }  # fmt: skip
 """modules whose public names are shown beside the package's own: heading -> modules"""
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]*)(#[^)\s]*)?\)")
+LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
 
 def pages() -> dict[str, str]:
@@ -55,10 +55,12 @@ def relink(text: str, source: str, known: dict[str, str]) -> str:
     """A page whose links lead to other pages of the site. What links to another file of the repository names it."""
 
     def replace(match: re.Match[str]) -> str:
-        label, target, anchor = match[1], match[2], match[3] or ""
+        image, label, target, anchor = match[1], match[2], match[3], match[4] or ""
         if not target or "://" in target:
             return match[0]
         path = normpath(str(PurePosixPath(source).parent / target))
+        if image:
+            return f"![{label}]({path.removeprefix('docs/')})"
         if path in known:
             return f"[{label}]({known[path]}{anchor})"
         return label if label.strip("`") == path else f"{label} (`{path}`)"
@@ -109,7 +111,8 @@ def build(out: Path) -> None:
     """The site in `out`, which is replaced. Raises CalledProcessError when anything is wrong with it."""
     with tempfile.TemporaryDirectory(prefix="deltawire-site-") as temporary:
         work = Path(temporary)
-        (work / "docs").mkdir()
+        pictures = (REPOSITORY / "docs", work / "docs")
+        shutil.copytree(*pictures, ignore=shutil.ignore_patterns("*.md"))
         (work / "source").symlink_to(REPOSITORY / "src")
         known = pages()
         for source, page in known.items():
