@@ -99,7 +99,7 @@ def readers(hub, s3, published, tmp_path_factory):
             (folder / "path" / "to").mkdir(parents=True)
             (folder / "path" / "to" / "model").symlink_to(published)
             instead = {"http://127.0.0.1:9000": s3, "--host 0.0.0.0": "--host 127.0.0.1"}
-            instead |= {port: str(free_port()) for port in ("8100", "8101")}
+            instead |= {port: str(free_port()) for port in ("8100", "8101", "8102")}
             reading[page] = Reader(folder, hub, at_hand(folder), instead)
         return reading[page]
 
