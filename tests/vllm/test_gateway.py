@@ -1,5 +1,6 @@
 """A gateway before real vLLM servers: the policy asked for answers, streamed too, and each answer says which it was."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -56,12 +57,15 @@ def test_a_real_server_is_asked_for_what_only_it_serves_and_says_what_it_served(
             assert not old.asked
             newer = {"X-Min-Policy-Version": "3"}
             assert complete(door, [1, 2, 3], **newer).status_code == 503
-            body = {"model": "policy", "prompt": [4, 5], "max_tokens": 4, "stream": True, "ignore_eos": True}
+            body = {"model": "policy", "prompt": [4, 5], "max_tokens": 4, "ignore_eos": True}
+            body |= {"stream": True, "return_token_ids": True}
             asking = {"X-Min-Policy-Version": "2"}
             with httpx.stream("POST", f"{door}/v1/completions", json=body, headers=asking, timeout=120) as streamed:
                 lines = [line for line in streamed.iter_lines() if line]
             assert streamed.headers["X-Policy-Version"] == label
-            assert sum(line.startswith("data: {") for line in lines) == 4
+            chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+            made = [token for chunk in chunks for choice in chunk["choices"] for token in choice["token_ids"]]
+            assert len(made) == 4, "a chunk may hold several"
             assert lines[-2:] == ["data: [DONE]", f": X-Policy-Version-Last: {label}"]
             assert weight_versions.policy(door, [1, 2], 3)[0] is not None
         assert weight_versions.policy(server.url, [1, 2], 3) == (label, label)
