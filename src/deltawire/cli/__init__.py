@@ -1,4 +1,4 @@
-"""The `deltawire` command: one verb per thing people do. It prints reports; `--json` prints them one object a line."""
+"""The `deltawire` command: one verb per thing people do, which prints a report as text or as JSON."""
 
 import sys
 from typing import Annotated
