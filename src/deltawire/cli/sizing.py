@@ -103,7 +103,8 @@ def _record(found: Forecast, fleet: FleetReport | None) -> dict[str, object]:
     """What `--json` prints of a forecast, and of a day that was played through."""
     computed = {"advice": found.advice, "ratio": found.ratio, "served": found.times.served}
     played = {} if fleet is None else {"fleet": msgspec.to_builtins(fleet)}
-    return msgspec.to_builtins(found) | computed | played
+    record: dict[str, object] = msgspec.to_builtins(found)
+    return record | computed | played
 
 
 def _table(found: Forecast) -> Table:
