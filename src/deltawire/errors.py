@@ -38,6 +38,7 @@ DeltaWireError
     Quarantined         it can no longer say what it serves; restart it
     AnotherFollower     another follower drives it
     NotServed           nobody serves a published version in time; it is safe in the bucket
+  BrokenInvariant   deltawire contradicts itself               -> stop, report it
 """
 
 from collections.abc import Iterable, Mapping
@@ -214,14 +215,20 @@ DAMAGE = (FormatError, ChainError, ApplyError, NotFound)
 """what reading a record or its payload raises where it is damaged, gone, or a stranger's: there may be another way"""
 
 
-def made_again(kind: str, message: str) -> DeltaWireError | None:
-    """The error that another process tells of by its type's name; None for a name that is not in this tree."""
-    found = globals().get(kind)
-    return found(message) if isinstance(found, type) and issubclass(found, DeltaWireError) else None
+_BY_NAME = {
+    name: kind for name, kind in globals().items() if isinstance(kind, type) and issubclass(kind, DeltaWireError)
+}
+"""the tree, by the names of its types"""
 
 
-def named_error(record: Mapping[str, Any]) -> DeltaWireError:
+def error_from_kind(kind: str, message: str) -> DeltaWireError | None:
+    """The error that another process reports by its type's name; None for a name that is not in this tree."""
+    found = _BY_NAME.get(kind)
+    return None if found is None else found(message)
+
+
+def recorded_error(record: Mapping[str, Any]) -> DeltaWireError:
     """The typed error that another process recorded as its type's name (`kind`) and `message`. EngineError for a name
     that is not in this tree."""
     kind, message = str(record.get("kind")), str(record.get("message", "the worker gave no reason"))
-    return made_again(kind, message) or EngineError(f"{kind}: {message}")
+    return error_from_kind(kind, message) or EngineError(f"{kind}: {message}")

@@ -11,7 +11,7 @@ except ImportError:
 
 import msgspec
 
-from deltawire.errors import EngineError, NotFound, named_error
+from deltawire.errors import EngineError, NotFound, recorded_error
 from deltawire.follow.loop import FollowLoop
 from deltawire.follow.options import FollowOptions
 from deltawire.live.transforms import AfterLoading
@@ -102,7 +102,7 @@ class ModelFollower(FollowLoop[Position]):
 
     def _check(self) -> None:
         if (problem := self._worker.status().error) is not None:
-            raise named_error(msgspec.to_builtins(problem))
+            raise recorded_error(msgspec.to_builtins(problem))
 
 
 class _ByName(nn.Module):  # type: ignore[misc]
@@ -116,5 +116,5 @@ class _ByName(nn.Module):  # type: ignore[misc]
         own = self.model.state_dict().items()
         held = dict(own if self._names is None else self._names(own))
         for name, tensor in weights:
-            if name in held:  # else it is for `Union` to say whether the run can do without
+            if name in held:  # else it is for `Coverage` to say whether the run can do without
                 held[name].copy_(tensor)

@@ -24,7 +24,7 @@ from deltawire.errors import (
     OtherRun,
     Quarantined,
     Unavailable,
-    named_error,
+    recorded_error,
 )
 from deltawire.follow.follower import Follower
 from deltawire.follow.news import Current, Fetching
@@ -425,10 +425,10 @@ def test_closing_while_the_worker_stages_leaves_the_server_generating_the_old_ve
 
 
 def test_an_error_recorded_by_a_worker_is_the_same_error_here():
-    assert isinstance(named_error({"kind": "AccessRefused", "message": "no"}), AccessRefused)
-    assert str(named_error({"kind": "KeyError", "message": "x"})) == "KeyError: x"
+    assert isinstance(recorded_error({"kind": "AccessRefused", "message": "no"}), AccessRefused)
+    assert str(recorded_error({"kind": "KeyError", "message": "x"})) == "KeyError: x"
     for kind in ("DeltaWireError", "annotations", None, "__doc__"):
-        assert isinstance(named_error({"kind": kind, "message": "x"}), dw.errors.DeltaWireError)
+        assert isinstance(recorded_error({"kind": kind, "message": "x"}), dw.errors.DeltaWireError)
 
 
 def test_what_still_stands_in_the_way_is_said_again_every_minute_with_its_age(run, engine):

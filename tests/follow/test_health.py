@@ -73,7 +73,7 @@ def test_a_late_replica_is_ready_only_when_it_is_current_however_old_a_policy_ma
         assert follower.health.why_unready(None) is None
 
 
-def test_the_ledger_tells_lag_and_what_the_last_audit_found(run):
+def test_the_heartbeat_tells_lag_and_what_the_last_audit_found(run):
     with (
         StubEngine(run.model()) as engine,
         Follower(run.url, EngineClient(engine.url), audit_every=1, replica="one") as follower,

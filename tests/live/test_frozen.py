@@ -11,7 +11,7 @@ import deltawire as dw
 from deltawire.cli import app
 from deltawire.errors import EngineUnsupported
 from deltawire.follow.follower import Follower
-from deltawire.live.coverage import Union
+from deltawire.live.coverage import Coverage
 from deltawire.live.transforms import AfterLoading
 from deltawire.live.worker import LiveWorker
 from deltawire.torch import follow
@@ -144,10 +144,10 @@ WHOLE = [Box(0, (4,), (1,))]
 
 def test_of_a_frozen_tensor_that_some_worker_loads_every_element_must_be_somewhere():
     half = [Box(0, (2,), (1,))]
-    assert Union({"x": 4}, [{}, {}], frozen={"x": 7}).digests([{}, {}]) == ({"x": 7}, [])
-    union = Union({"x": 4}, [{}, {"x": WHOLE}], frozen={"x": 7})
-    assert (union.digests([{}, {"x": [9]}]), union.left_out) == (({"x": 9}, []), [])
+    assert Coverage({"x": 4}, [{}, {}], frozen={"x": 7}).digests([{}, {}]) == ({"x": 7}, [])
+    coverage = Coverage({"x": 4}, [{}, {"x": WHOLE}], frozen={"x": 7})
+    assert (coverage.digests([{}, {"x": [9]}]), coverage.left_out) == (({"x": 9}, []), [])
     with pytest.raises(EngineUnsupported, match="2 of its 4 elements arrive"):
-        Union({"x": 4}, [{}, {"x": half}], frozen={"x": 7})
+        Coverage({"x": 4}, [{}, {"x": half}], frozen={"x": 7})
     with pytest.raises(EngineUnsupported, match="does not load it"):
-        Union({"x": 4, "y": 4}, [{"x": WHOLE}], frozen={"x": 7})
+        Coverage({"x": 4, "y": 4}, [{"x": WHOLE}], frozen={"x": 7})

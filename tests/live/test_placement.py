@@ -12,7 +12,7 @@ from torch import nn
 import deltawire as dw
 from deltawire.errors import EngineUnsupported
 from deltawire.live.boxes import LiveBox, Placement
-from deltawire.live.coverage import Union
+from deltawire.live.coverage import Coverage
 from deltawire.live.live_weights import LiveWeights, changes_between, tensors_of, watch_loading
 from deltawire.live.memory import Memory, fingerprint
 from deltawire.live.placement import probe
@@ -50,11 +50,11 @@ def watch(model: Model, **shapes) -> Placement:
 def judge(placement: Placement, **shapes) -> None:
     """Raise EngineUnsupported when this one worker does not hold these tensors whole, as plain copies."""
     placement.require(shapes)
-    Union({name: int(np.prod(shape)) for name, shape in shapes.items()}, [placement.parts], placement.computed)
+    Coverage({name: int(np.prod(shape)) for name, shape in shapes.items()}, [placement.parts], placement.computed)
 
 
 def totals(live: LiveWeights) -> dict[str, int]:
-    return Union(live.sizes, [live.parts]).digests([live.digests()])[0]
+    return Coverage(live.sizes, [live.parts]).digests([live.digests()])[0]
 
 
 def assert_found(model: Model, placement: Placement, **shapes) -> None:
@@ -301,10 +301,10 @@ def test_a_model_that_holds_a_tensor_under_each_of_its_names_has_it_twice():
     live = LiveWeights(model, ONE, loading=AfterLoading())
     assert {box.parameter for _, box in live.places("embed")} == {"embed", "head"}
     model.embed.data.fill_(1)
-    union = Union(live.sizes, [live.parts])
-    assert union.digests([live.digests()])[1] == ["embed"]
+    coverage = Coverage(live.sizes, [live.parts])
+    assert coverage.digests([live.digests()])[1] == ["embed"]
     model.head.data.fill_(1)
-    assert union.digests([live.digests()]) == (dw.digest({"embed": model.head.data}), [])
+    assert coverage.digests([live.digests()]) == (dw.digest({"embed": model.head.data}), [])
 
 
 def test_tensors_without_elements_and_scalars_are_found():

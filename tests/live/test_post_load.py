@@ -10,7 +10,7 @@ from torch import nn
 import deltawire as dw
 from deltawire.errors import EngineUnsupported
 from deltawire.follow.status import audited
-from deltawire.live.coverage import Union
+from deltawire.live.coverage import Coverage
 from deltawire.live.live_weights import LiveWeights, watch_loading
 from deltawire.live.memory import same_bits
 from deltawire.live.post_load import held
@@ -213,7 +213,7 @@ def weights_of(shape=SHAPE, seed=0):
 
 
 def totals(live):
-    return Union(live.sizes, [live.parts]).digests([live.digests()])[0]
+    return Coverage(live.sizes, [live.parts]).digests([live.digests()])[0]
 
 
 def digests(weights):

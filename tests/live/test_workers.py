@@ -16,7 +16,7 @@ import deltawire as dw
 from deltawire.errors import BadDigest, EngineError, EngineUnsupported, WrongBase
 from deltawire.follow.follower import Follower
 from deltawire.live import answers, staging
-from deltawire.live.coverage import Union
+from deltawire.live.coverage import Coverage
 from deltawire.live.messages import Stage
 from deltawire.vllm.client import EngineClient
 from deltawire.weights.boxes import Box
@@ -225,14 +225,14 @@ def test_however_a_matrix_is_cut_and_copied_its_digest_is_that_of_the_whole(rows
         positions = part.offset + sum(at * stride for at, stride in zip(index, part.strides, strict=True))
         return digest_at(positions.astype(np.int64), whole[positions])
 
-    union = Union({"x": whole.size}, [{"x": part} for part in held])
+    coverage = Coverage({"x": whole.size}, [{"x": part} for part in held])
     digests = [{"x": [digest(part) for part in mine]} for mine in held]
-    assert union.digests(digests) == (dw.digest({"x": whole}), [])
+    assert coverage.digests(digests) == (dw.digest({"x": whole}), [])
     if copied := next((rank for rank in range(3) if any(rank in who and len(who) > 1 for who in owners)), None):
         index = next(n for n, part in enumerate(held[copied]) if len(owners[parts.index(part)]) > 1)
         digests[copied]["x"][index] ^= 1
-        assert union.digests(digests)[1] == ["x"]
+        assert coverage.digests(digests)[1] == ["x"]
     if len(parts) > 1 and len(owners[0]) == 1:
         lacking = [[part for part in mine if part != parts[0]] for mine in held]
         with pytest.raises(EngineUnsupported, match="elements arrive"):
-            Union({"x": whole.size}, [{"x": part} for part in lacking])
+            Coverage({"x": whole.size}, [{"x": part} for part in lacking])

@@ -84,11 +84,14 @@ def test_a_misspelt_option_or_address_is_refused_before_anything_trains(url):
         DeltaWeightTransfer(url, wait_for="comit")
 
 
-@pytest.mark.parametrize("asked", ["the ledger", "vLLM"])
+@pytest.mark.parametrize("asked", ["the heartbeats", "vLLM"])
 def test_send_weights_returns_once_a_replica_serves_what_was_sent(url, engine, held, asked):
     weights, taken = make_weights(), []
     nowhere = "http://127.0.0.1:9"
-    with sending(url, None if asked == "the ledger" else [nowhere, engine.url]) as transfer, following(url, engine.url):
+    with (
+        sending(url, None if asked == "the heartbeats" else [nowhere, engine.url]) as transfer,
+        following(url, engine.url),
+    ):
         for _ in range(4):
             transfer.pause()
             transfer.send_weights(stream(weights, taken))
@@ -155,7 +158,7 @@ def test_when_nobody_serves_it_in_time_the_error_says_who_was_seen_and_the_chang
     assert [commit.version for commit in commits(dw.open_bucket(url))] == [0, 1, 2, 3]
 
 
-def test_what_a_stranger_wrote_to_the_ledger_is_told_short_and_without_control_characters(url):
+def test_what_a_stranger_wrote_as_a_heartbeat_is_told_short_and_without_control_characters(url):
     with sending(url, timeout=BRIEFLY) as transfer:
         said = Heartbeat("another", run="\n" * 4_000, version=3, error="\x07" * 4_000)
         dw.open_bucket(url).put("replicas/another.json", msgspec.json.encode(said))

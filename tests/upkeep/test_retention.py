@@ -138,7 +138,7 @@ def test_nothing_at_or_above_what_is_wanted_goes(length, anchors, keep, replicas
     assert not [key for key in found.keys if "deltas" in key and int(key.split("step_")[1][:6]) > found.floor]
 
 
-def test_the_ledger_is_read_as_hints(compacted):
+def test_heartbeats_are_read_as_hints(compacted):
     bucket, run, _ = compacted
     bucket.put("replicas/junk.json", b"\xff not a record")
     bucket.put("replicas/huge.json", b" " * (heartbeats.MAX_HEARTBEAT + 1))

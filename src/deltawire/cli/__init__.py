@@ -1,4 +1,4 @@
-"""The `deltawire` command: one verb per thing people do. It prints reports; `--json` prints them one object a line."""
+"""The `deltawire` command: one verb per thing people do, which prints a report as text or as JSON."""
 
 import sys
 from typing import Annotated
@@ -10,7 +10,7 @@ from deltawire.cli.engines import audit, follow
 from deltawire.cli.gateway import gateway
 from deltawire.cli.history import diff, log
 from deltawire.cli.interchange import apply, export, import_run
-from deltawire.cli.printing import emit, named
+from deltawire.cli.printing import emit, error_text
 from deltawire.cli.reading import inspect, materialize, verify
 from deltawire.cli.sizing import plan
 from deltawire.cli.starting import demo, render, serve
@@ -78,7 +78,7 @@ def main() -> None:
     try:
         app()
     except (DeltaWireError, ImportError, OSError) as error:
-        print(f"deltawire: {named(error)}", file=sys.stderr)
+        print(f"deltawire: {error_text(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -78,11 +78,8 @@ def log(
     with Subscriber(open_bucket(bucket), trusted=trust or ()) as subscriber:
         commits = subscriber.commits() if not most and after is None else subscriber.recent(most or None, since=after)
         older = _older(subscriber, commits) if not json else 0
-        tags: dict[int, list[str]] = {}
-        for tag in read_tags(subscriber.bucket, subscriber.run.run, trust=subscriber.trust):
-            tags.setdefault(tag.version, []).append(tag.name)
         whole = sum(entry.nbytes for entry in subscriber.run.table)
-    listing = Listing(commits, tags, whole, time.time())
+        listing = Listing(commits, _tags(subscriber), whole, time.time())
     if json:
         for record in _records(listing, digests=digests):
             emit(record, "", json)
@@ -95,6 +92,14 @@ def log(
             print(bars)
     if older:
         print(f"{older:,} older: -n NUMBER lists more, -n 0 all")
+
+
+def _tags(subscriber: Subscriber) -> dict[int, list[str]]:
+    """The names of each tagged version."""
+    names: dict[int, list[str]] = {}
+    for tag in read_tags(subscriber.bucket, subscriber.run.run, trust=subscriber.trust):
+        names.setdefault(tag.version, []).append(tag.name)
+    return names
 
 
 def diff(

@@ -19,7 +19,7 @@ def size(count: int) -> str:
     return f"{count / MIB:.2f} MiB" if count >= MIB else f"{count / 1024:.1f} KiB"
 
 
-def named(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """An error's type and what it says."""
     return f"{type(error).__name__}: {error}"
 

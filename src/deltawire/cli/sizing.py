@@ -20,35 +20,35 @@ Dtype = Literal["bf16", "fp16", "fp8", "fp32"]
 WIDTHS: dict[str, float] = {"bf16": 2, "fp16": 2, "fp8": 1, "fp32": 4}
 
 
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="0.6B, 7B, 1T, a checkpoint folder, or a config.json.")]
+Density = Annotated[float, typer.Option(help="Share of weights that change in a version, as `publish` reports.")]
+ServedDtype = Annotated[Dtype, typer.Option(help="What the server holds.")]
+Every = Annotated[float, typer.Option(metavar="SECONDS", help="Seconds between versions.")]
+Up = Annotated[float, typer.Option(metavar="GBIT", help="The trainer's link to the bucket, in Gbit/s.")]
+Down = Annotated[float, typer.Option(metavar="GBIT", help="Each replica's link from the bucket, in Gbit/s.")]
+Region = Annotated[float, typer.Option(metavar="GBIT", help="What all replicas of a region share; 0: no limit.")]
+Replicas = Annotated[int, typer.Option(min=1, help="vLLM servers.")]
+Regions = Annotated[int, typer.Option(min=1, help="Regions or clouds they stand in.")]
+Workers = Annotated[int, typer.Option(min=1, help="GPUs of one replica.")]
+Ranks = Annotated[int, typer.Option(min=1, help="Processes of a sharded trainer.")]
+Poll = Annotated[float, typer.Option(help="Seconds between a follower's looks.")]
+PlanOfHub = Annotated[HubPlan, typer.Option(help="Plan of the Hub, for its limits.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Hub tokens that the fleet has.")]
+BytesAChange = Annotated[
+    float | None, typer.Option(help="Bytes of a changed weight; default: measured, by density. TRL's post: 6.")
+]
+Fabric = Annotated[float, typer.Option(metavar="GBYTE", help="NCCL inside one cluster, in GB/s.")]
+Play = Annotated[bool, typer.Option("--simulate", help="Play a day of the fleet through, too.")]
+Failures = Annotated[float, typer.Option(min=0, help="With --simulate: times a day that a replica is replaced.")]
+
+
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="0.6B, 7B, 1T, a checkpoint folder, or a config.json.")],
-    density: Annotated[
-        float, typer.Option(help="Share of weights that change in a version, as `publish` reports.")
-    ] = 0.01,
-    dtype: Annotated[Dtype, typer.Option(help="What the server holds.")] = "bf16",
-    every: Annotated[float, typer.Option(metavar="SECONDS", help="Seconds between versions.")] = 60.0,
-    up: Annotated[float, typer.Option(metavar="GBIT", help="The trainer's link to the bucket, in Gbit/s.")] = 1.0,
-    down: Annotated[float, typer.Option(metavar="GBIT", help="Each replica's link from the bucket, in Gbit/s.")] = 1.0,
-    region: Annotated[
-        float, typer.Option(metavar="GBIT", help="What all replicas of a region share; 0: no limit.")
-    ] = 0.0,
-    replicas: Annotated[int, typer.Option(min=1, help="vLLM servers.")] = 1,
-    regions: Annotated[int, typer.Option(min=1, help="Regions or clouds they stand in.")] = 1,
-    workers: Annotated[int, typer.Option(min=1, help="GPUs of one replica.")] = 1,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes of a sharded trainer.")] = 1,
-    poll: Annotated[float, typer.Option(help="Seconds between a follower's looks.")] = 5.0,
-    hub_plan: Annotated[HubPlan, typer.Option(help="Plan of the Hub, for its limits.")] = "free",
-    tokens: Annotated[int, typer.Option(min=1, help="Hub tokens that the fleet has.")] = 1,
-    bytes_a_change: Annotated[
-        float | None, typer.Option(help="Bytes of a changed weight; default: measured, by density. TRL's post: 6.")
-    ] = None,
-    fabric: Annotated[float, typer.Option(metavar="GBYTE", help="NCCL inside one cluster, in GB/s.")] = 100.0,
-    play: Annotated[bool, typer.Option("--simulate", help="Play a day of the fleet through, too.")] = False,
-    failures: Annotated[
-        float, typer.Option(min=0, help="With --simulate: times a day that a replica is replaced.")
-    ] = 0.0,
+    model: Model, density: Density = 0.01, dtype: ServedDtype = "bf16", every: Every = 60.0, up: Up = 1.0,
+    down: Down = 1.0, region: Region = 0.0, replicas: Replicas = 1, regions: Regions = 1, workers: Workers = 1,
+    ranks: Ranks = 1, poll: Poll = 5.0, hub_plan: PlanOfHub = "free", tokens: Tokens = 1,
+    bytes_a_change: BytesAChange = None, fabric: Fabric = 100.0, play: Play = False, failures: Failures = 0.0,
     json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Say what a run will cost: bytes, time to served, catching up, requests, anchors, and what else would do.
 
     It computes from measured constants (docs/SIZING.md names each with its source), and asks nobody.
@@ -74,12 +74,7 @@ def plan(
     found = forecast(scenario)
     fleet = simulate(scenario, failures_a_day=failures) if play else None
     if json:
-        record = msgspec.to_builtins(found) | {
-            "advice": found.advice,
-            "ratio": found.ratio,
-            "served": found.times.served,
-        }
-        emit(record | ({} if fleet is None else {"fleet": msgspec.to_builtins(fleet)}), "", json)
+        emit(_record(found, fleet), "", json)
         return
     show(_table(found))
     if fleet is not None:
@@ -102,6 +97,14 @@ def _weights(model: str) -> float:
     from deltawire.trainers.counting import count_weights
 
     return float(count_weights(path))
+
+
+def _record(found: Forecast, fleet: FleetReport | None) -> dict[str, object]:
+    """What `--json` prints of a forecast, and of a day that was played through."""
+    computed = {"advice": found.advice, "ratio": found.ratio, "served": found.times.served}
+    played = {} if fleet is None else {"fleet": msgspec.to_builtins(fleet)}
+    record: dict[str, object] = msgspec.to_builtins(found)
+    return record | computed | played
 
 
 def _table(found: Forecast) -> Table:

@@ -8,7 +8,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
-from deltawire.cli.printing import duration, emit, named, size
+from deltawire.cli.printing import duration, emit, error_text, size
 
 if TYPE_CHECKING:
     from deltawire.follow.follower import UpdateReport
@@ -42,7 +42,7 @@ class Teller:
         """Something stands in the way, or still does."""
         lasted = health.problem_age if health is not None else 0.0
         still = f" for {duration(lasted)}" if lasted >= 1 else ""
-        self.line("problem", f"problem{still}: {named(error)}", error=named(error), seconds=round(lasted, 1))
+        self.line("problem", f"problem{still}: {error_text(error)}", error=error_text(error), seconds=round(lasted, 1))
 
     def news(self, news: "News") -> None:
         """What a follower says between updates."""

@@ -9,7 +9,7 @@ import typer
 
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import ADDRESSES, AsJson, BaseFolder, BucketUrl, SigningKeyFile, Trusted
-from deltawire.cli.printing import emit, named, size
+from deltawire.cli.printing import emit, error_text, size
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.keys import HEAD_KEY
 
@@ -67,7 +67,7 @@ def relay(
         emit({"event": "relay", **msgspec.to_builtins(step)}, text, json)
 
     def problem(error: Exception) -> None:
-        emit({"event": "problem", "error": named(error)}, f"problem: {named(error)}", json)
+        emit({"event": "problem", "error": error_text(error)}, f"problem: {error_text(error)}", json)
 
     copying = Relay(open_bucket(source), open_bucket(target, create=True), trusted=trust or ())
     if not once:

@@ -56,14 +56,14 @@ def report() -> VersionReport:
     )
 
 
-def text_of(told: VersionReport) -> str:
+def text_of(report: VersionReport) -> str:
     """The report as lines, the package's version first."""
-    lines = [f"deltawire {told.version}"]
-    for known in told.formats:
+    lines = [f"deltawire {report.version}"]
+    for known in report.formats:
         lines.append(f"{known.object:<16}writes format {_either(known.writes)}, reads {_either(known.reads)}")
-    lines.append(f"{'codecs':<16}{', '.join(told.codecs)}")
-    lines.append(f"{'protocol':<16}{told.protocol}, between a follower and its server's workers")
-    lines.append(f"{'inner loops':<16}{told.loops}")
+    lines.append(f"{'codecs':<16}{', '.join(report.codecs)}")
+    lines.append(f"{'protocol':<16}{report.protocol}, between a follower and its server's workers")
+    lines.append(f"{'inner loops':<16}{report.loops}")
     return "\n".join(lines)
 
 

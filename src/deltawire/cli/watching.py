@@ -16,7 +16,7 @@ from rich.text import Text
 
 from deltawire.buckets import Bucket, open_bucket
 from deltawire.cli.options import AsJson, BucketUrl, Trusted, host_and_port, listening_at
-from deltawire.cli.printing import duration, emit, named, plain, size
+from deltawire.cli.printing import duration, emit, error_text, plain, size
 from deltawire.errors import BucketError, ChainError, FormatError
 from deltawire.fleet.page import Board
 from deltawire.fleet.status import FleetStatus, ReplicaStatus, TrainerStatus, Watcher
@@ -96,13 +96,13 @@ def _watch_lines(watcher: Watcher, pause: float, as_json: bool) -> None:
             seen = watcher.look()
         except (BucketError, FormatError, ChainError) as error:
             if str(error) != last:
-                emit({"problem": named(error)}, f"problem: {named(error)}", as_json)
+                emit({"problem": error_text(error)}, f"problem: {error_text(error)}", as_json)
             last = str(error)
         else:
-            told = seen.trainer.version, [(one.replica, one.version, one.state) for one in seen.replicas]
-            if told != last:
+            facts = seen.trainer.version, [(one.replica, one.version, one.state) for one in seen.replicas]
+            if facts != last:
                 _show(seen, as_json)
-            last = told
+            last = facts
         time.sleep(pause)
 
 
@@ -112,7 +112,7 @@ def _watch_screen(watcher: Watcher, pause: float) -> None:
             try:
                 screen.update(as_text(watcher.look()), refresh=True)
             except (BucketError, FormatError, ChainError) as error:
-                screen.update(Text(f"problem: {named(error)}"), refresh=True)
+                screen.update(Text(f"problem: {error_text(error)}"), refresh=True)
             time.sleep(pause)
 
 

@@ -21,7 +21,7 @@ from deltawire.errors import (
     EngineUnavailable,
     EngineUnsupported,
     OtherRun,
-    named_error,
+    recorded_error,
     some,
 )
 from deltawire.fleet.findings import Finding, fault, note, ok
@@ -128,7 +128,7 @@ def _plugin(client: EngineClient) -> Generator[Finding, None, ServerStatus | Non
 
 def _worker(bucket: Bucket, client: EngineClient, status: ServerStatus) -> Iterator[Finding]:
     yield _lease(bucket, status)
-    problem = None if status.error is None else named_error(msgspec.to_builtins(status.error))
+    problem = None if status.error is None else recorded_error(msgspec.to_builtins(status.error))
     if status.attached == bucket.url:
         yield from _attached(bucket, client, status, problem)
         return

@@ -17,7 +17,7 @@ from deltawire.follow.options import FollowOptions
 from deltawire.follow.port import Answer, Route, as_json
 
 
-class Following(Protocol):
+class LocalFollower(Protocol):
     """What is read of a follower."""
 
     bucket: Bucket
@@ -26,13 +26,13 @@ class Following(Protocol):
     beats: Beats
 
 
-def board_of(follower: Following) -> Board:
+def board_of(follower: LocalFollower) -> Board:
     """The page of a follower's bucket, read by connections of its own."""
     watcher = Watcher(open_bucket(follower.bucket.url), trusted=follower.options.trusted)
     return Board(watcher, local=lambda: own_row(follower))
 
 
-def own_row(follower: Following) -> Mapping[str, Mapping[str, Any]]:
+def own_row(follower: LocalFollower) -> Mapping[str, Mapping[str, Any]]:
     """What a follower knows of its replica, by the replica's name."""
     health, served = follower.health, follower.health.served
     beat = follower.beats.entry(served)
@@ -56,7 +56,7 @@ def own_row(follower: Following) -> Mapping[str, Mapping[str, Any]]:
     return {beat.replica: msgspec.to_builtins(row)}
 
 
-def metrics_of(follower: Following) -> Route:
+def metrics_of(follower: LocalFollower) -> Route:
     """A follower's metrics, which hear of its updates and problems from here on; without prometheus_client what says
     so."""
     try:

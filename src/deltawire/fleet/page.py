@@ -134,30 +134,30 @@ class Board:
 
     def _look(self) -> None:
         try:
-            told = self._told(self._watcher.look())
+            shown = self._as_shown(self._watcher.look())
         except (BucketError, FormatError, ChainError) as error:
-            told = {"bucket": self._watcher.bucket.url, "at": time.time(), "error": f"{type(error).__name__}: {error}"}
-        aging = [told.get("trainer", {}), *told.get("replicas", [])]
-        gist = [told.get("error"), told.get("links"), _without_ages(aging)]
+            shown = {"bucket": self._watcher.bucket.url, "at": time.time(), "error": f"{type(error).__name__}: {error}"}
+        aging = [shown.get("trainer", {}), *shown.get("replicas", [])]
+        gist = [shown.get("error"), shown.get("links"), _without_ages(aging)]
         with self._changed:
             if gist != self._gist:
-                self._gist, self._data, self._number = gist, msgspec.json.encode(told), self._number + 1
+                self._gist, self._data, self._number = gist, msgspec.json.encode(shown), self._number + 1
                 self._changed.notify_all()
 
-    def _told(self, seen: FleetStatus) -> dict[str, Any]:
+    def _as_shown(self, seen: FleetStatus) -> dict[str, Any]:
         """The status as the page gets it: what this process knows put in, replicas in order, and their history."""
-        told: dict[str, Any] = msgspec.to_builtins(seen)
+        shown: dict[str, Any] = msgspec.to_builtins(seen)
         local = {name: dict(row) for name, row in self._local().items()}
-        rows = [*({row["replica"]: row for row in told["replicas"]} | local).values()]
+        rows = [*({row["replica"]: row for row in shown["replicas"]} | local).values()]
         rows.sort(key=lambda row: (_ORDER[row["state"]], -(row["lag"] or 0), row["replica"]))
-        told["count"], told["replicas"] = len(rows), rows[:SHOWN]
+        shown["count"], shown["replicas"] = len(rows), rows[:SHOWN]
         for row in rows[:DRAWN]:
             kept = self._history.setdefault(row["replica"], deque(maxlen=KEPT))
             point = (row["lag"], row["pause_p50_ms"], row["pause_p99_ms"])
             if not kept or kept[-1][1:] != point:
                 kept.append((seen.at, *point))
-        told["history"] = {row["replica"]: [*self._history[row["replica"]]] for row in rows[:DRAWN]}
-        return told
+        shown["history"] = {row["replica"]: [*self._history[row["replica"]]] for row in rows[:DRAWN]}
+        return shown
 
 
 class Boards:

@@ -152,7 +152,7 @@ class FollowLoop(ABC, Generic[R]):
             self.beat()
 
     def _report(self, error: Exception) -> None:
-        """Say what stands in the way, here and in the ledger."""
+        """Say what stands in the way, here and in the heartbeat."""
         self.source.refresh()
         self.beats.pace.failed(error)
         self.health.fails(error)

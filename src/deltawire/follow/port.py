@@ -33,47 +33,52 @@ def as_json(status: int, record: Any) -> Answer:
     return Answer(status, "application/json", msgspec.json.encode(record))
 
 
+class _Handler(BaseHTTPRequestHandler):
+    """One connection of a port."""
+
+    routes: Sequence[Route] = ()
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        found = (route.answer(path, query) for route in self.routes)
+        missing = as_json(404, {"error": f"{path} is not here"})
+        self._send(next((answer for answer in found if answer is not None), missing))
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _send(self, answer: Answer) -> None:
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.kind)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        if isinstance(answer.body, bytes):
+            self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        with suppress(ConnectionError, TimeoutError):  # the client went away
+            self._send_body(answer.body)
+
+    def _send_body(self, body: bytes | Iterator[bytes]) -> None:
+        if isinstance(body, bytes):
+            body = iter([body])
+        if self.command == "HEAD":
+            return
+        for piece in body:
+            self.wfile.write(piece)
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing: the client has its answer."""
+
+
 class Port:
     """Answers GET and HEAD on a port with the first of `routes` that knows the path, each on a thread of its own.
     Raises OSError when the port cannot be had."""
 
     def __init__(self, routes: Sequence[Route], port: int, *, host: str = "127.0.0.1") -> None:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                path, _, query = self.path.partition("?")
-                found = (route.answer(path, query) for route in routes)
-                missing = as_json(404, {"error": f"{path} is not here"})
-                self._send(next((answer for answer in found if answer is not None), missing))
-
-            do_HEAD = do_GET  # noqa: N815
-
-            def _send(self, answer: Answer) -> None:
-                self.send_response(answer.status)
-                self.send_header("Content-Type", answer.kind)
-                for name, value in answer.headers.items():
-                    self.send_header(name, value)
-                if isinstance(answer.body, bytes):
-                    self.send_header("Content-Length", str(len(answer.body)))
-                self.end_headers()
-                with suppress(ConnectionError, TimeoutError):  # the client went away
-                    self._send_body(answer.body)
-
-            def _send_body(self, body: bytes | Iterator[bytes]) -> None:
-                if isinstance(body, bytes):
-                    body = iter([body])
-                if self.command == "HEAD":
-                    return
-                for piece in body:
-                    self.wfile.write(piece)
-
-            def log_message(self, *arguments: object) -> None:
-                """Say nothing: the client has its answer."""
-
         class Server(ThreadingHTTPServer):
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
             block_on_close = False  # a stream may wait for news
 
-        self._server = Server((host, port), Handler)
+        self._server = Server((host, port), type("Handler", (_Handler,), {"routes": routes}))
         at = f"[{host}]" if ":" in host else host
         self.url = f"http://{at}:{self._server.server_port}/"
         self._thread = threading.Thread(target=self._server.serve_forever, name="deltawire-port", daemon=True)

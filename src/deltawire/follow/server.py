@@ -11,7 +11,7 @@ from deltawire.errors import (
     EngineError,
     EngineUnsupported,
     Unavailable,
-    named_error,
+    recorded_error,
 )
 from deltawire.follow.engine import Engine
 from deltawire.follow.health import Health
@@ -127,7 +127,7 @@ class DrivenServer:
         """Raise what a worker recorded. What the bucket refused it may be open to us: it reads by itself."""
         if status.error is None:
             return
-        error = named_error(msgspec.to_builtins(status.error))
+        error = recorded_error(msgspec.to_builtins(status.error))
         if isinstance(error, BucketError):
             said = f"said by the server at {self.engine.url}, which reads the bucket itself, by its own environment"
             raise type(error)(f"{error} ({said}{self.engine.why_unreached(self._url)})")

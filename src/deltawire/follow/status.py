@@ -6,7 +6,7 @@ from typing import TypeVar
 import msgspec
 
 from deltawire.errors import BadAnswer
-from deltawire.live.coverage import Union
+from deltawire.live.coverage import Coverage
 from deltawire.live.lease import View
 from deltawire.live.messages import (
     Applied,
@@ -113,23 +113,23 @@ class AuditReport(msgspec.Struct, frozen=True):
 
 
 def audited(found: Sequence[Audited]) -> AuditReport:
-    """What the workers of a server found, taken together: every copy compared, one counted, the union complete. Raises
+    """What the workers of a server found, taken together: every copy compared, one counted, all covered. Raises
     BadAnswer."""
-    union = union_of(found, found)
-    digests, differing = union.digests([worker.values for worker in found])
+    coverage = coverage_of(found, found)
+    digests, differing = coverage.digests([worker.values for worker in found])
     promised = {name: int(value, 16) for name, value in found[0].promised.items()}
     wrong = {name for worker in found for name in worker.drifted} | set(differing)
     wrong |= {name for name, value in promised.items() if digests.get(name) != value}
     return AuditReport(
         _agreed(worker.position for worker in found),
-        {name: f"{value:016x}" for name, value in digests.items() if name not in union.left_out},
+        {name: f"{value:016x}" for name, value in digests.items() if name not in coverage.left_out},
         [name for name in promised if name in wrong],
         len(found),
-        union.left_out,
+        coverage.left_out,
     )
 
 
-def union_of(held: Sequence[HeldParts], digested: Sequence[Digested]) -> Union:
+def coverage_of(held: Sequence[HeldParts], digested: Sequence[Digested]) -> Coverage:
     """What several workers hold together, each digest of it at hand. Raises BadAnswer when they do not speak of the
     same tensors and parts."""
     if len(held) != len(digested) or any(worker.sizes != held[0].sizes for worker in held):
@@ -140,13 +140,13 @@ def union_of(held: Sequence[HeldParts], digested: Sequence[Digested]) -> Union:
     except ValueError as error:
         raise BadAnswer(f"a worker did not digest what it holds ({error}): restart the server") from None
     frozen: Mapping[str, int] = {name: int(value, 16) for name, value in held[0].frozen.items()}
-    return Union(held[0].sizes, [worker.parts for worker in held], frozen=frozen)
+    return Coverage(held[0].sizes, [worker.parts for worker in held], frozen=frozen)
 
 
 def summed(held: Sequence[HeldParts], digested: Sequence[Digested]) -> tuple[dict[str, int], list[str]]:
     """Every tensor's digest, of what several workers hold together, and the names whose copies differ. Raises
     BadAnswer."""
-    return union_of(held, digested).digests([worker.values for worker in digested])
+    return coverage_of(held, digested).digests([worker.values for worker in digested])
 
 
 def _agreed(values: Iterable[T | None]) -> T | None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from deltawire.buckets import environment
-from deltawire.errors import EngineUnavailable, Quarantined, named_error
+from deltawire.errors import EngineUnavailable, Quarantined, recorded_error
 from deltawire.follow.status import AuditReport, ServerStatus, as_one, audited, summed
 from deltawire.live import messages as ask
 from deltawire.live import rpc
@@ -134,7 +134,7 @@ class WorkerCalls(ABC):
             answers = self.ask(rpc.RESULT, ask.FetchResult(ticket))
             for answer in answers:
                 if isinstance(answer.found, ask.Refusal):
-                    raise named_error(msgspec.to_builtins(answer.found))
+                    raise recorded_error(msgspec.to_builtins(answer.found))
             found: list[A] = [answer.found for answer in answers if isinstance(answer.found, kind)]
             if len(found) == len(answers):
                 return found
@@ -162,7 +162,7 @@ class WorkerCalls(ABC):
             self._require_protocol(answer)
         for answer in answers:
             if (refused := answer.get("refused")) is not None:
-                raise named_error(msgspec.to_builtins(rpc.answer_as(refused, ask.Refusal, asked)))
+                raise recorded_error(msgspec.to_builtins(rpc.answer_as(refused, ask.Refusal, asked)))
         ranked = sorted(answers, key=lambda answer: rpc.answer_as(answer, ask.Envelope, asked).rank)
         return [rpc.answer_as(answer, verb.answer, asked) for answer in ranked]
 

@@ -1,1 +1,1 @@
-"""Bytes of files: safetensors read without trust, delta files, checkpoint folders. docs/FORMAT.md is the text."""
+"""Bytes of files as docs/FORMAT.md specifies them: safetensors, delta files, checkpoint folders."""

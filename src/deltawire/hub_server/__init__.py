@@ -1,9 +1,4 @@
-"""A Hub-compatible bucket server on this machine: the unmodified `huggingface_hub` and `hf_xet` talk to it when
-`HF_ENDPOINT` names its URL, so the code that runs against the Hub runs on a laptop and in CI.
-
-    with HubServer("buckets") as hub:
-        HfApi(endpoint=hub.url, token="any").create_bucket("me/run")
-"""
+"""A Hub-compatible bucket server on this machine, for the unmodified `huggingface_hub` and `hf_xet`."""
 
 try:
     from deltawire.hub_server.app import create_app

@@ -60,6 +60,11 @@ def serve(
 class HubServer:
     """The server in a background thread. The folder is taken at once; requests are answered from `start` on.
 
+        with HubServer("buckets") as hub:
+            HfApi(endpoint=hub.url, token="any").create_bucket("me/run")
+
+    Code that runs against the Hub runs against this server when `HF_ENDPOINT` names its URL.
+
     `bounds` are what clients may take up. `faults` may answer in the server's place. Raises what `serve` raises.
     """
 

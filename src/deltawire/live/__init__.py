@@ -1,1 +1,1 @@
-"""Live tensors of one worker process, patched in place. No inference engine is named here."""
+"""Live tensors of one worker process, patched in place, whichever the inference engine."""

@@ -7,7 +7,7 @@ import torch
 
 from deltawire.errors import BadDigest, Forked, Gap, WrongBase, some
 from deltawire.live import staging, writes
-from deltawire.live.coverage import Union, disagreement
+from deltawire.live.coverage import Coverage, disagreement
 from deltawire.live.live_weights import BetweenPasses, LiveWeights, at_once
 from deltawire.live.messages import Audited, Digested, HeldParts
 from deltawire.live.staging import PartDigests, Plan
@@ -32,14 +32,14 @@ class Attached:
     them, and which version they are.
 
     `frozen` are the committed digests, which no version changes, of frozen tensors of which this worker loads nothing.
-    `asked` is the address that was asked for. `union` is None when other workers hold the rest, `joined` whether
+    `asked` is the address that was asked for. `coverage` is None when other workers hold the rest, `joined` whether
     the version has been found out. `undo` takes back the last update until that is confirmed.
     """
 
     asked: str
     subscriber: Subscriber
     live: LiveWeights
-    union: Union | None
+    coverage: Coverage | None
     digests: PartDigests
     frozen: dict[str, int]
     position: Position | None = None
@@ -49,8 +49,8 @@ class Attached:
     def find_version(self) -> None:
         """Of the only worker: its digests say at which committed version it is, or at none, as when it holds a tensor
         twice and differently. Raises EngineUnsupported when it does not hold the whole model."""
-        self.union = Union(self.live.sizes, [self.live.parts], self.live.placement.computed, self.frozen)
-        digests, differing = self.union.digests([self.digests])
+        self.coverage = Coverage(self.live.sizes, [self.live.parts], self.live.placement.computed, self.frozen)
+        digests, differing = self.coverage.digests([self.digests])
         root = root_of(self.live.table.values(), digests)
         self.position, self.joined = None if differing else self.subscriber.position_of(root), True
 
@@ -144,9 +144,9 @@ class Attached:
         return Digested(as_hex(staged.digests if staged else self.digests))
 
     def _require_promised(self, plan: Plan) -> None:
-        if self.union is None:
+        if self.coverage is None:
             return
-        digests, differing = self.union.digests([plan.digests])
+        digests, differing = self.coverage.digests([plan.digests])
         if not differing and root_of(self.live.table.values(), digests) == plan.after.root:
             return
         promised = self.subscriber.digests_at(plan.after.version)

@@ -23,7 +23,7 @@ class Held(NamedTuple):
     number: int
 
 
-class Union:
+class Coverage:
     """The parts of a run's tensors that the workers of one server hold, in the order of their ranks; `sizes` are the
     tensors' elements.
 

@@ -141,7 +141,7 @@ class LiveModel:
         attached, staged, self.staged = self.require_attached(), self.staged, None
         if attached.position is not None and attached.position.version == target.version:
             return
-        if staged is None or (attached.union is None and target.root != staged.plan.after.root):
+        if staged is None or (attached.coverage is None and target.root != staged.plan.after.root):
             raise EngineUnsupported(f"this worker holds a part of the model, and {NOBODY_COMPARED}")
         self._write(attached, staged.plan)
 

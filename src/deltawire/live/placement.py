@@ -31,7 +31,7 @@ def probe(
     """Watch `load_weights` once. `live` names every live parameter and buffer; none of them is written.
 
     A tensor is unfit when a value is converted or computed on the way, or when another operation would write over it.
-    Whether all of it arrives is for `Union` to say, because other workers may hold the rest.
+    Whether all of it arrives is for `Coverage` to say, because other workers may hold the rest.
     """
     watcher = _Watcher(live)
     entries = list(table)

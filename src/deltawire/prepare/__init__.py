@@ -1,1 +1,1 @@
-"""From a trainer's tensors to a checkpoint's: other names, fp8. Functions for `Publisher(prepare=…)`."""
+"""Functions for `Publisher(prepare=…)`: a trainer's tensors under a checkpoint's names and dtypes."""

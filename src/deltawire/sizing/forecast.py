@@ -166,12 +166,6 @@ def anchor_every(scenario: Scenario) -> int:
     return max(math.ceil(scenario.checkpoint_bytes / scenario.delta_bytes()), 1)
 
 
-def break_even(scenario: Scenario) -> float:
-    """Bits a second of a link over which everything takes as long as a delta over the trainer's; above it everything
-    is sooner."""
-    return scenario.up * scenario.checkpoint_bytes / scenario.delta_bytes()
-
-
 def _folded(scenario: Scenario) -> float:
     """Versions in one commit: 1 while an upload is done before the next version is captured, else as many as are
     captured while their fold is sent."""

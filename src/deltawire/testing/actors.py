@@ -108,7 +108,7 @@ class Follower:
         self.position: Position | None = None
         self.weights: Weights = {}
         self.said: Position | None = None
-        """where the ledger says that it stands, and since when"""
+        """where its heartbeat says that it stands, and since when"""
         self.said_at = 0.0
 
     def follow(self) -> None:

@@ -1,1 +1,1 @@
-"""What plugs into trainers: TRL, transformers, sharded loops. Each module imports its trainer's library; this none."""
+"""What plugs into trainers: TRL, transformers, sharded loops; each module imports the library of its own."""

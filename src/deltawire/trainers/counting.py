@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from deltawire.errors import FormatError
+
 
 def count_weights(config: Path) -> int:
     """Weights of the model that a config.json, or the folder with one, describes; tied ones once.
@@ -15,7 +17,6 @@ def count_weights(config: Path) -> int:
         raise ImportError(
             "a config needs transformers to be counted: pip install 'deltawire[transformers]', or name a number, as 7B"
         ) from None
-    from deltawire.errors import FormatError
 
     try:
         with torch.device("meta"):

@@ -56,7 +56,7 @@ def wait_until_served(look: Look, target: Position, *, timeout: float, poll: flo
         time.sleep(min(poll, left))
 
 
-def ledger_look(bucket: Bucket) -> Look:
+def heartbeats_look(bucket: Bucket) -> Look:
     """Looks at the heartbeats that followers write; each is fetched only when it changed."""
     known: list[tuple[Stat, Heartbeat]] = []
 

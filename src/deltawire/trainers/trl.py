@@ -19,7 +19,7 @@ from deltawire.publish.reports import PublishReport
 from deltawire.runlog.records import Position
 from deltawire.trainers.behind import log_into, trainer_behind
 from deltawire.trainers.merging import warn_of_merging
-from deltawire.trainers.serving import ASK_ENGINE_EVERY, Look, engine_look, ledger_look, wait_until_served
+from deltawire.trainers.serving import ASK_ENGINE_EVERY, Look, engine_look, heartbeats_look, wait_until_served
 
 ENGINE_SECONDS = 10.0
 """seconds one vLLM server may take to say what it serves before the next one is asked"""
@@ -155,7 +155,7 @@ class DeltaWeightTransfer:
 
     def _looker(self, bucket: Bucket, opened: ExitStack) -> Look:
         if not self._engine_urls:
-            return ledger_look(bucket)
+            return heartbeats_look(bucket)
         from deltawire.vllm.client import EngineClient
 
         engines = [opened.enter_context(EngineClient(url, timeout=ENGINE_SECONDS)) for url in self._engine_urls]

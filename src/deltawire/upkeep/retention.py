@@ -71,7 +71,7 @@ def plan_prune(
     memory: Path | None = None,
     clock: Callable[[], float] = time.time,
 ) -> PruneList:
-    """What a policy lets go of a run, by one listing and the ledger. Changes nothing.
+    """What a policy lets go of a run, by one listing and the heartbeats. Changes nothing.
 
     Where something would go, the anchors that what is left leans on are proved first: record, signature and every byte
     of their files, which `memory`, a file, remembers. One that is not sound counts as not there. `trusted` are public

@@ -1,4 +1,4 @@
-"""The vLLM side: an engine that patches live weights in place, and a follower that drives it. Stock vLLM, no fork."""
+"""What only vLLM has: the plugin for a stock vLLM, the client of its server, and its adapters."""
 
 from typing import TYPE_CHECKING
 

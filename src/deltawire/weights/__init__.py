@@ -1,1 +1,1 @@
-"""Tensors as bits: their changes, digests and inner loops. Pure functions over numpy and torch: no I/O, no clock."""
+"""Tensors as bits: their changes, digests and inner loops, as pure functions without I/O or clock."""

@@ -71,5 +71,5 @@ def _movement(layer: str, names: list[str], delta: Delta, sizes: Mapping[str, in
 
 def _ones(tensor: TensorDelta) -> int:
     """Changes by plus or minus one step."""
-    steps = tensor.steps
-    return int(np.count_nonzero((steps == 1) | (steps == np.iinfo(steps.dtype).max)))
+    increments = tensor.increments
+    return int(np.count_nonzero((increments == 1) | (increments == np.iinfo(increments.dtype).max)))

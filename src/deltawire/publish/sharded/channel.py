@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from deltawire.errors import DeltaWireError, RankFailed, made_again
+from deltawire.errors import DeltaWireError, RankFailed, error_from_kind
 from deltawire.publish.sender import Stop
 from deltawire.publish.sharded.ranks import LOOK, Notes
 from deltawire.runlog.records import Payload
@@ -116,4 +116,4 @@ class NoteChannel:
 
 def _as_error(trouble: _Trouble) -> DeltaWireError:
     message = trouble.message if trouble.origin == 0 else f"rank {trouble.origin}: {trouble.message}"
-    return made_again(trouble.kind, message) or DeltaWireError(message)
+    return error_from_kind(trouble.kind, message) or DeltaWireError(message)
