@@ -3,9 +3,9 @@
 from contextlib import suppress
 
 from deltawire.errors import DeltaWireError
-from deltawire.publish import capture
-from deltawire.publish.capture import Capturer
+from deltawire.publish import current_run
 from deltawire.runlog import chain, keys, log, records, writing
+from deltawire.testing.actors import BrokenOff
 from deltawire.testing.stepped import SteppedPublisher
 from deltawire.upkeep import compactor, retention
 
@@ -28,23 +28,23 @@ def a_failed_upload_is_forgotten(patch):
         try:
             return upload(self)
         except DeltaWireError:
-            self._work = None
+            self._queue, self._shipment = self._queue.commit(), None
             raise
 
     patch.setattr(SteppedPublisher, "upload", wrong)
 
 
 def a_capture_that_broke_off_is_forgotten(patch):
-    compare = Capturer._compare
+    publish = SteppedPublisher.publish
 
-    def wrong(self, *given):
+    def wrong(self, pairs):
         try:
-            return compare(self, *given)
-        except Exception:
-            self._partial = {}
+            publish(self, pairs)
+        except BrokenOff:
+            self._capturer._tracker.uncovered.clear()
             raise
 
-    patch.setattr(Capturer, "_compare", wrong)
+    patch.setattr(SteppedPublisher, "publish", wrong)
 
 
 def a_commit_before_its_payloads(patch):
@@ -92,11 +92,11 @@ def heartbeats_are_not_asked(patch):
 
 def head_is_left_behind_by_a_prune(patch):
     plan = retention.plan
-    patch.setattr(retention, "plan", plan)
+    patch.setattr(retention, "plan", lambda *given, **options: plan(*given, **{**options, "head": None}))
 
 
 def one_look_at_the_newest_commit(patch):
-    patch.setattr(capture, "LOOKS", 1)
+    patch.setattr(current_run, "LOOKS", 1)
 
 
 PLANTED = [

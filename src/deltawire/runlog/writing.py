@@ -15,6 +15,7 @@ from pathlib import Path
 from deltawire.buckets.base import Bucket, fenced
 from deltawire.errors import AlreadyExists, ChainError, Forked, FormatError, NotFound, Unavailable
 from deltawire.runlog import records
+from deltawire.runlog.invariants import payloads_are_durable, require
 from deltawire.runlog.keys import HEAD_KEY, commit_key, commit_keys, payload_key, run_key, run_prefix
 from deltawire.runlog.log import continues, hinted, load_commit, load_run, read_head
 from deltawire.runlog.records import MAX_RECORD, Commit, Head, Run, hash_of
@@ -57,6 +58,7 @@ def append(bucket: Bucket, attempt: Attempt, *, on_step: Callable[[str], None] =
     if not begins:
         _require_head_ours(bucket, attempt)
     put_payloads(bucket, run.run, attempt.payloads, on_step=on_step)
+    require(payloads_are_durable(commit, _durable_by_now(attempt)), where=f"{bucket.url}/{key}")
     _put_once(bucket, key, records.write(commit))
     on_step("commit")
     head = records.write(Head(run.run, commit.version, key))
@@ -66,6 +68,16 @@ def append(bucket: Bucket, attempt: Attempt, *, on_step: Callable[[str], None] =
         _require_head_ours(bucket, attempt)  # another may have come meanwhile
         bucket.put(HEAD_KEY, head)
     on_step("head")
+
+
+def _durable_by_now(attempt: Attempt) -> dict[str, int]:
+    """The size of each payload of a commit, by key: those just written, and those that other ranks say they wrote."""
+    of_others = {payload.key: payload.size for payload in attempt.commit.payloads}
+    return of_others | {key: _size(data) for key, data in attempt.payloads.items()}
+
+
+def _size(data: bytes | Path) -> int:
+    return data.stat().st_size if isinstance(data, Path) else len(data)
 
 
 def put_run(bucket: Bucket, run: Run) -> None:
@@ -104,7 +116,7 @@ def _holds(bucket: Bucket, key: str, data: bytes | Path) -> bool:
     """Whether the object of a key is `data`, as far as its size and tag tell."""
     with surely_there(bucket, key):
         found = bucket.stat(key)
-    if found.size != (data.stat().st_size if isinstance(data, Path) else len(data)):
+    if found.size != _size(data):
         return False
     tag = found.tag.strip('"')
     if not re.fullmatch(r"[0-9a-f]{32}", tag):

@@ -12,7 +12,7 @@ import hashlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -30,6 +30,8 @@ STEPS = 60
 """steps of one history, without those that others take in the middle of them"""
 DEPTH = 2
 """how many may stand in the middle of a step at once"""
+SHARE = {"trainer": 5, "compactor": 2, "pruner": 2}
+"""steps of each for one of anyone else"""
 READ: tuple[Kind, ...] = ("fail before", "throttle", "truncate", "flip", "delay")
 WRITTEN: tuple[Kind, ...] = ("fail before", "fail after", "throttle", "delay")
 FITTING: dict[str, tuple[Kind, ...]] = {
@@ -77,14 +79,15 @@ class Simulation:
         self._actors: dict[str, tuple[Callable[[], None], ...]] = {
             "trainer": (
                 trainer.publish,
-                trainer.publish,
                 trainer.upload,
-                trainer.upload,
+                trainer.flush,
+                trainer.flush,
                 trainer.break_off,
                 self._restart,
             ),
             "compactor": (self._compact,),
             "pruner": (self._prune,),
+            "time": (self._pass,),
             **{
                 follower.name: (follower.follow, follower.follow, follower.pin, follower.materialize)
                 for follower in self.world.followers
@@ -98,7 +101,7 @@ class Simulation:
             self.world.trainer.flush()
             self._calm = False
             for _ in range(self._steps):
-                self._step(self._draw.choice(sorted(self._actors)))
+                self._step(self._draw.choice(self._busy(self._actors)))
                 self._settled(self.world.check)
             self._settled(self.world.settle)
         except (Exception, Crash) as error:
@@ -129,6 +132,10 @@ class Simulation:
         finally:
             self._at_work.pop()
 
+    def _busy(self, names: Iterable[str]) -> list[str]:
+        """Each name as often as its share of the steps."""
+        return [name for name in names for _ in range(SHARE.get(name, 1))]
+
     def _replace(self, name: str) -> None:
         if name == "trainer":
             self.world.trainer.kill()
@@ -143,7 +150,11 @@ class Simulation:
         self.world.compact(anchors=self._draw.choice([2, 4, 9]))
 
     def _prune(self) -> None:
-        self.world.prune(Policy(self._draw.randrange(1, 3), self._draw.choice([-1.0, 0.01])))
+        self.world.prune(Policy(self._draw.randrange(1, 3), self._draw.choice([-1.0, -1.0, 0.01])))
+
+    def _pass(self) -> None:
+        """Hours in which nobody does anything: who stood somewhere is silent by then."""
+        self._clock.sleep(self._draw.choice([60.0, 7200.0]))
 
     def _settled(self, what: Callable[[], None]) -> None:
         """Do something with a store that is well."""
@@ -175,7 +186,7 @@ class Simulation:
         self._clock.sleep(self._draw.expovariate(2.0))
         if self._draw.random() < self._deaths:
             raise Crash(f"{name} {moment} {verb} {key}")
-        idle = sorted(set(self._actors) - set(self._at_work))
+        idle = self._busy(name for name in self._actors if name not in self._at_work)
         if len(self._at_work) <= DEPTH and idle and self._draw.random() < self._others:
             self._step(self._draw.choice(idle))
 

@@ -33,6 +33,7 @@ from deltawire.upkeep.retention import Policy
 
 FOLLOWERS = 2
 LEVELS = (2, 4, 8)
+KINDS = st.sampled_from(["fail before", "fail after", "kill before", "kill after"])
 
 
 class BucketMachine(RuleBasedStateMachine):
@@ -119,12 +120,17 @@ class BucketMachine(RuleBasedStateMachine):
 
     # What goes wrong
 
-    @rule(
-        operations=st.integers(0, 12), kind=st.sampled_from(["fail before", "fail after", "kill before", "kill after"])
-    )
+    @rule(operations=st.integers(0, 12), kind=KINDS)
     def fail(self, operations: int, kind: str) -> None:
         """The store fails, or kills who asks it, after so many operations more."""
         self._left, self._kind = operations, kind
+
+    @rule(operations=st.integers(0, 5), kind=KINDS)
+    def fail_an_upload(self, operations: int, kind: str) -> None:
+        """The same, to a trainer that uploads."""
+        self._try(self.world.trainer.publish)
+        self.fail(operations, kind)
+        self._try(self.world.trainer.upload)
 
     @invariant()
     def all_is_well(self) -> None:

@@ -74,18 +74,18 @@ class World:
     def prune(self, policy: Policy | None = None) -> None:
         """Delete what nobody needs. Who said lately where it stands can still go on from there by deltas."""
         bucket, chosen = self._ways["pruner"], policy or Policy(1, -1.0)
-        stood = {follower.said for follower in self.followers if self._may_rely(follower, chosen)}
+        active = [follower for follower in self.followers if self._is_active(follower, chosen)]
+        stood = {follower.said for follower in active if self._leads_on(follower.said)}
         with Subscriber(bucket) as subscriber:
             run = subscriber.run.run
         retention.carry_out(bucket, retention.plan_prune(bucket, run, chosen, clock=self.clock))
         for follower in self.followers:
-            if follower.said in stood and not self._leads_on(follower.said):
+            if self._is_active(follower, chosen) and follower.said in stood and not self._leads_on(follower.said):
                 raise Broken(f"{follower.name} said that it stands on {follower.said}, and that was pruned")
 
-    def _may_rely(self, follower: Follower, policy: Policy) -> bool:
-        """Whether a follower said where it stands, lately and before that was pruned."""
-        lately = self.clock() - follower.said_at < 1800 * policy.replica_hours
-        return lately and self._leads_on(follower.said)
+    def _is_active(self, follower: Follower, policy: Policy) -> bool:
+        """Whether a follower said lately where it stands, with time to spare for the prune."""
+        return self.clock() - follower.said_at < 1800 * policy.replica_hours
 
     def _leads_on(self, position: Position | None) -> bool:
         """Whether deltas lead on from a position, or its run was superseded."""
