@@ -1,4 +1,4 @@
-"""What must hold when something is written: a predicate says nothing of what is right, and what is wrong of the rest."""
+"""What must hold when something is written: each predicate is silent on what is right, and names what is wrong."""
 
 from types import SimpleNamespace
 
