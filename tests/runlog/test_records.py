@@ -199,7 +199,7 @@ def test_bytes_that_are_no_record_are_refused(kind, data):
 @pytest.mark.parametrize("number", [0, 4, -1, 10**6])
 def test_a_record_of_another_format_version_says_upgrade_even_if_it_cannot_be_parsed(make, number):
     kind = {run_record: Run, commit_record: Commit, head_record: Head}[make]
-    known = "1, 2 or 3" if kind is Run else "1"
+    known = "1 or 2 or 3" if kind is Run else "1"
     with pytest.raises(UnknownVersion, match=f"format {number}; this deltawire reads format {known}, upgrade"):
         read(kind, json.dumps(make(format=number, run={"new": "shape"})).encode(), where="here")
 

@@ -10,6 +10,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from deltawire.format.codecs.lists import LADDER
+from deltawire.weights.vectors_numba import zeros_below
 
 jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 inline = numba.njit(nogil=True, cache=True, inline="always", error_model="numpy")
@@ -17,16 +18,6 @@ ENDS_EARLY, LEAVES, BEHIND, HALF = -1, -2, -3, -4
 """What can be wrong with a tile: its payload ends inside its lists, a list leaves what it chooses from, bits stand
 behind the last list, a step of half the range is written as a positive one."""
 _U = np.uint64
-
-
-@intrinsic
-def zeros_below(typing, x):  # type: ignore[no-untyped-def]
-    """How many zeros lie below the lowest one of x, which is not 0."""
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.cttz(arguments[0], context.get_constant(types.boolean, True))
-
-    return types.uint64(types.uint64), emit
 
 
 @intrinsic
