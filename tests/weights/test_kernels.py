@@ -159,6 +159,7 @@ def test_weights_written_after_they_were_counted_are_compared_as_they_then_are(w
     counts = []
 
     def count(old, live):
+        live[:] = 0
         live[::2] = 3
         counts.append(counted)
         return counted
