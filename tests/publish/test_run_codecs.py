@@ -70,7 +70,7 @@ def test_folds_are_of_the_run_s_codec_and_lead_to_the_same_weights(codec, tmp_pa
     publish_all(bucket, *steps, codec=codec)
     with Compactor(bucket, tmp_path / "mirror", anchors=100) as compactor:
         assert compactor.step()
-    assert codecs_written(bucket, "/fold") == {codec}
+    assert codecs_written(bucket, "/folds/") == {codec}
     with Subscriber(bucket) as subscriber:
         here = subscriber.chain.commit(0).record.position
         change = subscriber.change(here, 5)
