@@ -5,7 +5,8 @@
 A trace is a folder of `base.safetensors` (or a checkpoint's `model.safetensors`) and of delta files, as
 `benchmarks/traces.py` makes them; without one, 100 million random weights change by 1 %. Ours are files with their
 headers. What the extra `bench` installs is measured beside them, as are six bytes a change (position and value) and
-XOR with zstd. A share of 0.30 says: as long as 3.3 compare passes of the same run. One core; CPU time, medians of all rounds.
+XOR with zstd. A share of 0.30 says: as long as 3.3 compare passes of the same run. One core; CPU time, medians of all
+rounds.
 """
 
 import argparse
