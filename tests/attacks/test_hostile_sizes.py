@@ -102,7 +102,7 @@ def of_zeros(elements):
     bucket, entry = fresh(), TensorEntry("w", "BF16", (elements,))
     one = TensorDelta("BF16", (elements,), np.zeros(1, np.int64), np.ones(1, np.uint16))
     first = begin(bucket, [entry])
-    data = delta_file.encode(Delta({"w": one}), run=first.run, version=0)
+    data = delta_file.encode(Delta({"w": one}), codec="gap", run=first.run, version=0)
     assert len(data) < 1200
     bucket.put(f"runs/{first.run}/anchors/step_000000-{'0' * 12}/r000.safetensors", data)
     payload = claim(f"anchors/step_000000-{'0' * 12}/r000.safetensors", len(data))

@@ -51,7 +51,7 @@ def test_the_formats_that_are_named_are_those_written_and_read(tmp_path):
     }
     assert all(number in formats[name]["writes"] for name, number in written.items())
     assert {name: known["reads"] for name, known in formats.items()} == {
-        "delta file": [delta_file.VERSION], "run.json": [1, 2], "commit": [1], "fold or anchor": [1], "HEAD.json": [1],
+        "delta file": [1, 2], "run.json": [1, 2, 3], "commit": [1], "fold or anchor": [1], "HEAD.json": [1],
     }  # fmt: skip
     assert (told["version"], told["codecs"]) == (deltawire.__version__, list(delta_file.CODECS))
     assert told["protocol"] == rpc.PROTOCOL

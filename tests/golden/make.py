@@ -7,6 +7,7 @@ Beside NAME.safetensors it writes NAME.json, what the file decodes to, taken fro
 library, and for a codec that needs them NAME.base.safetensors, the weights before the delta.
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -22,6 +23,12 @@ from deltawire.weights.delta import Delta, TensorDelta
 HERE = Path(__file__).parent
 Tensor = tuple[str, list[int], dict[int, int]]
 """dtype, shape, {flat position: step}; a step below zero is taken modulo 2^bits"""
+
+
+def mixed(i: int) -> int:
+    """A number that looks random, the same everywhere."""
+    return int(hashlib.sha256(str(i).encode()).hexdigest()[:8], 16)
+
 
 GAP: dict[str, Tensor] = {
     "bf16": ("BF16", [70, 1000], {0: 1, 1: -1, 256: 1, 512: 2, 769: -0x8000, 69999: 64}),
@@ -44,12 +51,52 @@ RAW: dict[str, Tensor] = {
     "i64": ("I64", [12], {3: 2**63, 11: -1}),
     "u8": ("U8", [300], {255: 255, 256: 1}),
 }
+SUBSET: dict[str, Tensor] = {
+    "bf16": ("BF16", [70, 1000], {0: 1, 1: -1, 256: 1, 512: 2, 769: -0x8000, 33333: 3, 34567: -200, 69999: 64}),
+    "bool": ("BOOL", [100], {99: 1}),
+    "f32": ("F32", [3, 40, 20], {**{i: 1 - 2 * (i % 2) for i in range(20, 60, 3)}, 2399: 2**31 - 1}),
+    "f64": ("F64", [9, 9], {40: -(2**63), 41: 2**63 - 1, 80: -1}),
+    "f8": ("F8_E4M3", [600], {i: 1 - mixed(i) // 16 % 2 * 2 for i in range(600) if mixed(i) % 16 > 5}),
+    "i32": ("I32", [300], {17: -(2**31), 299: 63}),
+}
+"""Every width and its longest step, dead rows, a list of the unchanged, ladders with and without."""
+SUBSET_DENSE: dict[str, Tensor] = {
+    "bf16": ("BF16", [5, 50], dict.fromkeys(range(250), 1)),
+    "f8": ("F8_E5M2", [300], {i: 1 - 2 * (i // 100 % 2) for i in range(300) if i % 50}),
+}
+BY_CLASS: dict[str, Tensor] = {
+    "bf16": ("BF16", [16], {1: 1, 4: -1, 6: 1, 8: 3}),
+    "f16": ("F16", [60, 50], {i: 1 + i % 5 for i in range(100, 900, 17)}),
+    "f32": ("F32", [500], {i: (mixed(i) % 3 or -9) for i in range(500) if mixed(i) % 8 == 0}),
+    "f64": ("F64", [200], {7: -(2**63), 9: 2**63 - 1, 100: -1}),
+    "f8": ("F8_E4M3", [50, 20], dict.fromkeys(range(0, 1000, 11), -3)),
+    "f8.5": ("F8_E5M2", [90], dict.fromkeys(range(0, 90, 10), 1)),
+}
+"""The example of §5.7; every dtype that has classes."""
+CLASS_SUBSET: dict[str, Tensor] = {"i16": ("I16", [900], {i: i - 400 for i in range(3, 800, 100)})}
+CLASS_DENSE: dict[str, Tensor] = {"bf16": ("BF16", [5, 50], dict.fromkeys(range(250), 1))}
+EXAMPLE = "3800 3a80 3c00 3c80 3a80 3c00 bc00 3c01 3a81 3c00 3c02 3c03 3c00 3c00 3a82 3c00"
+"""the old bits of tensor bf16 in §5.7"""
 CITES = {
+    "subset": ["§2", "§3", "§5", "§5.5", "§5.6"],
+    "subset.dense": ["§2", "§3", "§5", "§5.3", "§5.5"],
+    "class": ["§2", "§3", "§5", "§5.5", "§5.6", "§5.7"],
+    "class.subset": ["§2", "§3", "§5", "§5.5", "§5.6"],
+    "class.dense": ["§2", "§3", "§5", "§5.3", "§5.5"],
     "gap": ["§2", "§3", "§5", "§5.2"],
     "dense": ["§2", "§3", "§5", "§5.3"],
     "raw": ["§2", "§3", "§5.1"],
 }
-TABLES = {"gap": GAP, "dense": DENSE, "raw": RAW}
+TABLES = {
+    "gap": GAP,
+    "dense": DENSE,
+    "raw": RAW,
+    "subset": SUBSET,
+    "subset.dense": SUBSET_DENSE,
+    "class": BY_CLASS,
+    "class.subset": CLASS_SUBSET,
+    "class.dense": CLASS_DENSE,
+}
 
 
 def delta_of(table: dict[str, Tensor]) -> Delta:
@@ -68,6 +115,8 @@ def base_of(table: dict[str, Tensor]) -> dict[str, Bits]:
     for name, (dtype, shape, _) in table.items():
         kind = unsigned(dtype)
         values = [i * 40503 % (1 << 8 * kind.itemsize) for i in range(math.prod(shape))]
+        if (name, shape) == ("bf16", [16]):
+            values = [int(digits, 16) for digits in EXAMPLE.split()]
         base[name] = Bits(dtype, tuple(shape), np.array(values, kind))
     return base
 
@@ -75,12 +124,12 @@ def base_of(table: dict[str, Tensor]) -> dict[str, Bits]:
 def main(name: str) -> None:
     """Write NAME's files; an existing one is an error."""
     table, base = TABLES[name], base_of(TABLES[name])
-    codec = "raw" if name == "raw" else "gap"
+    codec, _, encoding = ("gap", "", name) if name == "dense" else name.partition(".")
     data = delta_file.encode(delta_of(table), codec=codec, base=base, run="golden", parent=6, version=7)
     expected = {
         "cites": [f"docs/FORMAT.md {section}" for section in CITES[name]],
         "codec": codec,
-        "encoding": name,
+        "encoding": encoding or codec,
         "range": ["golden", 6, 7],
         "tensors": {
             name: {
@@ -93,7 +142,7 @@ def main(name: str) -> None:
     }
     text = json.dumps(expected, indent=1, ensure_ascii=False) + "\n"
     files = {f"{name}.safetensors": data, f"{name}.json": text.encode()}
-    if codec == "raw":
+    if codec in ("raw", "class"):
         files[f"{name}.base.safetensors"] = bytes(write(base, {}))
     for file, content in files.items():
         with (HERE / file).open("xb") as out:

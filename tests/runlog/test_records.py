@@ -196,10 +196,10 @@ def test_bytes_that_are_no_record_are_refused(kind, data):
 
 
 @pytest.mark.parametrize("make", [run_record, commit_record, head_record])
-@pytest.mark.parametrize("number", [0, 3, -1, 10**6])
+@pytest.mark.parametrize("number", [0, 4, -1, 10**6])
 def test_a_record_of_another_format_version_says_upgrade_even_if_it_cannot_be_parsed(make, number):
     kind = {run_record: Run, commit_record: Commit, head_record: Head}[make]
-    known = "1 or 2" if kind is Run else "1"
+    known = "1 or 2 or 3" if kind is Run else "1"
     with pytest.raises(UnknownVersion, match=f"format {number}; this deltawire reads format {known}, upgrade"):
         read(kind, json.dumps(make(format=number, run={"new": "shape"})).encode(), where="here")
 
@@ -220,6 +220,36 @@ def test_a_run_record_with_aliases_is_read_as_the_golden_one_says_and_written_th
     assert (norm.name, norm.aliases, norm.trainable) == ("model.norm.weight", (), False)
     assert records.aliases_of(run.table) == {"lm_head.weight": "model.embed_tokens.weight"}
     assert (run.format, write(run)) == (2, data)
+
+
+def test_the_golden_run_of_format_3_stays_readable_and_lists_what_its_deltas_may_be_of():
+    data = (GOLDEN / "run-format-3.json").read_bytes().rstrip()
+    run = read(Run, data, where="here")
+    assert (run.format, run.codecs, run.may_use) == (3, ("subset",), ("subset",))
+    assert run.table[0].aliases == ("lm_head.weight",)
+    assert write(run) == data
+
+
+def test_a_run_that_lists_no_codecs_is_of_codec_gap():
+    run = read(Run, (GOLDEN / "run-format-2.json").read_bytes(), where="here")
+    assert run.may_use == ("gap",)
+    with pytest.raises(FormatError, match="here is of codec 'subset', where its run allows gap"):
+        run.require_codec("subset", "here")
+
+
+def test_a_run_of_codecs_that_this_reader_does_not_know_is_refused_by_name():
+    record = json.loads((GOLDEN / "run-format-3.json").read_text()) | {"codecs": ["class", "subset"]}
+    with pytest.raises(UnknownVersion, match="codecs class; this deltawire reads subset, gap, upgrade it"):
+        read(Run, json.dumps(record).encode(), where="here")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"codecs": []}, {"codecs": ["gap", "gap"]}, {"format": 2}, {"format": 1}, {"codecs": "subset"}]
+)
+def test_a_list_of_codecs_that_no_writer_writes_is_refused(changed):
+    record = json.loads((GOLDEN / "run-format-3.json").read_text()) | changed
+    with pytest.raises(FormatError):
+        read(Run, json.dumps(record).encode(), where="here")
 
 
 def test_a_run_without_aliases_is_written_in_the_format_that_every_reader_knows():

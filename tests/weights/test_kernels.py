@@ -146,25 +146,29 @@ def test_what_does_not_fit_is_not_written_whatever_was_counted(width):
     old, new = np.zeros(67, width), np.ones(67, width)
     for room in (0, 3, 8, 30, 66):
         positions, steps = np.full(80, -7, np.int64), np.full(80, 7, width)
-        arguments = (old, new), (kernels_numba._words(old), kernels_numba._words(new)), positions[:room], steps[:room]
-        assert kernels_numba._collect(*arguments) == -1
+        assert kernels_numba._collect(old, new, positions[:room], steps[:room]) == -1
         assert set(positions[room:]) == {-7}
         assert set(steps[room:]) == {7}
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize(("counted", "size"), [(1, 67), (60, 67), (67, 67), (1, 3)])
+@pytest.mark.parametrize(("counted", "size"), [(1, 267), (200, 267), (267, 267), (100, 200)])
 def test_weights_written_after_they_were_counted_are_compared_as_they_then_are(width, counted, size, monkeypatch):
     old, new = np.zeros(size, width), np.zeros(size, width)
+    new[:130] = 1  # more than the room that is made before anything is counted
+    counts = []
 
     def count(old, live):
+        live[:] = 0
         live[::2] = 3
+        counts.append(counted)
         return counted
 
     monkeypatch.setattr(kernels_numba, "_count_changed", count)
     positions, steps = kernels.compare_and_collect(old, new)
     kernels.apply_with_digest(old, positions, steps)
     assert np.array_equal(old, new)
+    assert counts == [counted]
     assert positions.tolist() == list(range(0, size, 2))
 
 

@@ -45,7 +45,8 @@ class VersionReport:
 def report() -> VersionReport:
     """The versions of this installation."""
     recorded = [Format(name, *[records.formats_of(kind)] * 2) for kind, name in NAMES.items()]
-    delta = Format("delta file", (delta_file.VERSION,), (delta_file.VERSION,))
+    versions = tuple(map(int, delta_file.VERSIONS))
+    delta = Format("delta file", versions, versions)
     return VersionReport(
         version=deltawire.__version__,
         formats=(delta, *recorded),

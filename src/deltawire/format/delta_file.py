@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from blake3 import blake3
 
 from deltawire.errors import (
@@ -18,31 +17,29 @@ from deltawire.errors import (
     UnknownTensor,
     UnknownVersion,
 )
-from deltawire.format import container
-from deltawire.format.codecs import dense, gap, raw
-from deltawire.weights.bits import WIDTHS, Bits
-from deltawire.weights.delta import Delta, TensorDelta
+from deltawire.format import body, container, streams
+from deltawire.format.codecs.directory import Listed
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta
 from deltawire.weights.table import TensorSpec
 from deltawire.weights.tensors import as_bits
 
 FORMAT = "deltawire-delta"
-VERSION = 1
-CODECS = ("gap", "raw")
-DENSE_TRY_FROM = 0.15
-"""Share of changed elements from which the dense form is tried as well; below it gap is always smaller."""
-DENSE_TRY_TINY = 64
-"""elements; so small a tensor is tried dense at any density"""
+VERSIONS = {"1": ("gap", "raw"), "2": ("subset", "class")}
+"""format version of the file -> codecs it may have"""
+CODECS = tuple(codec for codecs in VERSIONS.values() for codec in codecs)
 MAX_DELTA_HEADER = 64 << 20
 """bytes"""
-ENCODINGS: dict[str, dict[str, tuple[str, ...]]] = {
-    "gap": {"gap": gap.SUFFIXES, "dense": dense.SUFFIXES},
-    "raw": {"raw": raw.SUFFIXES},
+ENCODINGS = {
+    **{codec: tuple(encodings) for codec, encodings in streams.SUFFIXES.items()},
+    "subset": ("subset", "dense"),
+    "class": ("class", "subset", "dense"),
 }
-"""Codec of the file -> encodings its tensors may have -> the streams of each."""
+"""Codec of the file -> encodings its tensors may have."""
+NEED_BASE = ("raw", "class")
+"""codecs that are written and read against the old weights"""
 FIELDS = ("format", "version", "codec", "blake3", "range", "tensors")
-"""The metadata of a delta file."""
-MAX_COUNT = 1 << 48
-"""elements of one tensor"""
+"""The metadata of a delta file; of format version 2 without `tensors`."""
 _HASH_FIELD = '"blake3":"'
 _ZEROS = "0" * 64
 
@@ -67,7 +64,7 @@ class DeltaHeader:
 def encode(
     delta: Delta,
     *,
-    codec: str = "gap",
+    codec: str = "subset",
     base: Mapping[str, Any] | None = None,
     run: str | None = None,
     parent: int | None = None,
@@ -75,26 +72,31 @@ def encode(
 ) -> bytes:
     """The bytes of a delta file. Equal input gives equal bytes.
 
-    `base` (name -> old tensor) is needed by codec "raw" alone. Raises UnknownVersion for another codec, NeedsBase, and
-    for a base that is not the delta's UnknownTensor, DtypeMismatch or ShapeMismatch.
+    `base` (name -> old tensor) is needed by codecs "raw" and "class" alone. Raises UnknownVersion for another codec,
+    NeedsBase, and for a base that is not the delta's UnknownTensor, DtypeMismatch or ShapeMismatch.
     """
     if codec not in CODECS:
         raise UnknownVersion(f"codec {codec!r} is not known; choose from {', '.join(CODECS)}")
-    if codec == "raw":
+    olds: dict[str, Bits] = {}
+    if codec in NEED_BASE:
         if base is None:
-            raise NeedsBase('codec "raw" ships absolute values: pass base=, the weights before the delta')
+            raise NeedsBase(f'codec "{codec}" is written against the weights before the delta: pass them as base=')
         delta.check(base)
-    streams: dict[str, Bits] = {}
+        olds = {name: as_bits(base[name]) for name in delta}
+    number = next(number for number, codecs in VERSIONS.items() if codec in codecs)
+    metadata = {"format": FORMAT, "version": number, "codec": codec, "blake3": _ZEROS}
+    metadata["range"] = json.dumps([run, parent, version], separators=(",", ":"))
+    if number == "2":
+        return _seal(container.write(body.encode(delta, {name: old.data for name, old in olds.items()}), metadata))
+    parts: dict[str, Bits] = {}
     facts = []
     for name in sorted(delta):
-        encoding, parts = _encode_tensor(name, delta[name], codec, base)
-        streams.update(parts)
         tensor = delta[name]
+        encoding, own = streams.encode(name, tensor, olds.get(name))
+        parts.update(own)
         facts.append([name, tensor.dtype, list(tensor.shape), tensor.changed, encoding])
-    metadata = {"format": FORMAT, "version": str(VERSION), "codec": codec, "blake3": _ZEROS}
-    metadata["range"] = json.dumps([run, parent, version], separators=(",", ":"))
     metadata["tensors"] = json.dumps(facts, separators=(",", ":"), ensure_ascii=False)
-    return _seal(container.write(streams, metadata))
+    return _seal(container.write(parts, metadata))
 
 
 def read_header(data: bytes) -> DeltaHeader:
@@ -102,7 +104,7 @@ def read_header(data: bytes) -> DeltaHeader:
 
     Raises FormatError and its kinds: Truncated, TooLarge, BadDigest, UnknownVersion.
     """
-    return _parse(data)[0]
+    return _parse(data).header
 
 
 def is_delta(metadata: Mapping[str, str]) -> bool:
@@ -113,49 +115,30 @@ def is_delta(metadata: Mapping[str, str]) -> bool:
 def decode(data: bytes, *, base: Mapping[str, Any] | None = None) -> Delta:
     """The delta in a file's bytes; whole and checked, or an error.
 
-    `base` (name -> old tensor) is needed for codec "raw". Raises FormatError and its kinds, NeedsBase; with a base
-    also UnknownTensor, DtypeMismatch and ShapeMismatch.
+    `base` (name -> old tensor) is needed for codecs "raw" and "class". Raises FormatError and its kinds, NeedsBase;
+    with a base also UnknownTensor, DtypeMismatch, ShapeMismatch, and WrongBase where its bits cannot be the old ones.
     """
-    header, box = _parse(data)
-    if header.codec == "raw" and base is None:
-        raise NeedsBase('this file ships absolute values (codec "raw"): pass base=, the weights before it')
+    file = _parse(data)
+    header = file.header
+    if header.codec in NEED_BASE and base is None:
+        raise NeedsBase(
+            f'this file is of codec "{header.codec}", which is read against the weights before it: pass them as base='
+        )
+    needed = [spec for spec, how in zip(header.tensors, header.encodings, strict=True) if how in NEED_BASE]
+    olds = {spec.name: _old(spec, base or {}, header.sealed) for spec in needed}
+    if file.listed is not None:
+        payload = container.tensor(data, file.box, "payload").data
+        return body.decode(payload, file.listed, {name: old.data for name, old in olds.items()})
     changes = {}
     for spec, encoding in zip(header.tensors, header.encodings, strict=True):
-        suffixes = ENCODINGS[header.codec][encoding]
-        parts = {suffix: container.tensor(data, box, f"{spec.name}.{suffix}") for suffix in suffixes}
-        changes[spec.name] = _decode_tensor(spec, encoding, parts, base, sealed=header.sealed)
+        suffixes = streams.SUFFIXES[header.codec][encoding]
+        parts = {suffix: container.tensor(data, file.box, f"{spec.name}.{suffix}") for suffix in suffixes}
+        changes[spec.name] = streams.decode(spec, encoding, parts, olds.get(spec.name))
     return Delta(changes)
 
 
-def _encode_tensor(
-    name: str, tensor: TensorDelta, codec: str, base: Mapping[str, Any] | None
-) -> tuple[str, dict[str, Bits]]:
-    if codec == "raw":
-        assert base is not None
-        parts = raw.encode(tensor, as_bits(base[name]))
-        index = "I32" if parts["indices"].dtype == np.int32 else "I64"
-        indices = parts["indices"].view(f"<u{parts['indices'].itemsize}")
-        return "raw", {
-            f"{name}.indices": Bits(index, indices.shape, indices),
-            f"{name}.values": Bits(tensor.dtype, parts["values"].shape, parts["values"]),
-        }
-    encoding, parts = "gap", gap.encode(tensor)
-    if tensor.changed >= DENSE_TRY_FROM * tensor.total or tensor.total <= DENSE_TRY_TINY:
-        other = dense.encode(tensor)
-        if sum(part.size for part in other.values()) < sum(part.size for part in parts.values()):
-            encoding, parts = "dense", other
-    return encoding, {f"{name}.{suffix}": Bits("U8", part.shape, part) for suffix, part in parts.items()}
-
-
-def _decode_tensor(
-    spec: TensorSpec, encoding: str, parts: Mapping[str, Bits], base: Mapping[str, Any] | None, *, sealed: bool
-) -> TensorDelta:
-    arrays = {suffix: bits.data for suffix, bits in parts.items()}
-    if encoding == "gap":
-        return gap.decode(arrays, spec)
-    if encoding == "dense":
-        return dense.decode(arrays, spec)
-    assert base is not None
+def _old(spec: TensorSpec, base: Mapping[str, Any], sealed: bool) -> Bits:
+    """A tensor before the delta. Raises UnknownTensor, DtypeMismatch, ShapeMismatch where base has another one."""
     if spec.name not in base:
         raise UnknownTensor(f"the file changes {spec.name!r}, which base does not have")
     old = as_bits(base[spec.name])
@@ -163,8 +146,7 @@ def _decode_tensor(
         raise DtypeMismatch(f"{spec.name}: {spec.dtype} in the file, {old.dtype} in base")
     if sealed and spec.shape != old.shape:
         raise ShapeMismatch(f"{spec.name}: shape {list(spec.shape)} in the file, {list(old.shape)} in base")
-    arrays["indices"] = arrays["indices"].view(f"<i{WIDTHS[parts['indices'].dtype]}")
-    return raw.decode(arrays, spec, old)
+    return old
 
 
 def _seal(file: bytearray) -> bytes:
@@ -186,79 +168,52 @@ def _check_seal(data: bytes, stated: str) -> None:
         raise BadDigest(f"the file hashes to {actual[:12]}… where its header says {stated[:12]}…: damaged or altered")
 
 
-def _parse(data: bytes) -> tuple[DeltaHeader, container.Header]:
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file's header, its container, and what its directory lists, if it is of a format version that has one."""
+
+    header: DeltaHeader
+    box: container.Header
+    listed: list[Listed] | None = None
+
+
+def _parse(data: bytes) -> _File:
     box = container.read_header(data, limit=MAX_DELTA_HEADER)
-    if not is_delta(box.metadata):
-        if damaged := box.metadata.keys() & set(FIELDS) - {"format", "version"}:
+    metadata = box.metadata
+    if not is_delta(metadata):
+        if damaged := metadata.keys() & set(FIELDS) - {"format", "version"}:
             raise FormatError(f"a delta file's field {min(damaged)!r}, but its format is not {FORMAT!r}")
-        return _parse_import(box), box
-    if box.metadata.get("version") != str(VERSION) or box.metadata.get("codec") not in CODECS:
+        specs = streams.read_import(box)
+        return _File(DeltaHeader("raw", None, None, None, specs, ("raw",) * len(specs), sealed=False), box)
+    if metadata.get("codec") not in VERSIONS.get(metadata.get("version", ""), ()):
         raise UnknownVersion(
-            f"format version {box.metadata.get('version')!r}, codec {box.metadata.get('codec')!r}: "
-            f"this deltawire reads version {VERSION}, codecs {', '.join(CODECS)}"
+            f"format version {metadata.get('version')!r}, codec {metadata.get('codec')!r}: this deltawire reads "
+            + ", ".join(f"version {number} with codecs {' and '.join(codecs)}" for number, codecs in VERSIONS.items())
         )
-    _check_seal(data, box.metadata.get("blake3", ""))
+    _check_seal(data, metadata.get("blake3", ""))
     try:
-        run, parent, version = json.loads(box.metadata["range"])
-        facts = json.loads(box.metadata["tensors"])
-        specs = tuple(TensorSpec(name, dtype, tuple(shape), changed) for name, dtype, shape, changed, _ in facts)
-        encodings = tuple(str(fact[4]) for fact in facts)
+        run, parent, version = json.loads(metadata["range"])
+        listed = None if metadata["version"] == "1" else body.read(data, box, metadata["codec"])
+        specs, encodings = _facts(metadata) if listed is None else _listed(listed)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"the metadata is not a delta's: {error!r}") from None
     _check_range(run, parent, version)
-    codec = box.metadata["codec"]
-    expected: list[str] = []
-    for spec, encoding in zip(specs, encodings, strict=True):
-        _check_spec(spec)
-        if encoding not in ENCODINGS[codec]:
-            raise FormatError(f"{spec.name}: encoding {encoding!r} in a file of codec {codec!r}")
-        expected += _check_streams(spec, encoding, codec, box)
-    if [spec.name for spec in specs] != sorted({spec.name for spec in specs}) or expected != list(box.entries):
-        raise FormatError("the streams in the file are not those its metadata lists")
-    return DeltaHeader(codec, run, parent, version, specs, encodings, sealed=True), box
+    if listed is None:
+        streams.check(specs, encodings, metadata["codec"], box)
+    return _File(DeltaHeader(metadata["codec"], run, parent, version, specs, encodings, sealed=True), box, listed)
+
+
+def _facts(metadata: Mapping[str, str]) -> tuple[tuple[TensorSpec, ...], tuple[str, ...]]:
+    facts = json.loads(metadata["tensors"])
+    specs = tuple(TensorSpec(name, dtype, tuple(shape), changed) for name, dtype, shape, changed, _ in facts)
+    return specs, tuple(str(fact[4]) for fact in facts)
+
+
+def _listed(listed: list[Listed]) -> tuple[tuple[TensorSpec, ...], tuple[str, ...]]:
+    return tuple(tensor.spec for tensor in listed), tuple(tensor.encoding for tensor in listed)
 
 
 def _check_range(run: Any, parent: Any, version: Any) -> None:
     numbers_ok = all(number is None or (type(number) is int and number >= 0) for number in (parent, version))
     if not (run is None or isinstance(run, str)) or not numbers_ok:
         raise FormatError("range is not [run, parent, version]")
-
-
-def _check_spec(spec: TensorSpec) -> None:
-    sound = isinstance(spec.name, str) and isinstance(spec.dtype, str) and spec.dtype in WIDTHS
-    sizes, rank = (*spec.shape, spec.changed), len(spec.shape)
-    bounded = rank <= container.MAX_RANK and all(type(size) is int and 0 <= size < MAX_COUNT for size in sizes)
-    if not (sound and bounded):
-        raise FormatError(f"{spec.name!r}: not the facts of a changed tensor")
-    if not 0 < spec.changed <= spec.total < MAX_COUNT:
-        raise FormatError(f"{spec.name}: {spec.changed} changes in {spec.total} elements")
-
-
-def _check_streams(spec: TensorSpec, encoding: str, codec: str, box: container.Header) -> list[str]:
-    """The names of a tensor's streams. Raises FormatError where one is missing, or of another dtype or shape."""
-    names = []
-    for suffix in ENCODINGS[codec][encoding]:
-        name = f"{spec.name}.{suffix}"
-        entry = box.entries.get(name)
-        if entry is None:
-            raise FormatError(f"stream {name} is listed but not in the file")
-        dtypes = {"indices": ("I32", "I64"), "values": (spec.dtype,)}.get(suffix, ("U8",))
-        if entry.dtype not in dtypes or len(entry.shape) != 1 or (codec == "raw" and entry.shape != (spec.changed,)):
-            raise FormatError(f"stream {name} is {entry.dtype} of shape {list(entry.shape)}: not what belongs there")
-        names.append(name)
-    return names
-
-
-def _parse_import(box: container.Header) -> DeltaHeader:
-    """A file in the layout of TRL's post: pairs NAME.indices, NAME.values and nothing else."""
-    names = sorted(name.removesuffix(".indices") for name in box.entries if name.endswith(".indices"))
-    expected = {f"{name}.{suffix}" for name in names for suffix in raw.SUFFIXES}
-    if not names or expected != box.entries.keys():
-        raise FormatError("neither a deltawire delta nor pairs of NAME.indices and NAME.values")
-    entries = [(name, box.entries[f"{name}.values"]) for name in names]
-    specs = tuple(
-        TensorSpec(name, entry.dtype, entry.shape, entry.shape[0] if entry.shape else 0) for name, entry in entries
-    )
-    for spec in specs:
-        _check_streams(spec, "raw", "raw", box)
-    return DeltaHeader("raw", None, None, None, specs, ("raw",) * len(specs), sealed=False)

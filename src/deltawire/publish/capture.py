@@ -149,8 +149,9 @@ class WholeCapturer:
         return self._new_run(with_aliases(tracker.baseline.table(canonical), self._aliases), self._base)
 
     def _new_run(self, table: tuple[TensorEntry, ...], base: BaseCheckpoint | None) -> Run:
-        created, compactors = self._options.clock(), self._options.compactors
-        return in_its_format(Run(self._options.new_run_id(), table, created, base, self._supersedes, compactors))
+        options = self._options
+        run = Run(options.new_run_id(), table, options.clock(), base, self._supersedes, options.compactors)
+        return in_its_format(run, options.codecs)
 
     def _describe(
         self,

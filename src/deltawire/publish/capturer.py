@@ -21,7 +21,7 @@ class CaptureOptions:
     """How a run is opened or begun, as `Publisher` explains it.
 
     With `supersede` a new run begins whatever is there. `compactors` are public keys, `clock` gives seconds since 1970,
-    and `new_run_id` the id of a run that begins: 16 hex digits.
+    and `new_run_id` the id of a run that begins: 16 hex digits. `codecs` are what such a run lists.
     """
 
     base: str | Path | None
@@ -31,6 +31,7 @@ class CaptureOptions:
     supersede: bool = False
     compactors: tuple[str, ...] = ()
     new_run_id: Callable[[], str] = random_run_id
+    codecs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,10 +124,11 @@ def encode(captured: Captured) -> dict[str, bytes | Path]:
     """The delta's file under its key; nothing for a version in which nothing changed."""
     if not captured.delta:
         return {}
-    delta = captured.delta
+    delta, run = captured.delta, captured.run
     if captured.rank is not None:
-        delta = spread(delta, captured.boxes, {entry.name: entry for entry in captured.run.table})
-    data = delta_file.encode(delta, run=captured.run.run, parent=captured.parent, version=captured.version)
+        delta = spread(delta, captured.boxes, {entry.name: entry for entry in run.table})
+    codec = run.may_use[0]
+    data = delta_file.encode(delta, codec=codec, run=run.run, parent=captured.parent, version=captured.version)
     sealed = blake3(data).hexdigest()
     if captured.parent is None and captured.rank is not None:
         return {part_key(captured.version, sealed, captured.rank): data}

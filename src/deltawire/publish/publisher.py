@@ -27,7 +27,7 @@ from deltawire.publish.capturer import Capture, CaptureOptions
 from deltawire.publish.reports import PublishReport, UploadReport
 from deltawire.publish.roles import Keys, open_roles
 from deltawire.publish.uploader import Queued, Uploader
-from deltawire.runlog.records import Position
+from deltawire.runlog.records import CODECS, Position
 from deltawire.weights.digest import root as root_of
 from deltawire.weights.tensors import named
 
@@ -57,8 +57,10 @@ class Publisher:
     With a base, its dtypes rule; a pattern may still ask for values rounded to fewer bits.
 
     `prepare` are functions over the (name, tensor) pairs of a publish, applied in order. They give the checkpoint's
-    names, shapes and dtypes where the trainer's differ. `codec`: "gap". `on_publish` gets a report of every publish,
-    and `on_upload` of every commit, on the uploader's thread. Upload trouble is a warning of the logger "deltawire".
+    names, shapes and dtypes where the trainer's differ. `on_publish` gets a report of every publish, and `on_upload` of
+    every commit, on the uploader's thread. Upload trouble is a warning of the logger "deltawire". `codec` is that of a
+    run that begins here: "subset", or "gap". The latter takes a tenth more bytes, and readers of any version know it. A
+    run that is continued keeps its own codec.
 
     A bucket that already holds a run continues it: the baseline is rebuilt from the last commit, and the first publish
     is the difference. With run="supersede" a new run begins instead. It names where the old one stood, and followers
@@ -84,7 +86,7 @@ class Publisher:
         bucket: Bucket,
         *,
         base: str | Path | None = None,
-        codec: str = "gap",
+        codec: str = "subset",
         dtype: str | Mapping[str, str] = "BF16",
         assets: str | Path | None = None,
         prepare: Iterable[Prepare] = (),
@@ -103,7 +105,8 @@ class Publisher:
         self._must_resume, self._is_torn = resume == "require", False
         self._refused: DeltaWireError | None = None
         folder = Path(assets) if assets is not None else None
-        options = CaptureOptions(base, dtype, folder, clock, supersede=run == "supersede")
+        codecs = () if codec == "gap" else (codec,)
+        options = CaptureOptions(base, dtype, folder, clock, supersede=run == "supersede", codecs=codecs)
         keys = Keys(signing_key, tuple(compactors))
         with file_system_errors("the folder of temporary files (TMPDIR chooses another)"):
             self._spool = Path(tempfile.mkdtemp(prefix="deltawire-"))
@@ -281,8 +284,8 @@ class Publisher:
 
 def _require_options(bucket: object, *, codec: str, run: str, resume: str) -> None:
     """Raise UnknownVersion, TypeError or ValueError for options that no publisher takes."""
-    if codec != "gap":
-        raise UnknownVersion(f'codec {codec!r} cannot be published; use "gap" ("raw" is for dw.encode alone)')
+    if codec not in CODECS:
+        raise UnknownVersion(f'codec {codec!r} cannot be published; use "subset" or "gap"')
     if isinstance(bucket, str):
         raise TypeError("a Publisher takes an opened bucket, not its address: pass deltawire.open_bucket(address)")
     if run not in ("continue", "supersede"):

@@ -120,6 +120,7 @@ def _put_together(folder: Path, parts: list[Path], record: Commit | Derived, run
             header = delta_file.read_header(data)
             if (header.run, header.parent, header.version) != (record.run, None, record.version):
                 raise FormatError(f"anchor {record.position}: {path.name} is of {header.run}:{header.version}")
+            run.require_codec(header.codec, f"anchor {record.position}: {path.name}")
             require_in_table(header.tensors, entries, f"anchor {record.position}: {path.name}")
             require_memory(header.tensors, f"anchor {record.position}: {path.name}")
             delta_file.decode(data).apply_(weights)

@@ -76,6 +76,7 @@ class OpenedRun:
             header = delta_file.read_header(data)
             if (header.run, header.parent, header.version) != (record.run, record.parent, record.version):
                 raise FormatError(f"{key} says {header.run}:{header.parent}→{header.version}, not what its commit says")
+            self.run.require_codec(header.codec, key)
             require_in_table(header.tensors, self.chain.entries, key)
             require_memory(header.tensors, key)
             delta += delta_file.decode(data)

@@ -18,6 +18,10 @@ from deltawire.weights.table import TensorEntry, TensorSpec
 FORMAT = 1
 ALIASES = 2
 """format of a run.json whose table lists aliases: a reader that does not know them must refuse it"""
+LISTED_CODECS = 3
+"""format of a run.json that lists codecs, with or without aliases: a reader that does not know them must refuse it"""
+CODECS = ("subset", "gap")
+"""what a run's deltas may be written in; a run that lists none has `gap` alone"""
 MAX_RECORD = 64 << 20
 """bytes of the largest run.json or commit accepted (a table of 100,000 tensors is about 12 MB)"""
 MAX_HEAD = 64 << 10
@@ -52,7 +56,8 @@ class Run(msgspec.Struct, frozen=True):
     """run.json: what is true of every version of a run. `base` None means version 0 is an anchor in the bucket.
 
     `supersedes` is where the run before it ended; `compactors` are public keys that may sign folds and anchors.
-    `format` is ALIASES where the table lists an alias, and FORMAT elsewhere.
+    `codecs` are those that its deltas may be of, the first being what a writer writes; a run that lists none is of
+    codec "gap". `format` is LISTED_CODECS where it lists any, else ALIASES where the table lists an alias, else FORMAT.
     """
 
     run: str
@@ -64,6 +69,17 @@ class Run(msgspec.Struct, frozen=True):
     signer: str | None = None
     signature: str | None = None
     format: int = FORMAT
+    codecs: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def may_use(self) -> tuple[str, ...]:
+        """Codecs that its deltas may be of; the first is what a writer writes."""
+        return self.codecs or ("gap",)
+
+    def require_codec(self, codec: str, where: str) -> None:
+        """Raise FormatError unless a delta of this run may be of `codec`."""
+        if codec not in self.may_use:
+            raise FormatError(f"{where} is of codec {codec!r}, where its run allows {some(self.may_use)}")
 
 
 class Payload(msgspec.Struct, frozen=True):
@@ -174,9 +190,14 @@ def with_aliases(table: Iterable[TensorEntry], aliases: Mapping[str, str]) -> tu
     return tuple(msgspec.structs.replace(entry, aliases=listed.get(entry.name, ())) for entry in kept)
 
 
-def in_its_format(run: Run) -> Run:
-    """The record of a run that begins, in the oldest format that says all of it."""
-    return msgspec.structs.replace(run, format=ALIASES if aliases_of(run.table) else FORMAT)
+def in_its_format(run: Run, codecs: tuple[str, ...] = ()) -> Run:
+    """The record of a run that begins and lists these codecs, in the oldest format that says all of it."""
+    listed = msgspec.structs.replace(run, codecs=codecs or msgspec.UNSET)
+    return msgspec.structs.replace(listed, format=_format_of(listed))
+
+
+def _format_of(run: Run) -> int:
+    return LISTED_CODECS if run.codecs else ALIASES if aliases_of(run.table) else FORMAT
 
 
 def require_in_table(specs: Iterable[TensorSpec], entries: Mapping[str, TensorEntry], where: str) -> None:
@@ -212,7 +233,7 @@ def write(record: Run | Commit | Derived | Head | Way) -> bytes:
 
 def formats_of(kind: type[msgspec.Struct]) -> tuple[int, ...]:
     """The formats in which a kind of record is written and read."""
-    return (FORMAT, ALIASES) if kind is Run else (FORMAT,)
+    return (FORMAT, ALIASES, LISTED_CODECS) if kind is Run else (FORMAT,)
 
 
 def read(kind: type[Record], data: bytes, *, where: str) -> Record:
@@ -223,6 +244,8 @@ def read(kind: type[Record], data: bytes, *, where: str) -> Record:
             known = " or ".join(map(str, formats_of(kind)))
             raise UnknownVersion(f"{where}: format {version}; this deltawire reads format {known}, upgrade it")
         record = msgspec.json.decode(data, type=kind)
+        if isinstance(record, Run) and (unknown := [codec for codec in record.may_use if codec not in CODECS]):
+            raise UnknownVersion(f"{where}: codecs {some(unknown)}; this deltawire reads {some(CODECS)}, upgrade it")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{where}: not a {kind.__name__.lower()} record: {error}") from None
     _check(record, where)
@@ -255,8 +278,9 @@ def _check(record: Run | Commit | Derived | Head | Way, where: str) -> None:
         names = [name for entry in record.table for name in (entry.name, *entry.aliases)]
         require(len({*names}) == len(names), "a name stands twice in the tensor table")
         require(not any("\0" in name for name in names), "a name in the tensor table has a NUL")
-        aliased = any(entry.aliases for entry in record.table)
-        require(record.format == (ALIASES if aliased else FORMAT), f"format {record.format} is not that of its table")
+        require(record.format == _format_of(record), f"format {record.format} is not that of its table and codecs")
+        require(record.codecs != (), "its list of codecs is empty")
+        require(len({*record.may_use}) == len(record.may_use), "a codec stands twice among its codecs")
         for entry in record.table:
             require(_is_possible(entry), f"{entry.name}: impossible dtype {entry.dtype!r} or shape {list(entry.shape)}")
         return

@@ -61,10 +61,9 @@ def apply_files(folder: Path, deltas: Sequence[Path], out: Path, *, undo: bool =
 
 def _next(header: DeltaHeader, here: tuple[str, int] | None, path: Path, *, undo: bool) -> tuple[str, int] | None:
     """Where a copy stands after a file. Raises Gap, NeedsBase."""
-    if undo and header.codec == "raw":
-        raise NeedsBase(
-            f"{path} holds absolute values, which say nothing of the weights before: it cannot be taken back"
-        )
+    if undo and header.codec in delta_file.NEED_BASE:
+        what = "holds absolute values" if header.codec == "raw" else f'is of codec "{header.codec}"'
+        raise NeedsBase(f"{path} {what}, which takes the weights before it to read: it cannot be taken back")
     if header.run is None or header.parent is None or header.version is None:
         return None
     start, end = (header.version, header.parent) if undo else (header.parent, header.version)

@@ -205,7 +205,7 @@ class Compactor:
         for hop in chain.read(parts, first.hash):
             delta += self._subscriber.fetch_delta(hop.filed.record)
         mirror = self._checked_at(first, last, delta)
-        data = delta_file.encode(delta, run=chain.run.run, parent=start, version=end)
+        data = delta_file.encode(delta, codec=chain.run.may_use[0], run=chain.run.run, parent=start, version=end)
         key = fold_key(start, end, blake3(data).hexdigest())
         record = Derived(
             run=chain.run.run,

@@ -10,7 +10,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from deltawire.format.codecs import gap
+from deltawire.format.codecs import gap, subset
 from deltawire.live.worker import LiveWorker
 from deltawire.vllm.hooks import LOADING
 from deltawire.weights import kernels
@@ -46,6 +46,7 @@ class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         super().__init__(*args, **kwargs)
         kernels.warm_up()  # nothing compiles inside a pause
         gap.warm_up()
+        subset.warm_up()
         self.worker = LiveWorker(
             self.model,
             loading=getattr(self.model, LOADING, None),

@@ -13,11 +13,11 @@ from numba.extending import intrinsic
 
 from deltawire.weights.bits import Positions, UInts
 from deltawire.weights.kernels_numpy import GOLDEN, M1, M2
+from deltawire.weights.vectors_numba import LANES, differing, zeros_below
 
-CHUNK = 1024
-"""words of eight bytes that are compared at a time: what is noted of them, and their copy, stay in the nearest cache"""
-WORD = 8
-"""bytes, and the most elements, of a word"""
+GUESS = 16
+"""A comparison first makes room for a change in so many elements: most steps of a trainer change fewer, and need not be
+counted first. What is not written of that room takes no memory."""
 AHEAD = 512
 """elements by which a gather or scatter fetches ahead; from 128 to 1,024 made no difference"""
 
@@ -65,30 +65,23 @@ def _count_changed(old, new):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _collect(arrays, words, positions, steps):  # type: ignore[no-untyped-def]
-    """`words` are the two `arrays` eight bytes at a time: first the words that differ are listed, then their elements.
-    Everything is written down and counted only if it differs, for where something changed is not to be predicted, and
-    a wrong branch costs more than writing. So there must be room for a word more than there are changes; -1 where
-    there is not, as when another thread writes `new` after it was counted. It is read once, into a copy in the nearest
-    cache, and the steps lead to that copy."""
-    (old, new), (old_words, new_words) = arrays, words
-    k, lanes = 0, 8 // old.itemsize
-    differing, own = np.empty(CHUNK + 1, np.int64), np.empty(CHUNK * lanes, old.dtype)
-    own_words = own.view(np.uint64)
-    for start in range(0, old_words.size, CHUNK):
-        found, size, first = 0, min(CHUNK, old_words.size - start), start * lanes
-        own_words[:size] = new_words[start : start + size]
-        for i in range(size):
-            differing[found] = i
-            found += old_words[start + i] != own_words[i]
-        for i in differing[:found]:
-            if k + lanes > positions.size:
-                return -1
-            for j in range(i * lanes, (i + 1) * lanes):
-                positions[k] = first + j
-                steps[k] = own[j] - old[first + j]
-                k += old[first + j] != own[j]
-    for j in range(old_words.size * lanes, old.size):
+def _collect(old, new, positions, steps):  # type: ignore[no-untyped-def]
+    """Fill positions and steps; how many there are, or -1 where there is no room for 64 more than there are, as when
+    another thread writes `new` after it was counted. `new` is read once, into a copy in the nearest cache, and the
+    steps lead to that copy. 64 elements are compared at a time: where something changed is not to be predicted, and
+    ones of a mask cost fewer wrong branches than elements."""
+    own, k, whole = np.empty(LANES, old.dtype), 0, old.size // LANES * LANES
+    for start in range(0, whole, LANES):
+        mask = differing(old, new, start, own)
+        if mask and k + LANES > positions.size:
+            return -1
+        while mask:
+            i = np.int64(zeros_below(mask))
+            positions[k] = start + i
+            steps[k] = own[i] - old[start + i]
+            k += 1
+            mask &= mask - np.uint64(1)
+    for j in range(whole, old.size):
         if k >= positions.size:
             return -1
         own[0] = new[j]
@@ -161,21 +154,23 @@ def compare_and_collect(old: UInts, new: UInts) -> tuple[Positions, UInts]:
 
     Another thread may write `new` meanwhile: `old` plus the steps is what each element was at some moment.
     """
-    changed = int(_count_changed(old, new))
-    if not changed:
-        return np.empty(0, np.int64), np.empty(0, old.dtype)
-    for room in (changed, old.size):  # the second time only if more was written since it was counted: all of it fits
-        positions, steps = np.empty(room + WORD, np.int64), np.empty(room + WORD, old.dtype)
-        found = int(_collect((old, new), (_words(old), _words(new)), positions, steps))
-        if found >= 0:
-            break
+    kept = _collected(old, new, old.size // GUESS)
+    if kept is None:  # the last room holds all, whatever is written after the count
+        changed = int(_count_changed(old, new))
+        kept = _collected(old, new, changed) or _collected(old, new, old.size)
+    assert kept is not None
+    return kept
+
+
+def _collected(old: UInts, new: UInts, room: int) -> tuple[Positions, UInts] | None:
+    """The changes; None where there are more than there is room for."""
+    positions, steps = np.empty(room + LANES, np.int64), np.empty(room + LANES, old.dtype)
+    found = int(_collect(old, new, positions, steps))
+    if found < 0:
+        return None
+    if 2 * found < room:  # a view would keep all of it
+        return positions[:found].copy(), steps[:found].copy()
     return positions[:found], steps[:found]
-
-
-def _words(data: UInts) -> UInts:
-    """A flat array eight bytes at a time, less what is left at its end; a copy if it does not lie as words must."""
-    words = np.ascontiguousarray(data[: data.size * data.itemsize // 8 * 8 // data.itemsize]).view(np.uint64)
-    return words if words.flags.aligned else words.copy()
 
 
 def apply_with_digest(bits: UInts, positions: Positions, steps: UInts, start: int = 0) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Codec `gap` (the default; needs no base): positions as byte gaps and steps as zigzag varints, both through zstd-1.
+"""Codec `gap` (needs no base): positions as byte gaps and steps as zigzag varints, both through zstd-1.
 
     NAME.gaps     zstd of, per change, the number of unchanged elements before it: one byte below 255, or the byte 255
                   and the rest as a varint                                                          (FORMAT.md §5.2)

