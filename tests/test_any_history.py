@@ -104,9 +104,9 @@ class History(World):
             pass
 
     def prune(self):
-        plan = retention.plan_prune(self.bucket, self.run(), retention.Policy(self.draw.randrange(1, 3), -1.0))
+        pruned = retention.find_prunable(self.bucket, self.run(), retention.Policy(self.draw.randrange(1, 3), -1.0))
         with suppress(Killed):
-            retention.carry_out(self.bucket, plan, on_step=self.killer())
+            retention.carry_out(self.bucket, pruned, on_step=self.killer())
 
     def killer(self):
         left = [self.draw.choice([999, 999, self.draw.randrange(9)])]

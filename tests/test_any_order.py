@@ -44,7 +44,7 @@ class World:
         with Subscriber(self.bucket) as subscriber:
             run = subscriber.run.run
         policy = retention.Policy(self.draw.randrange(1, 3), -1.0)
-        retention.carry_out(self.bucket, retention.plan_prune(self.bucket, run, policy))
+        retention.carry_out(self.bucket, retention.find_prunable(self.bucket, run, policy))
 
     def read(self):
         with Subscriber(self.bucket) as subscriber:

@@ -105,8 +105,8 @@ def test_all_followers_end_where_the_trainer_does_whatever_happened(tmp_path):
                 insist(compactor.step)
                 with Subscriber(clean) as subscriber:
                     run = subscriber.run.run
-                plan = retention.plan_prune(clean, run, retention.Policy(2, -1.0, replica_hours=0.01))
-                insist(partial(retention.carry_out, faulty, plan))
+                pruned = retention.find_prunable(clean, run, retention.Policy(2, -1.0, replica_hours=0.01))
+                insist(partial(retention.carry_out, faulty, pruned))
                 sizes.append(sum(stat.size for stat in clean.list("runs/")))
         position = insist(partial(trainer.flush, 30))
         deadline = time.monotonic() + PATIENCE

@@ -115,7 +115,7 @@ def pruned(folder, length):
                 with Compactor(bucket, folder / "mirror", levels=[4], anchors=4) as compactor:
                     compactor.step()
     run = commits(bucket)[0].run
-    retention.carry_out(bucket, retention.plan_prune(bucket, run, retention.Policy(anchors=1, hours=-1.0)))
+    retention.carry_out(bucket, retention.find_prunable(bucket, run, retention.Policy(anchors=1, hours=-1.0)))
     return bucket, weights, steps
 
 

@@ -42,8 +42,8 @@ def pruned(tmp_path):
                 with Compactor(bucket, tmp_path / "mirror", anchors=8) as compactor:
                     compactor.step()
     run = commits(bucket)[0].run
-    plan = retention.plan_prune(bucket, run, retention.Policy(anchors=1, hours=0.0))
-    retention.carry_out(bucket, plan)
+    pruned = retention.find_prunable(bucket, run, retention.Policy(anchors=1, hours=0.0))
+    retention.carry_out(bucket, pruned)
     assert commits(bucket)[0].version == 8
     return bucket, served(weights)
 

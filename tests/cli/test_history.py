@@ -155,10 +155,10 @@ def test_prune_keeps_what_has_a_tag(tmp_path):
     with Compactor(bucket, tmp_path / "mirror", anchors=2) as compactor:
         compactor.step()
     policy = Policy(anchors=1, hours=0)
-    free = retention.plan_prune(bucket, run, policy)
+    free = retention.find_prunable(bucket, run, policy)
     assert free.floor > 1 and free.keys
     write_tag(bucket, commits(bucket)[1].position, "keep")
-    held = retention.plan_prune(bucket, run, policy)
+    held = retention.find_prunable(bucket, run, policy)
     assert (held.floor, held.keys, held.reason) == (0, (), "tag keep")
 
 

@@ -16,7 +16,7 @@ from deltawire.errors import BadSignature
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.runlog.signing import read_key
 from deltawire.upkeep.compactor import Compactor
-from deltawire.upkeep.retention import Policy, carry_out, plan_prune
+from deltawire.upkeep.retention import Policy, carry_out, find_prunable
 from deltawire.weights.bits import Bits
 from deltawire.weights.tensors import equal
 
@@ -147,7 +147,7 @@ def test_an_old_bucket_is_compacted_and_pruned_and_goes_on(old):
     assert {(0, 8), (4, 8), (None, 9)} <= written
     report = verify(old.bucket, **old.reader)
     assert (report.junk, report.anchors) == (0, 3)
-    found = plan_prune(old.bucket, old.run(), NEWEST, trusted=old.trust.get("trusted", ()))
+    found = find_prunable(old.bucket, old.run(), NEWEST, trusted=old.trust.get("trusted", ()))
     assert (found.floor, found.passed_over) == (9, ())
     carry_out(old.bucket, found)
     old.publish(10)
@@ -156,7 +156,7 @@ def test_an_old_bucket_is_compacted_and_pruned_and_goes_on(old):
 
 
 def test_an_old_bucket_is_pruned_as_it_is(old):
-    found = plan_prune(old.bucket, old.run(), NEWEST, trusted=old.trust.get("trusted", ()))
+    found = find_prunable(old.bucket, old.run(), NEWEST, trusted=old.trust.get("trusted", ()))
     assert (found.floor, found.passed_over) == (7, ())
     carry_out(old.bucket, found)
     assert {stat.key.split("/")[2] for stat in old.bucket.list("runs/")} == {

@@ -108,7 +108,7 @@ def test_a_run_that_was_pruned_to_an_anchor_still_says_what_its_frozen_tensors_a
     bucket, name = run.publisher.bucket, run.publisher.position.run
     with Compactor(bucket, tmp_path / "mirror", anchors=1, base=run.folder) as compactor:
         compactor.step()
-    retention.carry_out(bucket, retention.plan_prune(bucket, name, retention.Policy(1, -1.0)))
+    retention.carry_out(bucket, retention.find_prunable(bucket, name, retention.Policy(1, -1.0)))
     with dw.Subscriber(bucket) as subscriber:
         assert subscriber.commits()[0].version > 0
     worker = LiveWorker(Text(run.served[3]), loading=AfterLoading())

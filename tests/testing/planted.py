@@ -91,8 +91,8 @@ def heartbeats_are_not_asked(patch):
 
 
 def head_is_left_behind_by_a_prune(patch):
-    plan = retention.plan
-    patch.setattr(retention, "plan", lambda *given, **options: plan(*given, **{**options, "head": None}))
+    prunable = retention.prunable
+    patch.setattr(retention, "prunable", lambda *given, **options: prunable(*given, **{**options, "head": None}))
 
 
 def one_look_at_the_newest_commit(patch):

@@ -18,7 +18,7 @@ from deltawire.demo.processes import free_port
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.runlog.signing import read_key
 from deltawire.upkeep.compactor import Compactor
-from deltawire.upkeep.retention import Policy, carry_out, plan_prune
+from deltawire.upkeep.retention import Policy, carry_out, find_prunable
 from deltawire.weights.bits import Bits
 from deltawire.weights.delta import Delta
 from deltawire.weights.tensors import equal
@@ -136,12 +136,12 @@ def test_a_run_that_began_from_zeros_is_compacted_and_pruned_as_any_other(pair, 
     shutil.copytree(pair / "hsdp" / "bucket", tmp_path / "bucket")
     bucket = dw.open_bucket(f"file://{tmp_path}/bucket")
     last = max(expected(pair / "hsdp"))
-    carry_out(bucket, plan_prune(bucket, commits(bucket)[0].run, Policy(anchors=1, hours=0)))
+    carry_out(bucket, find_prunable(bucket, commits(bucket)[0].run, Policy(anchors=1, hours=0)))
     assert equal(read_weights(bucket), expected(pair / "hsdp")[last])  # version 0 is all there is to start from
     key = pair / "hsdp" / "key"
     with Compactor(bucket, tmp_path / "mirror", anchors=1, signing_key=key) as compactor:
         assert compactor.step()
-    pruned = plan_prune(bucket, commits(bucket)[0].run, Policy(anchors=1, hours=0))
+    pruned = find_prunable(bucket, commits(bucket)[0].run, Policy(anchors=1, hours=0))
     assert any("anchors/step_000000" in key for key in pruned.keys)
     carry_out(bucket, pruned)
     assert equal(read_weights(bucket), expected(pair / "hsdp")[last])

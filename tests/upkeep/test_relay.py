@@ -15,7 +15,7 @@ from deltawire.follow.follower import Follower
 from deltawire.runlog.signing import generate_key
 from deltawire.upkeep.compactor import Compactor
 from deltawire.upkeep.relay import Relay
-from deltawire.upkeep.retention import Policy, carry_out, plan_prune
+from deltawire.upkeep.retention import Policy, carry_out, find_prunable
 from deltawire.vllm.client import EngineClient
 
 
@@ -120,7 +120,7 @@ def test_a_relay_that_fell_behind_a_prune_begins_at_an_anchor(tmp_path):
     with Compactor(source, tmp_path / "mirror", anchors=3) as compactor:
         compactor.step()
     run = commits(source)[0].run
-    carry_out(source, plan_prune(source, run, Policy(anchors=1, hours=0)))
+    carry_out(source, find_prunable(source, run, Policy(anchors=1, hours=0)))
     assert Relay(source, target).step().version == 6
     with dw.Subscriber(target) as subscriber:
         change = subscriber.change(None, 6)

@@ -17,7 +17,7 @@ from deltawire.runlog.keys import HEAD_KEY, commit_key, derived_key
 from deltawire.runlog.records import Derived, Head, hash_of, read, signed, write
 from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
-from deltawire.upkeep.retention import Policy, carry_out, plan, plan_prune
+from deltawire.upkeep.retention import Policy, carry_out, find_prunable, prunable
 from deltawire.weights.tensors import equal
 
 SOON = Policy(anchors=1, hours=-1.0)
@@ -49,12 +49,12 @@ def versions(bucket):
 
 def test_what_is_below_the_newest_anchors_goes_and_the_rest_still_reads(compacted, tmp_path):
     bucket, run, steps = compacted
-    first = plan_prune(bucket, run, Policy(anchors=2, hours=-1.0))
+    first = find_prunable(bucket, run, Policy(anchors=2, hours=-1.0))
     assert (first.floor, first.reason) == (16, "the newest 2 anchors")
     assert versions(bucket) == list(range(20))  # planning changes nothing
     carry_out(bucket, first)
     assert versions(bucket) == [16, 17, 18, 19]
-    assert plan_prune(bucket, run, Policy(anchors=2, hours=-1.0)).keys == ()
+    assert find_prunable(bucket, run, Policy(anchors=2, hours=-1.0)).keys == ()
     assert equal(read_weights(bucket, 17), steps[17])
     assert equal(read_weights(bucket), steps[19])
     assert materialize(bucket, tmp_path / "out").position.version == 19
@@ -66,7 +66,7 @@ def test_what_is_below_the_newest_anchors_goes_and_the_rest_still_reads(compacte
 
 def test_a_trainer_continues_a_pruned_run(compacted):
     bucket, run, _ = compacted
-    carry_out(bucket, plan_prune(bucket, run, SOON))
+    carry_out(bucket, find_prunable(bucket, run, SOON))
     with publishing(bucket) as publisher:
         publisher.publish(model(5))
         assert publisher.flush(30).version == 20
@@ -77,7 +77,7 @@ def test_a_trainer_continues_a_pruned_run(compacted):
 def test_what_an_active_replica_needs_stays(compacted, beat):
     bucket, run, _ = compacted
     heartbeats.beat(bucket, msgspec.structs.replace(beat, run=run))
-    found = plan_prune(bucket, run, SOON)
+    found = find_prunable(bucket, run, SOON)
     assert (found.floor, found.reason) == (8, "replica a")
 
 
@@ -85,33 +85,33 @@ def test_a_replica_that_fell_silent_or_follows_another_run_keeps_nothing(compact
     bucket, run, _ = compacted
     heartbeats.beat(bucket, Heartbeat("elsewhere", "f" * 16, 1))
     heartbeats.beat(bucket, Heartbeat("silent", run, 1))
-    assert plan_prune(bucket, run, Policy(1, -1.0, replica_hours=-1.0)).floor == 19
-    assert plan_prune(bucket, run, SOON).reason == "replica silent"
+    assert find_prunable(bucket, run, Policy(1, -1.0, replica_hours=-1.0)).floor == 19
+    assert find_prunable(bucket, run, SOON).reason == "replica silent"
 
 
 def test_what_was_committed_lately_stays(compacted):
     bucket, run, _ = compacted
-    found = plan_prune(bucket, run, Policy(anchors=1, hours=24))
+    found = find_prunable(bucket, run, Policy(anchors=1, hours=24))
     assert (found.floor, found.keys) == (0, ())
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.9])
 def test_an_interrupted_prune_reads_at_every_moment_and_is_finished_by_the_next(compacted, share):
     bucket, run, steps = compacted
-    found = plan_prune(bucket, run, SOON)
+    found = find_prunable(bucket, run, SOON)
     bucket.delete(*found.keys[: int(share * len(found.keys))])
     assert equal(read_weights(bucket), steps[19])
     with Subscriber(bucket) as subscriber:
         change = subscriber.change(None, 19)
         assert change.anchor_position.version == 19
-    carry_out(bucket, plan_prune(bucket, run, SOON))
+    carry_out(bucket, find_prunable(bucket, run, SOON))
     assert versions(bucket) == [19]
     assert equal(read_weights(bucket), steps[19])
 
 
 def test_payloads_go_after_everything_that_refers_to_them(compacted):
     bucket, run, _ = compacted
-    kinds = [key.split("/")[2] for key in plan_prune(bucket, run, SOON).keys]
+    kinds = [key.split("/")[2] for key in find_prunable(bucket, run, SOON).keys]
     last_reference = max(number for number, kind in enumerate(kinds) if kind in ("commits", "derived"))
     assert min(number for number, kind in enumerate(kinds) if kind not in ("commits", "derived")) > last_reference
 
@@ -129,7 +129,7 @@ def test_nothing_at_or_above_what_is_wanted_goes(length, anchors, keep, replicas
     anchors = {version for version in anchors if version < length}
     listed = stats(length, anchors, lambda n: data.draw(st.floats(-1e9, 1e10)))
     beats = [(Stat("x", 1, "", 1e10), Heartbeat(f"x{n}", "0" * 16, version)) for n, version in enumerate(replicas)]
-    found = plan(listed, "0" * 16, beats, Policy(keep, hours=-1e9))
+    found = prunable(listed, "0" * 16, beats, Policy(keep, hours=-1e9))
     starts = sorted(anchors | {0})
     assert found.floor in starts
     assert found.floor <= min([*replicas, starts[-keep:][0]])
@@ -146,7 +146,7 @@ def test_heartbeats_are_read_as_hints(compacted):
     assert [beat for _, beat in heartbeats.read_all(bucket)] == [Heartbeat("b", run, 3, lag=2, error="x")]
     with pytest.raises(FormatError, match="replica name"):
         heartbeats.beat(bucket, Heartbeat("../b"))
-    assert retention.plan_prune(bucket, run, SOON).reason == "replica b"
+    assert retention.find_prunable(bucket, run, SOON).reason == "replica b"
 
 
 def record_keys(bucket, kind):
@@ -175,7 +175,7 @@ def test_an_anchor_that_nobody_could_begin_at_keeps_the_one_before_it(compacted,
     else:
         bucket.put(f"runs/{run}/derived/anchor-000019-{0:012x}.json", b"{}")
         bucket.delete(*[key for key in record_keys(bucket, "anchor-000019") if not key.endswith(f"{0:012x}.json")])
-    found = plan_prune(bucket, run, SOON)
+    found = find_prunable(bucket, run, SOON)
     assert found.floor == 16
     assert "anchor-000019" in found.passed_over[0]
     carry_out(bucket, found)
@@ -186,7 +186,7 @@ def test_an_anchor_that_nobody_could_begin_at_keeps_the_one_before_it(compacted,
 def test_a_strangers_record_beside_a_sound_one_of_the_same_version_changes_nothing(compacted):
     bucket, run, steps = compacted
     bucket.put(f"runs/{run}/derived/anchor-000019-{0:012x}.json", b"{}")
-    found = plan_prune(bucket, run, SOON)
+    found = find_prunable(bucket, run, SOON)
     assert (found.floor, len(found.passed_over)) == (19, 1)
     carry_out(bucket, found)
     assert equal(read_weights(bucket), steps[19])
@@ -206,7 +206,7 @@ def test_a_stranger_cannot_make_a_signed_run_lean_on_an_anchor_of_theirs(tmp_pat
     record = read(Derived, bucket.get(record_key, limit=1 << 20), where="")
     bucket.put(record_key, write(signed(msgspec.structs.replace(record, signer=None, signature=None), stranger)))
     for trusted in ((), [key.public]):
-        found = plan_prune(bucket, record.run, SOON, trusted=trusted)
+        found = find_prunable(bucket, record.run, SOON, trusted=trusted)
         assert (found.floor, found.keys) == (0, ())
 
 
@@ -216,12 +216,12 @@ def test_an_anchor_is_read_once_and_then_asked_for_its_tags_alone(compacted, tmp
     whole = bucket.stat(key).size
     first, second = Counting(bucket), Counting(bucket)
     for counting in (first, second):
-        assert plan_prune(counting, run, SOON, memory=memory).floor == 19
+        assert find_prunable(counting, run, SOON, memory=memory).floor == 19
     assert first.traffic.bytes_down - second.traffic.bytes_down == whole
     bucket.put(key, rotten(bucket.get(key, limit=1 << 20)))
-    assert plan_prune(bucket, run, SOON, memory=memory).floor == 16
+    assert find_prunable(bucket, run, SOON, memory=memory).floor == 16
     memory.write_bytes(b"junk")
-    assert plan_prune(bucket, run, SOON, memory=memory).floor == 16
+    assert find_prunable(bucket, run, SOON, memory=memory).floor == 16
 
 
 NOW = 1_800_000_000.0
@@ -244,7 +244,7 @@ def test_no_clock_that_is_wrong_makes_an_active_replica_silent(ahead, stamped, w
         (Stat("replicas/wrong.json", 1, "", NOW + ahead), Heartbeat("wrong", "0" * 16, 9)),
         (Stat("replicas/right.json", 1, "", stamped), Heartbeat("right", "0" * 16, 3, at=written)),
     ]
-    found = plan(listed, "0" * 16, beats, Policy(1, hours=1.0), clock=lambda: NOW)
+    found = prunable(listed, "0" * 16, beats, Policy(1, hours=1.0), clock=lambda: NOW)
     assert (found.floor, found.reason) == (0, "replica right")
 
 
@@ -252,7 +252,7 @@ def test_a_replica_is_silent_once_both_the_store_and_its_own_word_are_old():
     listed = stats(10, {4, 8}, lambda n: NOW - 2 * DAY)
     beats = [(Stat("replicas/a.json", 1, "", NOW - DAY), Heartbeat("a", "0" * 16, 3, at=NOW - DAY))]
     beats += [(Stat("replicas/b.json", 1, "", NOW), Heartbeat("b", "0" * 16, 9, at=NOW))]
-    assert plan(listed, "0" * 16, beats, Policy(1, hours=1.0), clock=lambda: NOW).floor == 8
+    assert prunable(listed, "0" * 16, beats, Policy(1, hours=1.0), clock=lambda: NOW).floor == 8
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["alone", "two commits of one version"])
@@ -271,7 +271,7 @@ def test_a_run_on_a_store_that_refuses_no_second_write_is_pruned_like_any_other(
     if late:  # what another trainer wrote, which nobody continued
         other = write(msgspec.structs.replace(second, writer="elsewhere pid 7"))
         bucket.put(commit_key(second.run, 2, hash_of(other)), other)
-    found = plan_prune(bucket, second.run, SOON)
+    found = find_prunable(bucket, second.run, SOON)
     assert found.floor == 5
     carry_out(bucket, found)
     assert [version for version, _ in log.list_commits(bucket, second.run)] == [5]
@@ -296,7 +296,7 @@ def test_an_anchor_that_borrows_the_files_of_an_older_version_is_not_leaned_on()
         commit_hash=hash_of_second,
     )
     bucket.put(derived_key(first.run, None, 1, first.payloads), write(record))
-    found = plan_prune(bucket, first.run, SOON)
+    found = find_prunable(bucket, first.run, SOON)
     carry_out(bucket, found)
     assert (found.floor, found.keys) == (0, ())
     assert "older version" in found.passed_over[0]
@@ -309,17 +309,17 @@ def test_the_commit_that_head_names_stays_when_its_writer_died_before_it_moved_h
     bucket, run, steps = compacted
     head = log.read_head(bucket)
     bucket.put(HEAD_KEY, write(Head(run, 10, commit_key(run, 10))))
-    found = plan_prune(bucket, run, SOON)
+    found = find_prunable(bucket, run, SOON)
     assert (found.floor, found.reason) == (8, "HEAD.json")
     carry_out(bucket, found)
     assert equal(read_weights(bucket), steps[19])
     bucket.put(HEAD_KEY, write(head))
-    assert plan_prune(bucket, run, SOON).floor == 19
+    assert find_prunable(bucket, run, SOON).floor == 19
 
 
 def test_a_heartbeat_that_was_cut_short_on_its_way_keeps_what_its_replica_stands_on(compacted):
     bucket, run, _ = compacted
     heartbeats.beat(bucket, Heartbeat("a", run, 10))
     cut = Faulty(bucket, at("get", "replicas/", "truncate", times=2))
-    assert plan_prune(cut, run, SOON).reason == "replica a"
+    assert find_prunable(cut, run, SOON).reason == "replica a"
     assert cut.injected["truncate"] == 2

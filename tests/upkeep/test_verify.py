@@ -149,7 +149,7 @@ def test_a_run_that_is_pruned_meanwhile_is_verified_from_its_new_start(bucket):
 
     def prune(edge, total):
         if edge.end == 2:
-            retention.carry_out(bucket, retention.plan_prune(bucket, run, retention.Policy(1, 0)))
+            retention.carry_out(bucket, retention.find_prunable(bucket, run, retention.Policy(1, 0)))
 
     report = verify(bucket, on_read=prune)
     assert (report.first, report.anchors, report.deltas) == (8, 1, 0)
@@ -158,7 +158,7 @@ def test_a_run_that_is_pruned_meanwhile_is_verified_from_its_new_start(bucket):
 def test_what_was_pruned_is_not_asked_for(bucket):
     with_all = verify(bucket)
     run = with_all.position.run
-    retention.carry_out(bucket, retention.plan_prune(bucket, run, retention.Policy(1, 0)))
+    retention.carry_out(bucket, retention.find_prunable(bucket, run, retention.Policy(1, 0)))
     report = verify(bucket)
     assert (report.first, report.position, report.anchors, report.deltas) == (8, with_all.position, 1, 0)
 

@@ -92,13 +92,13 @@ def prune(
     with Subscriber(store, trusted=trust or ()) as subscriber:
         run = subscriber.run.run
     policy = retention.Policy(keep_anchors, keep_hours)
-    plan = retention.plan_prune(store, run, policy, trusted=trust or (), memory=default_memory())
+    pruned = retention.find_prunable(store, run, policy, trusted=trust or (), memory=default_memory())
     if delete:
-        retention.carry_out(store, plan)
+        retention.carry_out(store, pruned)
     done = "deleted" if delete else "would delete (--delete does)"
-    text = f"{done} {plan.objects} objects, {size(plan.bytes)}, all below version {plan.floor}; kept: {plan.reason}"
-    text += "".join(f"\npassed over as no anchor: {record}" for record in plan.passed_over)
-    emit({"deleted": delete, **msgspec.to_builtins(plan)}, text, json)
+    text = f"{done} {pruned.objects} objects, {size(pruned.bytes)}, all below version {pruned.floor}; kept: {pruned.reason}"
+    text += "".join(f"\npassed over as no anchor: {record}" for record in pruned.passed_over)
+    emit({"deleted": delete, **msgspec.to_builtins(pruned)}, text, json)
 
 
 def keygen(

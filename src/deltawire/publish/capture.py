@@ -23,10 +23,10 @@ from deltawire.publish.sender import Tip
 from deltawire.publish.tracker import ChangeTracker, Transition
 from deltawire.read.bases import open_base, resolve_base
 from deltawire.read.subscriber import Subscriber
-from deltawire.runlog.records import BaseCheckpoint, Position, Run, aliases_of, in_its_format, with_aliases
+from deltawire.runlog.records import BaseCheckpoint, Position, Run, in_its_format
 from deltawire.weights.bits import count
 from deltawire.weights.delta import Delta
-from deltawire.weights.table import TensorEntry
+from deltawire.weights.table import TensorEntry, aliases_of, with_aliases
 
 Pairs = Iterable[tuple[str, Any]]
 

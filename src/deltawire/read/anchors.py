@@ -12,9 +12,10 @@ from deltawire.errors import FormatError, ShapeMismatch
 from deltawire.format import checkpoint, delta_file
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.bases import base_of
-from deltawire.runlog.bounds import require_anchor, require_memory
+from deltawire.runlog.bounds import require_anchor, require_in_table, require_memory
 from deltawire.runlog.keys import anchor_hash, payload_key
-from deltawire.runlog.records import Commit, Derived, Position, Run, aliases_of, require_in_table
+from deltawire.runlog.records import Commit, Derived, Position, Run
+from deltawire.weights.table import aliases_of
 
 _WHOLE = "whole"
 """the folder in which an anchor that comes in parts is put together"""

@@ -20,10 +20,10 @@ from deltawire.buckets.atomic import file_system_errors, replacing
 from deltawire.errors import AccessRefused, AlreadyExists, BadDigest, FormatError, NotFound
 from deltawire.format import checkpoint, delta_file
 from deltawire.format.checkpoint import Checkpoint
-from deltawire.runlog.records import Position, aliases_of
+from deltawire.runlog.records import Position
 from deltawire.weights.delta import Delta
 from deltawire.weights.digest import root as root_of
-from deltawire.weights.table import TensorEntry
+from deltawire.weights.table import TensorEntry, aliases_of
 
 MARKER = "deltawire.json"
 """the file in a folder that says which position its weights are"""

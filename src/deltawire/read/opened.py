@@ -10,10 +10,10 @@ from deltawire.format import delta_file
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.anchors import Anchors
 from deltawire.runlog import log
-from deltawire.runlog.bounds import require_delta, require_memory
+from deltawire.runlog.bounds import require_delta, require_in_table, require_memory
 from deltawire.runlog.chain import Chain
 from deltawire.runlog.keys import HEAD_KEY, payload_key
-from deltawire.runlog.records import Commit, Derived, Run, require_in_table
+from deltawire.runlog.records import Commit, Derived, Run
 from deltawire.runlog.signing import Trust, trust
 from deltawire.weights.delta import Delta
 

@@ -6,7 +6,7 @@ A record may be a stranger's and claim anything. What it claims is held against 
 import os
 from collections.abc import Iterable, Mapping
 
-from deltawire.errors import TooLarge
+from deltawire.errors import ShapeMismatch, TooLarge, UnknownTensor, some
 from deltawire.format.codecs.gap import LONGEST_STEP
 from deltawire.runlog.records import Covering, Payload
 from deltawire.weights.bits import WIDTHS, count
@@ -81,3 +81,15 @@ def _require_few(payloads: tuple[Payload, ...], where: str) -> None:
 
 def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require_in_table(specs: Iterable[TensorSpec], entries: Mapping[str, TensorEntry], where: str) -> None:
+    """Raise UnknownTensor or ShapeMismatch unless a delta file changes only what the run trains, and as it is there."""
+    listed = list(specs)
+    trainable = {entry.name for entry in entries.values() if entry.trainable}
+    if unknown := [spec.name for spec in listed if spec.name not in trainable]:
+        raise UnknownTensor(f"{where} changes {some(map(repr, unknown))}, which the run does not train")
+    for spec in listed:
+        entry = entries[spec.name]
+        if (spec.dtype, spec.shape) != (entry.dtype, entry.shape):
+            raise ShapeMismatch(f"{where}: {spec.name} is {spec.dtype} {list(spec.shape)}, not as in the run's table")

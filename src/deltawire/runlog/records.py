@@ -2,18 +2,17 @@
 them, §7 their signatures."""
 
 import re
-from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import msgspec
 from blake3 import blake3
 
 from deltawire.buckets.base import is_key
-from deltawire.errors import FormatError, ShapeMismatch, UnknownTensor, UnknownVersion, some
+from deltawire.errors import FormatError, UnknownVersion, some
 from deltawire.format.container import MAX_RANK
 from deltawire.runlog.signing import UNSIGNED, SigningKey, is_public_key
 from deltawire.weights.bits import WIDTHS, count
-from deltawire.weights.table import TensorEntry, TensorSpec
+from deltawire.weights.table import TensorEntry, aliases_of
 
 FORMAT = 1
 ALIASES = 2
@@ -177,19 +176,6 @@ Record = TypeVar("Record", Run, Commit, Derived, Head, Way)
 Signable = TypeVar("Signable", Run, Commit, Derived)
 
 
-def aliases_of(table: Iterable[TensorEntry]) -> dict[str, str]:
-    """Canonical name by alias."""
-    return {alias: entry.name for entry in table for alias in entry.aliases}
-
-
-def with_aliases(table: Iterable[TensorEntry], aliases: Mapping[str, str]) -> tuple[TensorEntry, ...]:
-    """The table with each tensor's further names, and without entries of their own for those; canonical name by alias
-    is given."""
-    listed = {name: tuple(sorted(alias for alias in aliases if aliases[alias] == name)) for name in aliases.values()}
-    kept = (entry for entry in table if entry.name not in aliases)
-    return tuple(msgspec.structs.replace(entry, aliases=listed.get(entry.name, ())) for entry in kept)
-
-
 def in_its_format(run: Run, codecs: tuple[str, ...] = ()) -> Run:
     """The record of a run that begins and lists these codecs, in the oldest format that says all of it."""
     listed = msgspec.structs.replace(run, codecs=codecs or msgspec.UNSET)
@@ -198,18 +184,6 @@ def in_its_format(run: Run, codecs: tuple[str, ...] = ()) -> Run:
 
 def _format_of(run: Run) -> int:
     return LISTED_CODECS if run.codecs else ALIASES if aliases_of(run.table) else FORMAT
-
-
-def require_in_table(specs: Iterable[TensorSpec], entries: Mapping[str, TensorEntry], where: str) -> None:
-    """Raise UnknownTensor or ShapeMismatch unless a delta file changes only what the run trains, and as it is there."""
-    listed = list(specs)
-    trainable = {entry.name for entry in entries.values() if entry.trainable}
-    if unknown := [spec.name for spec in listed if spec.name not in trainable]:
-        raise UnknownTensor(f"{where} changes {some(map(repr, unknown))}, which the run does not train")
-    for spec in listed:
-        entry = entries[spec.name]
-        if (spec.dtype, spec.shape) != (entry.dtype, entry.shape):
-            raise ShapeMismatch(f"{where}: {spec.name} is {spec.dtype} {list(spec.shape)}, not as in the run's table")
 
 
 def hash_of(data: bytes) -> str:
@@ -257,46 +231,57 @@ class _AnyFormat(msgspec.Struct):
 
 
 def _check(record: Run | Commit | Derived | Head | Way, where: str) -> None:
-    def require(sound: object, what: str) -> None:
-        if not sound:
-            raise FormatError(f"{where}: {what}")
-
-    require(_RUN_ID.fullmatch(record.run), f"run {record.run!r} is not 16 hex digits")
+    _require(_RUN_ID.fullmatch(record.run), where, f"run {record.run!r} is not 16 hex digits")
+    if not isinstance(record, Head | Way):
+        signer, signature = record.signer, record.signature
+        _require((signer is None) == (signature is None), where, "a signer without a signature, or the reverse")
+        _require(signer is None or is_public_key(signer), where, "the signer is not a key of 64 hex digits")
+        _require(signature is None or _HEX128.fullmatch(signature), where, "the signature is not 128 hex digits")
     if isinstance(record, Way):
         for link in record.links:
             bounded = 0 <= (link.start or 0) <= link.end < _MAX_VERSION and 0 <= link.size < _MAX_VERSION
-            require(bounded and is_key(link.record), f"link {link}")
-        return
-    if not isinstance(record, Head):
-        signer, signature = record.signer, record.signature
-        require((signer is None) == (signature is None), "a signer without a signature, or the reverse")
-        require(signer is None or is_public_key(signer), "the signer is not a key of 64 hex digits")
-        require(signature is None or _HEX128.fullmatch(signature), "the signature is not 128 hex digits")
-    if isinstance(record, Run):
-        require(all(map(is_public_key, record.compactors)), "a compactor is not a key of 64 hex digits")
-        require(record.table, "the tensor table is empty")
-        names = [name for entry in record.table for name in (entry.name, *entry.aliases)]
-        require(len({*names}) == len(names), "a name stands twice in the tensor table")
-        require(not any("\0" in name for name in names), "a name in the tensor table has a NUL")
-        require(record.format == _format_of(record), f"format {record.format} is not that of its table and codecs")
-        require(record.codecs != (), "its list of codecs is empty")
-        require(len({*record.may_use}) == len(record.may_use), "a codec stands twice among its codecs")
-        for entry in record.table:
-            require(_is_possible(entry), f"{entry.name}: impossible dtype {entry.dtype!r} or shape {list(entry.shape)}")
-        return
-    require(0 <= record.version < _MAX_VERSION, f"version {record.version}")
-    if isinstance(record, Derived):
-        require(_HEX64.fullmatch(record.commit_hash), "the commit's hash is not 64 hex digits")
+            _require(bounded and is_key(link.record), where, f"link {link}")
+    elif isinstance(record, Run):
+        _check_run(record, where)
+    else:
+        _require(0 <= record.version < _MAX_VERSION, where, f"version {record.version}")
     if isinstance(record, Commit | Derived):
-        require(record.parent_hash is None or _HEX64.fullmatch(record.parent_hash), "parent hash is not 64 hex digits")
-        require(record.parent is None or 0 <= record.parent < record.version, f"parent {record.parent}")
-        require(_HEX64.fullmatch(record.root), "root is not 64 hex digits")
-        require(all(_HEX16.fullmatch(value) for value in record.digests.values()), "a digest is not 16 hex digits")
-        for payload in record.payloads:
-            safe = is_key(payload.key) and payload.size >= 0 and _HEX64.fullmatch(payload.blake3)
-            require(safe, f"payload {payload.key!r}: unsafe key, negative size or malformed hash")
-        files = {payload.key.rpartition("/")[2] for payload in record.payloads}
-        require(len(files) == len(record.payloads), "two payloads have the same file name")
+        _check_covering(record, where)
+
+
+def _check_run(run: Run, where: str) -> None:
+    _require(all(map(is_public_key, run.compactors)), where, "a compactor is not a key of 64 hex digits")
+    _require(run.table, where, "the tensor table is empty")
+    names = [name for entry in run.table for name in (entry.name, *entry.aliases)]
+    _require(len({*names}) == len(names), where, "a name stands twice in the tensor table")
+    _require(not any("\0" in name for name in names), where, "a name in the tensor table has a NUL")
+    _require(run.format == _format_of(run), where, f"format {run.format} is not that of its table and codecs")
+    _require(run.codecs != (), where, "its list of codecs is empty")
+    _require(len({*run.may_use}) == len(run.may_use), where, "a codec stands twice among its codecs")
+    for entry in run.table:
+        facts = f"{entry.name}: impossible dtype {entry.dtype!r} or shape {list(entry.shape)}"
+        _require(_is_possible(entry), where, facts)
+
+
+def _check_covering(record: Commit | Derived, where: str) -> None:
+    if isinstance(record, Derived):
+        _require(_HEX64.fullmatch(record.commit_hash), where, "the commit's hash is not 64 hex digits")
+    after = record.parent_hash is None or _HEX64.fullmatch(record.parent_hash)
+    _require(after, where, "parent hash is not 64 hex digits")
+    _require(record.parent is None or 0 <= record.parent < record.version, where, f"parent {record.parent}")
+    _require(_HEX64.fullmatch(record.root), where, "root is not 64 hex digits")
+    digests = all(_HEX16.fullmatch(value) for value in record.digests.values())
+    _require(digests, where, "a digest is not 16 hex digits")
+    for payload in record.payloads:
+        safe = is_key(payload.key) and payload.size >= 0 and _HEX64.fullmatch(payload.blake3)
+        _require(safe, where, f"payload {payload.key!r}: unsafe key, negative size or malformed hash")
+    files = {payload.key.rpartition("/")[2] for payload in record.payloads}
+    _require(len(files) == len(record.payloads), where, "two payloads have the same file name")
+
+
+def _require(sound: object, where: str, what: str) -> None:
+    if not sound:
+        raise FormatError(f"{where}: {what}")
 
 
 def _is_possible(entry: TensorEntry) -> bool:

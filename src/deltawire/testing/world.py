@@ -78,7 +78,7 @@ class World:
         stood = {follower.said for follower in active if self._leads_on(follower.said)}
         with Subscriber(bucket) as subscriber:
             run = subscriber.run.run
-        retention.carry_out(bucket, retention.plan_prune(bucket, run, chosen, clock=self.clock))
+        retention.carry_out(bucket, retention.find_prunable(bucket, run, chosen, clock=self.clock))
         for follower in self.followers:
             if self._is_active(follower, chosen) and follower.said in stood and not self._leads_on(follower.said):
                 raise Broken(f"{follower.name} said that it stands on {follower.said}, and that was pruned")

@@ -13,7 +13,8 @@ from deltawire.read.changes import Change, Update
 from deltawire.read.mirror import Mirror, building, held, unfinished
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.figures import figures
-from deltawire.runlog.records import Position, aliases_of
+from deltawire.runlog.records import Position
+from deltawire.weights.table import aliases_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ class _Object:
     stat: Stat
 
 
-def plan_prune(
+def find_prunable(
     bucket: Bucket,
     run: str,
     policy: Policy | None = None,
@@ -91,14 +91,14 @@ def plan_prune(
         proofs = Proofs(subscriber, memory=memory)
         while True:
             kept = [stat for stat in stats if stat.key not in wrong]
-            found = plan(kept, run, heartbeats, policy or Policy(), tags=tags, head=head, clock=clock)
+            found = prunable(kept, run, heartbeats, policy or Policy(), tags=tags, head=head, clock=clock)
             problems = _unsound(proofs, kept, run, found) if found.keys else {}
             wrong |= problems
             if not problems:
                 return replace(found, passed_over=tuple(f"{key}: {why}" for key, why in sorted(wrong.items())))
 
 
-def plan(
+def prunable(
     stats: Iterable[Stat],
     run: str,
     heartbeats: Iterable[tuple[Stat, Heartbeat]],
@@ -143,11 +143,11 @@ def plan(
     return PruneList(floor, tuple(item.stat.key for item in going), size, reason, leans_on)
 
 
-def carry_out(bucket: Bucket, plan: PruneList, *, on_step: Callable[[str], None] = lambda step: None) -> None:
-    """Delete what a plan says, in its order; `on_step` hears each batch's last key. Interrupted, the next plan holds
+def carry_out(bucket: Bucket, going: PruneList, *, on_step: Callable[[str], None] = lambda step: None) -> None:
+    """Delete what a list holds, in its order; `on_step` hears each batch's last key. Interrupted, the next list holds
     what is left. Raises BucketError."""
-    for first in range(0, len(plan.keys), BATCH):
-        batch = plan.keys[first : first + BATCH]
+    for first in range(0, len(going.keys), BATCH):
+        batch = going.keys[first : first + BATCH]
         bucket.delete(*batch)
         on_step(batch[-1])
 
@@ -159,12 +159,12 @@ def _require_reachable(kept: list[int], anchors: list[int], run: str) -> None:
     require(every_version_is_reachable(parents, anchors), where=f"run {run}")
 
 
-def _unsound(proofs: Proofs, stats: list[Stat], run: str, plan: PruneList) -> dict[str, str]:
-    """Which records of the anchors that a plan leans on lead to no anchor once it is carried out, and why. A record may
+def _unsound(proofs: Proofs, stats: list[Stat], run: str, pruned: PruneList) -> dict[str, str]:
+    """Which records of the anchors that readers then lean on lead to no anchor, and why. A record may
     list the files of an older version that held the same weights."""
-    found, going = {}, frozenset(plan.keys)
+    found, going = {}, frozenset(pruned.keys)
     for item in _sorted_out(stats, run):
-        if item.name.kind == "anchor record" and item.name.end in plan.anchors:
+        if item.name.kind == "anchor record" and item.name.end in pruned.anchors:
             problem = proofs.problem(Edge(None, item.name.end, 0, item.stat.key), going=going)
             if problem is not None:
                 found[item.stat.key] = str(problem)

@@ -15,9 +15,10 @@ from deltawire.read.subscriber import PLANS, Subscriber
 from deltawire.runlog import log
 from deltawire.runlog.figures import figures
 from deltawire.runlog.planner import Edge
-from deltawire.runlog.records import Commit, Derived, Position, aliases_of
+from deltawire.runlog.records import Commit, Derived, Position
 from deltawire.runlog.ways import as_numbers
 from deltawire.weights.digest import root as root_of
+from deltawire.weights.table import aliases_of
 
 OnRead = Callable[[Edge, int], None]
 

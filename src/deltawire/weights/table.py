@@ -1,5 +1,6 @@
 """The facts of one tensor: as a run's table lists it, and as a delta file's header states it."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -39,3 +40,16 @@ class TensorSpec:
     def total(self) -> int:
         """Elements in the tensor."""
         return count(self.shape)
+
+
+def aliases_of(table: Iterable[TensorEntry]) -> dict[str, str]:
+    """Canonical name by alias."""
+    return {alias: entry.name for entry in table for alias in entry.aliases}
+
+
+def with_aliases(table: Iterable[TensorEntry], aliases: Mapping[str, str]) -> tuple[TensorEntry, ...]:
+    """The table with each tensor's further names, and without entries of their own for those; canonical name by alias
+    is given."""
+    listed = {name: tuple(sorted(alias for alias in aliases if aliases[alias] == name)) for name in aliases.values()}
+    kept = (entry for entry in table if entry.name not in aliases)
+    return tuple(msgspec.structs.replace(entry, aliases=listed.get(entry.name, ())) for entry in kept)

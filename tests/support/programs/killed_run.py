@@ -60,8 +60,8 @@ def play(bucket, folder, killer):
                 compactor.step()
         compactor.step()
         with Subscriber(bucket) as subscriber:
-            plan = retention.plan_prune(bucket, subscriber.run.run, retention.Policy(1, -1.0))
-        retention.carry_out(bucket, plan, on_step=lambda key: killer.done("prune", "batch"))
+            pruned = retention.find_prunable(bucket, subscriber.run.run, retention.Policy(1, -1.0))
+        retention.carry_out(bucket, pruned, on_step=lambda key: killer.done("prune", "batch"))
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from deltawire.publish.sharded.ranks import Ranks
 from deltawire.publish.sharded.shards import Shard
 from deltawire.publish.ties import Given, GivenTensor, Ties
 from deltawire.publish.tracker import ChangeTracker, Transition
-from deltawire.runlog.records import Run, aliases_of, in_its_format, with_aliases
+from deltawire.runlog.records import Run, in_its_format
 from deltawire.weights.bits import WIDTHS, count
 from deltawire.weights.delta import Delta
-from deltawire.weights.table import TensorEntry
+from deltawire.weights.table import TensorEntry, aliases_of, with_aliases
 
 Pairs = Iterable[tuple[str, Any]]
 
