@@ -96,7 +96,8 @@ def prune(
     if delete:
         retention.carry_out(store, pruned)
     done = "deleted" if delete else "would delete (--delete does)"
-    text = f"{done} {pruned.objects} objects, {size(pruned.bytes)}, all below version {pruned.floor}; kept: {pruned.reason}"
+    text = f"{done} {pruned.objects} objects, {size(pruned.bytes)}, all below version {pruned.floor}"
+    text += f"; kept: {pruned.reason}"
     text += "".join(f"\npassed over as no anchor: {record}" for record in pruned.passed_over)
     emit({"deleted": delete, **msgspec.to_builtins(pruned)}, text, json)
 

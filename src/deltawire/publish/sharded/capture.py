@@ -1,7 +1,6 @@
 """Capturing on one rank of a sharded job: every rank compares what it holds, and one sum makes it a version.
 
-Nothing is gathered; a rank keeps the bits of its own shards. Either every rank has captured the next version, or none
-has, and each keeps what it found for the next try.
+Nothing is gathered. Either every rank has captured the next version, or none has, and each keeps what it found.
 """
 
 import time
