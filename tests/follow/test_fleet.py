@@ -1,4 +1,4 @@
-"""Many followers on one bucket: whatever dies and comes back, all serve the newest version, and the heartbeats say so."""
+"""Many followers on one bucket: whatever dies and comes back, all serve the newest version and say so in heartbeats."""
 
 from contextlib import ExitStack
 

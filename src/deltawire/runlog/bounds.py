@@ -48,8 +48,8 @@ def require_assets(sizes: Mapping[str, int], where: str) -> None:
 
 
 def require_memory(tensors: Iterable[TensorSpec], where: str, *, available: int | None = None) -> None:
-    """Raise TooLarge for a change that takes more memory than this host has (`available` bytes): positions and increments
-    of all its elements."""
+    """Raise TooLarge for a change that takes more memory than this host has (`available` bytes): positions and
+    increments of all its elements."""
     needed = sum(spec.changed * (8 + WIDTHS[spec.dtype]) for spec in tensors)
     there = _memory() if available is None else available
     if needed > there:
