@@ -60,8 +60,8 @@ class Bucket(Protocol):
         ...
 
     def get_file(self, key: str, path: Path, *, limit: int) -> None:
-        """The whole object into `path`, by a temporary name beside it and a rename: `path` is never half written,
-        and is left as it was on failure. Raises NotFound, TooLarge, OutOfSpace."""
+        """Write the whole object to `path`, by a temporary name beside it and a rename. So `path` is never half
+        written, and a failure leaves it as it was. Raises NotFound, TooLarge, OutOfSpace."""
         ...
 
     def put(self, key: str, data: bytes | Path) -> None:

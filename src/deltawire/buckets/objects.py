@@ -86,7 +86,7 @@ class ObjectBucket:
         look_then_put(self, key, data)
 
     def prove(self, folder: str) -> bool:
-        """Whether `put_new` is atomic here. Asked of the store once: an object below `folder` is written twice, which
+        """Whether `put_new` is atomic here. The store is asked once: an object below `folder` is written twice, which
         must fail the second time, and removed. Raises BucketError."""
         if self._fenced is None:
             key = f"{folder}/probe-{token_hex(8)}".lstrip("/")

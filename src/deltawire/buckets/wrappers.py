@@ -98,8 +98,8 @@ class Retry(Forwarding):
 
 
 class Typed(Forwarding):
-    """`bucket`, whose every failure is a DeltaWireError, for stores written elsewhere and sources that cannot be read:
-    what else it raises is named, and is Unavailable unless no other try can help."""
+    """`bucket`, whose every failure is a DeltaWireError, for stores written elsewhere and sources that cannot be read.
+    Any other error becomes Unavailable, or BucketError where another try cannot help."""
 
     def _call(self, verb: Callable[[], T], key: str) -> T:
         try:

@@ -1,7 +1,7 @@
 """The page that shows a run and its fleet: one HTML file, a JSON of what is known, and a stream of what changes.
 
-Nobody who asks waits for a bucket or an engine: a thread looks at the bucket while somebody watches, and what it saw
-last is the answer.
+No viewer waits for a bucket or an engine. A thread looks at the bucket while somebody watches, and the answer is what
+it saw last.
 """
 
 import threading

@@ -76,8 +76,8 @@ class FollowLoop(ABC, Generic[R]):
 
     def run(self) -> None:
         """Follow until stopped or closed. What passes is reported, every minute while it lasts, and looked at again;
-        the server keeps what it serves. It may be a store or server that fails or is out of reach, a damaged file, a
-        chain that was read while it changed, or another trainer's run.
+        the server keeps what it serves. That is a failing or unreachable store or server, a damaged file, a chain that
+        changed while it was read, or another trainer's run.
 
         Raises what a person must mend: EngineUnsupported, Quarantined, AnotherFollower, ApplyError.
         """

@@ -60,9 +60,8 @@ def hinted(bucket: Bucket) -> Head | None:
 
 
 def current_run(bucket: Bucket, *, trust: Trust = NOBODY) -> str:
-    """The run that HEAD names. Without a HEAD of a run that is there (its writer was killed just before, or it is
-    damaged) the only run with a commit that no other such run supersedes. Anything but a run, or one not signed as
-    `trust` asks, is passed over.
+    """The run that HEAD names. Where HEAD is damaged or names no run that is there, it is the only run with a commit
+    that no other such run supersedes. Anything but a run, or one not signed as `trust` asks, is passed over.
 
     Raises NotFound while nothing is published, Forked when there are several such runs.
     """
