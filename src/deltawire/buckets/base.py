@@ -95,6 +95,16 @@ def fenced(bucket: Bucket, folder: str) -> bool:
     return bucket.conditional_writes if prove is None else prove(folder)
 
 
+def size_of(data: bytes | Path) -> int:
+    """Bytes of what `put` is given."""
+    return data.stat().st_size if isinstance(data, Path) else len(data)
+
+
+def bytes_of(data: bytes | Path) -> bytes:
+    """What `put` is given, in memory."""
+    return data.read_bytes() if isinstance(data, Path) else data
+
+
 def check_key(key: str) -> None:
     """Raise FormatError unless `key` is safe and portable: it may come from a file that a stranger wrote.
 

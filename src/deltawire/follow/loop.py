@@ -18,6 +18,7 @@ from deltawire.errors import (
     FormatError,
     NotFound,
     Quarantined,
+    error_text,
 )
 from deltawire.follow.beats import Beats
 from deltawire.follow.health import SILENT_AFTER, Health
@@ -159,7 +160,7 @@ class FollowLoop(ABC, Generic[R]):
         if self._is_due(type(error).__name__):
             self.options.on_problem(error)
         if not isinstance(error, NotFound):  # an entry would make a bucket that is gone
-            self.beat(error=f"{type(error).__name__}: {error}")
+            self.beat(error=error_text(error))
 
     def _tell(self, report: R | None) -> None:
         """Say that we wait, or that the server is current where no update says so."""

@@ -136,7 +136,7 @@ def _place(
     for (memory, box), digest in zip(live.places(name), known, strict=True):
         if tensor.positions is None:
             old = memory.read(box)
-            new = old + box.pick(tensor.steps)
+            new = old + box.pick(tensor.increments)
             before, after = digest_box(old, box), digest_box(new, box)
             _fill(memory, box, new, writes)
         else:
