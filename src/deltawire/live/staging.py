@@ -144,7 +144,7 @@ def _place(
             positions, on_device = tensor.positions[inside], memory.on_device(offsets)
             there = memory.gather(on_device)
             old = memory.from_device(there)
-            new = old + tensor.steps[inside]
+            new = old + tensor.increments[inside]
             before, after = digest_at(positions, old), digest_at(positions, new)
             writes += _scatters(memory, on_device, there, memory.bits_on_device(new))
         digests.append(moved(digest, before, after))
