@@ -127,11 +127,6 @@ def read_run(bucket: Bucket, run: str) -> Run:
     return load_run(bucket, run).record
 
 
-def read_commit(bucket: Bucket, run: str, version: int) -> Commit:
-    """One version's commit. Raises NotFound, FormatError, ChainError."""
-    return load_commit(bucket, run, version).record
-
-
 def list_commits(bucket: Bucket, run: str, *, after: int = -1) -> list[CommitKey]:
     """Where each commit above `after` lies, by version, from a listing alone."""
     prefix = commits_prefix(run)
