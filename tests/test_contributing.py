@@ -21,10 +21,14 @@ NAMES = {
     "deltawire.buckets.urls": ("open_bucket", "_KNOWN"),
     "deltawire.cli.printing": ("emit",),
     "deltawire.format.delta_file": ("CODECS", "ENCODINGS", "_encode_tensor", "_decode_tensor"),
+    "deltawire.fleet.metrics": ("FollowerMetrics", "PublisherMetrics"),
     "deltawire.follow.engine": ("Engine",),
     "deltawire.follow.follower": ("Follower",),
     "deltawire.live.answers": ("respond",),
     "deltawire.live.worker": ("LiveWorker",),
+    "deltawire.runlog.records": ("_check", "read", "write"),
+    "deltawire.upkeep.retention": ("_ORDER", "_goes"),
+    "deltawire.weights.kernels": ("warm_up",),
     "deltawire.weights.speed": ("why_no_numba",),
 }
 """what it tells people to use, by the module where it is"""
@@ -43,4 +47,4 @@ def test_a_name_it_gives_is_there(module, name):
 
 def test_it_says_how_to_add_each_kind_of_part():
     kinds = re.findall(r"^## How to add an? (\w+)$", TEXT, re.M)
-    assert kinds == ["codec", "store", "verb", "engine"]
+    assert kinds == ["codec", "store", "verb", "engine", "metric", "record", "kernel"]

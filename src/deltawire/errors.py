@@ -211,6 +211,11 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(listed[:NAMED]) + more
 
 
+def error_text(error: BaseException) -> str:
+    """An error's type and what it says, as one line for people and records."""
+    return f"{type(error).__name__}: {error}"
+
+
 DAMAGE = (FormatError, ChainError, ApplyError, NotFound)
 """what reading a record or its payload raises where it is damaged, gone, or a stranger's: there may be another way"""
 

@@ -13,7 +13,7 @@ from test_page import say, told
 
 import deltawire as dw
 from deltawire.errors import NotFound, NotOffered, TooLarge
-from deltawire.fleet.hub import StoreView, hub_page, runs_in
+from deltawire.fleet.hub_page import StoreView, hub_page, runs_in
 from deltawire.hub_server import HubServer
 
 

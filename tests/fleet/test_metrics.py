@@ -20,7 +20,7 @@ from stub_engine import StubEngine
 from waiting import until
 
 from deltawire.fleet import page
-from deltawire.fleet.local import NoMetrics, board_of, metrics_of
+from deltawire.fleet.follower_port import NoMetrics, board_of, metrics_of
 from deltawire.fleet.metrics import PublisherMetrics
 from deltawire.follow.follower import Follower
 from deltawire.follow.health import HealthServer

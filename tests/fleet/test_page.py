@@ -14,7 +14,7 @@ from waiting import until
 
 import deltawire as dw
 from deltawire.fleet import page
-from deltawire.fleet.local import board_of
+from deltawire.fleet.follower_port import board_of
 from deltawire.fleet.page import Board
 from deltawire.fleet.status import Watcher
 from deltawire.follow.follower import Follower

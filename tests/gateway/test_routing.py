@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from deltawire.errors import FormatError
-from deltawire.gateway.fleet import parse_engine
+from deltawire.gateway.engines import parse_engine
 from deltawire.gateway.routing import Engine, Floor, Known, choose, parse_floor, prefix_of, why_none
 
 URLS = [f"http://engine-{number}:8000" for number in range(4)]

@@ -26,7 +26,7 @@ def whole(bucket):
     """Whether everything a reader can reach is there."""
     for version in log.list_versions(bucket, RUN):
         log.read_run(bucket, RUN)
-        for payload in log.read_commit(bucket, RUN, version).payloads:
+        for payload in log.load_commit(bucket, RUN, version).record.payloads:
             if bucket.stat(f"runs/{RUN}/{payload.key}").size != payload.size:
                 return False
     return True
@@ -76,7 +76,7 @@ def test_an_append_that_fails_at_any_write_is_finished_by_sending_the_same_again
     assert whole(store)
     append(store, attempt())
     assert log.list_versions(store, RUN) == [0]
-    assert log.read_commit(store, RUN, 0) == attempt().commit
+    assert log.load_commit(store, RUN, 0).record == attempt().commit
 
 
 def test_appending_twice_is_appending_once():
@@ -104,7 +104,7 @@ def test_a_commit_of_someone_else_in_our_place_is_a_fork_and_stays_as_it_is():
     append(bucket, attempt(1, parent=0))
     with pytest.raises(Forked, match=r"commits/000001\.json was written by someone else.*Stop one of them"):
         append(bucket, attempt(1, parent=0, root="b" * 64))
-    assert log.read_commit(bucket, RUN, 1).root == "a" * 64
+    assert log.load_commit(bucket, RUN, 1).record.root == "a" * 64
 
 
 def test_a_refusal_is_raised_as_it_came():
@@ -143,7 +143,7 @@ def test_records_under_another_records_key_are_refused():
         log.read_run(bucket, other)
     for run, version in ((RUN, 1), (other, 0)):
         with pytest.raises(ChainError, match=f"holds the commit of {RUN}:0"):
-            log.read_commit(bucket, run, version)
+            log.load_commit(bucket, run, version)
 
 
 def test_a_listing_counts_commits_and_nothing_else():

@@ -8,9 +8,9 @@ from verbs import records, say
 
 from deltawire.errors import FormatError
 from deltawire.sizing.constants import HUB_LIMITS, POST_BYTES_A_CHANGE
-from deltawire.sizing.fleet import simulate
 from deltawire.sizing.forecast import forecast
 from deltawire.sizing.scenario import Scenario, bytes_a_change, parse_count
+from deltawire.sizing.simulation import simulate
 
 PULSE = 108e6 / (0.01 * 7e9)
 """bytes a change of the post's 108 MB for a 7B model at 1 %"""

@@ -15,7 +15,7 @@ from deltawire import Publisher, Subscriber, Update, digest, open_bucket
 from deltawire.buckets import Bucket
 from deltawire.errors import DeltaWireError
 from deltawire.runlog.keys import commit_key
-from deltawire.runlog.log import list_versions, read_commit
+from deltawire.runlog.log import list_versions, load_commit
 from deltawire.runlog.records import Commit, Position, hash_of, read, write
 from deltawire.weights.bits import Bits
 from deltawire.weights.table import TensorEntry
@@ -103,7 +103,7 @@ def replace_commit(bucket: Bucket, version: int, change: Callable[[Commit], Comm
     bucket.put(key, write(forged))
     last = forged
     for number in (number for number in list_versions(bucket, run) if number > version):
-        child = read_commit(bucket, run, number)
+        child = load_commit(bucket, run, number).record
         last = msgspec.structs.replace(child, parent_hash=hash_of(write(last)))
         bucket.put(commit_key(run, number), write(last))
     return forged

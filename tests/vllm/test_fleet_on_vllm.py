@@ -9,7 +9,7 @@ from servers import tiny_qwen3
 
 import deltawire as dw
 from deltawire.fleet.doctor import examine
-from deltawire.fleet.local import board_of, metrics_of
+from deltawire.fleet.follower_port import board_of, metrics_of
 from deltawire.follow.follower import Follower
 from deltawire.follow.health import HealthServer
 from deltawire.follow.options import FollowOptions

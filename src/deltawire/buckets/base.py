@@ -60,8 +60,8 @@ class Bucket(Protocol):
         ...
 
     def get_file(self, key: str, path: Path, *, limit: int) -> None:
-        """The whole object into `path`, by a temporary name beside it and a rename: `path` is never half written,
-        and is left as it was on failure. Raises NotFound, TooLarge, OutOfSpace."""
+        """Write the whole object to `path`, by a temporary name beside it and a rename. So `path` is never half
+        written, and a failure leaves it as it was. Raises NotFound, TooLarge, OutOfSpace."""
         ...
 
     def put(self, key: str, data: bytes | Path) -> None:
@@ -93,6 +93,16 @@ def fenced(bucket: Bucket, folder: str) -> bool:
     """Whether `put_new` is atomic in a bucket, proved by an object below `folder` if need be. Raises BucketError."""
     prove: Callable[[str], bool] | None = getattr(bucket, "prove", None)
     return bucket.conditional_writes if prove is None else prove(folder)
+
+
+def size_of(data: bytes | Path) -> int:
+    """Bytes of what `put` is given."""
+    return data.stat().st_size if isinstance(data, Path) else len(data)
+
+
+def bytes_of(data: bytes | Path) -> bytes:
+    """What `put` is given, in memory."""
+    return data.read_bytes() if isinstance(data, Path) else data
 
 
 def check_key(key: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from deltawire.buckets.base import Bucket, Stat, fenced
+from deltawire.buckets.base import Bucket, Stat, bytes_of, fenced
 from deltawire.buckets.forwarding import Forwarding
 from deltawire.errors import Unavailable
 
@@ -158,7 +158,7 @@ class Faulty(Forwarding):
         with self._lock:
             late, self._memory.late = self._memory.late, []
             if fault == "late duplicate" and not (verb == "put_new" and self.conditional_writes):
-                frozen = data.read_bytes() if isinstance(data, Path) else data
+                frozen = bytes_of(data)
                 self._memory.late = [lambda: self._bucket.put(key, frozen)]
         for arrive in late:
             arrive()

@@ -10,7 +10,16 @@ import obstore
 from obstore import exceptions, store
 
 from deltawire.buckets.atomic import replacing
-from deltawire.buckets.base import Listing, Stat, check_key, check_prefix, is_key, look_then_put, watch_by_polling
+from deltawire.buckets.base import (
+    Listing,
+    Stat,
+    check_key,
+    check_prefix,
+    is_key,
+    look_then_put,
+    size_of,
+    watch_by_polling,
+)
 from deltawire.buckets.refusals import from_obstore, what_was_said
 from deltawire.buckets.unsafe_keys import listed_anyway
 from deltawire.errors import AlreadyExists, BucketError, NotFound, NotOffered, TooLarge, Unavailable
@@ -79,14 +88,14 @@ class ObjectBucket:
 
     def put_new(self, key: str, data: bytes | Path) -> None:
         check_key(key)
-        large, fenced = _size(data) > ONE_REQUEST, self.prove(key.rpartition("/")[0])
+        large, fenced = size_of(data) > ONE_REQUEST, self.prove(key.rpartition("/")[0])
         if fenced and not large:
             self._create(key, data)
             return
         look_then_put(self, key, data)
 
     def prove(self, folder: str) -> bool:
-        """Whether `put_new` is atomic here. Asked of the store once: an object below `folder` is written twice, which
+        """Whether `put_new` is atomic here. The store is asked once: an object below `folder` is written twice, which
         must fail the second time, and removed. Raises BucketError."""
         if self._fenced is None:
             key = f"{folder}/probe-{token_hex(8)}".lstrip("/")
@@ -141,7 +150,7 @@ class ObjectBucket:
         return Unavailable(f"{self.url}/{key}: a conflicting write is in progress (HTTP 409); try again")
 
     def _send(self, key: str, data: bytes | Path, mode: Literal["create", "overwrite"]) -> None:
-        size = _size(data)
+        size = size_of(data)
         options: dict[str, Any] = {"mode": mode, "use_multipart": False}
         if size > ONE_REQUEST:
             # Parts of one size, but for the last, as R2 wants them.
@@ -194,10 +203,6 @@ def open_memory(name: str) -> ObjectBucket:
 
 
 _memories: dict[str, Any] = {}
-
-
-def _size(data: bytes | Path) -> int:
-    return data.stat().st_size if isinstance(data, Path) else len(data)
 
 
 def _stat(meta: Any) -> Stat:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import tenacity
 
-from deltawire.buckets.base import Bucket, Stat, check_key, check_prefix, fenced
+from deltawire.buckets.base import Bucket, Stat, check_key, check_prefix, fenced, size_of
 from deltawire.buckets.forwarding import Forwarding
 from deltawire.buckets.refusals import from_anything
 from deltawire.errors import DeltaWireError, Unavailable
@@ -98,8 +98,8 @@ class Retry(Forwarding):
 
 
 class Typed(Forwarding):
-    """`bucket`, whose every failure is a DeltaWireError, for stores written elsewhere and sources that cannot be read:
-    what else it raises is named, and is Unavailable unless no other try can help."""
+    """`bucket`, whose every failure is a DeltaWireError, for stores written elsewhere and sources that cannot be read.
+    Any other error becomes Unavailable, or BucketError where another try cannot help."""
 
     def _call(self, verb: Callable[[], T], key: str) -> T:
         try:
@@ -138,11 +138,11 @@ class Counting(Forwarding):
 
     def put(self, key: str, data: bytes | Path) -> None:
         super().put(key, data)
-        self._count(up=_size(data))
+        self._count(up=size_of(data))
 
     def put_new(self, key: str, data: bytes | Path) -> None:
         super().put_new(key, data)
-        self._count(up=_size(data))
+        self._count(up=size_of(data))
 
     def prove(self, folder: str) -> bool:
         return fenced(self._bucket, folder)
@@ -155,7 +155,3 @@ class Counting(Forwarding):
         with self._lock:
             was = self.traffic
             self.traffic = Traffic(was.calls + calls, was.bytes_up + up, was.bytes_down + down)
-
-
-def _size(data: bytes | Path) -> int:
-    return data.stat().st_size if isinstance(data, Path) else len(data)

@@ -10,7 +10,7 @@ from deltawire.cli.engines import audit, follow
 from deltawire.cli.gateway import gateway
 from deltawire.cli.history import diff, log
 from deltawire.cli.interchange import apply, export, import_run
-from deltawire.cli.printing import emit, error_text
+from deltawire.cli.printing import emit
 from deltawire.cli.reading import inspect, materialize, verify
 from deltawire.cli.sizing import plan
 from deltawire.cli.starting import demo, render, serve
@@ -18,7 +18,7 @@ from deltawire.cli.tagging import tag
 from deltawire.cli.upkeep import compact, keygen, prune, relay
 from deltawire.cli.watching import doctor, status
 from deltawire.demo.commands import in_checkout
-from deltawire.errors import DeltaWireError
+from deltawire.errors import DeltaWireError, error_text
 
 app = typer.Typer(
     no_args_is_help=True,

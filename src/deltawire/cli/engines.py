@@ -208,7 +208,7 @@ def _serving_health(
     teller: Teller,
 ) -> Iterator[None]:
     """Meanwhile answer whether the server is ready, show the page, and export metrics."""
-    from deltawire.fleet.local import board_of, metrics_of
+    from deltawire.fleet.follower_port import board_of, metrics_of
     from deltawire.follow.health import HealthServer
 
     health = follower.health

@@ -35,7 +35,7 @@ def gateway(
         from deltawire.gateway.serving import serve
     except ImportError:
         raise ImportError("the gateway needs starlette, uvicorn and httpx: pip install 'deltawire[gateway]'") from None
-    from deltawire.gateway.fleet import parse_engine
+    from deltawire.gateway.engines import parse_engine
 
     def ready(url: str) -> None:
         emit({"event": "ready", "url": url, "engines": engine}, f"gateway at {url} before {len(engine)} engines", json)

@@ -19,11 +19,6 @@ def size(count: int) -> str:
     return f"{count / MIB:.2f} MiB" if count >= MIB else f"{count / 1024:.1f} KiB"
 
 
-def error_text(error: BaseException) -> str:
-    """An error's type and what it says."""
-    return f"{type(error).__name__}: {error}"
-
-
 def show(table: Table) -> None:
     """Print a table whole: where it is too wide, names go on in the next line, and none is cut to look like another."""
     for column in table.columns:

@@ -11,9 +11,9 @@ from deltawire.cli.options import AsJson
 from deltawire.cli.printing import duration, emit, show
 from deltawire.errors import NotFound
 from deltawire.format.checkpoint import Checkpoint
-from deltawire.sizing.fleet import FleetReport, simulate
 from deltawire.sizing.forecast import Forecast, forecast
 from deltawire.sizing.scenario import Scenario, parse_count
+from deltawire.sizing.simulation import FleetReport, simulate
 
 HubPlan = Literal["free", "pro", "team", "enterprise"]
 Dtype = Literal["bf16", "fp16", "fp8", "fp32"]

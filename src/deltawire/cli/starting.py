@@ -26,7 +26,7 @@ def serve(
     {"users": [{"name": "ada", "token": "a-long-secret", "orgs": [{"name": "lab", "private_by_default": true}]}]}.
     Tokens travel as they are: beyond your own network, put a server that speaks TLS in front.
     """
-    from deltawire.fleet.hub import hub_page
+    from deltawire.fleet.hub_page import hub_page
     from deltawire.hub_server import serve as serve_forever
 
     def ready(url: str) -> None:

@@ -8,7 +8,8 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
-from deltawire.cli.printing import duration, emit, error_text, size
+from deltawire.cli.printing import duration, emit, size
+from deltawire.errors import error_text
 
 if TYPE_CHECKING:
     from deltawire.follow.follower import UpdateReport

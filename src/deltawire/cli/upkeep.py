@@ -9,7 +9,8 @@ import typer
 
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import ADDRESSES, AsJson, BaseFolder, BucketUrl, SigningKeyFile, Trusted
-from deltawire.cli.printing import emit, error_text, size
+from deltawire.cli.printing import emit, size
+from deltawire.errors import error_text
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.keys import HEAD_KEY
 

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from deltawire.buckets import Bucket, open_bucket
 from deltawire.cli.options import AsJson, BucketUrl, Trusted, host_and_port, listening_at
-from deltawire.cli.printing import duration, emit, error_text, plain, size
-from deltawire.errors import BucketError, ChainError, FormatError
+from deltawire.cli.printing import duration, emit, plain, size
+from deltawire.errors import BucketError, ChainError, FormatError, error_text
 from deltawire.fleet.page import Board
 from deltawire.fleet.status import FleetStatus, ReplicaStatus, TrainerStatus, Watcher
 from deltawire.follow.port import Port, Route

@@ -22,8 +22,8 @@ class _Checksums(msgspec.Struct):
 
 
 def audit(version: int, trainer: Path, engine: str, materialized: Path, fresh: str) -> Audit:
-    """Compare independent computations, tensor by tensor: `trainer` is the file of digests that the trainer made of its
-    own weights, those of the server `engine` are recomputed from live memory now, and `materialized` is a checkpoint
+    """Compare independent computations, tensor by tensor. `trainer` is the file of digests that the trainer made of its
+    own weights. Those of the server `engine` are recomputed from live memory now, and `materialized` is a checkpoint
     read now. vLLM's own checksums of its parameters are compared between `engine` and `fresh`, a server that was
     started on the materialized checkpoint and never updated.
 

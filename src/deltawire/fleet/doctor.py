@@ -1,7 +1,7 @@
 """What is wrong between a bucket, this host and an engine, and the fix of each: one small check per thing.
 
-A check yields findings and raises nothing that a store or a server may say. Of a bucket it writes one object, and
-removes it; of an engine it changes nothing.
+A check yields findings and raises nothing that a store or a server may say. It writes one object to the bucket and
+removes it; it changes nothing in an engine.
 """
 
 from collections.abc import Iterable, Iterator

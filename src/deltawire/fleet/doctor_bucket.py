@@ -7,7 +7,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from deltawire.buckets.base import Bucket, fenced
-from deltawire.errors import AccessRefused, BadSignature, BucketError, ChainError, DeltaWireError, FormatError, NotFound
+from deltawire.errors import (
+    AccessRefused,
+    BadSignature,
+    BucketError,
+    ChainError,
+    DeltaWireError,
+    FormatError,
+    NotFound,
+    error_text,
+)
 from deltawire.fleet.findings import Finding, fault, note, ok
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog import log
@@ -120,7 +129,7 @@ def records(
         yield fault("signatures", str(error), "give --trust the key that the trainer's `deltawire keygen` printed")
         return
     except DeltaWireError as error:
-        yield fault("run", f"{type(error).__name__}: {error}", f"run `deltawire verify {bucket.url}`")
+        yield fault("run", error_text(error), f"run `deltawire verify {bucket.url}`")
         return
     yield _head(bucket, head, newest)
     yield _run(bucket, newest, run, known)

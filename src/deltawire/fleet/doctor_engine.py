@@ -21,6 +21,7 @@ from deltawire.errors import (
     EngineUnavailable,
     EngineUnsupported,
     OtherRun,
+    error_text,
     recorded_error,
     some,
 )
@@ -197,7 +198,7 @@ def _within(seconds: float, client: EngineClient, bucket: Bucket) -> int:
 
 def _blamed(bucket: Bucket, client: EngineClient, error: DeltaWireError) -> Finding:
     """What keeps a worker from following a bucket."""
-    said = f"{type(error).__name__}: {error}"
+    said = error_text(error)
     if isinstance(error, BadSignature):
         return fault("signatures", said, "give the follower --trust with the key that signs the run")
     if isinstance(error, BucketError | EngineUnavailable):

@@ -1,7 +1,7 @@
 """The page that shows a run and its fleet: one HTML file, a JSON of what is known, and a stream of what changes.
 
-Nobody who asks waits for a bucket or an engine: a thread looks at the bucket while somebody watches, and what it saw
-last is the answer.
+No viewer waits for a bucket or an engine. A thread looks at the bucket while somebody watches, and the answer is what
+it saw last.
 """
 
 import threading
@@ -15,7 +15,7 @@ from urllib.parse import parse_qs
 
 import msgspec
 
-from deltawire.errors import BucketError, ChainError, DeltaWireError, FormatError
+from deltawire.errors import BucketError, ChainError, DeltaWireError, FormatError, error_text
 from deltawire.fleet.status import FleetStatus, Watcher
 from deltawire.follow.port import Answer
 from deltawire.runlog.keys import HEAD_KEY
@@ -136,7 +136,7 @@ class Board:
         try:
             shown = self._as_shown(self._watcher.look())
         except (BucketError, FormatError, ChainError) as error:
-            shown = {"bucket": self._watcher.bucket.url, "at": time.time(), "error": f"{type(error).__name__}: {error}"}
+            shown = {"bucket": self._watcher.bucket.url, "at": time.time(), "error": error_text(error)}
         aging = [shown.get("trainer", {}), *shown.get("replicas", [])]
         gist = [shown.get("error"), shown.get("links"), _without_ages(aging)]
         with self._changed:

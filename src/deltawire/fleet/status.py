@@ -25,9 +25,9 @@ State = Literal["current", "behind", "unready", "silent"]
 
 
 class TrainerStatus(msgspec.Struct, frozen=True):
-    """The trainer, by its commits: the newest one's version, step and age in seconds, and over the versions shown how
-    many there are an hour and their bytes. `waiting` and `problem` are its own words of `heard_s` seconds ago, and None
-    where it said nothing."""
+    """The trainer, by its commits: version, step and age in seconds of the newest. Versions an hour and bytes are over
+    the versions shown. `waiting` and `problem` are its own words of `heard_s` seconds ago, and None where it said
+    nothing."""
 
     run: str
     version: int

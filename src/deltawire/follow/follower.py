@@ -62,8 +62,8 @@ class Follower(FollowLoop[UpdateReport]):
     """Keeps one server at the newest version of one bucket. `options` are FollowOptions, as a record or by keyword.
 
     It alone drives the server's updates, by a lease that it renews. A second follower raises AnotherFollower, unless
-    the first was not heard of for 15 seconds, is gone, or `take_over` is set; from then on the first does. A pause or a
-    session that it finds was left by a follower that was killed, and is ended.
+    the first was silent for 15 seconds, is gone, or `take_over` is set. From then on the first one raises it. A pause
+    or a session that it finds was left by a follower that was killed, and is ended.
 
     A server goes on trusting the keys that it was given alone when another follower comes that has none; `on_news`
     hears of it then. Weights that turn out to be no version are remade from the bucket.

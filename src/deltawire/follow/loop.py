@@ -18,6 +18,7 @@ from deltawire.errors import (
     FormatError,
     NotFound,
     Quarantined,
+    error_text,
 )
 from deltawire.follow.beats import Beats
 from deltawire.follow.health import SILENT_AFTER, Health
@@ -76,8 +77,8 @@ class FollowLoop(ABC, Generic[R]):
 
     def run(self) -> None:
         """Follow until stopped or closed. What passes is reported, every minute while it lasts, and looked at again;
-        the server keeps what it serves. It may be a store or server that fails or is out of reach, a damaged file, a
-        chain that was read while it changed, or another trainer's run.
+        the server keeps what it serves. That is a failing or unreachable store or server, a damaged file, a chain that
+        changed while it was read, or another trainer's run.
 
         Raises what a person must mend: EngineUnsupported, Quarantined, AnotherFollower, ApplyError.
         """
@@ -159,7 +160,7 @@ class FollowLoop(ABC, Generic[R]):
         if self._is_due(type(error).__name__):
             self.options.on_problem(error)
         if not isinstance(error, NotFound):  # an entry would make a bucket that is gone
-            self.beat(error=f"{type(error).__name__}: {error}")
+            self.beat(error=error_text(error))
 
     def _tell(self, report: R | None) -> None:
         """Say that we wait, or that the server is current where no update says so."""

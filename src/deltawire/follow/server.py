@@ -66,8 +66,8 @@ class DrivenServer:
         return status
 
     def idle(self, target: Position | None = None) -> ServerStatus | None:
-        """The server's status once its workers are done with what they were asked for, however long a slow store makes
-        that; None when we were closed meanwhile. The server generates all the while."""
+        """The server's status once its workers have done what they were asked, however slow the store is. None when
+        this follower was closed meanwhile. The server generates all the while."""
         reported, fetched = False, None
         while not self._stopping.is_set():
             status = self.lease.confirmed()
@@ -113,7 +113,7 @@ class DrivenServer:
 
     def _let_go(self) -> None:
         """End the session and the pause of an update that failed, as far as the server lets us; the next step looks
-        again. Not those of a follower that has taken the lease."""
+        again. A follower that has taken the lease keeps its own."""
         with suppress(EngineError):
             status = self.engine.status()
             if status.session_open and not status.lease.mine:
@@ -144,8 +144,8 @@ class DrivenServer:
             self.engine.label(UNVERIFIED)
 
     def label(self, position: Position) -> None:
-        """Name the version of a server that is at it without saying so: fresh from that very checkpoint, or left by a
-        follower that was killed."""
+        """Name the version of a server that holds it but does not say so. It is fresh from that checkpoint, or was left
+        by a killed follower."""
         if self.engine.weight_version() != str(position):
             self.engine.label(str(position))
         self._health.labelled = position

@@ -96,9 +96,9 @@ def _slowest(applied: Sequence[Applied]) -> Applied:
 
 
 class AuditReport(msgspec.Struct, frozen=True):
-    """Digests recomputed from a server's live memory, and the names that differ from the version it says it serves
-    (or, when it serves none, the newest). `frozen` names the tensors that the run never changes and the server never
-    loads: there is no memory of theirs to digest."""
+    """Digests recomputed from a server's live memory, and the names that differ from the version it says it serves. A
+    server of no version is compared with the newest. `frozen` names the tensors that the run never changes and the
+    server never loads: there is no memory of theirs to digest."""
 
     position: Position | None
     digests: dict[str, str]

@@ -113,7 +113,7 @@ class WorkerCalls(ABC):
         return audited(self._fetch(ask.AuditJob(bucket), ask.Audited))
 
     def placement(self) -> list[ask.Placed]:
-        """Of each worker, where each checkpoint tensor lives in its parameters. `frozen` names the tensors that the run
+        """Where each checkpoint tensor lives in the parameters of each worker. `frozen` names the tensors that the run
         never changes and it holds nothing of, `remade` the modules whose weights are remade at an update."""
         return self.ask(rpc.PLACEMENT, ask.Request())
 

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from deltawire.errors import FormatError
-from deltawire.gateway.fleet import Fleet
+from deltawire.gateway.engines import Fleet
 from deltawire.gateway.routing import Engine, Floor, Known, parse_floor, prefix_of, why_none
 
 ROUTES = {"/v1/completions": "POST", "/v1/chat/completions": "POST", "/v1/models": "GET"}

@@ -25,8 +25,8 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of an engine: whether it may be sent requests, else why not; which version of which run it serves;
-    and how many of our requests it has."""
+    """What is known of an engine: whether it is ready, else why not; which version of which run it serves; how many of
+    our requests it has."""
 
     engine: Engine
     ready: bool = False
@@ -63,8 +63,8 @@ def choose(
 ) -> Known | None:
     """The engine for a request, or None where none will do; `without` are addresses that were tried.
 
-    Requests of one prefix go to one engine, whatever the others do, unless it has more than its share; then to the next
-    in that prefix's own order. Requests without a prefix go where the fewest are.
+    Requests of one prefix go to one engine, unless it has more than its share of all requests. Then they go to the next
+    one in that prefix's own order. Requests without a prefix go where the fewest are.
     """
     usable = [known for known in fleet if known.ready and (floor is None or floor.admits(known))]
     usable = [known for known in usable if known.engine.url not in without]

@@ -81,8 +81,8 @@ def set_position(worker: LiveWorker, request: ask.SetPosition) -> ask.Done:
 
 
 def stage(worker: LiveWorker, request: ask.Stage) -> ask.Accepted:
-    """Start to stage a version in the background; the status tells the outcome. Not accepted while another is being
-    staged."""
+    """Start to stage a version in the background; the status says how it ended. The worker refuses it while it stages
+    another."""
     worker.require_lease(request.lease)
 
     def job() -> None:
@@ -120,8 +120,8 @@ def environ(worker: LiveWorker, request: ask.SeeEnviron) -> ask.Environ:
 
 
 def begin(worker: LiveWorker, request: ask.Begin) -> ask.Accepted:
-    """Start what takes long; `result` tells its answer. Not accepted while something else runs; asked again with the
-    same ticket, it is begun once."""
+    """Start what takes long; `result` gives its answer. The worker refuses it while something else runs. The same
+    ticket begins it once, however often it comes."""
     job, ticket, jobs = request.job, request.ticket, worker.jobs
     if isinstance(job, ask.DriftJob):
         worker.require_lease(request.lease)

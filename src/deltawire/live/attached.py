@@ -28,8 +28,8 @@ class Undo:
 
 @dataclass(eq=False)
 class Attached:
-    """A bucket's run, this worker's weights as that run names them, the digests of their parts as the last update left
-    them, and which version they are.
+    """A bucket's run beside this worker's weights: their names in that run, the digests that the last update left, and
+    their version.
 
     `frozen` are the committed digests, which no version changes, of frozen tensors of which this worker loads nothing.
     `asked` is the address that was asked for. `coverage` is None when other workers hold the rest, `joined` whether
@@ -47,8 +47,8 @@ class Attached:
     undo: Undo | None = None
 
     def find_version(self) -> None:
-        """Of the only worker: its digests say at which committed version it is, or at none, as when it holds a tensor
-        twice and differently. Raises EngineUnsupported when it does not hold the whole model."""
+        """Find the version of a worker that is the only one, by its digests. It is at none when it holds a tensor twice
+        and differently. Raises EngineUnsupported when it does not hold the whole model."""
         self.coverage = Coverage(self.live.sizes, [self.live.parts], self.live.placement.computed, self.frozen)
         digests, differing = self.coverage.digests([self.digests])
         root = root_of(self.live.table.values(), digests)
@@ -114,8 +114,8 @@ class Attached:
             raise WrongBase(f"{plan.after}: {len(wrong)} tensors read back wrong ({some(wrong)}); put back")
 
     def audit(self) -> Audited:
-        """Recompute every digest from live memory. `promised` are those of the version these weights are said to be,
-        or of the newest when they are none; `drifted` names what the last update did not leave so."""
+        """Recompute every digest from live memory. `promised` are those of the version that these weights should be, or
+        of the newest. `drifted` names what changed since the last update."""
         digests = self.live.digests()
         stale = [transform for transform in self.live.remade() if not transform.is_current()]
         drifted = [

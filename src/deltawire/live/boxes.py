@@ -121,8 +121,8 @@ def refuse(reasons: Mapping[str, str]) -> None:
 
 
 class OtherWrite(NamedTuple):
-    """A loader's write that is no copy of a checkpoint tensor: the operation, and the first and last offset that it
-    touches in the storage behind a parameter."""
+    """A loader's write other than a copy of a checkpoint tensor: the operation, and the first and last offset that it
+    touches behind a parameter."""
 
     parameter: str
     first: int

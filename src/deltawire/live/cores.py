@@ -22,8 +22,8 @@ def allowed() -> set[int]:
 
 
 def beside(cores: set[int]) -> set[int]:
-    """Of these allowed cores, those where a thread can work beside this one. A core that this one is bound to is not
-    among them."""
+    """Those of the allowed cores where a thread can work beside this one, so without a core that this one is bound
+    to."""
     mine = os.sched_getaffinity(0) if cores else set()
     return cores - mine if len(mine) == 1 else cores
 

@@ -28,8 +28,8 @@ class Coverage:
     tensors' elements.
 
     `frozen` are the committed digests of tensors that the run never changes: one that no worker loads counts with its
-    digest. Raises EngineUnsupported, naming each other tensor of which elements are nowhere or parts overlap without
-    being copies; `hints` says of some what happened to them instead.
+    digest. Raises EngineUnsupported, naming each tensor that has missing elements, or parts that overlap without being
+    copies. `hints` says what happened to some of them.
     """
 
     def __init__(

@@ -237,8 +237,8 @@ class HeldParts(Digested, frozen=True):
 
 
 class Audited(HeldParts, frozen=True, tag="audited"):
-    """What a worker found when it digested all of its memory: `promised` are whole tensors' digests of the version it
-    stands at, `drifted` names what its updates did not leave so."""
+    """What a worker found when it digested all of its memory. `promised` are whole tensors' digests at its version, and
+    `drifted` names what changed since its last update."""
 
     position: Position | None
     promised: dict[str, Hex]

@@ -1,8 +1,8 @@
 """Where each element of a checkpoint lives in this worker's parameters, learned by watching the model's loader once.
 
 The loader (`load_weights`) runs over empty tensors of the checkpoint's shapes under a dispatch mode that sees every
-operation. A copy from a view of a checkpoint tensor into a live parameter is one `Box`: a rectangle here is a rectangle
-there. That covers fused QKV and gate/up, slices, and vocabulary padding with no table of names.
+operation. A copy from a view of a checkpoint tensor into a live parameter is one `LiveBox`: a rectangle here is a
+rectangle there. That covers fused QKV and gate/up, slices, and vocabulary padding with no table of names.
 
 Nothing is written. Every mutating operation on anything but a fresh temporary is suppressed: loaders also call `fill_`
 or copy computed values. What such an operation would have overwritten does not qualify, and is named.

@@ -136,7 +136,7 @@ def _place(
     for (memory, box), digest in zip(live.places(name), known, strict=True):
         if tensor.positions is None:
             old = memory.read(box)
-            new = old + box.pick(tensor.steps)
+            new = old + box.pick(tensor.increments)
             before, after = digest_box(old, box), digest_box(new, box)
             _fill(memory, box, new, writes)
         else:
@@ -144,7 +144,7 @@ def _place(
             positions, on_device = tensor.positions[inside], memory.on_device(offsets)
             there = memory.gather(on_device)
             old = memory.from_device(there)
-            new = old + tensor.steps[inside]
+            new = old + tensor.increments[inside]
             before, after = digest_at(positions, old), digest_at(positions, new)
             writes += _scatters(memory, on_device, there, memory.bits_on_device(new))
         digests.append(moved(digest, before, after))

@@ -1,8 +1,8 @@
 """What a server does to a module's weights after loading them, done again: pack, pad, quantise, hand them to a kernel.
 
-A transform that only moves elements about has layouts, and its weights are patched where they lie. Of any other the
-weights are kept as they were loaded. An update changes those and runs the transform again on a shadow of the module;
-its result goes into the live one.
+A transform that only moves elements about has layouts, and its weights are patched where they lie. A module with any
+other transform also keeps its weights as they were loaded. An update changes those and runs the transform again on a
+shadow of the module; its result goes into the live one.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """A trainer's tensors under the checkpoint's names: each is a rectangle of a trainer's tensor. Views, never copies.
 
-transformers 5 trains all experts of a layer as one tensor where a checkpoint holds one per expert; wrappers (compile,
-DDP, PEFT) put words into names; a tied head is one tensor with two names. A `NameMap` is that difference as data.
+transformers 5 trains all experts of a layer as one tensor, where a checkpoint holds one per expert. Wrappers (compile,
+DDP, PEFT) put words into names. A tied head is one tensor with two names. A `NameMap` is that difference as data.
 """
 
 import difflib
@@ -212,8 +212,8 @@ def _is_partition(boxes: list[tuple[tuple[int, int], ...]]) -> bool:
 def place_of(tensor: Any) -> tuple[Any, ...]:
     """What two tensors that both still exist have in common exactly when they are the same memory read the same way.
 
-    Of a sharded tensor it is the memory that this rank holds, for a DTensor itself has none. Two that hold no element,
-    as a rank's shards may, differ too.
+    For a sharded tensor it is the memory that this rank holds, because a DTensor itself has none. Two that hold no
+    element, as a rank's shards may, differ too.
     """
     if isinstance(tensor, ShardedView):
         return tensor.view.box, tensor.view.dims, place_of(tensor.tensor)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from deltawire.buckets.base import size_of
 from deltawire.buckets.verified import hash_file
 from deltawire.format import delta_file
 from deltawire.publish.sharded.shards import spread
@@ -45,7 +46,7 @@ class Captured:
     @property
     def payload_bytes(self) -> int:
         """Bytes of the payloads made so far."""
-        return sum(_size(data) for data in (self.payloads or {}).values())
+        return sum(size_of(data) for data in (self.payloads or {}).values())
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +82,7 @@ def ship(captured: Captured) -> Shipment:
     """The exact bytes a process sends for a version, again and again until the outcome is known."""
     payloads = captured.payloads if captured.payloads is not None else encode(captured)
     records = tuple(
-        Payload(key, _size(data), blake3(data).hexdigest() if isinstance(data, bytes) else hash_file(data))
+        Payload(key, size_of(data), blake3(data).hexdigest() if isinstance(data, bytes) else hash_file(data))
         for key, data in payloads.items()
     )
     return Shipment(payloads, records, tuple(captured.delta))
@@ -133,7 +134,3 @@ def encode(captured: Captured) -> dict[str, bytes | Path]:
     if captured.parent is None and captured.rank is not None:
         return {part_key(captured.version, sealed, captured.rank): data}
     return {delta_key(captured.version, sealed, captured.rank): data}
-
-
-def _size(data: bytes | Path) -> int:
-    return len(data) if isinstance(data, bytes) else data.stat().st_size

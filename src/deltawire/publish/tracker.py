@@ -45,7 +45,7 @@ class Transition:
 class ChangeTracker:
     """The baseline, the change since the last version, and the digests that the baseline began with.
 
-    Of a sharded job, `shards` says by name what this rank holds of each tensor, without the tensor.
+    In a sharded job `shards` says by name what this rank holds of each tensor, without the tensor.
     """
 
     def __init__(self, transition: Transition, baseline: Baseline | None = None) -> None:

@@ -12,9 +12,9 @@ from deltawire.weights.delta import Delta
 class Update:
     """One step of the chain, its bytes verified.
 
-    Either `delta` leads from `parent` to `position`, or (the first update of a copy that starts from nothing)
-    `anchor` holds every tensor at `position`, lazily mapped from files, and `parent` is None. `digests` are those of
-    all tensors at `position`; the holder of the weights compares them with what it got.
+    `delta` leads from `parent` to `position`. The first update of a copy that starts from nothing has an `anchor`
+    instead: every tensor at `position`, lazily mapped from files; its `parent` is None. `digests` are those of all
+    tensors at `position`; the holder of the weights compares them with what it got.
     """
 
     position: Position

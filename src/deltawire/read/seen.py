@@ -35,8 +35,8 @@ class Sighting(msgspec.Struct, frozen=True):
 
 
 def place_of(state: Path | str | None, engine: str) -> Path:
-    """The file that remembers what was seen for one engine: `state`, or a file in it where it is a folder, or by
-    default in this user's state folder, by the XDG base directories."""
+    """The file that remembers what was seen for one engine: `state`, or a file in it where it is a folder. The default
+    is in this user's state folder, by the XDG base directories."""
     name = re.sub(r"[^A-Za-z0-9._@-]+", "-", engine).strip("-.")[:200] + ".json"
     if state is None:
         home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")

@@ -22,10 +22,10 @@ UNSAID = 30.0
 class Heartbeat(msgspec.Struct, frozen=True):
     """What one replica says of itself. It is a hint: anyone who may write the bucket may write it.
 
-    `version` is what it serves, `staged` what is ready to be written, `lag` versions behind, `audit` what the last look
-    at all of its memory found; `need` the lowest version it still reads from, written before a joiner downloads. `at`
-    is when it was written, in seconds since the epoch by the replica's clock, and `every` after how many seconds the
-    next one comes at the latest.
+    `version` is what it serves, `staged` what is ready to be written, and `lag` how many versions it is behind. `audit`
+    is what the last look at all of its memory found. `need` is the lowest version that it still reads from, written
+    before a joiner downloads. `at` is when it was written, in seconds since the epoch by the replica's clock, and
+    `every` after how many seconds the next one comes at the latest.
 
     `pause_p50_ms` and `pause_p99_ms` are over its last hundred updates, `wire_bytes` of the last one, `fetched_bytes`
     of all since the follower began. `codecs` are those that it reads; `unready` says why no request should be sent.

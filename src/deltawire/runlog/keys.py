@@ -95,8 +95,8 @@ def run_key(run: str) -> str:
 
 
 def commit_key(run: str, version: int, record_hash: str | None = None) -> str:
-    """Key of a version's commit: by its number alone where the store lets one writer have it, with the start of the
-    record's hash in it where the store would let a second writer overwrite the first."""
+    """Key of a version's commit: its number alone where the store lets only one writer have it. Where a second writer
+    could overwrite the first, the start of the record's hash is in it too."""
     mark = "" if record_hash is None else f"-{record_hash[:12]}"
     return f"{commits_prefix(run)}{version:06d}{mark}.json"
 

@@ -60,9 +60,8 @@ def hinted(bucket: Bucket) -> Head | None:
 
 
 def current_run(bucket: Bucket, *, trust: Trust = NOBODY) -> str:
-    """The run that HEAD names. Without a HEAD of a run that is there (its writer was killed just before, or it is
-    damaged) the only run with a commit that no other such run supersedes. Anything but a run, or one not signed as
-    `trust` asks, is passed over.
+    """The run that HEAD names. Where HEAD is damaged or names no run that is there, it is the only run with a commit
+    that no other such run supersedes. Anything but a run, or one not signed as `trust` asks, is passed over.
 
     Raises NotFound while nothing is published, Forked when there are several such runs.
     """
@@ -126,11 +125,6 @@ def _find_commit(bucket: Bucket, run: str, version: int) -> str:
 def read_run(bucket: Bucket, run: str) -> Run:
     """A run's record. Raises NotFound, FormatError, ChainError."""
     return load_run(bucket, run).record
-
-
-def read_commit(bucket: Bucket, run: str, version: int) -> Commit:
-    """One version's commit. Raises NotFound, FormatError, ChainError."""
-    return load_commit(bucket, run, version).record
 
 
 def list_commits(bucket: Bucket, run: str, *, after: int = -1) -> list[CommitKey]:

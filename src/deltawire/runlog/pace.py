@@ -23,8 +23,8 @@ SLOWEST = 8
 class Pace:
     """When one writer of heartbeats may write again.
 
-    On a store that bills or limits calls: news at most every `FLOOR` seconds and the same again after four times that,
-    both longer in a large fleet, and twice as long each time the store says "later". In a folder news is written at
+    A store that bills or limits calls gets news at most every `FLOOR` seconds, and the same again after four times
+    that. Both are longer in a large fleet, and double each time the store says "later". In a folder news is written at
     once.
     """
 

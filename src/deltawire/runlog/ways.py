@@ -200,7 +200,7 @@ class Ways(Commits):
         return Edge(record.parent, record.version, size, filed.key, undo=undo)
 
     def _pick(self, listed: list[CommitKey]) -> list[CommitKey]:
-        """Of commits by (version, key), of which two share a version, those on the chain."""
+        """The commits that are on the chain, where two share a version."""
         on_chain = {filed.key for filed in self.back(self._newest_listed())}
         return [commit for commit in listed if commit.key in on_chain]
 

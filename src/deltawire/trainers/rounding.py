@@ -71,7 +71,7 @@ class RoundingWatch:
 
 
 def _updates(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each 16-bit weight with Adam's moments, a sample and the update it should get, in fp32."""
+    """A sample of each 16-bit weight that has Adam's moments, and the update it should get, in fp32."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})

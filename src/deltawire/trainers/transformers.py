@@ -40,8 +40,8 @@ class DeltaWeightSyncCallback(TrainerCallback):
     with `options` as its keywords, and closes it when training ends; without `base` or `assets`, the anchor gets the
     model's config and the tokenizer of the trainer. A Publisher of yours is flushed when training ends; you close it.
 
-    A version's `step` is the trainer's `global_step`. Of the trainer's logs, the numbers named by `metrics` go into the
-    next commit. A trainer logs a step only after it ended, so `logged_step` says which step they belong to. Where
+    A version's `step` is the trainer's `global_step`. The numbers in the trainer's logs that `metrics` names go into
+    the next commit. A trainer logs a step only after it ended, so `logged_step` says which step they belong to. Where
     16-bit weights lose most of an update to rounding, a warning says so once. `rounding_lost` is then among the numbers
     of the commits it was measured for (`trainers.rounding`).
 

@@ -43,8 +43,8 @@ class DeltaWeightTransfer:
     it. A tag then says which version was committed when the sample was begun, not which one made it. A sample may be
     older than `max_staleness` by as many versions as its server lags; `deltawire follow --max-staleness` bounds that.
 
-    `timeout` bounds, in seconds, one wait for commit and replica; other ranks wait meanwhile, so keep it below the
-    timeout of their process group (ten minutes with NCCL). `poll` is seconds between looks.
+    `timeout` bounds, in seconds, one wait for commit and replica. Other ranks wait meanwhile, so keep it below their
+    process group's timeout (ten minutes with NCCL). `poll` is seconds between looks.
 
     TRL merges a PEFT adapter into its base for every sync. In a bf16 base that loses bits for good; a warning says so
     once (`trainers.merging`).

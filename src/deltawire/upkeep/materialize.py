@@ -44,8 +44,8 @@ def materialize(
     """Write a version (the newest by default) as a checkpoint folder that vLLM and transformers load.
 
     Every tensor's digest is recomputed and compared with the commit before the folder appears under its name, all at
-    once. Costs one delta of memory. A folder that already holds this position is left as it is; one that holds another
-    version of the run is moved by what lies between, through a journal, so that a kill leaves no mixture.
+    once. Costs one delta of memory. A folder that already holds this position is left as it is. One that holds another
+    version of the run is moved by what lies between, through a journal. So a kill leaves no mixture.
 
     `trusted` are public keys, or files of them, one of which must have signed every record.
 

@@ -1,8 +1,8 @@
 """What may go from a bucket: one number, the floor, decides. References go before what they refer to.
 
-The floor is the newest anchor at or below everything that is still wanted: the newest anchors of the policy, what was
-committed lately, what has a tag, what HEAD names, and what an active replica stands on. A reader at or above it never
-misses anything.
+The floor is the newest anchor at or below everything that is still wanted. That is the policy's newest anchors, recent
+commits, tagged versions, what HEAD names, and what active replicas stand on. A reader at or above it never misses
+anything.
 """
 
 import math
@@ -30,8 +30,8 @@ _ORDER: tuple[Kind, ...] = ("fold record", "anchor record", "commit", "fold", "d
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What stays: the chains of the newest `anchors`, what was committed within `hours`, all that a replica needs whose
-    heartbeat is no older than `replica_hours`, and every tagged version with what came after it."""
+    """What stays: the chains of the newest `anchors`, what was committed within `hours`, and every tagged version with
+    what came after it. So does what a replica needs whose heartbeat is at most `replica_hours` old."""
 
     anchors: int = 2
     hours: float = 24.0

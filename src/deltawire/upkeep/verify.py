@@ -52,11 +52,11 @@ def verify(
     """Read all that the bucket's run holds, from its oldest anchor to its newest commit, and recompute every digest.
 
     The deltas are applied one after another to a copy of that anchor. A delta must lead to the digests that its commit
-    promises, a fold must lead back to those of the version it starts from, an anchor must have those of its version;
-    at the end the digests of all weights are recomputed. Takes twice the model's size in temporary files, and the
-    memory of a delta and its negative. A bucket that is pruned meanwhile is read again from its new start. An object
-    under the key of a fold or an anchor that is not its record, or is signed by nobody trusted, is followed by no
-    reader: it is counted as junk.
+    promises. A fold must lead back to those of the version it starts from. An anchor must have those of its version. At
+    the end the digests of all weights are recomputed. Takes twice the model's size in temporary files, and the memory
+    of a delta and its negative. A bucket that is pruned meanwhile is read again from its new start. An object under the
+    key of a fold or an anchor may not be its record, or not be signed by a trusted key. No reader follows it: it counts
+    as junk.
 
     `trusted` are public keys, or files of them, one of which must have signed every record. `on_read` hears of each
     delta, fold and anchor, and of how many there are.

@@ -18,19 +18,19 @@ def decoded(body: bytes, kind: type[T], asked: str) -> T:
 
 
 class Results(msgspec.Struct, frozen=True):
-    """Of `/collective_rpc`: what each worker answered."""
+    """The answer of `/collective_rpc`: what each worker answered."""
 
     results: list[Any]
 
 
 class Paused(msgspec.Struct, frozen=True):
-    """Of `/is_paused`."""
+    """The answer of `/is_paused`."""
 
     is_paused: bool
 
 
 class WeightInfo(msgspec.Struct, frozen=True):
-    """Of `/weight_info`."""
+    """The answer of `/weight_info`."""
 
     weight_version: str
 
@@ -43,7 +43,7 @@ class Card(msgspec.Struct, frozen=True):
 
 
 class Models(msgspec.Struct, frozen=True):
-    """Of `/v1/models`."""
+    """The answer of `/v1/models`."""
 
     data: list[Card]
 

@@ -1,6 +1,6 @@
 """What the plugin changes in vLLM, once per process. It adds the engine's name and the worker's methods behind
-`/collective_rpc`. Of a model served with it, it watches what happens to the weights after loading, with CPU packing
-off."""
+`/collective_rpc`. Where that engine is chosen, it watches what happens to the weights after loading, and turns CPU
+packing off."""
 
 import functools
 import os

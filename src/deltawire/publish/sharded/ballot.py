@@ -18,8 +18,8 @@ from deltawire.weights.table import TensorEntry
 class Ballot:
     """One rank's say, or that of all ranks once packed ballots are added up.
 
-    `marks` has a number for each rank. The others have one for each tensor: `seeded` and `owned` are digests of what a
-    rank publishes, at the opening and now, and `copies` of all that it holds. `cut` is rank 0's, and -1 on others.
+    `marks` has a number for each rank. The others have one for each tensor. `seeded` and `owned` are digests of what a
+    rank publishes, at the opening and now; `copies` are of all that it holds. `cut` is rank 0's, and -1 on others.
     """
 
     marks: Sums

@@ -104,8 +104,8 @@ class Ranks:
     def hold(self, name: str, tensor: Any) -> Shard:
         """What this rank holds of a tensor: plain, a DTensor, or a view of one. No rank is asked, nothing is gathered.
 
-        Raises ShapeMismatch for a DTensor whose values are not settled (Partial), or whose layout is not a box. Raised
-        too, on all ranks alike, for a view without dimensions: one element, which not every rank has.
+        Raises ShapeMismatch for a DTensor whose values are not settled (Partial), or whose layout is not a box. All
+        ranks raise it, too, for a view without dimensions: not every rank has its one element.
         """
         import torch
         from torch.distributed.tensor import DTensor
