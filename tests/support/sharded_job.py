@@ -534,7 +534,7 @@ def tied(folder):
             publish(pub, untied.state_dict())
             step([*untied.named_parameters()], number)
     right = dw.Subscriber(bucket).run
-    assert (right.format, len(right.table)) == (1, len(untied.state_dict()))
+    assert (right.format, len(right.table)) == (3, len(untied.state_dict()))
 
 
 SCENARIOS = {
