@@ -272,7 +272,7 @@ def _check(record: Run | Commit | Derived | Head | Way, where: str) -> None:
         names = [name for entry in record.table for name in (entry.name, *entry.aliases)]
         require(len({*names}) == len(names), "a name stands twice in the tensor table")
         require(not any("\0" in name for name in names), "a name in the tensor table has a NUL")
-        require(record.format == _format(record.table, record.codecs), f"format {record.format} is not that it needs")
+        require(record.format == _format(record.table, record.codecs), f"format {record.format} is not that of its table")
         require(record.codecs != () and len({*record.may_use}) == len(record.may_use), "no codecs, or one twice")
         for entry in record.table:
             require(_is_possible(entry), f"{entry.name}: impossible dtype {entry.dtype!r} or shape {list(entry.shape)}")
