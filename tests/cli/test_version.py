@@ -30,8 +30,8 @@ def test_the_version_stands_in_one_place():
 def test_the_version_names_every_format():
     lines = run_verb("--version").stdout.splitlines()
     assert lines[0] == f"deltawire {deltawire.__version__}"
-    assert "delta file      writes format 1, reads 1" in lines
-    assert "run.json        writes format 1 or 2, reads 1 or 2" in lines
+    assert "delta file      writes format 1 or 2, reads 1 or 2" in lines
+    assert "run.json        writes format 1 or 2 or 3, reads 1 or 2 or 3" in lines
     assert "commit          writes format 1, reads 1" in lines
 
 

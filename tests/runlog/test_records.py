@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltawire.errors import FormatError, UnknownVersion
-from deltawire.runlog import records
+from deltawire.runlog import bounds, records
 from deltawire.runlog.records import BaseCheckpoint, Commit, Head, Payload, Position, Run, read, write
 from deltawire.weights.bits import WIDTHS
 from deltawire.weights.table import TensorEntry
@@ -234,7 +234,7 @@ def test_a_run_that_lists_no_codecs_is_of_codec_gap():
     run = read(Run, (GOLDEN / "run-format-2.json").read_bytes(), where="here")
     assert run.may_use == ("gap",)
     with pytest.raises(FormatError, match="here is of codec 'subset', where its run allows gap"):
-        run.require_codec("subset", "here")
+        bounds.require_codec("subset", run, "here")
 
 
 def test_a_run_of_codecs_that_this_reader_does_not_know_is_refused_by_name():

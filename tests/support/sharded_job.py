@@ -507,7 +507,7 @@ def tied(folder):
         apart = [(name, tensor * 2 if name == "lm_head.weight" else tensor) for name, tensor in given]
         expect(CopiesDiffer, "lm_head.weight is another name", lambda: publish(pub, apart))
         assert publish(pub, model.state_dict()).version == 4
-    assert dw.Subscriber(bucket).run.format == 2
+    assert dw.Subscriber(bucket).run.format == 3
     for place, options in (("zeros", {}), ("alone", {"base": base})):
         bucket = dw.open_bucket(f"file://{folder}/{place}")
         pairs = [*model.state_dict().items()]
@@ -524,7 +524,7 @@ def tied(folder):
             pub.flush(timeout=PATIENCE)
         right = whole(model.named_parameters()) | whole(model.named_buffers())
         assert equal(read_weights(bucket, base=base), right)
-        assert dw.Subscriber(bucket).run.format == 2
+        assert dw.Subscriber(bucket).run.format == 3
     untied = Tied()
     untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
     fully_shard(untied, mesh=mesh)
@@ -534,7 +534,7 @@ def tied(folder):
             publish(pub, untied.state_dict())
             step([*untied.named_parameters()], number)
     right = dw.Subscriber(bucket).run
-    assert (right.format, len(right.table)) == (1, len(untied.state_dict()))
+    assert (right.format, len(right.table)) == (3, len(untied.state_dict()))
 
 
 SCENARIOS = {

@@ -106,7 +106,7 @@ def test_a_head_that_a_file_repeats_moves_with_its_embedding_on_every_path(tmp_p
     trained = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     bucket = published(tmp_path, trained, base=base, steps=3)
     run = run_of(bucket)
-    assert run.format == 2
+    assert run.format == 3
     assert [(entry.name, entry.aliases) for entry in run.table if entry.aliases] == [(EMBEDDING, (HEAD,))]
     assert HEAD not in {entry.name for entry in run.table}
     dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
@@ -158,7 +158,7 @@ def test_however_a_tied_tensor_is_named_it_is_one(tmp_path, how, caplog):
     calls = iter(range(9))
     give = GIVES[how] or (lambda trained: trained.state_dict() if next(calls) else trained.named_parameters())
     bucket = published(tmp_path, trained, give=give, base=base)
-    assert run_of(bucket).format == 2
+    assert run_of(bucket).format == 3
     dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     assert_loads(tmp_path / "out", trained, caplog)
 
@@ -205,7 +205,7 @@ def test_equal_bits_alone_tie_nothing(tmp_path, caplog):
         trained.lm_head.weight.copy_(trained.model.embed_tokens.weight)
     base = saved(trained, tmp_path / "base", head=False, tied=False)
     bucket = published(tmp_path, trained, base=base)
-    assert run_of(bucket).format == 1
+    assert run_of(bucket).format == 3
     dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     assert_loads(tmp_path / "out", trained, caplog, tied=False)
 
@@ -219,7 +219,7 @@ def test_a_head_whose_bits_differ_is_a_tensor_of_its_own_whatever_the_config_say
     trained = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     assert trained.lm_head.weight is not trained.model.embed_tokens.weight  # as transformers loads such a file
     bucket = published(tmp_path, trained, base=base)
-    assert run_of(bucket).format == 1
+    assert run_of(bucket).format == 3
     dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     assert_loads(tmp_path / "out", trained, caplog, tied=False)
 
@@ -271,7 +271,7 @@ def test_a_head_that_was_untied_in_memory_is_a_tensor_of_its_own_though_the_conf
         prepare=[names],
         **({"base": files} if has_base else {"assets": files}),
     )
-    assert run_of(bucket).format == 1
+    assert run_of(bucket).format == 3
     dw.materialize(bucket, tmp_path / "out", base=near(tmp_path))
     assert_loads(tmp_path / "out", trained, caplog, tied=False)
     with pytest.raises(EngineUnsupported, match="ties what are two tensors in the run"):

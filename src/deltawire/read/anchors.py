@@ -12,7 +12,7 @@ from deltawire.errors import FormatError, ShapeMismatch
 from deltawire.format import checkpoint, delta_file
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.bases import base_of
-from deltawire.runlog.bounds import require_anchor, require_in_table, require_memory
+from deltawire.runlog.bounds import require_anchor, require_codec, require_in_table, require_memory
 from deltawire.runlog.keys import anchor_hash, payload_key
 from deltawire.runlog.records import Commit, Derived, Position, Run
 from deltawire.weights.table import aliases_of
@@ -121,7 +121,7 @@ def _put_together(folder: Path, parts: list[Path], record: Commit | Derived, run
             header = delta_file.read_header(data)
             if (header.run, header.parent, header.version) != (record.run, None, record.version):
                 raise FormatError(f"anchor {record.position}: {path.name} is of {header.run}:{header.version}")
-            run.require_codec(header.codec, f"anchor {record.position}: {path.name}")
+            require_codec(header.codec, run, f"anchor {record.position}: {path.name}")
             require_in_table(header.tensors, entries, f"anchor {record.position}: {path.name}")
             require_memory(header.tensors, f"anchor {record.position}: {path.name}")
             delta_file.decode(data).apply_(weights)

@@ -10,7 +10,7 @@ from deltawire.format import delta_file
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.anchors import Anchors
 from deltawire.runlog import log
-from deltawire.runlog.bounds import require_delta, require_in_table, require_memory
+from deltawire.runlog.bounds import require_codec, require_delta, require_in_table, require_memory
 from deltawire.runlog.chain import Chain
 from deltawire.runlog.keys import HEAD_KEY, payload_key
 from deltawire.runlog.records import Commit, Derived, Run
@@ -76,7 +76,7 @@ class OpenedRun:
             header = delta_file.read_header(data)
             if (header.run, header.parent, header.version) != (record.run, record.parent, record.version):
                 raise FormatError(f"{key} says {header.run}:{header.parent}→{header.version}, not what its commit says")
-            self.run.require_codec(header.codec, key)
+            require_codec(header.codec, self.run, key)
             require_in_table(header.tensors, self.chain.entries, key)
             require_memory(header.tensors, key)
             delta += delta_file.decode(data)

@@ -6,9 +6,9 @@ A record may be a stranger's and claim anything. What it claims is held against 
 import os
 from collections.abc import Iterable, Mapping
 
-from deltawire.errors import ShapeMismatch, TooLarge, UnknownTensor, some
+from deltawire.errors import FormatError, ShapeMismatch, TooLarge, UnknownTensor, some
 from deltawire.format.codecs.gap import LONGEST_STEP
-from deltawire.runlog.records import Covering, Payload
+from deltawire.runlog.records import Covering, Payload, Run
 from deltawire.weights.bits import WIDTHS, count
 from deltawire.weights.table import TensorEntry, TensorSpec
 
@@ -54,6 +54,12 @@ def require_memory(tensors: Iterable[TensorSpec], where: str, *, available: int 
     there = _memory() if available is None else available
     if needed > there:
         raise TooLarge(f"{where} takes {needed:,} bytes of memory to decode, and this host has {there:,}")
+
+
+def require_codec(codec: str, run: Run, where: str) -> None:
+    """Raise FormatError unless a delta of this run may be of `codec`."""
+    if codec not in run.may_use:
+        raise FormatError(f"{where} is of codec {codec!r}, where its run allows {some(run.may_use)}")
 
 
 def most_bytes(table: Iterable[TensorEntry], files: int) -> int:

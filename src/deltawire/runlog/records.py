@@ -18,9 +18,9 @@ FORMAT = 1
 ALIASES = 2
 """format of a run.json whose table lists aliases: a reader that does not know them must refuse it"""
 LISTED_CODECS = 3
-"""format of a run.json that lists codecs, with or without aliases: a reader that does not know them must refuse it"""
+"""format of a run.json that lists codecs: as above"""
 CODECS = ("subset", "gap")
-"""what a run's deltas may be written in; a run that lists none has `gap` alone"""
+"""what a run's deltas may be written in"""
 MAX_RECORD = 64 << 20
 """bytes of the largest run.json or commit accepted (a table of 100,000 tensors is about 12 MB)"""
 MAX_HEAD = 64 << 10
@@ -55,8 +55,8 @@ class Run(msgspec.Struct, frozen=True):
     """run.json: what is true of every version of a run. `base` None means version 0 is an anchor in the bucket.
 
     `supersedes` is where the run before it ended; `compactors` are public keys that may sign folds and anchors.
-    `codecs` are those that its deltas may be of, the first being what a writer writes; a run that lists none is of
-    codec "gap". `format` is LISTED_CODECS where it lists any, else ALIASES where the table lists an alias, else FORMAT.
+    `codecs` are those that its deltas may be of, a writer's first; a run that lists none is of codec "gap". `format` is
+    LISTED_CODECS where it lists any, else ALIASES where the table lists an alias, else FORMAT.
     """
 
     run: str
@@ -74,11 +74,6 @@ class Run(msgspec.Struct, frozen=True):
     def may_use(self) -> tuple[str, ...]:
         """Codecs that its deltas may be of; the first is what a writer writes."""
         return self.codecs or ("gap",)
-
-    def require_codec(self, codec: str, where: str) -> None:
-        """Raise FormatError unless a delta of this run may be of `codec`."""
-        if codec not in self.may_use:
-            raise FormatError(f"{where} is of codec {codec!r}, where its run allows {some(self.may_use)}")
 
 
 class Payload(msgspec.Struct, frozen=True):
@@ -178,12 +173,11 @@ Signable = TypeVar("Signable", Run, Commit, Derived)
 
 def in_its_format(run: Run, codecs: tuple[str, ...] = ()) -> Run:
     """The record of a run that begins and lists these codecs, in the oldest format that says all of it."""
-    listed = msgspec.structs.replace(run, codecs=codecs or msgspec.UNSET)
-    return msgspec.structs.replace(listed, format=_format_of(listed))
+    return msgspec.structs.replace(run, codecs=codecs or msgspec.UNSET, format=_format(run.table, codecs))
 
 
-def _format_of(run: Run) -> int:
-    return LISTED_CODECS if run.codecs else ALIASES if aliases_of(run.table) else FORMAT
+def _format(table: Iterable[TensorEntry], codecs: object) -> int:
+    return LISTED_CODECS if codecs else ALIASES if aliases_of(table) else FORMAT
 
 
 def hash_of(data: bytes) -> str:
@@ -218,8 +212,8 @@ def read(kind: type[Record], data: bytes, *, where: str) -> Record:
             known = " or ".join(map(str, formats_of(kind)))
             raise UnknownVersion(f"{where}: format {version}; this deltawire reads format {known}, upgrade it")
         record = msgspec.json.decode(data, type=kind)
-        if isinstance(record, Run) and (unknown := [codec for codec in record.may_use if codec not in CODECS]):
-            raise UnknownVersion(f"{where}: codecs {some(unknown)}; this deltawire reads {some(CODECS)}, upgrade it")
+        if isinstance(record, Run) and (new := [codec for codec in record.may_use if codec not in CODECS]):
+            raise UnknownVersion(f"{where}: codecs {some(new)}; this deltawire reads {some(CODECS)}, upgrade it")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{where}: not a {kind.__name__.lower()} record: {error}") from None
     _check(record, where)
@@ -255,7 +249,9 @@ def _check_run(run: Run, where: str) -> None:
     names = [name for entry in run.table for name in (entry.name, *entry.aliases)]
     _require(len({*names}) == len(names), where, "a name stands twice in the tensor table")
     _require(not any("\0" in name for name in names), where, "a name in the tensor table has a NUL")
-    _require(run.format == _format_of(run), where, f"format {run.format} is not that of its table and codecs")
+    _require(
+        run.format == _format(run.table, run.codecs), where, f"format {run.format} is not that of its table and codecs"
+    )
     _require(run.codecs != (), where, "its list of codecs is empty")
     _require(len({*run.may_use}) == len(run.may_use), where, "a codec stands twice among its codecs")
     for entry in run.table:

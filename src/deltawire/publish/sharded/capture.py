@@ -221,9 +221,8 @@ class ShardCapturer:
     def _new_run(self, names: set[str]) -> Run:
         table = (msgspec.structs.replace(entry, trainable=entry.name in names) for entry in self._table.values())
         listed, begun = with_aliases(table, self._aliases or {}), self._decision
-        created, compactors = self._options.clock(), self._options.compactors
-        run = Run(begun.run, listed, created, begun.base, begun.supersedes, compactors)
-        return in_its_format(run, self._options.codecs)
+        facts = (begun.run, listed, self._options.clock(), begun.base, begun.supersedes, self._options.compactors)
+        return in_its_format(Run(*facts), self._options.codecs)
 
     def _forget_beginning(self) -> None:
         """A run that could not begin without a base begins again: nothing of it is anywhere."""
