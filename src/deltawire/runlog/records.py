@@ -2,6 +2,7 @@
 them, §7 their signatures."""
 
 import re
+from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
