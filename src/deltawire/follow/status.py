@@ -6,7 +6,7 @@ from typing import TypeVar
 import msgspec
 
 from deltawire.errors import BadAnswer
-from deltawire.live.coverage import Coverage
+from deltawire.live.coverage import Coverage, WholeDigests
 from deltawire.live.lease import View
 from deltawire.live.messages import (
     Applied,
@@ -143,7 +143,7 @@ def coverage_of(held: Sequence[HeldParts], digested: Sequence[Digested]) -> Cove
     return Coverage(held[0].sizes, [worker.parts for worker in held], frozen=frozen)
 
 
-def summed(held: Sequence[HeldParts], digested: Sequence[Digested]) -> tuple[dict[str, int], list[str]]:
+def summed(held: Sequence[HeldParts], digested: Sequence[Digested]) -> WholeDigests:
     """Every tensor's digest, of what several workers hold together, and the names whose copies differ. Raises
     BadAnswer."""
     return coverage_of(held, digested).digests([worker.values for worker in digested])

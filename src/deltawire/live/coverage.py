@@ -23,6 +23,13 @@ class Held(NamedTuple):
     number: int
 
 
+class WholeDigests(NamedTuple):
+    """Digests of whole tensors, put together from several workers, and the names whose copies differ."""
+
+    digests: dict[str, int]
+    differing: list[str]
+
+
 class Coverage:
     """The parts of a run's tensors that the workers of one server hold, in the order of their ranks; `sizes` are the
     tensors' elements.
@@ -55,15 +62,16 @@ class Coverage:
                 faults[tensor] = hints.get(tensor, reason)
         refuse(faults)
 
-    def digests(self, workers: Sequence[Digests]) -> tuple[dict[str, int], list[str]]:
+    def digests(self, workers: Sequence[Digests]) -> WholeDigests:
         """Every tensor's digest, of each copied part the first worker's; and the names whose copies differ."""
-        totals, differing = {}, []
+        totals: dict[str, int] = {}
+        differing: list[str] = []
         for name, parts in self._copies.items():
             values = [[workers[held.rank][name][held.number] for held in copies] for copies in parts]
             if any(len(set(value)) > 1 for value in values):
                 differing.append(name)
             totals[name] = sum(value[0] for value in values) % MODULUS
-        return totals | self._left, differing
+        return WholeDigests(totals | self._left, differing)
 
     @property
     def left_out(self) -> list[str]:

@@ -15,7 +15,7 @@ from deltawire.weights.bits import Positions, UInts
 from deltawire.weights.kernels_numpy import GOLDEN, M1, M2
 from deltawire.weights.vectors_numba import LANES, differing, zeros_below
 
-GUESS = 16
+GUESS = 64
 """A comparison first makes room for a change in so many elements: most steps of a trainer change fewer, and need not be
 counted first. What is not written of that room takes no memory."""
 AHEAD = 512
@@ -168,7 +168,7 @@ def _collected(old: UInts, new: UInts, room: int) -> tuple[Positions, UInts] | N
     found = int(_collect(old, new, positions, steps))
     if found < 0:
         return None
-    if 2 * found < room:  # a view would keep all of it
+    if found < room:  # a view would keep all of it
         return positions[:found].copy(), steps[:found].copy()
     return positions[:found], steps[:found]
 

@@ -21,9 +21,11 @@ ZSTD: dict[int, int] = {
 that plain zstd-1 finds in them cost more than Huffman alone (1.41 against 1.44 bytes per change on a real RL trace)."""
 
 
-def compress(data: UInts) -> UInts:
-    """A zstd frame (with its content size, without a checksum: the file has its own) as uint8."""
-    return np.frombuffer(zstd.compress(np.ascontiguousarray(data).data, options=ZSTD), np.uint8)
+def compress(data: UInts, *, level: int | None = None) -> UInts:
+    """A zstd frame (with its content size, without a checksum: the file has its own) as uint8. Without a `level` it is
+    made as streams of changes want it."""
+    raw = np.ascontiguousarray(data).data
+    return np.frombuffer(zstd.compress(raw, options=ZSTD) if level is None else zstd.compress(raw, level), np.uint8)
 
 
 def decompress(packed: UInts, *, limit: int, what: str) -> UInts:

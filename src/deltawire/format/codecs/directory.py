@@ -10,11 +10,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import zstandard
 
 from deltawire.errors import FormatError, Truncated
 from deltawire.format.codecs import tiles
-from deltawire.format.codecs.base import decompress
+from deltawire.format.codecs.base import compress, decompress
 from deltawire.format.codecs.classes import CLASSES, SCHEMES
 from deltawire.format.codecs.lists import MAX_K, ClassLists
 from deltawire.format.codecs.subset import NOTHING, TileEntry
@@ -74,7 +73,7 @@ def write(listed: Iterable[Listed]) -> UInts:
         else:
             for entry in tensor.entries:
                 _put_entry(out, entry, 8 * WIDTHS[tensor.spec.dtype])
-    return np.frombuffer(zstandard.ZstdCompressor(LEVEL, write_content_size=True).compress(bytes(out)), np.uint8)
+    return compress(np.frombuffer(bytes(out), np.uint8), level=LEVEL)
 
 
 def read(frame: UInts, *, codec: str, payload: int) -> list[Listed]:
