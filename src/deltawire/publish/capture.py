@@ -64,6 +64,11 @@ class WholeCapturer:
         return sum(entry.nbytes for entry in self._run.table) if self._run else 0
 
     @property
+    def tracker(self) -> ChangeTracker:
+        """The baseline, and the change that no version covers yet."""
+        return self._tracker
+
+    @property
     def held_bytes(self) -> int:
         """The most memory that waiting changes can take, once folded: an increment for every element."""
         return self.model_bytes

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from deltawire.publish.pending import Captured
 from deltawire.runlog.invariants import Problem
 from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta
 from deltawire.weights.tensors import equal
 
 
@@ -40,9 +41,14 @@ def digests_agree(held: Sequence[Captured], baseline: Mapping[str, int]) -> Prob
     return f"version {held[-1].version} has other digests than the baseline"
 
 
-def changes_add_up(committed: Mapping[str, Bits], held: Sequence[Captured], baseline: Mapping[str, Bits]) -> Problem:
-    """The weights last committed, and every change that is held, are the baseline, bit for bit."""
+def changes_add_up(
+    committed: Mapping[str, Bits], held: Sequence[Captured], uncovered: Delta, baseline: Mapping[str, Bits]
+) -> Problem:
+    """The weights last committed, every change that is held, and what no version covers are the baseline, bit for bit.
+
+    Asked of a trainer that holds whole tensors, once its first version is committed.
+    """
     weights = {name: bits.copy() for name, bits in committed.items()}
-    for captured in held:
-        captured.delta.apply_(weights)
-    return None if equal(weights, dict(baseline)) else "committed + frozen + waiting is not the baseline"
+    for change in (*(captured.delta for captured in held), uncovered):
+        change.apply_(weights)
+    return None if equal(weights, dict(baseline)) else "committed + frozen + waiting + uncovered is not the baseline"

@@ -4,20 +4,17 @@ Each function gives None where its sentence holds, and else says what is wrong. 
 
 | function | cost | who asks |
 |---|---|---|
-| `payloads_are_durable` | O(payloads) | log.append, before a commit is written |
+| `payloads_are_durable` | O(payloads) | `writing.append`, before a commit is written |
 | `parent_is` | O(1) | a publisher, before it sends a commit |
 | `head_names_a_commit` | O(1) | tests, at every write of HEAD |
 | `every_version_is_reachable` | O(versions) | a prune, of what it leaves; tests, of the whole bucket |
-| `root_is_of` | O(tensors) | tests, of every record |
 """
 
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Mapping
 
 from deltawire.errors import BrokenInvariant, some
 from deltawire.runlog.keys import commit_version
 from deltawire.runlog.records import Commit, Derived, Head, Position
-from deltawire.weights.digest import root as root_of
-from deltawire.weights.table import TensorEntry
 
 Problem = str | None
 """what is wrong; None where nothing is"""
@@ -74,8 +71,3 @@ def every_version_is_reachable(parents: Mapping[int, int | None], anchors: Colle
                 return f"version {version} continues {parents[version]}, which no anchor leads to"
             sound.add(version)
     return None
-
-
-def root_is_of(record: Commit | Derived, table: Iterable[TensorEntry], digests: Mapping[str, int]) -> Problem:
-    """The root of a record is that of all digests at its version."""
-    return None if root_of(tuple(table), digests) == record.root else f"{record.position} has a root of other digests"

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from deltawire.buckets.base import Bucket
@@ -10,13 +10,14 @@ from deltawire.buckets.wrappers import Typed
 from deltawire.publish import pending
 from deltawire.publish.capture import WholeCapturer
 from deltawire.publish.capturer import CaptureOptions
-from deltawire.publish.invariants import nothing_is_forgotten
+from deltawire.publish.invariants import changes_add_up, digests_agree, nothing_is_forgotten
 from deltawire.publish.pending import Shipment
 from deltawire.publish.queue import Queue
 from deltawire.publish.sender import SoloSender
 from deltawire.runlog.invariants import Problem
 from deltawire.runlog.records import Position
 from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta
 
 
 class SteppedPublisher:
@@ -69,10 +70,18 @@ class SteppedPublisher:
         self._queue, self._shipment = self._queue.commit(), None
         return True
 
-    def problem(self) -> Problem:
-        """What of a publisher's invariants does not hold; None where all do."""
-        committed = None if self.position is None else self.position.version
-        return nothing_is_forgotten(committed, self._queue.held, self._capturer.next_version)
+    def problem(self, committed: Mapping[str, Bits] | None) -> Problem:
+        """What of a publisher's invariants does not hold; None where all do. `committed` are the weights of its newest
+        committed position, or None before there is one."""
+        at, held = None if self.position is None else self.position.version, self._queue.held
+        problem = nothing_is_forgotten(at, held, self._capturer.next_version)
+        tracker = self._capturer.tracker
+        if problem is not None or committed is None or self._capturer.transition.unfinished:
+            return problem
+        uncovered, baseline = Delta(tracker.uncovered), tracker.baseline.as_mapping()
+        if not uncovered:
+            problem = digests_agree(held, tracker.baseline.digests)
+        return problem or changes_add_up(committed, held, uncovered, baseline)
 
     def kill(self) -> None:
         """End as a killed process does: nothing more is sent."""

@@ -114,7 +114,8 @@ class World:
         inside = self.bucket.inside
         hold(self.bucket.problem)
         if self.trainer.publisher is not None:
-            hold(self.trainer.publisher.problem())
+            at = self.trainer.publisher.position
+            hold(self.trainer.publisher.problem(None if at is None else self._right.get(at.root)))
         for run in sorted({run for stat in inside.list(RUNS) if (run := run_of(stat.key)) is not None}):
             hold(*problems_of(inside, run))
         if self.acknowledged is not None:
