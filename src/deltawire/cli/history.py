@@ -91,9 +91,7 @@ def log(
         for line in _lines(listing, metric):
             print(line)
     elif commits:
-        show(_table(listing, metric))
-        if bars := sparkline([share for commit in commits if (share := listing.share(commit)) is not None]):
-            print(bars)
+        _show_table(listing, metric)
     if older:
         print(f"{older:,} older: -n NUMBER lists more, -n 0 all")
 
@@ -198,6 +196,13 @@ def _lines(listing: Listing, chosen: Sequence[str] | None) -> Iterator[str]:
         if names := listing.tags.get(commit.version):
             parts.append(f"({', '.join(names)})")
         yield "  ".join(parts)
+
+
+def _show_table(listing: Listing, chosen: Sequence[str] | None) -> None:
+    """Print the table, and below it a row of bars."""
+    show(_table(listing, chosen))
+    if bars := sparkline([share for commit in listing.commits if (share := listing.share(commit)) is not None]):
+        print(bars)
 
 
 def _table(listing: Listing, chosen: Sequence[str] | None) -> Table:
