@@ -43,7 +43,7 @@ def test_log_lists_every_version(published):
 
 
 def test_verify_reads_the_whole_run(published):
-    assert "2 deltas, 0 folds, 1 anchors or bases" in run_verb("verify", published).stdout
+    assert "2 deltas, 0 folds, 1 anchor or base," in run_verb("verify", published).stdout
     report = json.loads(run_verb("verify", published, "--json").stdout)
     assert (report["first"], report["position"]["version"], report["deltas"]) == (0, 2, 2)
 
@@ -109,6 +109,10 @@ def test_an_empty_bucket_is_one_typed_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_folder_without_a_dot_is_named_as_it_must_be_written():
+    assert "for a folder write ./runs/x" in run_verb("log", "runs/x", code=1).stderr
+
+
 def test_a_url_that_is_none_names_the_known_kinds():
     assert "hf://buckets/" in run_verb("log", "ftp://x", code=1).stderr
 
@@ -143,13 +147,64 @@ def test_what_needs_the_repository_is_offered_only_there(tmp_path):
         assert "run it in a checkout" in say(*arguments).stderr
 
 
-def test_a_table_cuts_no_name(tmp_path):
+def test_a_table_cuts_no_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     name = "model.layers.0.self_attn." + 5 * "a_very_long_name." + "weight"
     delta = dw.Delta.between({name: np.zeros(3, np.float16)}, {name: np.ones(3, np.float16)})
     (tmp_path / "delta.safetensors").write_bytes(dw.encode(delta))
     shown = run_verb("inspect", tmp_path / "delta.safetensors").stdout
-    rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")]
-    assert "".join(rows) == name
+    below = shown[shown.rindex("─") + 1 :].splitlines()
+    assert "".join(line.split("  ")[0].strip() for line in below) == name
+
+
+def test_a_narrow_table_breaks_no_short_word(published, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    words = run_verb("log", published).stdout.split()
+    assert {"version", "anchor", "tensors", "writer", "bytes"} <= set(words)
+
+
+def test_a_table_in_a_pipe_has_a_line_a_version(published, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    _, _, rule, *rows = run_verb("log", published).stdout.splitlines()
+    assert set(rule) == {"─"} and [row.split()[0] for row in rows[:3]] == ["0", "1", "2"]
+
+
+def test_each_verb_is_listed_with_a_whole_sentence(monkeypatch):
+    """Click cuts what is longer than its line, and ends it with three points."""
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = run_verb("--help").stdout.split("Commands:")[1].strip().splitlines()
+    assert len(listed) > 20 and all(line.endswith(".") and not line.endswith("...") for line in listed)
+
+
+def test_what_has_nothing_to_do_says_so(published, tmp_path):
+    run_verb("compact", published, "--mirror", tmp_path / "mirror")
+    assert "nothing to write" in run_verb("compact", published, "--mirror", tmp_path / "mirror").stdout
+    assert "nothing to delete" in run_verb("prune", published).stdout
+    relay = (tmp_path / "relay").as_uri()
+    assert "2 is at" in run_verb("relay", published, relay, "--once").stdout
+    assert "nothing to copy" in run_verb("relay", published, relay, "--once").stdout
+    assert not run_verb("relay", published, relay, "--once", "--json").stdout
+
+
+def test_without_a_terminal_no_bar_leaves_an_empty_line(published, tmp_path):
+    assert not run_verb("verify", published).stderr
+    assert not run_verb("materialize", published, tmp_path / "out").stderr
+
+
+def test_a_metric_that_no_version_has_is_refused_with_those_there(published):
+    assert "no version listed has loss; metrics: none" in run_verb("log", published, "--metric", "loss", code=2).stderr
+
+
+def test_a_flag_has_an_opposite_only_where_a_variable_sets_it():
+    """A command line has the last word over the environment; elsewhere the opposite is what happens anyway."""
+    import typer
+
+    from deltawire.cli import app
+
+    for name, command in typer.main.get_command(app).commands.items():
+        for option in command.params:
+            if getattr(option, "secondary_opts", None):
+                assert option.envvar, f"{name} {option.opts}"
 
 
 @pytest.mark.parametrize(

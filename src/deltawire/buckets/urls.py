@@ -56,7 +56,7 @@ def _split(url: str) -> tuple[str, str, str]:
     if plain != url:
         raise BadUrl(f"{plain}: a bucket's address ends before the first '?' or '#'")
     if not separator:
-        raise BadUrl(f"{url}: not the address of a bucket; write one of {_KNOWN}")
+        raise BadUrl(f"{url}: not the address of a bucket; for a folder write ./{url}, else one of {_KNOWN}")
     name, _, prefix = rest.partition("/")
     return scheme.lower(), name, prefix.rstrip("/")
 

@@ -39,7 +39,7 @@ def deltawire(
         emit(report, versions.text_of(report), json)
         raise typer.Exit
     if json:
-        raise typer.BadParameter("stands behind the verb, or beside --version", param_hint="--json")
+        raise typer.BadParameter("it stands behind the verb, or beside --version", param_hint="--json")
     if context.invoked_subcommand is None:
         raise typer.BadParameter("name a verb; `deltawire --help` lists them", param_hint="VERB")
 

@@ -62,7 +62,7 @@ State = Annotated[
         envvar="DELTAWIRE_STATE",
     ),
 ]
-ForgetState = Annotated[bool, typer.Option(help="Forget it, and follow what the bucket holds now.")]
+ForgetState = Annotated[bool, typer.Option("--forget-state", help="Forget it, and follow what the bucket holds now.")]
 Run = Annotated[
     str | None, typer.Option(metavar="ID", help="Follow this run, or one that continues it.", envvar="DELTAWIRE_RUN")
 ]
@@ -82,7 +82,7 @@ PassEndpoint = Annotated[
         envvar="DELTAWIRE_PASS_ENDPOINT",
     ),
 ]
-TakeOver = Annotated[bool, typer.Option(help="Drive the server even if another follower does.")]
+TakeOver = Annotated[bool, typer.Option("--take-over", help="Drive the server even if another follower does.")]
 HealthAddress = Annotated[
     str | None,
     typer.Option(
@@ -103,7 +103,7 @@ MaxAge = Annotated[
         min=0, help="Seconds since it was last known current at which --health answers 503.", envvar="DELTAWIRE_MAX_AGE"
     ),
 ]
-Once = Annotated[bool, typer.Option(help="Bring the server to the newest version, then stop.")]
+Once = Annotated[bool, typer.Option("--once", help="Bring the server to the newest version, then stop.")]
 Compact = Annotated[
     Path | None, typer.Option(help="Keep a mirror here, and write folds and anchors.", envvar="DELTAWIRE_COMPACT")
 ]
@@ -118,7 +118,7 @@ def follow(
     max_age: MaxAge = None, once: Once = False, compact: Compact = None, key: SigningKeyFile = None,
     json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Follow a bucket and patch a vLLM server's live weights, version by version.
+    """Follow a bucket and patch a vLLM server's live weights.
 
     vLLM runs on this host with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{"backend":"deltawire"}'. Its API
     key, if it has one, is read from VLLM_API_KEY. vLLM reads the bucket too, with its own HF_ENDPOINT, HF_TOKEN, AWS_…
@@ -252,7 +252,10 @@ def audit(
     bucket: Annotated[str | None, typer.Option(help="Compare with this bucket; default: the one followed.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Recompute the digest of every weight in a live vLLM server and compare it with the version it says it serves."""
+    """Check every weight in a live vLLM server's memory.
+
+    It recomputes their digests, and compares them with the version that the server says it serves.
+    """
     from deltawire.vllm.client import EngineClient
 
     with EngineClient(engine) as client:

@@ -25,11 +25,12 @@ def gateway(
     poll: Annotated[float, typer.Option(min=0.01, help="Seconds between looks at each engine.")] = 0.5,
     json: AsJson = False,
 ) -> None:
-    """Pass OpenAI requests to several vLLM servers: to one that is ready, new enough, and knows the prefix.
+    """Pass OpenAI requests to several vLLM servers.
 
-    A request with the header X-Min-Policy-Version gets an engine that serves this version or a newer one; it waits for
-    one. Answers say X-Policy-Version. Only /v1/completions, /v1/chat/completions and /v1/models are passed on, with the
-    client's API key; /health lists the engines.
+    Each goes to one that is ready, new enough, and knows the prefix. A request with the header X-Min-Policy-Version
+    gets an engine that serves this version or a newer one; it waits for one. Answers say X-Policy-Version. Only
+    /v1/completions, /v1/chat/completions and /v1/models are passed on, with the client's API key; /health lists the
+    engines.
     """
     try:
         from deltawire.gateway.serving import serve

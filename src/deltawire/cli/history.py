@@ -14,6 +14,7 @@ from rich.table import Table
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, BucketOption, BucketUrl, Trusted
 from deltawire.cli.printing import duration, emit, show, size
+from deltawire.errors import some
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.naming import version_named
 from deltawire.read.subscriber import Subscriber
@@ -68,10 +69,11 @@ def log(
     trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
-    """List the newest versions of the bucket's run, the newest last: bytes, step, age, metrics, tags and writer.
+    """List the newest versions of a run, the newest last.
 
-    It reads the commits that it lists, and checks that they are a chain. With -n 0 it checks their roots, too. The row
-    of bars below the table is each delta's size beside that of a checkpoint.
+    A row has bytes, step, age, metrics, tags and writer. It reads the commits that it lists, and checks that they are a
+    chain. With -n 0 it checks their roots, too. The row of bars below the table is each delta's size beside that of a
+    checkpoint.
     """
     most = number if number is not None else 0 if json or since else LISTED
     after = None if since is None else _moment(since, time.time())
@@ -83,13 +85,13 @@ def log(
     if json:
         for record in _records(listing, digests=digests):
             emit(record, "", json)
-    elif oneline:
+        return
+    _require_metrics(metric, listing)
+    if oneline:
         for line in _lines(listing, metric):
             print(line)
     elif commits:
-        show(_table(listing, metric))
-        if bars := sparkline([share for commit in commits if (share := listing.share(commit)) is not None]):
-            print(bars)
+        _show_table(listing, metric)
     if older:
         print(f"{older:,} older: -n NUMBER lists more, -n 0 all")
 
@@ -112,7 +114,9 @@ def diff(
     trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
-    """Show what changes from A to B, layer by layer: how many weights, and how many of them by one step of their bits.
+    """Show what changes from A to B, layer by layer.
+
+    It counts the weights that change, and those of them that move by one increment of their bits.
 
     With --bucket A and B are versions of its run; only deltas and folds are fetched. Without it, or where both hold a
     "/", they are checkpoint folders.
@@ -146,6 +150,14 @@ def _older(subscriber: Subscriber, commits: Sequence[Commit]) -> int:
     """Committed versions before those listed, from a listing."""
     oldest = commits[0].version if commits else subscriber.latest().version + 1
     return sum(version < oldest for version in subscriber.chain.versions())
+
+
+def _require_metrics(chosen: Sequence[str] | None, listing: Listing) -> None:
+    """Raises BadParameter where no version listed has a metric that was asked for."""
+    there = listing.metrics()
+    if unknown := [name for name in chosen or () if name not in there]:
+        known = ", ".join(there) or "none"
+        raise typer.BadParameter(f"no version listed has {some(unknown)}; metrics: {known}", param_hint="--metric")
 
 
 def _moment(text: str, now: float) -> float:
@@ -184,6 +196,13 @@ def _lines(listing: Listing, chosen: Sequence[str] | None) -> Iterator[str]:
         if names := listing.tags.get(commit.version):
             parts.append(f"({', '.join(names)})")
         yield "  ".join(parts)
+
+
+def _show_table(listing: Listing, chosen: Sequence[str] | None) -> None:
+    """Print the table, and below it a row of bars."""
+    show(_table(listing, chosen))
+    if bars := sparkline([share for commit in listing.commits if (share := listing.share(commit)) is not None]):
+        print(bars)
 
 
 def _table(listing: Listing, chosen: Sequence[str] | None) -> Table:

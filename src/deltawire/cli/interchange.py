@@ -8,7 +8,7 @@ import typer
 
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import ADDRESSES, AsJson, BaseFolder, BucketFirst, SigningKeyFile, Trusted, VersionName
-from deltawire.cli.printing import emit, progress, size
+from deltawire.cli.printing import counted, emit, progress, size
 from deltawire.publish.publisher import Publisher
 from deltawire.read.naming import version_named
 from deltawire.read.subscriber import Subscriber
@@ -17,18 +17,22 @@ from deltawire.upkeep.trl_layout import export_trl, import_trl
 
 
 def apply(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint folder; it is left as it is.")],
-    files: Annotated[list[Path], typer.Argument(help="Delta files, in order; also those in the layout of TRL's post.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint folder; it is left as it is.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE", help="Delta files, in order; also those in the layout of TRL's post."),
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
     undo: Annotated[bool, typer.Option("--undo", help="Take the deltas back, in the order given.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Apply delta files to a copy of a checkpoint folder, without a bucket.
+    """Apply delta files to a copy of a checkpoint folder.
 
-    Each file must continue the one before it. Nothing says what the result should be: `materialize` checks digests.
+    It needs no bucket. Each file must continue the one before it. Nothing says what the result should be: `materialize`
+    checks digests.
     """
     report = apply_files(folder, files, out, undo=undo)
-    text = f"{report.files} files applied: {report.changed:,} changes, in {report.folder}"
+    text = f"{counted(report.files, 'file')} applied: {counted(report.changed, 'change')}, in {report.folder}"
     emit(msgspec.to_builtins(report, enc_hook=str), text, json)
 
 
@@ -40,16 +44,17 @@ def import_run(
     key: SigningKeyFile = None,
     json: AsJson = False,
 ) -> None:
-    """Publish a folder in the layout of TRL's post (anchors/ and deltas/) as a run, bit for bit.
+    """Publish a folder in the layout of TRL's post as a run.
 
-    Each file becomes a version, from the oldest anchor on. A delta must continue the file before it.
+    The layout is anchors/ and deltas/, and each bit is kept. Each file becomes a version, from the oldest anchor on. A
+    delta must continue the file before it.
     """
     target = open_bucket(bucket, create=True)
     with progress() as bar, Publisher(target, assets=assets, base=base, signing_key=key) as publisher:
         task = bar.add_task("files", total=None)
         report = import_trl(open_bucket(source), publisher, on_step=lambda step: bar.advance(task))
     text = (
-        f"{report.files} files, {size(report.read_bytes)}, are {report.position} in {target.url}: "
+        f"{counted(report.files, 'file')}, {size(report.read_bytes)}, are {report.position} in {target.url}: "
         f"{size(report.wire_bytes)}"
     )
     emit(msgspec.to_builtins(report), text, json)
@@ -57,14 +62,17 @@ def import_run(
 
 def export(
     bucket: BucketFirst,
-    out_dir: Annotated[Path, typer.Argument(help="Folder to write; empty, or not there yet.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; empty, or not there yet.")],
     version: VersionName = "newest",
     anchor_every: Annotated[int, typer.Option(min=1, help="Versions between anchors.")] = 10,
     base: BaseFolder = None,
     trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
-    """Write a run in the layout of TRL's post, up to a version: anchors/ and deltas/ of indices and values."""
+    """Write a run in the layout of TRL's post.
+
+    The layout is anchors/ and deltas/ of indices and values. --version is the last version written.
+    """
     with progress() as bar, Subscriber(open_bucket(bucket), base=base, trusted=trust or ()) as subscriber:
         task = bar.add_task("versions", total=None)
         until = version_named(subscriber, version)
@@ -72,7 +80,7 @@ def export(
             subscriber, out_dir, until=until, anchor_every=anchor_every, on_version=lambda number: bar.advance(task)
         )
     text = (
-        f"versions {report.first} to {report.last} in {report.folder}: {report.anchors} anchors, "
-        f"{report.deltas} deltas, {size(report.written_bytes)}"
+        f"versions {report.first} to {report.last} in {report.folder}: {counted(report.anchors, 'anchor')}, "
+        f"{counted(report.deltas, 'delta')}, {size(report.written_bytes)}"
     )
     emit(msgspec.to_builtins(report, enc_hook=str), text, json)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, BaseFolder, BucketFirst, BucketUrl, Trusted, VersionName
-from deltawire.cli.printing import emit, progress, show, size
+from deltawire.cli.printing import counted, emit, progress, show, size
 from deltawire.errors import EngineUnsupported
 from deltawire.format import checkpoint, delta_file
 from deltawire.read.changes import Update
@@ -21,11 +21,14 @@ from deltawire.upkeep.verify import verify as verify_run
 
 
 def inspect(
-    file: Annotated[Path | None, typer.Argument(help="A delta file.")] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="A delta file.")] = None,
     engine: Annotated[str | None, typer.Option(help="A vLLM server: show where each tensor lives in it.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Check a delta file's container and seal and show what is in it, or show a server's placement."""
+    """Show what is in a delta file, or a server's placement.
+
+    The file's container and its seal are checked.
+    """
     if (file is None) == (engine is None):
         raise typer.BadParameter("name a delta file, or a server with --engine")
     if engine is not None:
@@ -54,7 +57,10 @@ def verify(
     trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
-    """Read every delta, fold and anchor of the run, and recompute every digest."""
+    """Read all of a run, and recompute every digest.
+
+    All of it is every delta, fold and anchor.
+    """
     with progress() as bar:
         task = bar.add_task("deltas, folds, anchors", total=None)
 
@@ -64,7 +70,8 @@ def verify(
         report = verify_run(open_bucket(bucket), base=base, trusted=trust or (), on_read=advance)
     text = (
         f"versions {report.first} to {report.position.version} of run {report.position.run} are right: "
-        f"{report.deltas} deltas, {report.folds} folds, {report.anchors} anchors or bases, "
+        f"{counted(report.deltas, 'delta')}, {counted(report.folds, 'fold')}, "
+        f"{report.anchors} {'anchor or base' if report.anchors == 1 else 'anchors or bases'}, "
         f"{size(report.fetched_bytes)} read"
     )
     if report.junk:
@@ -74,13 +81,18 @@ def verify(
 
 def materialize(
     bucket: BucketFirst,
-    out_dir: Annotated[Path, typer.Argument(help="Folder to write, or that holds another version of this run.")],
+    out_dir: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write, or that holds another version of this run.")
+    ],
     version: VersionName = "newest",
     base: BaseFolder = None,
     trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
-    """Write a version as a Hugging Face checkpoint folder that vLLM and transformers load."""
+    """Write a version as a Hugging Face checkpoint folder.
+
+    vLLM and transformers load it.
+    """
     store = open_bucket(bucket)
     with progress() as bar:
         with Subscriber(store, base=base, trusted=trust or ()) as subscriber:
@@ -92,7 +104,7 @@ def materialize(
             bar.advance(task)
 
         report = materialize_version(store, out_dir, wanted, base=base, trusted=trust or (), on_update=advance)
-    text = f"{report.position} in {out_dir}: anchor and {report.deltas} deltas, {report.seconds:.1f} s"
+    text = f"{report.position} in {out_dir}: anchor and {counted(report.deltas, 'delta')}, {report.seconds:.1f} s"
     if not any((out_dir / config).is_file() for config in ("config.json", checkpoint.ADAPTER_CONFIG)):
         text += "\nit has no config.json: neither the base of this run nor its assets= held one"
     emit(msgspec.to_builtins(report, enc_hook=str), text, json)

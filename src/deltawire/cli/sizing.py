@@ -49,9 +49,10 @@ def plan(
     bytes_a_change: BytesAChange = None, fabric: Fabric = 100.0, play: Play = False, failures: Failures = 0.0,
     json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Say what a run will cost: bytes, time to served, catching up, requests, anchors, and what else would do.
+    """Say what a run will cost, before it begins.
 
-    It computes from measured constants (docs/SIZING.md names each with its source), and asks nobody.
+    That is bytes, time to served, catching up, requests and anchors, beside what else would do. It computes from
+    measured constants (docs/SIZING.md names each with its source), and asks nobody.
     """
     scenario = Scenario(
         weights=_weights(model),
@@ -121,7 +122,7 @@ def _table(found: Forecast) -> Table:
         "from nothing": f"{_seconds(found.join)} to join",
         "Hub requests": f"{asked.busiest:,.0f} of {asked.limit:,} in 5 minutes; one token carries "
         f"{asked.replicas_at_most:,} replicas at this pace",
-        "an anchor": f"each {found.anchor_every:,} versions",
+        "an anchor": f"every {found.anchor_every:,} versions",
     }
     for other in found.others:
         cannot = "cannot be used across regions"

@@ -16,9 +16,10 @@ def serve(
     users: Annotated[Path | None, typer.Option(help="JSON file of users and their tokens; default: one user.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Run a Hub-compatible bucket server for the unmodified huggingface_hub client.
+    """Run a bucket server that speaks the Hub's API.
 
-    Point clients at it with HF_ENDPOINT=<the printed URL> and any HF_TOKEN; then hf://buckets/me/NAME lives in --root.
+    The unmodified huggingface_hub client uses it. Point clients at it with HF_ENDPOINT=<the printed URL> and any
+    HF_TOKEN. Then hf://buckets/me/NAME lives in --root.
 
     Its page, at /, shows the runs in its buckets; not with --users, for the page asks nobody who they are.
 
@@ -41,10 +42,13 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(help="Folder for logs and summary.json; default: runs/demo-<time>.")
     ] = None,
-    quick: Annotated[bool, typer.Option(help="A few steps of each act; every part is still real.")] = False,
-    plain: Annotated[bool, typer.Option(help="Plain lines even on a terminal.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of each act; every part is still real.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines even on a terminal.")] = False,
 ) -> None:
-    """Train a tiny model by RL while vLLM serves it, weights travelling as deltas through a bucket, on this machine."""
+    """Train a tiny model by RL while vLLM serves it.
+
+    Its weights travel as deltas through a bucket. Every part runs on this machine.
+    """
     from deltawire.demo.demo import DemoOptions, run_demo
 
     summary = run_demo(DemoOptions(out=out, quick=quick, plain=plain))
@@ -56,9 +60,10 @@ def render(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("spaces"),
     json: AsJson = False,
 ) -> None:
-    """Write the folders of three Spaces (environment, vLLM with its follower, trainer) and print what starts them.
+    """Write the folders of three Spaces, and print what starts them.
 
-    The printed `hf` commands take two secrets from the environment: HF_TOKEN and a VLLM_API_KEY of your own.
+    They are the environment, vLLM with its follower, and the trainer. The printed `hf` commands take two secrets from
+    the environment: HF_TOKEN and a VLLM_API_KEY of your own.
     """
     from deltawire.demo.commands import find_checkout
     from deltawire.demo.spaces import render as render_spaces

@@ -9,7 +9,7 @@ import typer
 
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import ADDRESSES, AsJson, BaseFolder, BucketUrl, SigningKeyFile, Trusted
-from deltawire.cli.printing import emit, size
+from deltawire.cli.printing import counted, emit, size
 from deltawire.errors import error_text
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.keys import HEAD_KEY
@@ -21,13 +21,16 @@ def compact(
     anchor_every: Annotated[
         int | None, typer.Option(min=1, help="Versions between anchors; default: when it pays.")
     ] = None,
-    watch: Annotated[bool, typer.Option(help="Go on for ever, as versions come.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on for ever, as versions come.")] = False,
     base: BaseFolder = None,
     trust: Trusted = None,
     key: SigningKeyFile = None,
     json: AsJson = False,
 ) -> None:
-    """Write folded deltas (over 4, 16, 64 versions) and anchors, so that late readers fetch little."""
+    """Write folds and anchors, so that late readers fetch little.
+
+    A fold is one delta over 4, 16, 64 … versions, and an anchor is a whole checkpoint.
+    """
     from deltawire.upkeep.compactor import Cadence, Compactor
 
     store = open_bucket(bucket)
@@ -37,11 +40,14 @@ def compact(
         with Compactor(store, place, anchors=cadence, base=base, trusted=trust or (), signing_key=key) as compactor:
             tag = None
             while True:
-                for report in compactor.step():
+                reports = compactor.step()
+                for report in reports:
                     span = "anchor" if report.parent is None else f"fold from {report.parent}"
                     text = f"{span} to {report.version}: {size(report.wire_bytes)}"
                     emit({"event": "compact", **msgspec.to_builtins(report)}, text, json)
                 if not watch:
+                    if not reports and not json:
+                        print("nothing to write: no fold is due, and no anchor would pay yet")
                     return
                 found = store.watch(HEAD_KEY, tag=tag, timeout=60.0)
                 tag = found.tag if found else tag
@@ -56,15 +62,16 @@ def relay(
     trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
-    """Keep a copy of a run in a bucket nearby, so that all servers of a host or a region fetch it once.
+    """Keep a copy of a run in a bucket nearby.
 
-    It begins at the newest anchor, and copies byte for byte what comes after: followers of TARGET check the same hashes
-    and signatures. TARGET may be compacted and pruned as any bucket.
+    So a host or a region fetches each version once for all of its servers. It begins at the newest anchor, and copies
+    byte for byte what comes after: followers of TARGET check the same hashes and signatures. TARGET may be compacted
+    and pruned as any bucket.
     """
     from deltawire.upkeep.relay import Relay, RelayReport
 
     def report(step: RelayReport) -> None:
-        text = f"version {step.version} is at {target}: {step.objects} objects, {size(step.bytes)}"
+        text = f"version {step.version} is at {target}: {counted(step.objects, 'object')}, {size(step.bytes)}"
         emit({"event": "relay", **msgspec.to_builtins(step)}, text, json)
 
     def problem(error: Exception) -> None:
@@ -75,13 +82,15 @@ def relay(
         copying.run(report, problem)
     elif (step := copying.step()) is not None:
         report(step)
+    elif not json:
+        print(f"nothing to copy: {target} has the newest version")
 
 
 def prune(
     bucket: BucketUrl,
     keep_anchors: Annotated[int, typer.Option(min=1, help="Newest anchors whose chains stay.")] = 2,
     keep_hours: Annotated[float, typer.Option(min=0, help="What was committed within these hours stays.")] = 24.0,
-    delete: Annotated[bool, typer.Option(help="Delete; without it only say what would go.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete; without it only say what would go.")] = False,
     trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
@@ -97,17 +106,22 @@ def prune(
     if delete:
         retention.carry_out(store, pruned)
     done = "deleted" if delete else "would delete (--delete does)"
-    text = f"{done} {pruned.objects} objects, {size(pruned.bytes)}, all below version {pruned.floor}"
-    text += f"; kept: {pruned.reason}"
+    what = f"{done} {counted(pruned.objects, 'object')}, {size(pruned.bytes)}, all below version {pruned.floor}"
+    text = f"{what if pruned.objects else 'nothing to delete'}; kept: {pruned.reason}"
     text += "".join(f"\npassed over as no anchor: {record}" for record in pruned.passed_over)
     emit({"deleted": delete, **msgspec.to_builtins(pruned)}, text, json)
 
 
 def keygen(
-    file: Annotated[Path, typer.Argument(help="File to write the private key to; it is never overwritten.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="File to write the private key to; it is never overwritten.")
+    ],
     json: AsJson = False,
 ) -> None:
-    """Make a key that signs a run's records, and print its public half, for followers to --trust."""
+    """Make a key that signs a run's records.
+
+    It prints the key's public half, for followers to --trust.
+    """
     from deltawire.runlog import signing
 
     public = signing.generate_key(file).public

@@ -8,7 +8,6 @@ from contextlib import closing
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from deltawire.buckets import Bucket, open_bucket
 from deltawire.cli.options import AsJson, BucketUrl, Trusted, host_and_port, listening_at
-from deltawire.cli.printing import duration, emit, plain, size
+from deltawire.cli.printing import arrange, duration, emit, plain, plain_console, size
 from deltawire.errors import BucketError, ChainError, FormatError, error_text
 from deltawire.fleet.page import Board
 from deltawire.fleet.status import FleetStatus, ReplicaStatus, TrainerStatus, Watcher
@@ -24,23 +23,22 @@ from deltawire.follow.port import Port, Route
 
 LOOK_EVERY = 2.0
 """seconds between two looks of --watch, or what suits the store if that is longer"""
-PLAIN_WIDTH = 160
-"""columns where no terminal says how many it has"""
 COLOURS = {"current": "green", "behind": "yellow", "unready": "red", "silent": "red"}
 
 
 def status(
     bucket: BucketUrl,
-    watch: Annotated[bool, typer.Option(help="Look again and again, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")] = False,
     serve: Annotated[
         str | None, typer.Option(metavar="[HOST:]PORT", help="Show it as a page here, until Ctrl-C; 0 picks a port.")
     ] = None,
     trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
-    """Show how a run is doing: the trainer's last version, and what each replica serves and how far it is behind.
+    """Show how a run and its replicas are doing.
 
-    It reads the bucket alone: commits, and the heartbeats that followers and the trainer write.
+    That is the trainer's last version, and what each replica serves and how far it is behind. It reads the bucket
+    alone: commits, and the heartbeats that followers and the trainer write.
     """
     store = open_bucket(bucket)
     if serve is not None:
@@ -61,15 +59,17 @@ def doctor(
         str | None,
         typer.Option(help="The vLLM server; default: look at the bucket alone.", envvar="DELTAWIRE_ENGINE"),
     ] = None,
-    run: Annotated[str | None, typer.Option(metavar="ID", help="The run that is meant.")] = None,
-    read_only: Annotated[bool, typer.Option(help="This host only follows: write nothing.")] = False,
+    run: Annotated[
+        str | None, typer.Option(metavar="ID", help="The run that is meant.", envvar="DELTAWIRE_RUN")
+    ] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="This host only follows: write nothing.")] = False,
     trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
-    """Look for what keeps a bucket and a vLLM server from working together, and name the fix of each fault.
+    """Find what keeps a bucket and a vLLM server apart.
 
-    It writes one small object to the bucket and removes it. vLLM's worker is asked to read the bucket by itself. The
-    exit code is 1 if there is a fault.
+    Each fault comes with its fix. It writes one small object to the bucket and removes it. vLLM's worker is asked to
+    read the bucket by itself. The exit code is 1 if there is a fault.
     """
     from deltawire.fleet.doctor import examine
 
@@ -85,7 +85,7 @@ def _show(seen: FleetStatus, as_json: bool) -> None:
     if as_json:
         emit(seen, "", as_json)
     else:
-        Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(as_text(seen))
+        plain_console().print(as_text(seen), crop=False)
 
 
 def _watch_lines(watcher: Watcher, pause: float, as_json: bool) -> None:
@@ -118,13 +118,10 @@ def _watch_screen(watcher: Watcher, pause: float) -> None:
 
 def as_text(seen: FleetStatus) -> Group:
     """The trainer in a few lines, and a table of the replicas."""
-    table = Table(
-        "replica", "", "version", "behind", "heard", "pause p50/p99", "bytes", "audit", "why not ready", box=SIMPLE_HEAD
-    )
+    table = Table("replica", "", "version", "behind", "heard", "pause p50/p99", "bytes", "audit", "why not ready")
     for one in seen.replicas:
         table.add_row(*_row(one))
-    for column in table.columns:
-        column.overflow = "fold"
+    arrange(table)
     fleet = table if seen.replicas else Text("no replica has written a heartbeat yet: start `deltawire follow`")
     return Group(Text("\n".join(_trainer(seen.bucket, seen.trainer))), fleet)
 
@@ -136,7 +133,7 @@ def _trainer(bucket: str, trainer: TrainerStatus) -> list[str]:
         f"trainer: version {trainer.version}{step}, committed {duration(trainer.age_s)} ago",
     ]
     if trainer.versions_per_hour is not None:
-        lines[-1] += f", {trainer.versions_per_hour:,.1f} versions an hour"
+        lines[-1] += f", {_rate(trainer.versions_per_hour)} versions an hour"
     if trainer.bytes_per_version is not None:
         lines[-1] += f", {size(round(trainer.bytes_per_version))} each"
     if trainer.ended:
@@ -146,6 +143,11 @@ def _trainer(bucket: str, trainer: TrainerStatus) -> list[str]:
     if trainer.problem is not None:
         lines.append(f"problem: {plain(trainer.problem)}")
     return lines
+
+
+def _rate(number: float) -> str:
+    """Three digits at least, and no more behind the point than that takes."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
 
 
 def _row(one: ReplicaStatus) -> tuple[Text | str, ...]:

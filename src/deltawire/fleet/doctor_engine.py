@@ -7,7 +7,6 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from urllib.parse import urlsplit
 
-import httpx
 import msgspec
 
 from deltawire.buckets.addresses import is_loopback
@@ -31,6 +30,11 @@ from deltawire.live.lease import TTL
 from deltawire.runlog import log
 from deltawire.vllm import versions
 from deltawire.vllm.client import EngineClient
+
+try:
+    import httpx
+except ImportError:
+    raise ImportError("asking vLLM needs httpx: pip install 'deltawire[follow]'") from None
 
 PATIENCE = 60.0
 """seconds that a worker may take to read the bucket and to compare it with its weights"""

@@ -220,7 +220,7 @@ def _advice(found: Forecast) -> list[str]:
             f"{found.requests.limit:,}. {way}, another plan, `deltawire relay`, or s3://."
         )
     said.append(
-        f"An anchor each {found.anchor_every:,} versions ({_duration(found.anchor_every * scenario.cadence)}) is what "
+        f"An anchor every {found.anchor_every:,} versions ({_duration(found.anchor_every * scenario.cadence)}) is what "
         "`deltawire compact` writes by itself."
     )
     return said
