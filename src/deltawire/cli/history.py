@@ -9,11 +9,10 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.table import Table
 
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, BucketOption, BucketUrl, Trusted
-from deltawire.cli.printing import duration, emit, show, size
+from deltawire.cli.printing import Sheet, duration, emit, plain, show, size
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.naming import version_named
 from deltawire.read.subscriber import Subscriber
@@ -85,7 +84,7 @@ def log(
             emit(record, "", json)
     elif oneline:
         for line in _lines(listing, metric):
-            print(line)
+            print(plain(line, None))
     elif commits:
         show(_table(listing, metric))
         if bars := sparkline([share for commit in commits if (share := listing.share(commit)) is not None]):
@@ -127,7 +126,7 @@ def diff(
         for part in [*parts, summary]:
             emit(msgspec.to_builtins(part), "", json)
         return
-    table = Table("tensor" if tensors else "layer", "moved", "elements", "changed", "share", "of them ±1")
+    table = Sheet("tensor" if tensors else "layer", "moved", "elements", "changed", "share", "of them ±1")
     for part in parts:
         table.add_row(*_moved(part))
     table.add_section()
@@ -186,7 +185,7 @@ def _lines(listing: Listing, chosen: Sequence[str] | None) -> Iterator[str]:
         yield "  ".join(parts)
 
 
-def _table(listing: Listing, chosen: Sequence[str] | None) -> Table:
+def _table(listing: Listing, chosen: Sequence[str] | None) -> Sheet:
     """The table, without columns that no version has anything for."""
     metrics = [*chosen] if chosen else listing.metrics()
     heads = (
@@ -205,7 +204,7 @@ def _table(listing: Listing, chosen: Sequence[str] | None) -> Table:
     )
     rows = [_row(listing, commit, metrics) for commit in listing.commits]
     kept = [column for column in range(len(heads)) if any(row[column] for row in rows)]
-    table = Table(*(heads[column] for column in kept), title=f"run {listing.commits[0].run}")
+    table = Sheet(*(heads[column] for column in kept), title=f"run {listing.commits[0].run}")
     for row in rows:
         table.add_row(*(row[column] for column in kept))
     return table
