@@ -10,7 +10,6 @@ from typing import Any, Protocol, Self
 
 import msgspec
 
-
 PATIENCE = 60.0
 """seconds that a client may take to ask, or to read a piece; then its thread lets it go"""
 
