@@ -2,7 +2,7 @@
 
 import pytest
 
-from deltawire.buckets.addresses import is_loopback, without_password
+from deltawire.buckets.addresses import is_loopback, parts_of, without_password
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,17 @@ def test_an_address_is_shown_without_a_name_and_password(address, shown):
 
 @pytest.mark.parametrize(
     ("url", "own"),
-    [("http://127.0.0.1:1", True), ("http://[::1]/", True), ("http://a.localhost", True), ("http://10.0.0.1", False)],
+    [
+        ("http://127.0.0.1:1", True),
+        ("http://[", False),
+        ("http://[::1]/", True),
+        ("http://a.localhost", True),
+        ("http://10.0.0.1", False),
+    ],
 )
 def test_the_machine_itself_is_known_by_its_names(url, own):
     assert is_loopback(url) == own
+
+
+def test_a_url_that_cannot_be_read_has_no_host():
+    assert parts_of("http://[") == parts_of("") and parts_of("http://[::1]:80").hostname == "::1"

@@ -1,6 +1,7 @@
 """The page, in a real browser and over HTTP: what is on it, how soon, and what it costs the follower."""
 
 import json
+import socket
 import time
 from contextlib import closing
 
@@ -120,11 +121,13 @@ def test_the_page_is_readable_on_a_phone_and_in_the_dark(tab, place):
 def test_what_a_stranger_writes_into_a_bucket_stays_text(tab, place):
     bucket, run, _, port = place
     evil = "<img src=x onerror='document.title=1'><script>document.title=2</script>"
-    say(bucket, "alpha", run, 8, error=evil, audit=evil)
+    say(bucket, "alpha", run, 8, error=evil, audit=evil, pause_p50_ms=1.0)  # half of a pair
+    before = len(tab.errors)
     tab.open(port.url).until("document.querySelector('[data-replica=alpha]') !== null")
     assert tab.until("document.querySelector('[data-replica=alpha] .why').textContent") == evil
     assert tab.ask("document.querySelectorAll('#replicas img, #replicas script').length") == 0
     assert tab.ask("document.title") == "deltawire 8"
+    assert tab.errors[before:] == []
     policy = httpx.get(port.url).headers["content-security-policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy
 
@@ -159,6 +162,44 @@ def test_a_bucket_that_is_not_there_is_said_and_a_viewer_too_many_is_told_to_ask
         events = told(port.url)
         assert "NotFound" in next(event for event in events if "error" in event)["error"]
         assert httpx.get(port.url + "events").status_code == 503
+        events.close()
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_viewer_that_reads_nothing_takes_no_place(monkeypatch, method):
+    monkeypatch.setattr(page, "VIEWERS", 1)
+    monkeypatch.setattr(page, "PING", 0.05)
+    with closing(Board(Watcher(fresh()))) as board, Port([board], 0) as port:
+        for _ in range(3):
+            with httpx.stream(method, port.url + "events", timeout=20) as answer:
+                assert answer.status_code == 200
+            until(lambda: board._viewers == 0)
+
+
+def test_a_client_that_asks_nothing_is_let_go():
+    with (
+        Port([], 0, patience=0.05) as port,
+        socket.create_connection(("127.0.0.1", int(port.url[17:-1])), 10) as silent,
+    ):
+        assert silent.recv(1) == b""
+
+
+def test_the_page_looks_on_whatever_went_wrong(monkeypatch):
+    monkeypatch.setattr(page, "BEATS_EVERY", 0.05)
+    wrong = [RuntimeError("deque mutated during iteration")]
+
+    def local():
+        if wrong:
+            raise wrong.pop()
+        return {}
+
+    bucket = fresh()
+    with publishing(bucket) as publisher:
+        publisher.publish(model())
+    with closing(Board(Watcher(bucket), local=local)) as board, Port([board], 0) as port:
+        events = (event for event in told(port.url) if not event.get("looking"))
+        assert "deque mutated" in next(events)["error"]
+        assert next(events)["trainer"]["version"] == 0
         events.close()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from deltawire.gateway.fleet import parse_engine
 from gateways import StubVLLM, gateway
 from verbs import say
 from waiting import until
@@ -53,6 +54,64 @@ def test_a_request_waits_for_an_engine_that_becomes_new_enough(door, pair):
     timer.start()
     assert complete(door, **{"X-Min-Policy-Version": "ab:9"}).json()["served"] == 9
     timer.join()
+
+
+def raw(url: str, *lines: bytes, body: bytes = b"{}") -> bytes:
+    """What a completion gets whose headers no client library would write."""
+    host, port = url.removeprefix("http://").split(":")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n" % len(body)
+    with socket.create_connection((host, int(port)), 10) as connection:
+        connection.sendall(head + b"".join(line + b"\r\n" for line in lines) + b"\r\n" + body)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize("line", ["X-User: café €".encode(), b"X-User: caf\xe9", b"X-User: ada \t", b"X-User:"])
+def test_headers_that_are_no_ascii_reach_an_engine_byte_for_byte(door, pair, line):
+    assert raw(door, line).startswith(b"HTTP/1.1 200")
+    seen = (pair[0].headers + pair[1].headers)[0]["x-user"]
+    assert seen.encode("latin-1") == line.partition(b":")[2].strip()
+    assert all(engine["ready"] for engine in httpx.get(f"{door}/health").json()["engines"])
+
+
+def test_a_header_stands_in_an_answer_as_often_as_the_engine_wrote_it(door, pair):
+    for engine in pair:
+        engine.answers = {"Set-Cookie": "a=1", "set-cookie": "b=2", "X-Name": "caf\u00e9"}
+    assert complete(door).headers.get_list("set-cookie") == ["a=1", "b=2"]
+
+
+@pytest.mark.parametrize("floor", [b"9" * 5000, b"9" * 30, b"\xb2", b"-1", b"1e3"])
+def test_a_floor_that_is_no_version_is_refused(door, floor):
+    answer = raw(door, b"X-Min-Policy-Version: " + floor)
+    assert answer.startswith(b"HTTP/1.1 400") and b"X-Min-Policy-Version is" in answer and len(answer) < 600
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"ready": True, "served": {"run": "ab", "version": "7"}},
+        {"ready": True, "served": {"run": "ab", "version": [1]}},
+        {"ready": True, "served": {"run": "a\r\nX-Evil: 1", "version": 7}},
+        {"ready": True, "served": 5},
+        {"ready": "yes"},
+        [],
+        "deep",
+    ],
+)
+def test_a_health_that_is_none_makes_an_engine_unready_until_it_is_one(pair, told):
+    engine = pair[0]
+    engine.told = b"[" * 100_000 if told == "deep" else json.dumps(told).encode()
+    with gateway([Engine(engine.url, f"{engine.url}/follower")], patience=0.05) as url:
+        assert complete(url, **{"X-Min-Policy-Version": "1"}).status_code == 503
+        assert f"{engine.url}/follower" in httpx.get(f"{url}/health").json()["engines"][0]["reason"]
+        engine.told = None
+        until(lambda: httpx.get(f"{url}/health").json()["ready"])
+        assert complete(url).headers["X-Policy-Version"] == "ab:3"
+
+
+@pytest.mark.parametrize("text", ["", ",http://a/health", "http://", "http://a b", "http://[", "http://a:x", "a:8000"])
+def test_what_is_no_address_of_an_engine_is_refused_at_once(text):
+    with pytest.raises(FormatError, match="is no address: write http://host:8000"):
+        parse_engine(text)
 
 
 def test_a_version_that_nobody_serves_is_503_after_the_wait(pair):

@@ -77,6 +77,7 @@ def test_the_prefix_of_a_request(body, prefix):
 
 def test_a_body_that_is_none_has_no_prefix():
     assert prefix_of(b"{") is None and prefix_of(b"\xff") is None and prefix_of(b"") is None
+    assert prefix_of(b"[" * 200_000) is None
 
 
 def test_prompts_that_begin_alike_go_to_one_engine():

@@ -106,6 +106,14 @@ def test_a_call_by_hand_names_no_protocol_and_is_answered(engine):
     assert ask(engine, "status")["protocol"] == rpc.PROTOCOL
 
 
+@pytest.mark.parametrize("said", ["\ud800", {"\ud800": 1}, [[]], -1.5])
+@pytest.mark.parametrize("field", ["staged", "error", "fetching", "joined"])
+def test_an_answer_of_something_else_is_a_bad_answer(engine, field, said):
+    engine.changes = {field: said}
+    with pytest.raises(BadAnswer, match="status got no answer that it should get"):
+        engine.status()
+
+
 @pytest.mark.parametrize("field", ["rank", "session_open", "position", "joined"])
 def test_an_answer_that_lacks_what_it_must_say_is_a_bad_answer(engine, field):
     engine.changes = {field: ...}

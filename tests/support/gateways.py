@@ -24,6 +24,7 @@ class StubVLLM:
         self.pieces: list[bytes] = []
         self.go, self.gone = threading.Semaphore(0), threading.Event()
         self.answers: dict[str, str] = {}
+        self.told: bytes | None = None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -43,6 +44,8 @@ class StubVLLM:
                 elif self.path == "/weight_info":
                     label = "default" if stub.version is None else f"ab:{stub.version}"
                     self.say(200, {"weight_version": label})
+                elif self.path == "/follower" and stub.told is not None:
+                    self.say(200, stub.told)
                 elif self.path == "/follower":
                     served = {"run": "ab", "version": stub.version} if stub.version is not None else None
                     self.say(
@@ -80,7 +83,7 @@ class StubVLLM:
                     stub.gone.set()
 
             def say(self, status: int, told: Any) -> None:
-                data = json.dumps(told).encode()
+                data = told if isinstance(told, bytes) else json.dumps(told).encode()
                 self.send_response(status)
                 for name, value in stub.answers.items():
                     self.send_header(name, value)
@@ -97,12 +100,13 @@ class StubVLLM:
 def gateway(engines: Sequence[Engine], *, patience: float = 5.0) -> Iterator[str]:
     """The address of a gateway before these engines."""
     app = build_app(engines, patience=patience, poll=0.02)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="on"))
+    options = uvicorn.Config(app, port=0, log_level="critical", lifespan="on", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(options)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         until(lambda: server.started)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
-        server.should_exit = server.force_exit = True
+        server.should_exit = True  # force_exit would cut off what the lifespan still does
         thread.join(20)

@@ -54,6 +54,13 @@ def test_a_streamed_answer_ends_with_the_last_as_a_comment():
     assert answer.text == "data: {}\n\ndata: [DONE]\n\n: X-Policy-Version-Last: ab:2\n\n"
 
 
+@pytest.mark.parametrize("label", ["policy €", "ab:1\r\nX-Evil: 1", "ab:1\x1b[2J"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_label_that_fits_no_header_is_not_told(label, stream):
+    answer = ask(PATHS[0], Engine(label), stream=stream)
+    assert answer.status_code == 200 and "X-Policy" not in f"{answer.headers} {answer.text}"
+
+
 def test_other_paths_and_engines_that_do_not_tell_are_left_alone():
     assert "X-Policy-Version" not in ask("/v1/models", Engine("ab:1")).headers
     for stream in (False, True):

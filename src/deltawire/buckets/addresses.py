@@ -2,12 +2,20 @@
 
 import ipaddress
 import re
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
+
+
+def parts_of(url: str) -> SplitResult:
+    """A URL taken apart; one that cannot be, as "http://[", has neither scheme nor host."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def is_loopback(url: str) -> bool:
     """Whether a URL's host is this machine itself."""
-    host = urlsplit(url).hostname or ""
+    host = parts_of(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

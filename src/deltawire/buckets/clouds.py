@@ -3,11 +3,10 @@
 import os
 from datetime import timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
 from obstore import exceptions, store
 
-from deltawire.buckets.addresses import is_loopback, without_password
+from deltawire.buckets.addresses import is_loopback, parts_of, without_password
 from deltawire.buckets.objects import ObjectBucket
 from deltawire.buckets.proxies import proxy_note, spare_loopback
 from deltawire.buckets.refusals import first_line
@@ -48,7 +47,7 @@ def _endpoint(settings: dict[str, Any], scheme: str) -> str:
         return _HOMES[scheme]
     named = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
     endpoint = os.environ[named] if named else settings.get("endpoint", "https://s3.amazonaws.com")
-    parts = urlsplit(endpoint)
+    parts = parts_of(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname or " " in endpoint:
         shown = without_password(endpoint)
         raise BadUrl(f"{named or 'endpoint_url'} is {shown!r}: not an address that starts with http:// or https://")

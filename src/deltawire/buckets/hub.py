@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 try:
     import hf_xet
@@ -34,7 +33,7 @@ try:
 except ImportError:
     raise ImportError("the hub bucket needs huggingface_hub: pip install 'deltawire[hub]'") from None
 
-from deltawire.buckets.addresses import is_loopback
+from deltawire.buckets.addresses import is_loopback, parts_of
 from deltawire.buckets.atomic import replacing
 from deltawire.buckets.base import Listing, Stat, check_key, check_prefix, is_key, look_then_put, watch_by_polling
 from deltawire.buckets.hub_refusals import batch_refusal, local_refusal
@@ -273,7 +272,7 @@ def open_hub(bucket_id: str, *, create: bool) -> HubBucket:
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     if "@" in endpoint:
         raise BadUrl("HF_ENDPOINT has an '@': put the token into HF_TOKEN, not into the address")
-    if urlsplit(endpoint).scheme not in ("http", "https"):
+    if parts_of(endpoint).scheme not in ("http", "https"):
         raise BadUrl(f"HF_ENDPOINT is {endpoint}: not an address that starts with http:// or https://")
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()

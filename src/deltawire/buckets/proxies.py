@@ -1,10 +1,9 @@
 """HTTP proxies: never in front of this host's own servers, and named when no answer came through one."""
 
 import os
-from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from deltawire.buckets.addresses import is_loopback, without_password
+from deltawire.buckets.addresses import is_loopback, parts_of, without_password
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -19,7 +18,7 @@ def spare_loopback(url: str) -> bool:
     if not proxied or not is_loopback(url):
         return False
     there = [part.strip() for part in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")]
-    spared = [host for host in (*_LOOPBACK, urlsplit(url).hostname or "") if host]
+    spared = [host for host in (*_LOOPBACK, parts_of(url).hostname or "") if host]
     missing = [host for host in dict.fromkeys(spared) if host not in there]
     both = ",".join(part for part in (*there, *missing) if part)
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = both
@@ -31,7 +30,7 @@ def proxy_note(url: str, also: tuple[str, ...] = ()) -> str:
     for name in also:
         if address := os.environ.get(name):
             return _note(address, name)
-    parts = urlsplit(url)
+    parts = parts_of(url)
     proxies = getproxies()
     for scheme in (parts.scheme, "all"):
         address = proxies.get(scheme)

@@ -10,7 +10,7 @@ from deltawire.cli.engines import audit, follow
 from deltawire.cli.gateway import gateway
 from deltawire.cli.history import diff, log
 from deltawire.cli.interchange import apply, export, import_run
-from deltawire.cli.printing import emit
+from deltawire.cli.printing import emit, plain
 from deltawire.cli.reading import inspect, materialize, verify
 from deltawire.cli.sizing import plan
 from deltawire.cli.starting import demo, render, serve
@@ -78,7 +78,7 @@ def main() -> None:
     try:
         app()
     except (DeltaWireError, ImportError, OSError) as error:
-        print(f"deltawire: {error_text(error)}", file=sys.stderr)
+        print(f"deltawire: {plain(error_text(error).replace(chr(10), ' '), None)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

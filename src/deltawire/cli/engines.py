@@ -22,7 +22,7 @@ from deltawire.cli.options import (
 from deltawire.cli.printing import emit
 from deltawire.cli.telling import Teller
 from deltawire.errors import NotFound, some
-from deltawire.read.naming import version_named
+from deltawire.read.naming import number_in, version_named
 from deltawire.read.subscriber import Subscriber
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ def follow(
 
 def _pinned(bucket: str, pin: str | None, trust: Iterable[str]) -> int | None:
     """The version to hold a server at. A number is believed: the follower may be started before it is there."""
-    if pin is None or pin.isdecimal():
-        return None if pin is None else int(pin)
+    if pin is None or (number := number_in(pin)) is not None:
+        return None if pin is None else number
     with Subscriber(open_bucket(bucket), trusted=trust) as subscriber:
         return version_named(subscriber, pin)
 

@@ -9,11 +9,10 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.table import Table
 
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, BucketOption, BucketUrl, Trusted
-from deltawire.cli.printing import duration, emit, show, size
+from deltawire.cli.printing import Sheet, duration, emit, plain, show, size
 from deltawire.errors import some
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.naming import version_named
@@ -89,7 +88,7 @@ def log(
     _require_metrics(metric, listing)
     if oneline:
         for line in _lines(listing, metric):
-            print(line)
+            print(plain(line, None))
     elif commits:
         _show_table(listing, metric)
     if older:
@@ -131,7 +130,7 @@ def diff(
         for part in [*parts, summary]:
             emit(msgspec.to_builtins(part), "", json)
         return
-    table = Table("tensor" if tensors else "layer", "moved", "elements", "changed", "share", "of them ±1")
+    table = Sheet("tensor" if tensors else "layer", "moved", "elements", "changed", "share", "of them ±1")
     for part in parts:
         table.add_row(*_moved(part))
     table.add_section()
@@ -205,7 +204,7 @@ def _show_table(listing: Listing, chosen: Sequence[str] | None) -> None:
         print(bars)
 
 
-def _table(listing: Listing, chosen: Sequence[str] | None) -> Table:
+def _table(listing: Listing, chosen: Sequence[str] | None) -> Sheet:
     """The table, without columns that no version has anything for."""
     metrics = [*chosen] if chosen else listing.metrics()
     heads = (
@@ -224,7 +223,7 @@ def _table(listing: Listing, chosen: Sequence[str] | None) -> Table:
     )
     rows = [_row(listing, commit, metrics) for commit in listing.commits]
     kept = [column for column in range(len(heads)) if any(row[column] for row in rows)]
-    table = Table(*(heads[column] for column in kept), title=f"run {listing.commits[0].run}")
+    table = Sheet(*(heads[column] for column in kept), title=f"run {listing.commits[0].run}")
     for row in rows:
         table.add_row(*(row[column] for column in kept))
     return table

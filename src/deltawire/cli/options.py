@@ -1,6 +1,7 @@
 """The arguments and options that several verbs share. Those that a unit or a container sets may come from its
 environment; `--help` names the variable."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,7 @@ VersionName = Annotated[
 def host_and_port(address: str, option: str) -> tuple[str, int]:
     """[HOST:]PORT taken apart; without a host it is loopback. Raises BadParameter, naming the option."""
     host, _, port = address.rpartition(":")
-    if not port.isdecimal() or int(port) > 65535:
+    if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise typer.BadParameter(f"{address!r} is not PORT or HOST:PORT, as 8001 or 0.0.0.0:8001", param_hint=option)
     return host.strip("[]") or "127.0.0.1", int(port)
 

@@ -18,8 +18,10 @@ PLAIN_WIDTH = 160
 
 def emit(record: object, text: str, as_json: bool) -> None:
     """Print a record as JSON, or the text that says the same, at once."""
-    line = msgspec.json.encode(record, enc_hook=str).decode() if as_json else text
-    print(line, flush=True)
+    if as_json:
+        print(msgspec.json.encode(record, enc_hook=str).decode(), flush=True)
+    else:
+        print("\n".join(plain(line, None) for line in text.split("\n")), flush=True)
 
 
 def size(count: int) -> str:
@@ -32,7 +34,18 @@ def counted(number: int, one: str) -> str:
     return f"{number:,} {one}{'' if number == 1 else 's'}"
 
 
-def show(table: Table) -> None:
+class Sheet(Table):
+    """A table of text that strangers may have written: none of it is markup, and none moves the cursor."""
+
+    def __init__(self, *heads: str, title: str | None = None) -> None:
+        super().__init__(*(plain(head, None) for head in heads), title=None if title is None else plain(title, None))
+
+    def add_row(self, *cells: str) -> None:  # type: ignore[override]  # text alone
+        """A row, a text for each column."""
+        super().add_row(*(plain(cell, None) for cell in cells))
+
+
+def show(table: Sheet) -> None:
     """Print a table whole: where it is too wide, names go on in the next line, and none is cut to look like another."""
     arrange(table)
     title, table.title = table.title, None  # on its own line, for it may be wider than the table
@@ -53,7 +66,9 @@ def arrange(table: Table) -> None:
 
 def plain_console() -> Console:
     """What prints on stdout, as wide as the terminal; a pipe and a file take long lines."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH)
+    return Console(
+        markup=False, emoji=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
+    )
 
 
 def progress() -> Progress:
@@ -70,6 +85,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
-def plain(text: str, limit: int = 300) -> str:
-    """What anyone who may write the bucket may have written, fit for a terminal."""
+def plain(text: str, limit: int | None = 300) -> str:
+    """What anyone who may write the bucket may have written, fit for a line of a terminal."""
     return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)[:limit]

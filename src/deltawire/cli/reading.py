@@ -5,11 +5,10 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.table import Table
 
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, BaseFolder, BucketFirst, BucketUrl, Trusted, VersionName
-from deltawire.cli.printing import counted, emit, progress, show, size
+from deltawire.cli.printing import Sheet, counted, emit, progress, show, size
 from deltawire.errors import EngineUnsupported
 from deltawire.format import checkpoint, delta_file
 from deltawire.read.changes import Update
@@ -44,7 +43,7 @@ def inspect(
         return
     span = f"{header.run}: {header.parent} to {header.version}" if header.run else "imported, no run named"
     seal = "seal right" if header.sealed else "no seal in the file"
-    table = Table("tensor", "dtype", "shape", "changed", "share", "as", title=f"{span}, codec {header.codec}, {seal}")
+    table = Sheet("tensor", "dtype", "shape", "changed", "share", "as", title=f"{span}, codec {header.codec}, {seal}")
     for spec, encoding in zip(header.tensors, header.encodings, strict=True):
         share = f"{spec.changed / spec.total:.3%}" if header.sealed else ""
         table.add_row(spec.name, spec.dtype, str(list(spec.shape)), f"{spec.changed:,}", share, encoding)
@@ -124,7 +123,7 @@ def _show_placement(engine: str, as_json: bool) -> None:
         for worker in workers:
             emit(msgspec.to_builtins(worker), "", as_json)
         return
-    table = Table("tensor", "worker", "parameter", "elements", "from", title=shown)
+    table = Sheet("tensor", "worker", "parameter", "elements", "from", title=shown)
     for worker in workers:
         rank = str(worker.rank)
         for name, boxes in worker.placement.items():

@@ -5,10 +5,9 @@ from typing import Annotated, Literal
 
 import msgspec
 import typer
-from rich.table import Table
 
 from deltawire.cli.options import AsJson
-from deltawire.cli.printing import duration, emit, show
+from deltawire.cli.printing import Sheet, duration, emit, show
 from deltawire.errors import NotFound
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.sizing.forecast import Forecast, forecast
@@ -108,9 +107,9 @@ def _record(found: Forecast, fleet: FleetReport | None) -> dict[str, object]:
     return record | computed | played
 
 
-def _table(found: Forecast) -> Table:
+def _table(found: Forecast) -> Sheet:
     times, asked, scenario = found.times, found.requests, found.scenario
-    table = Table("what", "comes to", title=f"{scenario.weights:,.0f} weights, {scenario.density:.2%} changed")
+    table = Sheet("what", "comes to", title=f"{scenario.weights:,.0f} weights, {scenario.density:.2%} changed")
     rows = {
         "a version": f"{_size(found.delta_bytes)}, {found.ratio:.0f} times smaller than a checkpoint of "
         f"{_size(found.checkpoint_bytes)}",

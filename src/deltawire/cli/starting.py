@@ -27,8 +27,12 @@ def serve(
     {"users": [{"name": "ada", "token": "a-long-secret", "orgs": [{"name": "lab", "private_by_default": true}]}]}.
     Tokens travel as they are: beyond your own network, put a server that speaks TLS in front.
     """
-    from deltawire.fleet.hub_page import hub_page
-    from deltawire.hub_server import serve as serve_forever
+    try:
+        from deltawire.fleet.hub_page import hub_page
+        from deltawire.hub_server import serve as serve_forever
+    except ImportError:
+        needs = "the bucket server needs starlette, uvicorn, h11 and lz4: pip install 'deltawire[server]'"
+        raise ImportError(needs) from None
 
     def ready(url: str) -> None:
         token = "local" if users is None else "<your token>"

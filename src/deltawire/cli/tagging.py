@@ -6,11 +6,10 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.table import Table
 
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, BucketOption, SigningKeyFile, Trusted
-from deltawire.cli.printing import duration, emit, show
+from deltawire.cli.printing import Sheet, duration, emit, show
 from deltawire.read.naming import name_version
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.signing import read_key
@@ -64,7 +63,7 @@ def _show_tags(tags: Sequence[Tag], as_json: bool) -> None:
     if not tags:
         print("no tags")
         return
-    table = Table("tag", "version", "age", "signer")
+    table = Sheet("tag", "version", "age", "signer")
     for each in tags:
         table.add_row(
             each.name, str(each.version), duration(max(time.time() - each.created, 0.0)), (each.signer or "")[:8]

@@ -8,7 +8,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
-from deltawire.cli.printing import duration, emit, size
+from deltawire.cli.printing import duration, emit, plain, size
 from deltawire.errors import error_text
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Teller:
     def line(self, event: str, text: str, **facts: object) -> None:
         """Print an event."""
         self._end_bar()
-        emit({"event": event, **facts}, text, self._json)
+        emit({"event": event, **facts}, plain(text, None), self._json)
 
     def update(self, report: "UpdateReport | AdapterReport") -> None:
         """A version is served."""

@@ -96,7 +96,7 @@ def _watch_lines(watcher: Watcher, pause: float, as_json: bool) -> None:
             seen = watcher.look()
         except (BucketError, FormatError, ChainError) as error:
             if str(error) != last:
-                emit({"problem": error_text(error)}, f"problem: {error_text(error)}", as_json)
+                emit({"problem": error_text(error)}, plain(f"problem: {error_text(error)}", None), as_json)
             last = str(error)
         else:
             facts = seen.trainer.version, [(one.replica, one.version, one.state) for one in seen.replicas]
@@ -112,7 +112,7 @@ def _watch_screen(watcher: Watcher, pause: float) -> None:
             try:
                 screen.update(as_text(watcher.look()), refresh=True)
             except (BucketError, FormatError, ChainError) as error:
-                screen.update(Text(f"problem: {error_text(error)}"), refresh=True)
+                screen.update(Text(plain(f"problem: {error_text(error)}", None)), refresh=True)
             time.sleep(pause)
 
 

@@ -7,7 +7,7 @@ it saw last.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from importlib.resources import files
 from typing import Any
@@ -15,7 +15,7 @@ from urllib.parse import parse_qs
 
 import msgspec
 
-from deltawire.errors import BucketError, ChainError, DeltaWireError, FormatError, error_text
+from deltawire.errors import DeltaWireError, error_text
 from deltawire.fleet.status import FleetStatus, Watcher
 from deltawire.follow.port import Answer
 from deltawire.runlog.keys import HEAD_KEY
@@ -86,13 +86,16 @@ class Board:
                 if self._viewers >= VIEWERS:
                     return _json(503, b'{"error":"too many viewers: ask for status.json"}')
                 self._viewers += 1
-            return Answer(200, "text/event-stream", self._events(), HEADERS)
+            stream = self._events()
+            next(stream)  # from here on, dropping the stream counts its viewer off
+            return Answer(200, "text/event-stream", stream, HEADERS)
         return None
 
-    def _events(self) -> Iterator[bytes]:
+    def _events(self) -> Generator[bytes]:
         """Server-sent events: what is known, and what becomes known."""
         seen = -1
         try:
+            yield b""
             self._want()
             while not self._closed:
                 number, data = self._after(seen)
@@ -135,7 +138,7 @@ class Board:
     def _look(self) -> None:
         try:
             shown = self._as_shown(self._watcher.look())
-        except (BucketError, FormatError, ChainError) as error:
+        except Exception as error:  # whatever it is, those who watch are told, and it is looked again
             shown = {"bucket": self._watcher.bucket.url, "at": time.time(), "error": error_text(error)}
         aging = [shown.get("trainer", {}), *shown.get("replicas", [])]
         gist = [shown.get("error"), shown.get("links"), _without_ages(aging)]

@@ -66,7 +66,7 @@ class Beats:
 
     def entry(self, served: Position | None, *, need: int | None = None, error: str | None = None) -> Heartbeat:
         """What a heartbeat would say now; without the time."""
-        health = self._health
+        health, pauses = self._health, self._pauses.copy()  # another thread may add to them meanwhile
         return Heartbeat(
             self._last.replica,
             run=served.run if served else None,
@@ -78,8 +78,8 @@ class Beats:
             audit=health.audit,
             error=error,
             every=self.pace.every,
-            pause_p50_ms=percentile(self._pauses, 50),
-            pause_p99_ms=percentile(self._pauses, 99),
+            pause_p50_ms=percentile(pauses, 50),
+            pause_p99_ms=percentile(pauses, 99),
             wire_bytes=self._newest,
             fetched_bytes=self._fetched,
             codecs=CODECS,

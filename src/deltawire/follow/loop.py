@@ -46,6 +46,7 @@ class FollowLoop(ABC, Generic[R]):
     def __init__(
         self, bucket_url: str, options: FollowOptions, *, server: str, state: Path | None, any_run: bool = False
     ) -> None:
+        self.options = options  # a doubt about what is remembered is news at once
         self.source = Source(bucket_url, options, state=state, on_doubt=self._doubt, any_run=any_run)
         self.bucket = self.source.bucket
         self._poll = options.poll if options.poll is not None else self.bucket.poll_seconds

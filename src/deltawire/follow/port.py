@@ -2,13 +2,16 @@
 
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol, Self
 
 import msgspec
+
+PATIENCE = 60.0
+"""seconds that a client may take to ask, or to read a piece; then its thread lets it go"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +20,7 @@ class Answer:
 
     status: int
     kind: str
-    body: bytes | Iterator[bytes]
+    body: bytes | Generator[bytes]
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -42,11 +45,13 @@ class _Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         found = (route.answer(path, query) for route in self.routes)
         missing = as_json(404, {"error": f"{path} is not here"})
-        self._send(next((answer for answer in found if answer is not None), missing))
+        answer = next((answer for answer in found if answer is not None), missing)
+        with closing(_pieces(answer.body)) as pieces, suppress(ConnectionError, TimeoutError):
+            self._send(answer, pieces)  # unless the client went away, or reads nothing
 
     do_HEAD = do_GET  # noqa: N815
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, answer: Answer, pieces: Generator[bytes]) -> None:
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.kind)
         for name, value in answer.headers.items():
@@ -54,31 +59,30 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(answer.body, bytes):
             self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
-        with suppress(ConnectionError, TimeoutError):  # the client went away
-            self._send_body(answer.body)
-
-    def _send_body(self, body: bytes | Iterator[bytes]) -> None:
-        if isinstance(body, bytes):
-            body = iter([body])
-        if self.command == "HEAD":
-            return
-        for piece in body:
-            self.wfile.write(piece)
+        if self.command != "HEAD":
+            for piece in pieces:
+                self.wfile.write(piece)
 
     def log_message(self, *arguments: object) -> None:
         """Say nothing: the client has its answer."""
+
+
+def _pieces(body: bytes | Generator[bytes]) -> Generator[bytes]:
+    return (piece for piece in [body]) if isinstance(body, bytes) else body
 
 
 class Port:
     """Answers GET and HEAD on a port with the first of `routes` that knows the path, each on a thread of its own.
     Raises OSError when the port cannot be had."""
 
-    def __init__(self, routes: Sequence[Route], port: int, *, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, routes: Sequence[Route], port: int, *, host: str = "127.0.0.1", patience: float = PATIENCE
+    ) -> None:
         class Server(ThreadingHTTPServer):
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
             block_on_close = False  # a stream may wait for news
 
-        self._server = Server((host, port), type("Handler", (_Handler,), {"routes": routes}))
+        self._server = Server((host, port), type("Handler", (_Handler,), {"routes": routes, "timeout": patience}))
         at = f"[{host}]" if ":" in host else host
         self.url = f"http://{at}:{self._server.server_port}/"
         self._thread = threading.Thread(target=self._server.serve_forever, name="deltawire-port", daemon=True)

@@ -1,7 +1,7 @@
 """The door itself: an OpenAI-compatible application that passes each request to one engine, and its answer back."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Any
 
@@ -101,12 +101,15 @@ class _Door:
         """An engine's answer, as it comes; None where it is gone or busy, so that another may be asked."""
         url, closing = known.engine.url, ExitStack()
         closing.enter_context(self._fleet.taking(url))
-        headers = {name: value for name, value in request.headers.items() if name.lower() not in _OURS}
+        headers = _without(request.headers.raw, _OURS)
         asked = self._http.build_request(
             request.method, url + request.url.path, content=body, headers=headers, params=request.query_params
         )
         try:
             answer = await _unless_gone(request, self._http.send(asked, stream=True))
+        except httpx.LocalProtocolError as error:  # the client's headers, which no engine would take
+            closing.close()
+            return _refusal(400, str(error))
         except httpx.HTTPError as error:
             closing.close()
             self._fleet.failed(url, f"{url}: {error or type(error).__name__}")
@@ -128,8 +131,9 @@ class _Passing(StreamingResponse):
     """An engine's answer, byte for byte as it comes. Whatever ends this, a client that is gone too, ends the engine's
     answer and its place among those in flight."""
 
-    def __init__(self, answer: httpx.Response, closing: ExitStack, *, headers: dict[str, str]) -> None:
-        super().__init__(answer.aiter_raw(), answer.status_code, headers=headers)
+    def __init__(self, answer: httpx.Response, closing: ExitStack, *, headers: list[tuple[bytes, bytes]]) -> None:
+        super().__init__(answer.aiter_raw(), answer.status_code)
+        self.raw_headers = headers
         self._answer, self._closing = answer, closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -162,12 +166,18 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _headers(answer: httpx.Response, known: Known, place: int) -> dict[str, str]:
-    kept = {name: value for name, value in answer.headers.items() if name.lower() not in _THEIRS}
-    kept[BY] = str(place)
-    if known.version is not None and VERSION.lower() not in kept:
-        kept[VERSION] = f"{known.run}:{known.version}"
+def _headers(answer: httpx.Response, known: Known, place: int) -> list[tuple[bytes, bytes]]:
+    kept = _without(answer.headers.raw, _THEIRS | {BY.lower()})
+    kept.append((BY.lower().encode(), str(place).encode()))
+    if known.version is not None and VERSION not in answer.headers:
+        kept.append((VERSION.lower().encode(), f"{known.run}:{known.version}".encode()))
     return kept
+
+
+def _without(headers: Iterable[tuple[bytes, bytes]], names: Collection[str]) -> list[tuple[bytes, bytes]]:
+    """Headers but for those of these names, byte for byte: they need not be text, and a name may stand there twice."""
+    lowered = ((name.lower(), value.strip(b" \t")) for name, value in headers)
+    return [(name, value) for name, value in lowered if name.decode("latin-1") not in names]
 
 
 async def _body(request: Request) -> bytes:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ PREFIX = 512
 """characters of a prompt that decide where it goes; of token ids a quarter as many"""
 BALANCE = 1.25
 """how much more than its share of the requests in flight an engine may have before a prefix goes elsewhere"""
+SHOWN = 100
+"""characters of a wrong header that its refusal repeats"""
+_NUMBER = re.compile(r"[0-9]{1,16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +57,14 @@ def parse_floor(text: str | None) -> Floor | None:
     if text is None:
         return None
     run, _, version = text.strip().rpartition(":")
-    if not version.isdecimal():
-        raise FormatError(f"X-Min-Policy-Version is {text!r}: it is a version, as 12, or RUN:12")
-    return Floor(int(version), run or None)
+    if (number := version_in(version)) is None:
+        raise FormatError(f"X-Min-Policy-Version is {text[:SHOWN]!r}: it is a version, as 12, or RUN:12")
+    return Floor(number, run or None)
+
+
+def version_in(text: str) -> int | None:
+    """The version that these digits are; None for text that is none."""
+    return int(text) if _NUMBER.fullmatch(text) else None
 
 
 def choose(
@@ -94,7 +103,7 @@ def prefix_of(body: bytes) -> str | None:
     that has none. `prompt_cache_key`, as OpenAI names it, goes before everything."""
     try:
         asked = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(asked, dict):
         return None

@@ -92,7 +92,7 @@ def answer_as(answer: object, kind: type[T], asked: str) -> T:
     """An answer that was JSON as its record; `asked` is the question, for the error. Raises BadAnswer."""
     try:
         return msgspec.convert(answer, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, RecursionError, UnicodeError) as error:
         raise bad_answer(asked, error, repr(answer).encode()) from None
 
 

@@ -1,11 +1,16 @@
 """Which version people mean: a number, `newest`, a tag, or the best by a metric; and how a version gets a tag."""
 
-from deltawire.errors import Gap, NotFound, WrongBase
+import re
+
+from deltawire.errors import FormatError, Gap, NotFound, WrongBase
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.records import Commit
 from deltawire.runlog.signing import SigningKey
 from deltawire.runlog.tags import TagReport, delete_tag, read_tag, read_tags, write_tag
 
+DIGITS = 16
+"""of the largest version"""
+_NUMBER = re.compile(f"[0-9]{{1,{DIGITS}}}")
 BEST = "best:"
 """`best:reward` is the version of the highest reward; `best:-loss` that of the lowest loss"""
 
@@ -16,13 +21,22 @@ def version_named(subscriber: Subscriber, text: str) -> int:
     Raises NotFound for a tag or a metric that is not there, Gap for a version that is not, WrongBase for a tag of
     other weights than its version has; BadSignature for a tag that no trusted key signed.
     """
-    if text.isdecimal():
-        return subscriber.position_at(int(text)).version
+    if (number := number_in(text)) is not None:
+        return subscriber.position_at(number).version
     if text == "newest":
         return subscriber.latest().version
     if text.startswith(BEST):
         return best(subscriber.commits(), text.removeprefix(BEST)).version
     return _tagged(subscriber, text)
+
+
+def number_in(text: str) -> int | None:
+    """The version that a word of digits alone says; None for another word. Raises FormatError for too many digits."""
+    if not text.isdecimal():
+        return None
+    if not _NUMBER.fullmatch(text):
+        raise FormatError(f"{text[:DIGITS]!r}… is no version: a version has at most {DIGITS} digits, 0 to 9")
+    return int(text)
 
 
 def name_version(

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deltawire.buckets.addresses import is_loopback
+from deltawire.buckets.addresses import is_loopback, parts_of
 from deltawire.buckets.proxies import proxy_note
 from deltawire.errors import BadAnswer, EngineError, EngineUnavailable, EngineUnsupported, Quarantined
 from deltawire.follow.engine import Engine, PauseMode
@@ -158,7 +158,7 @@ def _address(url: str) -> tuple[str, tuple[str, str] | None]:
         parsed = httpx.URL(url.rstrip("/"))
     except httpx.InvalidURL:
         parsed = httpx.URL("")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if parsed.scheme not in ("http", "https") or not parts_of(url).hostname:
         given = "what was given" if "@" in url else repr(url)  # a password may stand before an "@"
         raise EngineUnsupported(f"{given} is not the address of a server, as http://127.0.0.1:8000")
     if not parsed.userinfo:

@@ -58,7 +58,8 @@ class PolicyVersion:
 async def _label(scope: MutableMapping[str, Any]) -> str | None:
     """What the engine serves now; None where it does not say."""
     with suppress(Exception):  # a header is no reason to fail a request
-        return str(await scope["app"].state.engine_client.get_weight_version())
+        label = str(await scope["app"].state.engine_client.get_weight_version())
+        return label if label.isascii() and label.isprintable() else None  # others fit no header
     return None
 
 
