@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from deltawire.gateway.fleet import parse_engine
 from gateways import StubVLLM, gateway
 from verbs import say
 from waiting import until
 
 from deltawire.errors import FormatError, Unavailable
+from deltawire.gateway.engines import parse_engine
 from deltawire.gateway.routing import Engine
 
 PROMPT = {"model": "policy", "prompt": "once upon a time"}
