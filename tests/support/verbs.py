@@ -1,6 +1,7 @@
 """`deltawire` as people run it: a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -13,7 +14,8 @@ from deltawire.cli import app
 def run_verb(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     """A verb with its arguments, to its end within a minute; fails unless it ends with this exit code."""
     command = [sys.executable, "-m", "deltawire.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    # readline, which pytest loads, puts COLUMNS into the environment behind os.environ: a child must not inherit that.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ})
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
