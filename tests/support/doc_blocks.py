@@ -134,7 +134,7 @@ class Reader:
         self._running.append(process)
         words = block.until
         assert words, f'{block}: its mark says no `until "…"`'
-        until(lambda: words in log.read_text() or process.poll() is not None, seconds=LIMIT)
+        until(lambda: words in log.read_text() or process.poll() is not None, seconds=3 * LIMIT)
         assert process.poll() is None, f"{block}\n{log.read_text()}"
         return process
 
