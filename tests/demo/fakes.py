@@ -5,12 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from scripts import TELL, python
 
 from deltawire import digest
 from deltawire.demo.commands import Act, Commands
 from deltawire.demo.processes import Command
+from deltawire.live import rpc
+from deltawire.live.messages import Audited, Outcome
+from deltawire.weights.boxes import Box
 
 ACTS = (Act("learn", 1e-3, 2), Act("rl", 2e-6, 1))
 WEIGHTS = np.arange(4, dtype=np.uint16)
@@ -39,16 +43,22 @@ BUCKET_SERVER = (
     + HTTP
     + "tell(event='ready', url=f'http://127.0.0.1:{server.server_port}')\nserver.serve_forever()\n"
 )
+AUDITED = Audited(
+    digests={"w": [DIGEST]}, sizes={"w": 4}, parts={"w": [Box(0, (4,), (1,))]}, frozen={}, position=None,
+    promised={"w": DIGEST}, drifted=[],
+)  # fmt: skip
+ANSWER = {
+    **msgspec.to_builtins(Outcome(True, AUDITED)), "accepted": True, "rank": 0, "protocol": rpc.PROTOCOL,
+    "deltawire": rpc.version(), "session_open": False,
+}  # fmt: skip
+"""what a worker says to every verb of an audit"""
 VLLM = (
-    "PORT = int(os.environ['PORT'])\n" + f"def answer(path, body):\n"
+    "PORT = int(os.environ['PORT'])\ndef answer(path, body):\n"
     f"    if path == '/weight_checker': return {{'checksums': {{'w': {DIGEST!r}}}}}\n"
-    f"    if path == '/health': return {{}}\n"
-    f"    nonce = json.loads(body['args'][0])['nonce']\n"
-    f"    held = dict(sizes={{'w': 4}}, parts={{'w': [[0, [4], [1]]]}}, digests={{'w': [{DIGEST!r}]}}, frozen={{}})\n"
-    f"    promised = {{'w': {DIGEST!r}}}\n"
-    "    job = dict(nonce=nonce, rank=0, accepted=True, done=True)\n"
-    "    audit = dict(position=None, drifted=[], promised=promised, **held, **job)\n"
-    f"    return {{'results': [audit]}}\n" + HTTP + "server.serve_forever()\n"
+    "    if path == '/health': return {}\n"
+    f"    return {{'results': [{ANSWER!r} | {{'nonce': json.loads(body['args'][0])['nonce']}}]}}\n"
+    + HTTP
+    + "server.serve_forever()\n"
 )
 STEP = {
     "event": "step", "reward": 0.5, "win_rate": 0.25, "staleness": 1, "changed_fraction": 0.1, "delta_bytes": 10,

@@ -17,6 +17,6 @@ def test_a_plain_loop_publishes_each_step_with_its_loss(tmp_path):
     assert done.stdout.count("changed") == 10
     commits = records("log", bucket)
     assert commits[-1]["step"] == 9 and commits[-1]["metrics"]["loss"] > 0
-    assert "loss" in say("log", bucket).splitlines()[2]
+    assert any("loss" in line for line in say("log", bucket).splitlines()[:3])
     (best,) = records("materialize", bucket, tmp_path / "out", "--version", "best:-loss")
     assert best["position"]["version"] in {commit["version"] for commit in commits}
