@@ -14,8 +14,9 @@ from deltawire.cli import app
 def run_verb(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     """A verb with its arguments, to its end within a minute; fails unless it ends with this exit code."""
     command = [sys.executable, "-m", "deltawire.cli", *map(str, arguments)]
-    # readline, which pytest loads, puts COLUMNS into the environment behind os.environ: a child must not inherit that.
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ})
+    # readline, which pytest loads, puts the size of a terminal into the environment that children inherit.
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

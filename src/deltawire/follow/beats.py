@@ -11,11 +11,10 @@ import msgspec
 from deltawire.buckets.base import Bucket
 from deltawire.errors import AccessRefused, BucketError
 from deltawire.follow.health import Health
-from deltawire.format.delta_file import CODECS
 from deltawire.runlog import heartbeats
 from deltawire.runlog.heartbeats import Heartbeat
 from deltawire.runlog.pace import Pace
-from deltawire.runlog.records import Position
+from deltawire.runlog.records import CODECS, Position
 
 KEPT = 100
 """updates whose pauses are remembered"""
