@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 from runs import PATIENCE, commits, edit, fresh, model, publishing, read_weights, served
 
@@ -14,9 +15,9 @@ VERSIONS = 30
 SHARE = 0.01
 
 
-def train(bucket, *, versions=VERSIONS):
+def train(bucket, *, versions=VERSIONS, weights=None):
     """A run of versions that each change a hundredth of the weights; the trainer's weights at the end."""
-    weights = model()
+    weights = weights or model()
     with publishing(bucket) as publisher:
         for step in range(versions):
             if step:
@@ -42,7 +43,7 @@ def test_a_trainer_restarted_from_its_base_is_warned_of_with_the_figures_and_pub
 
 def test_a_jump_to_weights_that_are_no_version_is_told_by_its_size():
     bucket = fresh()
-    weights = train(bucket, versions=4)
+    weights = train(bucket, versions=4, weights={"w": np.ones((64, 64), np.float32)})
     edit(weights, 99, share=0.9)
     with publishing(bucket) as publisher, pytest.warns(UserWarning, match=r"\d\.\d times the bytes of a usual version"):
         publisher.publish(weights)
