@@ -44,7 +44,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(built):
     assert wheel.name == f"deltawire-{deltawire.__version__}-py3-none-any.whl"
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(REPOSITORY / "src").as_posix() for path in (REPOSITORY / "src").rglob("*.py")}
-    assert names == modules | {"deltawire/py.typed"}
+    assert names == modules | {"deltawire/py.typed", "deltawire/fleet/page.html"}
 
 
 def test_the_sdist_holds_what_a_wheel_is_made_of(built):
