@@ -169,4 +169,4 @@ def test_the_verb_copies_once(tmp_path):
         near = (tmp_path / "near").as_uri()
         (report,) = records("relay", run.url, near, "--once")
         assert (report["event"], report["version"]) == ("relay", 0)
-        assert run_verb("relay", run.url, near, "--once").stdout == ""
+        assert run_verb("relay", run.url, near, "--once").stdout.startswith("nothing to copy: ")
