@@ -102,7 +102,8 @@ class RankSender:
         self._bucket, self._ranks = bucket, ranks
         self._channel = NoteChannel(ranks.notes, ranks.rank, [0])
         self._closed = threading.Event()
-        threading.Thread(target=self._show_life, name="deltawire-pulse", daemon=True).start()
+        self._pulse = threading.Thread(target=self._show_life, name="deltawire-pulse", daemon=True)
+        self._pulse.start()
 
     def next_range(self, stop: Stop) -> int | None:
         """The version that rank 0 lets the next commit end at; None when stopped. Raises RankFailed."""
@@ -131,9 +132,13 @@ class RankSender:
         self._channel.report_trouble(error)
 
     def close(self, timeout: float) -> None:
-        """Let rank 0 know that this rank needs it no more."""
+        """Let rank 0 know that this rank needs it no more.
+
+        The thread that shows life ends first: one inside torch's store as the interpreter ends would abort the process.
+        """
         self._closed.set()
         self._ranks.close(timeout)
+        self._pulse.join(timeout)
 
     def _show_life(self) -> None:
         with suppress(RankFailed):
