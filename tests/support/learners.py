@@ -84,6 +84,7 @@ def train_together(folder: str, url: str) -> None:
     trainer = small_trainer(small_model(), folder, DeltaWeightSyncCallback(url), ddp_backend="gloo")
     trainer.train()
     trainer.save_model(folder)
+    torch.distributed.destroy_process_group()  # a thread of gloo that outlives the interpreter aborts the process
 
 
 def train_until_stopped(folder: str, url: str) -> None:
