@@ -10,7 +10,7 @@ import msgspec
 from deltawire.buckets import open_bucket
 from deltawire.buckets.base import Bucket
 from deltawire.fleet.page import Board
-from deltawire.fleet.status import ReplicaStatus, State, Watcher
+from deltawire.fleet.status import State, Watcher, row_of
 from deltawire.follow.beats import Beats
 from deltawire.follow.health import Health
 from deltawire.follow.options import FollowOptions
@@ -37,20 +37,13 @@ def own_row(follower: LocalFollower) -> Mapping[str, Mapping[str, Any]]:
     health, served = follower.health, follower.health.served
     beat = follower.beats.entry(served)
     state: State = "unready" if beat.unready else "behind" if health.lag else "current"
-    row = ReplicaStatus(
-        replica=beat.replica,
+    row = row_of(
+        beat,
         state=state,
         version=beat.version,
         lag=health.lag,
         lag_s=health.age if health.lag else 0.0,
         heard_s=0.0,
-        pause_p50_ms=beat.pause_p50_ms,
-        pause_p99_ms=beat.pause_p99_ms,
-        wire_bytes=beat.wire_bytes,
-        fetched_bytes=beat.fetched_bytes,
-        audit=beat.audit,
-        staged=beat.staged,
-        codecs=beat.codecs,
         why=beat.unready or health.trouble,
     )
     return {beat.replica: msgspec.to_builtins(row)}

@@ -188,13 +188,35 @@ def replica_status(stat: Stat, beat: Heartbeat, commits: list[Commit], now: floa
     why = beat.error or beat.unready or (None if ours else "it serves no version of this run")
     silent = heard > MISSED * every
     state: State = "silent" if silent else "unready" if why else "behind" if lag else "current"
-    return ReplicaStatus(
-        replica=beat.replica,
+    return row_of(
+        beat,
         state=state,
         version=beat.version if ours else None,
         lag=lag,
         lag_s=None if lag is None else max(0.0, now - lacking[0]) if lacking else 0.0,
         heard_s=heard,
+        why=f"no heartbeat for {heard:.0f} s; it comes every {every:.0f} s" if silent else why,
+    )
+
+
+def row_of(
+    beat: Heartbeat,
+    *,
+    state: State,
+    version: int | None,
+    lag: int | None,
+    lag_s: float | None,
+    heard_s: float,
+    why: str | None,
+) -> ReplicaStatus:
+    """A replica as its heartbeat has it, with what its reader makes of that."""
+    return ReplicaStatus(
+        replica=beat.replica,
+        state=state,
+        version=version,
+        lag=lag,
+        lag_s=lag_s,
+        heard_s=heard_s,
         pause_p50_ms=beat.pause_p50_ms,
         pause_p99_ms=beat.pause_p99_ms,
         wire_bytes=beat.wire_bytes,
@@ -202,5 +224,5 @@ def replica_status(stat: Stat, beat: Heartbeat, commits: list[Commit], now: floa
         audit=beat.audit,
         staged=beat.staged,
         codecs=beat.codecs,
-        why=f"no heartbeat for {heard:.0f} s; it comes every {every:.0f} s" if silent else why,
+        why=why,
     )
