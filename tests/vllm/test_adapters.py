@@ -4,6 +4,8 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
 
@@ -150,10 +152,12 @@ def test_a_request_in_flight_is_answered_to_its_end_while_later_versions_come_an
     hold(server, run, 0)
     body = {"model": "lora@0", "prompt": PROMPT, "max_tokens": 1500, "temperature": 0, "ignore_eos": True,
             "stream": True, "return_token_ids": True}  # fmt: skip
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
-        lines = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
-        with server.slowed():
-            tokens = list(next(lines)["choices"][0]["token_ids"])
+    tokens = []
+    with ExitStack() as stack:
+        with server.slowed():  # from before the request on: it can't be over before the other versions have come
+            request = httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120)
+            lines = data_lines(stack.enter_context(request))
+            tokens += next(lines)["choices"][0]["token_ids"]
             hold(server, run, 1)
             hold(server, run, 2)
             assert adapters(server) == ["lora@1", "lora@2"]
@@ -163,6 +167,10 @@ def test_a_request_in_flight_is_answered_to_its_end_while_later_versions_come_an
             tokens += line["choices"][0].get("token_ids") or []
     assert len(tokens) == 1500
     assert_answers_as_peft_does(server, run, 1)  # which vLLM, with room for two, may have to read again
+
+
+def data_lines(answer: httpx.Response) -> Iterator[dict]:
+    return (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
 
 
 def hold(server: Server, run: AdapterRun, version: int) -> None:
