@@ -133,7 +133,7 @@ run_demo(DemoOptions(plain=True), commands=fake_commands(Path({str(commands.fold
         try:
             until(lambda: commands.pids().get("trainer"), unless=lambda: demo.poll() is not None)
             demo.send_signal(number)
-            demo.wait(30)
+            demo.wait(90)
         finally:
             demo.kill()
             demo.wait()

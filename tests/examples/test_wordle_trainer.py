@@ -100,14 +100,14 @@ def test_when_vllm_follows_no_more_the_error_tells_both_versions_and_asks_for_th
 
 def test_what_stops_the_player_reaches_the_trainer() -> None:
     with producing(ServerError("vLLM is gone")) as producer, pytest.raises(ServerError, match="vLLM is gone"):
-        producer.take(timeout=30.0)
+        producer.take(timeout=90.0)
 
 
 def test_the_next_rollout_is_begun_when_one_is_taken_not_before() -> None:
     player = ScriptedPlayer([rollout()])
     with Producer(lambda: player, groups=8) as producer:  # type: ignore[arg-type, return-value]
         for taken in range(1, 4):
-            producer.take(timeout=30.0)
+            producer.take(timeout=90.0)
             assert len(player.seeds) <= taken + 1
     assert player.seeds[:3] == [0, 8, 16]
 
@@ -204,7 +204,7 @@ def vllm_url() -> Iterator[Callable[[Completions], str]]:
 
         threads.append(threading.Thread(target=asyncio.run, args=(run(),)))
         threads[-1].start()
-        assert up.wait(30.0)
+        assert up.wait(90.0)
         return url[0]
 
     yield serve

@@ -81,12 +81,12 @@ def test_a_started_server_shows_its_page_and_one_with_users_does_not(tmp_path, m
         monkeypatch.setenv("HF_ENDPOINT", ready["url"])
         monkeypatch.setenv("HF_TOKEN", "any")
         publish_all(dw.open_bucket("hf://buckets/me/one", create=True), model())
-        with httpx.stream("GET", ready["url"] + "/events?bucket=me/one", timeout=20) as stream:
+        with httpx.stream("GET", ready["url"] + "/events?bucket=me/one", timeout=60) as stream:
             lines = (line for line in stream.iter_lines() if '"trainer"' in line)
             assert '"version":0' in next(lines)
             began = time.monotonic()
             process.terminate()
-            process.wait(20)
+            process.wait(60)
             assert time.monotonic() - began < 8, "a stream kept the server from ending"
     users = tmp_path / "users.json"
     users.write_text(json.dumps({"users": [{"name": "ada", "token": "a-long-secret"}]}))

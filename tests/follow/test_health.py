@@ -32,7 +32,7 @@ def asked(run):
     ):
 
         def ask():
-            answer = httpx.get(server.url, timeout=10)
+            answer = httpx.get(server.url, timeout=60)
             assert answer.json()["ready"] == (answer.status_code == 200)
             return answer.status_code, answer.json()["reason"]
 
@@ -95,7 +95,7 @@ def place(tmp_path):
         StubEngine(run.model()) as engine,
         Follower(run.url, EngineClient(engine.url)) as follower,
         HealthServer(0, lambda: follower.health.why_unready(**limits), follower.health) as server,
-        httpx.Client(timeout=10) as http,
+        httpx.Client(timeout=60) as http,
     ):
         follower.health.clock = lambda: now[0]
         follower.step()

@@ -38,7 +38,7 @@ def door(pair) -> Iterator[str]:
 
 
 def complete(url: str, body: dict = PROMPT, path: str = "/v1/completions", **headers: str) -> httpx.Response:
-    return httpx.post(url + path, json=body, headers=headers, timeout=20)
+    return httpx.post(url + path, json=body, headers=headers, timeout=60)
 
 
 def test_a_request_gets_an_engine_that_is_new_enough_and_is_told_which(door, pair):
@@ -237,7 +237,7 @@ def test_the_verb_opens_the_door_and_ends_when_told(pair):
             assert complete(told["url"], **{"X-Min-Policy-Version": "5"}).json()["served"] == 5
         finally:
             process.terminate()
-        assert process.wait(20) in (0, -signal.SIGTERM), "uvicorn ends by the signal that it was sent"
+        assert process.wait(60) in (0, -signal.SIGTERM), "uvicorn ends by the signal that it was sent"
 
 
 def test_a_port_that_is_taken_and_an_engine_that_is_none_are_named(pair):

@@ -39,7 +39,7 @@ class Tab:
         number = next(self._numbers)
         self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
-            message = json.loads(self._socket.recv(timeout=30))
+            message = json.loads(self._socket.recv(timeout=60))
             if message.get("id") == number:
                 assert "error" not in message, message
                 return message["result"]
@@ -61,7 +61,7 @@ class Tab:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def until(self, expression: str, *, seconds: float = 20.0) -> Any:
+    def until(self, expression: str, *, seconds: float = 60.0) -> Any:
         """The value of an expression, once it is true."""
         return until(lambda: self.ask(expression), seconds=seconds)
 
@@ -96,4 +96,4 @@ def chromium(program: str) -> Iterator[Tab]:
 
 
 def targets(port: str) -> list[dict[str, Any]]:
-    return httpx.get(f"http://127.0.0.1:{port}/json", timeout=20, trust_env=False).json()
+    return httpx.get(f"http://127.0.0.1:{port}/json", timeout=60, trust_env=False).json()

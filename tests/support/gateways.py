@@ -74,10 +74,10 @@ class StubVLLM:
                 self.end_headers()
                 try:
                     for piece in stub.pieces:
-                        stub.go.acquire(timeout=20)
+                        stub.go.acquire(timeout=60)
                         self.wfile.write(piece)
                         self.wfile.flush()
-                    while stub.go.acquire(timeout=20):
+                    while stub.go.acquire(timeout=60):
                         self.wfile.write(b": still here\n\n")
                 except OSError:
                     stub.gone.set()
@@ -109,4 +109,4 @@ def gateway(engines: Sequence[Engine], *, patience: float = 5.0) -> Iterator[str
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True  # force_exit would cut off what the lifespan still does
-        thread.join(20)
+        thread.join(60)

@@ -11,7 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArgumen
 from deltawire.trainers.transformers import DeltaWeightSyncCallback
 
 torch.set_num_threads(1)
-PATIENCE = 30.0
+PATIENCE = 90.0
 """seconds"""
 VOCABULARY = 40
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-PATIENCE = 30.0
+PATIENCE = 90.0
 """seconds after which a wait that should be instant is a failure"""
 LOOK = 0.005
 """seconds between looks"""

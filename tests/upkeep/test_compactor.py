@@ -204,8 +204,8 @@ def test_tending_compacts_beside_whoever_wakes_it_and_tries_again_what_failed(tm
     compactor = Compactor(faulty, tmp_path / "m", anchors="never")
     with BackgroundCompactor(compactor, on_report=told.put, on_problem=told.put) as compacting:
         compacting.wake()
-        assert isinstance(told.get(timeout=30), Unavailable)
+        assert isinstance(told.get(timeout=90), Unavailable)
         compacting.wake()
-        report = told.get(timeout=30)
+        report = told.get(timeout=90)
     assert (report.parent, report.version) == (0, 4)
     assert told.empty()

@@ -95,7 +95,7 @@ def test_a_follower_says_what_follows_what_that_it_waits_when_it_is_current_and_
             follower.terminate()
             stopped = next(said)
             assert (stopped["event"], stopped["by"], stopped["version"]) == ("stopped", "SIGTERM", 2)
-            assert follower.wait(20) == 0
+            assert follower.wait(60) == 0
         finally:
             follower.kill()
     again = told("follow", "--bucket", run.url, "--engine", engine.url, "--once")

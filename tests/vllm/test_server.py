@@ -312,7 +312,7 @@ def test_a_follower_killed_in_the_middle_of_an_update_leaves_a_server_the_next_o
         with Follower(trainer.url, EngineClient(server.url)) as follower:
             started = time.monotonic()
             report = follower.step()
-            assert time.monotonic() < started + 20
+            assert time.monotonic() < started + 60
             in_place = moment in ("finish", "resume")  # killed that late, the new weights were served already
             assert (report is None) == in_place
         assert not engine.is_paused()
@@ -379,7 +379,7 @@ def test_a_follower_runs_until_it_is_closed_and_serves_what_is_published(server,
         for _ in range(3):
             trainer.step()
             trainer.step()
-            assert served.acquire(timeout=30)
+            assert served.acquire(timeout=90)
         follower.close()
-        thread.join(30)
+        thread.join(90)
         assert not thread.is_alive()

@@ -19,6 +19,6 @@ def test_no_thread_of_a_rank_outlives_its_sender():
 
     ranks = SimpleNamespace(rank=1, notes=SimpleNamespace(post=post, read=lambda key: None), close=lambda timeout: None)
     sender = RankSender(fresh(), ranks)
-    assert posting.wait(10)
-    sender.close(10.0)
+    assert posting.wait(60)
+    sender.close(60.0)
     assert [thread for thread in threading.enumerate() if thread.name == "deltawire-pulse"] == []
