@@ -1,10 +1,10 @@
 """What the trainer last captured, bit for bit: the copy that new weights are compared with.
 
-It costs two bytes of host memory per bf16 element. It is scratch: after a crash it is rebuilt from the last commit,
-never trusted.
+It costs two bytes per bf16 element, of host memory or of a file. It is scratch: after a crash it is rebuilt from the
+last commit, never trusted.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from deltawire.errors import CopiesDiffer
 from deltawire.publish.requirements import require_shape
@@ -14,23 +14,27 @@ from deltawire.weights.delta import TensorDelta, between_bits
 from deltawire.weights.digest import digest_bits, moved
 from deltawire.weights.table import TensorEntry
 
+Own = Callable[[Bits], Bits]
+"""the same bits in memory that nothing else writes"""
+
 
 class Baseline:
     """The weights last captured and their digests, which every capture moves together in O(changed).
 
     A rank of a sharded job seeds the boxes it holds. Shapes and positions then are those inside a box, and digests are
-    the part that the box has in its tensor's digest.
+    the part that the box has in its tensor's digest. `own` says where what is seeded lies.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own: Own = Bits.copy) -> None:
+        self._own = own
         self._weights: dict[str, Bits] = {}
         self.boxes: dict[str, Box] = {}
         self.digests: dict[str, int] = {}
 
     @classmethod
-    def of(cls, weights: Mapping[str, Bits]) -> "Baseline":
+    def of(cls, weights: Mapping[str, Bits], own: Own = Bits.copy) -> "Baseline":
         """A baseline that holds these weights, in memory of its own."""
-        baseline = cls()
+        baseline = cls(own)
         for name in weights:
             baseline.seed(name, weights[name])
         return baseline
@@ -43,11 +47,11 @@ class Baseline:
 
     def seed(self, name: str, bits: Bits, box: Box | None = None) -> None:
         """Take a tensor, or a box of one, as captured, in memory of our own."""
-        own = bits.copy()  # what is given may be written meanwhile, and the digest is that of what we hold
-        self._weights[name] = own
+        held = self._own(bits)  # what is given may be written meanwhile, and the digest is that of what we hold
+        self._weights[name] = held
         if box is not None:
             self.boxes[name] = box
-        self.digests[name] = digest_bits(own.data) if box is None else box.digest(own.data)
+        self.digests[name] = digest_bits(held.data) if box is None else box.digest(held.data)
 
     def forget(self, name: str) -> None:
         """Let go of a tensor, as if it had never been seeded."""

@@ -38,7 +38,7 @@ class WholeCapturer:
         self._spool, self._options, self._casting = spool, options, Casting(options.dtype)
         self._assets = options.assets
         self.transition = Transition()
-        self._tracker = ChangeTracker(self.transition)
+        self._tracker = ChangeTracker(self.transition, Baseline(options.own))
         self.resumed: Tip | None = None
         self._supersedes: Position | None = None
         self._run: Run | None = None
@@ -128,7 +128,7 @@ class WholeCapturer:
     def _seeded(self, pairs: Pairs, given: ties.Given | None) -> Baseline:
         """The tensors of a run's first publish. They are noted in `given`, unless a config unties them: that of servers
         which hold two."""
-        baseline = Baseline()
+        baseline = Baseline(self._options.own)
         for name, tensor in pairs:
             require_due(name, baseline.digests, None)
             if given is not None:
@@ -187,7 +187,7 @@ class WholeCapturer:
         with Subscriber(bucket, base=near_base(self._options.base)) as subscriber:
             position = newest_of(subscriber)
             require_same_adapter(subscriber, self._assets)
-            self._tracker = ChangeTracker(self.transition, weights_at(subscriber, position))
+            self._tracker = ChangeTracker(self.transition, weights_at(subscriber, position, self._options.own))
             self._run, self.next_version = subscriber.run, position.version + 1
             self._aliases = aliases_of(subscriber.run.table)
             self.resumed = tip_at(subscriber, position)
@@ -199,6 +199,6 @@ class WholeCapturer:
         if self._options.base is not None:
             self._base = resolve_base(str(self._options.base))
             folder = open_base(self._base)
-            baseline = Baseline.of(Checkpoint(folder))
+            baseline = Baseline.of(Checkpoint(folder), self._options.own)
             self._tracker = ChangeTracker(self.transition, baseline)
             self._declared = ties.in_file(folder, baseline.as_mapping(), baseline.digests)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from deltawire.publish.baseline import Own
 from deltawire.publish.pending import Captured
 from deltawire.publish.sender import Tip
 from deltawire.publish.tracker import Transition
+from deltawire.weights.bits import Bits
 
 
 def random_run_id() -> str:
@@ -21,7 +23,8 @@ class CaptureOptions:
     """How a run is opened or begun, as `Publisher` explains it.
 
     With `supersede` a new run begins whatever is there. `compactors` are public keys, `clock` gives seconds since 1970,
-    and `new_run_id` the id of a run that begins: 16 hex digits. `codecs` are what such a run lists.
+    and `new_run_id` the id of a run that begins: 16 hex digits. `codecs` are what such a run lists. `own` says
+    where the baseline lies.
     """
 
     base: str | Path | None
@@ -32,6 +35,7 @@ class CaptureOptions:
     compactors: tuple[str, ...] = ()
     new_run_id: Callable[[], str] = random_run_id
     codecs: tuple[str, ...] = ()
+    own: Own = Bits.copy
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from deltawire.buckets.base import Bucket
 from deltawire.errors import BadDigest, BadSignature, NotFound
-from deltawire.publish.baseline import Baseline
+from deltawire.publish.baseline import Baseline, Own
 from deltawire.publish.sender import Tip
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog import log
@@ -74,13 +74,14 @@ def tip_at(subscriber: Subscriber, position: Position) -> Tip:
     return Tip(position, subscriber.chain.settled(position.version).hash)
 
 
-def weights_at(subscriber: Subscriber, position: Position) -> Baseline:
-    """The weights at a committed position, checked. Raises BadDigest, and what a reader raises."""
+def weights_at(subscriber: Subscriber, position: Position, own: Own) -> Baseline:
+    """The weights at a committed position, checked, where `own` puts them. Raises BadDigest, and what a reader
+    raises."""
     table = subscriber.run.table
     while True:
         change = subscriber.change(None, position.version)
         assert change.anchor is not None
-        baseline = Baseline.of({entry.name: change.anchor[entry.name] for entry in table})
+        baseline = Baseline.of({entry.name: change.anchor[entry.name] for entry in table}, own)
         for name, tensor in change.delta.items():
             baseline.advance(name, tensor)
         if root_of(table, baseline.digests) == position.root:

@@ -20,14 +20,17 @@ from typing import Any, Literal
 from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
 from deltawire.buckets.wrappers import Typed
-from deltawire.errors import DeltaWireError, Unavailable, UnknownVersion, WrongBase
+from deltawire.errors import DeltaWireError, Unavailable, WrongBase
 from deltawire.publish import fsdp, resuming
 from deltawire.publish.beats import TrainerBeats
 from deltawire.publish.capturer import Capture, CaptureOptions
 from deltawire.publish.reports import PublishReport, UploadReport
+from deltawire.publish.requirements import require_options
 from deltawire.publish.roles import Keys, open_roles
+from deltawire.publish.scratch import Scratch
 from deltawire.publish.uploader import Queued, Uploader
-from deltawire.runlog.records import CODECS, Position
+from deltawire.runlog.records import Position
+from deltawire.weights.bits import Bits
 from deltawire.weights.digest import root as root_of
 from deltawire.weights.tensors import named
 
@@ -62,6 +65,9 @@ class Publisher:
     run that begins here: "subset", or "gap". The latter takes a tenth more bytes, and readers of any version know it. A
     run that is continued keeps its own codec.
 
+    The baseline, a copy of the weights last captured, lies in host memory. With baseline="file" it lies in nameless
+    files in the folder of temporary files (TMPDIR), which the kernel keeps in memory only while there is room.
+
     A bucket that already holds a run continues it: the baseline is rebuilt from the last commit, and the first publish
     is the difference. With run="supersede" a new run begins instead. It names where the old one stood, and followers
     move on to it. A first publish may look like no continuation, as of a trainer that was restarted from its base and
@@ -94,23 +100,24 @@ class Publisher:
         resume: Literal["warn", "require"] = "warn",
         signing_key: str | Path | None = None,
         compactors: Iterable[str | Path] = (),
+        baseline: Literal["host", "file"] = "host",
         process_group: Any = None,
         on_publish: Callable[[PublishReport], None] = lambda report: None,
         on_upload: Callable[[UploadReport], None] = lambda report: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        _require_options(bucket, codec=codec, run=run, resume=resume)
+        require_options(bucket, codec=codec, run=run, resume=resume, baseline=baseline)
         self.bucket, self._owner, self._prepare = bucket, os.getpid(), tuple(prepare)
-        self._on_publish = on_publish
-        self._must_resume, self._is_torn = resume == "require", False
+        self._on_publish, self._must_resume, self._is_torn = on_publish, resume == "require", False
         self._refused: DeltaWireError | None = None
         folder = Path(assets) if assets is not None else None
         codecs = () if codec == "gap" else (codec,)
-        options = CaptureOptions(base, dtype, folder, clock, supersede=run == "supersede", codecs=codecs)
-        keys = Keys(signing_key, tuple(compactors))
         with file_system_errors("the folder of temporary files (TMPDIR chooses another)"):
             self._spool = Path(tempfile.mkdtemp(prefix="deltawire-"))
         try:
+            own = Scratch(self._spool).copy if baseline == "file" else Bits.copy
+            options = CaptureOptions(base, dtype, folder, clock, run == "supersede", codecs=codecs, own=own)
+            keys = Keys(signing_key, tuple(compactors))
             roles = open_roles(bucket, options, keys, self._spool, process_group, must_resume=self._must_resume)
         except BaseException:
             shutil.rmtree(self._spool, ignore_errors=True)
@@ -280,15 +287,3 @@ class Publisher:
                 raise
             hint = " (close() would have waited for them)" if isinstance(problem, Unavailable) else ""
             raise DeltaWireError(f"the process ends with changes not in the bucket{hint}: {problem}") from None
-
-
-def _require_options(bucket: object, *, codec: str, run: str, resume: str) -> None:
-    """Raise UnknownVersion, TypeError or ValueError for options that no publisher takes."""
-    if codec not in CODECS:
-        raise UnknownVersion(f'codec {codec!r} cannot be published; use "subset" or "gap"')
-    if isinstance(bucket, str):
-        raise TypeError("a Publisher takes an opened bucket, not its address: pass deltawire.open_bucket(address)")
-    if run not in ("continue", "supersede"):
-        raise ValueError(f'run={run!r}: "continue" or "supersede"')
-    if resume not in ("warn", "require") or (resume, run) == ("require", "supersede"):
-        raise ValueError(f'resume={resume!r}: "warn", or "require", which goes with run="continue"')

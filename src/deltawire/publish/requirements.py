@@ -1,14 +1,18 @@
-"""What a publish must give: the tensors of its run, each once, in the run's shapes. Errors that say what is wrong."""
+"""What a publish must give: the tensors of its run, each once, in the run's shapes; what a publisher may be asked for.
+
+Errors that say what is wrong.
+"""
 
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from deltawire.errors import MissingTensor, ShapeMismatch, UnknownTensor, some
+from deltawire.errors import MissingTensor, ShapeMismatch, UnknownTensor, UnknownVersion, some
 from deltawire.format import checkpoint
 from deltawire.prepare.names import bare, closest, is_adapters, require_bare
 from deltawire.publish.ties import GivenTensor
 from deltawire.runlog.bounds import require_assets
+from deltawire.runlog.records import CODECS
 from deltawire.weights.bits import Bits
 from deltawire.weights.table import TensorEntry
 
@@ -91,3 +95,17 @@ def require_usable(assets: Path) -> None:
     Called on opening, so that neither waits for the first publish.
     """
     require_assets({path.name: path.stat().st_size for path in checkpoint.assets(assets)}, str(assets))
+
+
+def require_options(bucket: object, *, codec: str, run: str, resume: str, baseline: str) -> None:
+    """Raise UnknownVersion, TypeError or ValueError for options that no publisher takes."""
+    if codec not in CODECS:
+        raise UnknownVersion(f'codec {codec!r} cannot be published; use "subset" or "gap"')
+    if isinstance(bucket, str):
+        raise TypeError("a Publisher takes an opened bucket, not its address: pass deltawire.open_bucket(address)")
+    if run not in ("continue", "supersede"):
+        raise ValueError(f'run={run!r}: "continue" or "supersede"')
+    if resume not in ("warn", "require") or (resume, run) == ("require", "supersede"):
+        raise ValueError(f'resume={resume!r}: "warn", or "require", which goes with run="continue"')
+    if baseline not in ("host", "file"):
+        raise ValueError(f'baseline={baseline!r}: "host" or "file"')

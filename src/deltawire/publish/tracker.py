@@ -50,7 +50,7 @@ class ChangeTracker:
 
     def __init__(self, transition: Transition, baseline: Baseline | None = None) -> None:
         self._transition = transition
-        self.baseline = baseline or Baseline()
+        self.baseline = baseline if baseline is not None else Baseline()
         self.seeded = dict(self.baseline.digests)
         self.uncovered: dict[str, TensorDelta] = {}
         self.shards: dict[str, Shard] = {}

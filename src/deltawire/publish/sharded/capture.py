@@ -14,6 +14,7 @@ from deltawire.buckets.base import Bucket
 from deltawire.errors import DeltaWireError, ShapeMismatch
 from deltawire.prepare.names import require_bare
 from deltawire.publish import ties
+from deltawire.publish.baseline import Baseline
 from deltawire.publish.capturer import About, Capture, CaptureOptions
 from deltawire.publish.comparing import Comparison
 from deltawire.publish.dtypes import Casting
@@ -60,7 +61,7 @@ class ShardCapturer:
         self._run, self._table = self._opening.run, dict(self._opening.table)
         self.next_version = self.resumed.position.version + 1 if self.resumed is not None else 0
         self.transition = Transition()
-        self._tracker = ChangeTracker(self.transition)
+        self._tracker = ChangeTracker(self.transition, Baseline(options.own))
         self._known = self._opening.digests
         self._digests = dict(self._known)
         self._aliases = aliases_of(self._run.table) if self._run is not None else None
