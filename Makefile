@@ -1,5 +1,5 @@
 # What people do here. `make demo` and `make test` set up what they need on a fresh machine.
-.PHONY: help setup demo example-trl test nightly test-vllm bench-vllm soak lint types check docs
+.PHONY: help setup demo example-trl test nightly test-vllm bench bench-vllm soak lint types check docs
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,12 @@ soak: setup      ## a thousand versions under faults, kills, compaction and prun
 
 test-vllm: setup ## every model and parallel layout on real vLLM servers, about 35 minutes
 	@DELTAWIRE_TEST_VLLM=all .venv/bin/python -m pytest tests/live tests/follow tests/vllm
+
+bench: setup     ## bytes and speed of every codec, and what more parameters, versions and tensors cost
+	@.venv/bin/python benchmarks/codecs.py
+	@.venv/bin/python benchmarks/scale.py parameters --sizes 10e6 100e6 1e9
+	@.venv/bin/python benchmarks/scale.py versions
+	@.venv/bin/python benchmarks/scale.py tensors
 
 bench-vllm: setup ## the pause of an update beside vLLM's own ways, on this machine
 	@.venv/bin/python benchmarks/vllm_pause.py
