@@ -220,7 +220,7 @@ def test_host_memory_and_disk_of_an_anchor_are_given_back_once_it_is_in_the_buck
         with publishing(bucket) as pub:
             pub.publish(model(start))
             pub.flush(timeout=PATIENCE)
-            assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+            assert [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size] == []
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,5 @@
 """Verbs that keep a run cheap to read and to store, and the key that signs it."""
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +7,7 @@ import msgspec
 import typer
 
 from deltawire.buckets import open_bucket
+from deltawire.buckets.temporary import TemporaryFolder
 from deltawire.cli.options import ADDRESSES, AsJson, BaseFolder, BucketUrl, SigningKeyFile, Trusted
 from deltawire.cli.printing import counted, emit, size
 from deltawire.errors import error_text
@@ -34,8 +34,8 @@ def compact(
     from deltawire.upkeep.compactor import Cadence, Compactor
 
     store = open_bucket(bucket)
-    with tempfile.TemporaryDirectory(prefix="deltawire-") as folder:
-        place = mirror or Path(folder) / "mirror"
+    with TemporaryFolder() as folder:
+        place = mirror or folder / "mirror"
         cadence: Cadence = anchor_every or "adaptive"
         with Compactor(store, place, anchors=cadence, base=base, trusted=trust or (), signing_key=key) as compactor:
             tag = None

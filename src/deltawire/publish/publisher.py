@@ -8,17 +8,15 @@ folded version and freezes its bytes. It appends them to the run log, again and 
 
 import atexit
 import os
-import shutil
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from deltawire.buckets.atomic import file_system_errors
 from deltawire.buckets.base import Bucket
+from deltawire.buckets.temporary import TemporaryFolder
 from deltawire.buckets.wrappers import Typed
 from deltawire.errors import DeltaWireError, Unavailable, WrongBase
 from deltawire.publish import fsdp, resuming
@@ -112,15 +110,14 @@ class Publisher:
         self._refused: DeltaWireError | None = None
         folder = Path(assets) if assets is not None else None
         codecs = () if codec == "gap" else (codec,)
-        with file_system_errors("the folder of temporary files (TMPDIR chooses another)"):
-            self._spool = Path(tempfile.mkdtemp(prefix="deltawire-"))
+        self._spool = TemporaryFolder()
         try:
-            own = Scratch(self._spool).copy if baseline == "file" else Bits.copy
+            own = Scratch(self._spool.path).copy if baseline == "file" else Bits.copy
             options = CaptureOptions(base, dtype, folder, clock, run == "supersede", codecs=codecs, own=own)
             keys = Keys(signing_key, tuple(compactors))
-            roles = open_roles(bucket, options, keys, self._spool, process_group, must_resume=self._must_resume)
+            roles = open_roles(bucket, options, keys, self._spool.path, process_group, must_resume=self._must_resume)
         except BaseException:
-            shutil.rmtree(self._spool, ignore_errors=True)
+            self._spool.close()
             raise
         self._capturer, self._before = roles.capturer, roles.before
         tip, adds_up = roles.capturer.resumed, process_group is not None
@@ -273,7 +270,7 @@ class Publisher:
                 self._beats.close()
             self._uploader.stop(patience)
             self._capturer.close()
-            shutil.rmtree(self._spool, ignore_errors=True)
+            self._spool.close()
 
     def _close_at_exit(self) -> None:
         """Send what waits, if that does not take too long; Python prints what this raises. A forked child has nothing

@@ -5,15 +5,15 @@ later proofs ask the store for the tags of its files alone.
 """
 
 import os
-import tempfile
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from deltawire.buckets.atomic import file_system_errors, replacing
+from deltawire.buckets.atomic import replacing
 from deltawire.buckets.base import Bucket, Stat
+from deltawire.buckets.temporary import TemporaryFolder
 from deltawire.buckets.verified import download_verified
 from deltawire.errors import DAMAGE, BadDigest, DeltaWireError, Forked, NotFound
 from deltawire.format import checkpoint
@@ -80,12 +80,9 @@ def _read_all(bucket: Bucket, record: Derived, edge: Edge, table: Iterable[Tenso
     """Read every file of an anchor, one at a time, and digest every tensor."""
     require_anchor(record, table, f"{bucket.url}/{edge.record}")
     missing = {name: int(value, 16) for name, value in record.digests.items()}
-    with (
-        file_system_errors(f"{tempfile.gettempdir()} (TMPDIR chooses another disk)"),
-        tempfile.TemporaryDirectory(prefix="deltawire-") as folder,
-    ):
+    with TemporaryFolder() as folder:
         for payload in record.payloads:
-            path = Path(folder) / "file"
+            path = folder / "file"
             key = payload_key(record.run, payload.key)
             download_verified(bucket, key, path, size=payload.size, blake3=payload.blake3)
             if _is_shard(payload):

@@ -4,12 +4,12 @@ Objects are copied byte for byte, in the order in which a trainer writes: payloa
 same hashes and signatures, and a relay that is killed leaves a bucket that is merely older.
 """
 
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from deltawire.buckets.base import Bucket
+from deltawire.buckets.temporary import TemporaryFolder
 from deltawire.buckets.verified import download_verified
 from deltawire.errors import DAMAGE, BadDigest, ChainError, DeltaWireError, NotFound, OtherRun
 from deltawire.read.subscriber import Subscriber
@@ -140,8 +140,8 @@ class Relay:
             self._copy_payload(payload_key(record.run, payload.key), payload)
 
     def _copy_payload(self, key: str, payload: Payload) -> None:
-        with tempfile.TemporaryDirectory(prefix="deltawire-") as folder:
-            path = Path(folder, "payload")
+        with TemporaryFolder() as folder:
+            path = folder / "payload"
             download_verified(self.source, key, path, size=payload.size, blake3=payload.blake3)
             put_payload(self.target, key, path)
         self._count(payload.size)

@@ -5,7 +5,6 @@ deltas/step_000011.safetensors      NAME.indices and NAME.values of what changed
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from deltawire.buckets.atomic import file_system_errors, replacing
 from deltawire.buckets.base import Bucket, Stat
+from deltawire.buckets.temporary import TemporaryFolder
 from deltawire.errors import AlreadyExists, FormatError, Gap, NotFound
 from deltawire.format import checkpoint, container, delta_file
 from deltawire.format.codecs import raw
@@ -82,9 +82,9 @@ def import_trl(
         raise NotFound(f"{source.url} holds no anchors/step_NNNNNN.safetensors: not a folder in TRL's layout")
     weights: dict[str, Bits] = {}
     wire_bytes, last = 0, files[start].step
-    with tempfile.TemporaryDirectory(prefix="deltawire-") as folder:
+    with TemporaryFolder() as folder:
         for file in files[start:]:
-            path = Path(folder, "file.safetensors")
+            path = folder / "file.safetensors"
             source.get_file(file.stat.key, path, limit=file.stat.size)
             weights = _read_anchor(path) if file.anchor else _moved(weights, path, file, last)
             last = file.step

@@ -1,6 +1,5 @@
 """Whether a bucket holds what its commits promise: every delta, fold and anchor of its run, read and recomputed."""
 
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltawire.buckets.base import Bucket
+from deltawire.buckets.temporary import TemporaryFolder
 from deltawire.errors import BadDigest, Forked, Gap, NotFound, Unavailable, some
 from deltawire.format import checkpoint
 from deltawire.format.checkpoint import Checkpoint
@@ -67,9 +67,9 @@ def verify(
     for _ in range(PLANS):
         with (
             Subscriber(bucket, base=base, trusted=trusted) as subscriber,
-            tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True) as folder,
+            TemporaryFolder() as folder,
         ):
-            walk = _Walk(subscriber, Path(folder))
+            walk = _Walk(subscriber, folder)
             try:
                 return walk.whole(on_read)
             except (NotFound, Gap):
