@@ -99,6 +99,7 @@ class ModelFollower(FollowLoop[Position]):
     def _attach(self) -> None:
         self._worker.attach(self.bucket.url, self.source.trust.keys, self.source.base)
         self._check()
+        self.beats.codecs = self._worker.status().codecs
 
     def _check(self) -> None:
         if (problem := self._worker.status().error) is not None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,11 +14,12 @@ import typer
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, BucketOption, BucketUrl, Trusted
 from deltawire.cli.printing import Sheet, duration, emit, plain, show, size
-from deltawire.errors import some
+from deltawire.errors import Gap, NeedsBase, some
 from deltawire.format.checkpoint import Checkpoint
+from deltawire.read.adding import Moved
 from deltawire.read.naming import version_named
 from deltawire.read.subscriber import Subscriber
-from deltawire.runlog.records import Commit
+from deltawire.runlog.records import Commit, Position
 from deltawire.runlog.tags import read_tags
 from deltawire.weights.bits import count
 from deltawire.weights.delta import Delta
@@ -266,7 +268,19 @@ def _between_versions(bucket: str, first: str, second: str, trust: list[str]) ->
         here = subscriber.position_at(version_named(subscriber, first))
         there = version_named(subscriber, second)
         sizes = {entry.name: count(entry.shape) for entry in subscriber.run.table}
-        return subscriber.change(here, there, anchors=False).delta, sizes
+        return _between(subscriber, here, there), sizes
+
+
+def _between(subscriber: Subscriber, first: Position, second: int) -> Delta:
+    """What changed between two versions, either of which may be the older one."""
+    with suppress(NeedsBase, Gap):
+        return subscriber.change(first, second, anchors=False).delta
+    older, newer = sorted((first.version, second))  # read with the weights of the older one: an anchor's, moved there
+    start = subscriber.change(None, older)
+    assert start.anchor is not None
+    weights = Moved(start.anchor, start.delta)
+    change = subscriber.change(start.position, newer, weights=weights, anchors=False).delta
+    return change if first.version == older else -change
 
 
 def _between_folders(first: Path, second: Path) -> tuple[Delta, dict[str, int]]:

@@ -19,8 +19,6 @@ WINDOW = 30
 """newest versions that are shown"""
 LINKS_EVERY = 30.0
 """seconds between two listings of folds and anchors"""
-MISSED = 3
-"""heartbeats that a replica may miss before it counts as silent"""
 State = Literal["current", "behind", "unready", "silent"]
 
 
@@ -180,13 +178,12 @@ def replica_status(stat: Stat, beat: Heartbeat, commits: list[Commit], now: floa
     """One replica, by its heartbeat and the store's stamp of it, beside the newest commits, oldest first. It is silent
     only where both say so: one of the two clocks may be wrong."""
     newest = commits[-1]
-    heard = max(0.0, min((now - stamp for stamp in (stat.modified, beat.at) if stamp), default=0.0))
+    heard, silent = heartbeats.heard(stat, beat, now), heartbeats.is_silent(stat, beat, now)
     ours = beat.run == newest.run and beat.version is not None
     lacking = [one.created for one in commits if ours and one.version > (beat.version or 0)]
     lag = abs(newest.version - beat.version) if ours and beat.version is not None else None
     every = beat.every or UNSAID
     why = beat.error or beat.unready or (None if ours else "it serves no version of this run")
-    silent = heard > MISSED * every
     state: State = "silent" if silent else "unready" if why else "behind" if lag else "current"
     return row_of(
         beat,

@@ -23,7 +23,8 @@ R = TypeVar("R")
 
 class Beats:
     """One replica's heartbeats, by its health. `unready` says why no request should be sent to it: set it
-    where other limits hold than the health's own."""
+    where other limits hold than the health's own. `codecs` are those that it reads: set them where it learns of fewer.
+    """
 
     def __init__(self, bucket: Bucket, replica: str, health: Health, *, clock: Callable[[], float] = time.time) -> None:
         self._bucket, self._health, self._clock = bucket, health, clock
@@ -35,6 +36,7 @@ class Beats:
         self._needs = False
         self.pace = Pace(bucket.poll_seconds)
         self.unready: Callable[[], str | None] = health.why_unready
+        self.codecs: tuple[str, ...] = CODECS
 
     def hear(self, on_update: Callable[[R], None]) -> Callable[[R], None]:
         """`on_update`, whose reports' pauses and bytes go into the next heartbeats."""
@@ -81,7 +83,7 @@ class Beats:
             pause_p99_ms=percentile(pauses, 99),
             wire_bytes=self._newest,
             fetched_bytes=self._fetched,
-            codecs=CODECS,
+            codecs=self.codecs,
             unready=self.unready(),
         )
 

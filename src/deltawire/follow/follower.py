@@ -92,6 +92,7 @@ class Follower(FollowLoop[UpdateReport]):
             signed=bool(self.source.trust.keys),
         )
         self._trust_noted, self._unaudited = False, 0
+        self.beats.codecs = ()  # its workers say it, once they are attached
 
     def run(self) -> None:
         """See `FollowLoop.run`. The lease is renewed meanwhile, whatever this thread waits for."""
@@ -128,6 +129,7 @@ class Follower(FollowLoop[UpdateReport]):
         if (status := self._ready(found, target.run)) is None:
             return None
         health.server_says(status.position)
+        self.beats.codecs = status.codecs
         if status.position == target:
             self.server.label(target)
             health.is_current(target)

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What the workers of a server say of themselves, as one: the fields of a WorkerStatus. A fact that they disagree
-    on is None; `torn` when they serve different versions. `lease` is worker 0's."""
+    on is None; `torn` when they serve different versions. `lease` is worker 0's; `codecs` are what all of them read."""
 
     attached: str | None
     run: str | None
@@ -46,6 +46,7 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
     doing: str | None = None
     reading: str | None = None
     doing_s: float = 0.0
+    codecs: tuple[str, ...] = ()
 
 
 def as_one(workers: Sequence[WorkerStatus]) -> ServerStatus:
@@ -74,6 +75,7 @@ def as_one(workers: Sequence[WorkerStatus]) -> ServerStatus:
         doing=busy.doing,
         reading=busy.reading,
         doing_s=busy.doing_s,
+        codecs=tuple(codec for codec in first.codecs if all(codec in worker.codecs for worker in workers)),
     )
 
 

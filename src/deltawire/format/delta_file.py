@@ -1,9 +1,11 @@
 """A delta as one safetensors file and back, trusting nothing it reads. docs/FORMAT.md is the specification."""
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from blake3 import blake3
@@ -20,7 +22,7 @@ from deltawire.errors import (
 from deltawire.format import body, container, streams
 from deltawire.format.codecs.directory import Listed
 from deltawire.weights.bits import Bits
-from deltawire.weights.delta import Delta
+from deltawire.weights.delta import Delta, TensorDelta
 from deltawire.weights.table import TensorSpec
 from deltawire.weights.tensors import as_bits
 
@@ -104,7 +106,7 @@ def read_header(data: bytes) -> DeltaHeader:
 
     Raises FormatError and its kinds: Truncated, TooLarge, BadDigest, UnknownVersion.
     """
-    return _parse(data).header
+    return open_file(data).header
 
 
 def is_delta(metadata: Mapping[str, str]) -> bool:
@@ -118,23 +120,74 @@ def decode(data: bytes, *, base: Mapping[str, Any] | None = None) -> Delta:
     `base` (name -> old tensor) is needed for codecs "raw" and "class". Raises FormatError and its kinds, NeedsBase;
     with a base also UnknownTensor, DtypeMismatch, ShapeMismatch, and WrongBase where its bits cannot be the old ones.
     """
-    file = _parse(data)
-    header = file.header
-    if header.codec in NEED_BASE and base is None:
+    file = open_file(data)
+    if file.header.codec in NEED_BASE and base is None:
         raise NeedsBase(
-            f'this file is of codec "{header.codec}", which is read against the weights before it: pass them as base='
+            f'this file is of codec "{file.header.codec}", which is read against the weights before it: pass them as '
+            "base="
         )
-    needed = [spec for spec, how in zip(header.tensors, header.encodings, strict=True) if how in NEED_BASE]
-    olds = {spec.name: _old(spec, base or {}, header.sealed) for spec in needed}
-    if file.listed is not None:
-        payload = container.tensor(data, file.box, "payload").data
-        return body.decode(payload, file.listed, {name: old.data for name, old in olds.items()})
-    changes = {}
-    for spec, encoding in zip(header.tensors, header.encodings, strict=True):
-        suffixes = streams.SUFFIXES[header.codec][encoding]
-        parts = {suffix: container.tensor(data, file.box, f"{spec.name}.{suffix}") for suffix in suffixes}
-        changes[spec.name] = streams.decode(spec, encoding, parts, olds.get(spec.name))
-    return Delta(changes)
+    return file.decode(base or {})
+
+
+@dataclass(frozen=True, eq=False)
+class DeltaFile:
+    """A delta file whose container and seal were checked. Its tensors are decoded all at once, or one by one."""
+
+    header: DeltaHeader
+    _data: bytes
+    _box: container.Header
+    _listed: list[Listed] | None = None
+    """what its directory lists, if it is of a format version that has one"""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that it changes."""
+        return tuple(spec.name for spec in self.header.tensors)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether it changes a tensor."""
+        return name in self._places
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """Those of them that are read against their old bits."""
+        both = zip(self.header.tensors, self.header.encodings, strict=True)
+        return frozenset(spec.name for spec, encoding in both if encoding in NEED_BASE)
+
+    def decode(self, base: Mapping[str, Any]) -> Delta:
+        """The whole change, with the old tensors by name; see `delta_file.decode`."""
+        header = self.header
+        olds = {spec.name: _old(spec, base, header.sealed) for spec in header.tensors if spec.name in self.needs}
+        if self._listed is not None:
+            bits = {name: old.data for name, old in olds.items()}
+            return body.decode(container.tensor(self._data, self._box, "payload").data, self._listed, bits)
+        return Delta({name: self._streams(name, olds.get(name)) for name in self.names})
+
+    def tensor(self, name: str, old: Bits | None = None) -> TensorDelta:
+        """The change of one tensor; `old` are its bits before it, of a tensor that `needs` them. Raises what `decode`
+        does."""
+        number, start = self._places[name]
+        if old is not None:
+            old = _old(self.header.tensors[number], {name: old}, self.header.sealed)
+        if self._listed is None:
+            return self._streams(name, old)
+        listed = self._listed[number]
+        part = container.tensor(self._data, self._box, "payload").data[start : start + listed.nbytes]
+        return body.decode(part, [listed], {} if old is None else {name: old.data})[name]
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """The number of each tensor, and where it begins in the payload, if there is one."""
+        sizes = [0 for _ in self.names] if self._listed is None else [tensor.nbytes for tensor in self._listed]
+        starts = itertools.accumulate(sizes, initial=0)
+        return {name: (number, start) for number, (name, start) in enumerate(zip(self.names, starts, strict=False))}
+
+    def _streams(self, name: str, old: Bits | None) -> TensorDelta:
+        number, _ = self._places[name]
+        spec, encoding = self.header.tensors[number], self.header.encodings[number]
+        suffixes = streams.SUFFIXES[self.header.codec][encoding]
+        parts = {suffix: container.tensor(self._data, self._box, f"{spec.name}.{suffix}") for suffix in suffixes}
+        return streams.decode(spec, encoding, parts, old)
 
 
 def _old(spec: TensorSpec, base: Mapping[str, Any], sealed: bool) -> Bits:
@@ -168,23 +221,15 @@ def _check_seal(data: bytes, stated: str) -> None:
         raise BadDigest(f"the file hashes to {actual[:12]}… where its header says {stated[:12]}…: damaged or altered")
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """A file's header, its container, and what its directory lists, if it is of a format version that has one."""
-
-    header: DeltaHeader
-    box: container.Header
-    listed: list[Listed] | None = None
-
-
-def _parse(data: bytes) -> _File:
+def open_file(data: bytes) -> DeltaFile:
+    """A delta file with its container and seal checked, and no tensor decoded. Raises what `read_header` does."""
     box = container.read_header(data, limit=MAX_DELTA_HEADER)
     metadata = box.metadata
     if not is_delta(metadata):
         if damaged := metadata.keys() & set(FIELDS) - {"format", "version"}:
             raise FormatError(f"a delta file's field {min(damaged)!r}, but its format is not {FORMAT!r}")
         specs = streams.read_import(box)
-        return _File(DeltaHeader("raw", None, None, None, specs, ("raw",) * len(specs), sealed=False), box)
+        return DeltaFile(DeltaHeader("raw", None, None, None, specs, ("raw",) * len(specs), sealed=False), data, box)
     if metadata.get("codec") not in VERSIONS.get(metadata.get("version", ""), ()):
         raise UnknownVersion(
             f"format version {metadata.get('version')!r}, codec {metadata.get('codec')!r}: this deltawire reads "
@@ -200,7 +245,8 @@ def _parse(data: bytes) -> _File:
     _check_range(run, parent, version)
     if listed is None:
         streams.check(specs, encodings, metadata["codec"], box)
-    return _File(DeltaHeader(metadata["codec"], run, parent, version, specs, encodings, sealed=True), box, listed)
+    header = DeltaHeader(metadata["codec"], run, parent, version, specs, encodings, sealed=True)
+    return DeltaFile(header, data, box, listed)
 
 
 def _facts(metadata: Mapping[str, str]) -> tuple[tuple[TensorSpec, ...], tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -12,8 +13,9 @@ from deltawire.live.live_weights import BetweenPasses, LiveWeights, at_once
 from deltawire.live.messages import Audited, Digested, HeldParts
 from deltawire.live.staging import PartDigests, Plan
 from deltawire.live.transforms import AfterLoading
+from deltawire.live.whole import WholeTensors
 from deltawire.read.subscriber import Subscriber
-from deltawire.runlog.records import Position
+from deltawire.runlog.records import CODECS, NEED_WEIGHTS, Position
 from deltawire.weights.digest import root as root_of
 
 
@@ -46,6 +48,12 @@ class Attached:
     joined: bool = False
     undo: Undo | None = None
 
+    @cached_property
+    def codecs(self) -> tuple[str, ...]:
+        """Codecs of runs that these weights can be moved by."""
+        all_here = WholeTensors(self.live).are_all_here
+        return tuple(codec for codec in CODECS if all_here or codec not in NEED_WEIGHTS)
+
     def find_version(self) -> None:
         """Find the version of a worker that is the only one, by its digests. It is at none when it holds a tensor twice
         and differently. Raises EngineUnsupported when it does not hold the whole model."""
@@ -57,6 +65,7 @@ class Attached:
     def wrote(self, plan: Plan) -> None:
         """The plan's bits are in place: stand where it leads, and keep what was before until `confirm`."""
         self.undo = Undo(plan, self.digests, self.position)
+        self.subscriber.keep(plan.way)
         self.digests, self.position, self.joined = plan.digests, plan.after, True
 
     def confirm(self) -> None:
@@ -95,6 +104,10 @@ class Attached:
             if since is None:
                 raise
             plan = staging.stage(self.live, self.digests, self.subscriber, None, version)
+        except WrongBase as error:
+            if self.drifted(self.live.table):
+                raise
+            raise BadDigest(f"{error}; and yet they are those of {since}: it does not lead on from there") from None
         try:
             self._require_promised(plan)
         except BadDigest:

@@ -162,7 +162,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     `reading` is the bucket that this reads for a follower. `trusted` are public keys, and `base` a folder with the
     run's base checkpoint, that some follower gave. They are kept until another gives others or the server ends.
 
-    `rank` and `session_open` are its server's to say.
+    `codecs` are those of runs that it can be moved by; none while it is attached to no bucket. `rank` and
+    `session_open` are its server's to say.
     """
 
     attached: str | None
@@ -183,6 +184,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     doing: str | None = None
     reading: str | None = None
     doing_s: float = 0.0
+    codecs: tuple[str, ...] = ()
 
 
 class Accepted(msgspec.Struct, frozen=True):

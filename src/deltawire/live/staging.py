@@ -16,6 +16,7 @@ from deltawire.live.boxes import LiveBox
 from deltawire.live.live_weights import LiveWeights
 from deltawire.live.memory import Memory, digest_box
 from deltawire.live.transforms import Transform
+from deltawire.live.whole import WholeTensors
 from deltawire.live.writes import Fill, Scatter, Swap, SwappedAttribute, SwappedTensor, Write
 from deltawire.read.changes import Change
 from deltawire.read.subscriber import Subscriber
@@ -60,10 +61,12 @@ def stage(
     The way there is the cheapest, folded into one change, forward or back; with None it starts from an anchor. Whether
     the plan's digests are what the commit promises is for the caller to compare, with those of all workers.
 
-    Raises BucketError, FormatError, ChainError; DtypeMismatch for values that the server's dtype cannot hold.
+    Raises BucketError, FormatError, ChainError; DtypeMismatch for values that the server's dtype cannot hold, WrongBase
+    for a delta that is read against the live weights and cannot be of them.
     """
     started = time.monotonic()
-    change = subscriber.change(since, version)
+    whole = WholeTensors(live)
+    change = subscriber.change(since, version, weights=whole if whole.are_all_here else None)
     fetched = time.monotonic()
     placed = (
         _from_anchor(live, digests, change) if change.anchor is not None else _by_delta(live, digests, change.delta)

@@ -181,6 +181,7 @@ class LiveWorker:
             lease=view,
             trusted=tuple(sorted(live.trust.keys)),
             base=live.base,
+            codecs=attached.codecs if attached else (),
         )
 
     def take_lease(self, turn: int | None, token: str, holder: Holder) -> bool:

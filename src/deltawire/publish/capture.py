@@ -90,7 +90,7 @@ class WholeCapturer:
         delta = Delta(self._tracker.uncovered)
         if delta or not versions:
             captured = self._describe(run, self.next_version + len(versions), about, delta=delta)
-            versions.append(replace(captured, payloads=encode(captured)))
+            versions.append(replace(captured, payloads=self._encoded(captured)))
         changed = delta.changed if versions[-1].parent is not None else sum(count(entry.shape) for entry in run.table)
         self.transition.begin()
         self._tracker.cover()
@@ -99,6 +99,13 @@ class WholeCapturer:
 
     def close(self) -> None:
         """Nothing is held but memory."""
+
+    def _encoded(self, captured: Captured) -> dict[str, bytes | Path]:
+        """The version's file: the one time that the weights before it are at hand."""
+        if "class" not in captured.run.may_use or not self._options.by_class():
+            return encode(captured)
+        with self._tracker.as_covered() as before:
+            return encode(captured, before)
 
     def _compare(self, pairs: Pairs, given: ties.Given) -> dict[str, str]:
         """Move the baseline to what is given; by its name in the run, the name under which each tensor was given."""

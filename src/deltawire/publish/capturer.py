@@ -24,7 +24,8 @@ class CaptureOptions:
 
     With `supersede` a new run begins whatever is there. `compactors` are public keys, `clock` gives seconds since 1970,
     and `new_run_id` the id of a run that begins: 16 hex digits. `codecs` are what such a run lists. `own` says
-    where the baseline lies.
+    where the baseline lies, and `by_class` whether a version that is captured now may be of codec `class`, where its
+    run lists that.
     """
 
     base: str | Path | None
@@ -36,6 +37,7 @@ class CaptureOptions:
     new_run_id: Callable[[], str] = random_run_id
     codecs: tuple[str, ...] = ()
     own: Own = Bits.copy
+    by_class: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True, slots=True)

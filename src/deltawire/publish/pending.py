@@ -14,6 +14,7 @@ from deltawire.runlog.keys import delta_key, part_key
 from deltawire.runlog.records import Commit, Payload, Run, hash_of, signed, write
 from deltawire.runlog.signing import SigningKey
 from deltawire.runlog.writing import Attempt
+from deltawire.weights.bits import Bits
 from deltawire.weights.boxes import Box
 from deltawire.weights.delta import Delta
 from deltawire.weights.digest import root as root_of
@@ -24,7 +25,8 @@ class Captured:
     """Versions captured and not yet sent, folded into one: the change, and what its commit will say.
 
     `parent` is None for a run's first version. That carries its anchor's files in `payloads` (key below the run ->
-    bytes or file), or with a base nothing. A delta's payload is dropped when it folds, and made again when frozen.
+    bytes or file), or with a base nothing. A delta's payload is dropped when it folds, and made again when frozen: then
+    in a codec that needs no weights, for those before it are gone.
 
     In a sharded job, `rank` captured what it owns, and its delta counts positions inside its `boxes`. The digests are
     those of whole tensors all the same.
@@ -121,16 +123,19 @@ def freeze(
     return Attempt(run, signed(commit, key), own.payloads)
 
 
-def encode(captured: Captured) -> dict[str, bytes | Path]:
-    """The delta's file under its key; nothing for a version in which nothing changed."""
+def encode(captured: Captured, before: Mapping[str, Bits] | None = None) -> dict[str, bytes | Path]:
+    """The delta's file under its key; nothing for a version in which nothing changed. It is of codec `class` where the
+    weights `before` it are given, those of its parent, bit for bit."""
     if not captured.delta:
         return {}
     delta, run = captured.delta, captured.run
     if captured.rank is not None:
         delta = spread(delta, captured.boxes, {entry.name: entry for entry in run.table})
-    codec = run.may_use[0]
-    data = delta_file.encode(delta, codec=codec, run=run.run, parent=captured.parent, version=captured.version)
+    codec = run.may_use[0] if before is None else "class"
+    data = delta_file.encode(
+        delta, codec=codec, base=before, run=run.run, parent=captured.parent, version=captured.version
+    )
     sealed = blake3(data).hexdigest()
     if captured.parent is None and captured.rank is not None:
         return {part_key(captured.version, sealed, captured.rank): data}
-    return {delta_key(captured.version, sealed, captured.rank): data}
+    return {delta_key(captured.version, sealed, captured.rank, by_class=before is not None): data}

@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +23,9 @@ from deltawire.errors import DeltaWireError, Unavailable, WrongBase
 from deltawire.publish import fsdp, resuming
 from deltawire.publish.beats import TrainerBeats
 from deltawire.publish.capturer import Capture, CaptureOptions
+from deltawire.publish.receivers import Receivers
 from deltawire.publish.reports import PublishReport, UploadReport
-from deltawire.publish.requirements import require_options
+from deltawire.publish.requirements import LISTED, require_options
 from deltawire.publish.roles import Keys, open_roles
 from deltawire.publish.scratch import Scratch
 from deltawire.publish.uploader import Queued, Uploader
@@ -60,8 +62,10 @@ class Publisher:
     `prepare` are functions over the (name, tensor) pairs of a publish, applied in order. They give the checkpoint's
     names, shapes and dtypes where the trainer's differ. `on_publish` gets a report of every publish, and `on_upload` of
     every commit, on the uploader's thread. Upload trouble is a warning of the logger "deltawire". `codec` is that of a
-    run that begins here: "subset", or "gap". The latter takes a tenth more bytes, and readers of any version know it. A
-    run that is continued keeps its own codec.
+    run that begins here: "subset", "class" or "gap". The latter takes a tenth more bytes, and readers of any version
+    know it. "class" takes a third fewer than "subset", and is read against the weights before it. So a version is of it
+    only where it is sent as it was captured, by one process, and while every replica's heartbeat says that it reads it;
+    others are of "subset". A run that is continued keeps the codecs it lists.
 
     The baseline, a copy of the weights last captured, lies in host memory. With baseline="file" it lies in nameless
     files in the folder of temporary files (TMPDIR), which the kernel keeps in memory only while there is room.
@@ -109,11 +113,12 @@ class Publisher:
         self._on_publish, self._must_resume, self._is_torn = on_publish, resume == "require", False
         self._refused: DeltaWireError | None = None
         folder = Path(assets) if assets is not None else None
-        codecs = () if codec == "gap" else (codec,)
+        receivers = Receivers(Typed(bucket), asked=codec == "class" and process_group is None, clock=clock)
         self._spool = TemporaryFolder()
         try:
             own = Scratch(self._spool.path).copy if baseline == "file" else Bits.copy
-            options = CaptureOptions(base, dtype, folder, clock, run == "supersede", codecs=codecs, own=own)
+            options = CaptureOptions(base, dtype, folder, clock, run == "supersede", codecs=LISTED[codec], own=own)
+            options = replace(options, by_class=receivers.read_class)
             keys = Keys(signing_key, tuple(compactors))
             roles = open_roles(bucket, options, keys, self._spool.path, process_group, must_resume=self._must_resume)
         except BaseException:
@@ -122,7 +127,7 @@ class Publisher:
         self._capturer, self._before = roles.capturer, roles.before
         tip, adds_up = roles.capturer.resumed, process_group is not None
         self._uploader = Uploader(roles.sender, where=bucket.url, tip=tip, adds_up=adds_up, on_upload=on_upload)
-        self._beats = TrainerBeats(Typed(bucket), self._uploader.beat) if roles.leads else None
+        self._beats = TrainerBeats(Typed(bucket), self._uploader.beat, receivers.look) if roles.leads else None
         atexit.register(self._close_at_exit)
 
     def __enter__(self) -> "Publisher":

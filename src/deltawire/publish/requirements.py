@@ -12,10 +12,11 @@ from deltawire.format import checkpoint
 from deltawire.prepare.names import bare, closest, is_adapters, require_bare
 from deltawire.publish.ties import GivenTensor
 from deltawire.runlog.bounds import require_assets
-from deltawire.runlog.records import CODECS
 from deltawire.weights.bits import Bits
 from deltawire.weights.table import TensorEntry
 
+LISTED: Mapping[str, tuple[str, ...]] = {"subset": ("subset",), "class": ("subset", "class"), "gap": ()}
+"""`codec` of a publisher -> the codecs that a run which begins with it lists"""
 PACKED = ("U8", "I8", "I32")
 """dtypes that quantized weights are packed in"""
 Table = Mapping[str, Bits] | Mapping[str, TensorEntry]
@@ -99,8 +100,8 @@ def require_usable(assets: Path) -> None:
 
 def require_options(bucket: object, *, codec: str, run: str, resume: str, baseline: str) -> None:
     """Raise UnknownVersion, TypeError or ValueError for options that no publisher takes."""
-    if codec not in CODECS:
-        raise UnknownVersion(f'codec {codec!r} cannot be published; use "subset" or "gap"')
+    if codec not in LISTED:
+        raise UnknownVersion(f'codec {codec!r} cannot be published; use "subset", "class" or "gap"')
     if isinstance(bucket, str):
         raise TypeError("a Publisher takes an opened bucket, not its address: pass deltawire.open_bucket(address)")
     if run not in ("continue", "supersede"):

@@ -3,6 +3,8 @@
 committed + frozen + waiting + uncovered == baseline
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 from deltawire.publish.baseline import Baseline
@@ -77,6 +79,19 @@ class ChangeTracker:
         """Undo what no version covers of a tensor."""
         with self._transition:
             self.baseline.advance(name, -self.uncovered.pop(name))
+
+    @contextmanager
+    def as_covered(self) -> Iterator[Mapping[str, Bits]]:
+        """Meanwhile the baseline is as the last version left it. It moves on again however the block ends."""
+        self._transition.begin()
+        for name, change in self.uncovered.items():
+            self.baseline.advance(name, -change)
+        try:
+            yield self.baseline.as_mapping()
+        finally:
+            for name, change in self.uncovered.items():
+                self.baseline.advance(name, change)
+            self._transition.end()
 
     def forget(self, name: str) -> None:
         """Let go of a tensor, as if it had never been seeded."""

@@ -1,7 +1,7 @@
 """What a reader of a run is given: one verified update after another, or one change straight to a version."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.runlog.records import Commit, Position
@@ -46,3 +46,5 @@ class Change:
     records: int
     payloads: int
     derived: tuple[str, ...] = ()
+    decoded: Mapping[str, tuple[str, Delta]] = field(default_factory=dict)
+    """by the key of a record, its hash and what it changes: deltas that cannot be decoded again from `position`"""

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from deltawire.errors import BadDigest, Forked, Gap
+from deltawire.errors import BadDigest, Forked, Gap, WrongBase
 from deltawire.format.checkpoint import files
 from deltawire.read.changes import Change
 from deltawire.read.mirror import Mirror, held
@@ -48,7 +48,13 @@ class LocalCopy:
         here = held(self._folder)
         if self._mirror is None and here is not None and here.run == subscriber.run.run:
             self._open(subscriber)
-        change = self._way_to(subscriber, version)
+        try:
+            change = self._way_to(subscriber, version)
+        except WrongBase:
+            if self.is_sound():
+                raise
+            self.discard()
+            change = self._way_to(subscriber, version)
         if self._mirror is None or change.anchor is not None:
             assert change.anchor is not None
             assert change.anchor_position is not None
@@ -69,6 +75,7 @@ class LocalCopy:
                     self.close()
                     raise
                 return self.at(subscriber, version)
+            subscriber.keep(change)
         return self._mirror, change
 
     def _open(self, subscriber: Subscriber) -> None:
@@ -83,6 +90,6 @@ class LocalCopy:
         if self._mirror is None or self._mirror.position.run != subscriber.run.run:
             return subscriber.change(None, version)
         try:
-            return subscriber.change(self._mirror.position, version, anchors=False)
+            return subscriber.change(self._mirror.position, version, weights=self._mirror.weights, anchors=False)
         except (Gap, Forked):
             return subscriber.change(None, version)

@@ -1,18 +1,22 @@
 """One run of a bucket, opened: its records, and its payloads with every byte checked."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from deltawire.buckets.base import Bucket, Stat
 from deltawire.buckets.verified import get_verified
 from deltawire.errors import FormatError
 from deltawire.format import delta_file
 from deltawire.format.checkpoint import Checkpoint
+from deltawire.format.delta_file import DeltaFile
+from deltawire.read.adding import Part, add_up
 from deltawire.read.anchors import Anchors
+from deltawire.read.held import HeldChanges
 from deltawire.runlog import log
 from deltawire.runlog.bounds import require_codec, require_delta, require_in_table, require_memory
 from deltawire.runlog.chain import Chain
-from deltawire.runlog.keys import HEAD_KEY, payload_key
+from deltawire.runlog.keys import HEAD_KEY, needs_weights, payload_key
 from deltawire.runlog.records import Commit, Derived, Run
 from deltawire.runlog.signing import Trust, trust
 from deltawire.weights.delta import Delta
@@ -30,6 +34,7 @@ class OpenedRun:
         self._opened: Chain | None = None
         self._run_id: str | None = None
         self._wrong: set[str] = set()
+        self._held = HeldChanges()
 
     def close(self) -> None:
         """Remove downloaded anchor files; mappings handed out before stop being usable."""
@@ -63,26 +68,37 @@ class OpenedRun:
         """Wait until HEAD's tag differs from `tag`, at most `timeout` seconds."""
         return self.bucket.watch(HEAD_KEY, tag=tag, timeout=timeout)
 
-    def fetch_delta(self, record: Commit | Derived) -> Delta:
+    def fetch_delta(self, record: Commit | Derived, weights: Mapping[str, Any] | None = None) -> Delta:
         """What a commit or a fold changes, its bytes checked; the digests it leads to are the caller's to compare.
+        `weights` are the tensors before it, which a delta of codec `class` is read against.
 
-        Raises BucketError; FormatError for damaged bytes, or those of another version.
+        Raises BucketError; FormatError for damaged bytes, or those of another version; NeedsBase without the weights
+        that it needs, WrongBase where these cannot be they.
         """
         delta = Delta()
+        for file in self.open_delta(record):
+            delta += add_up([Part(str(record.position), (file,))], weights)[0] if file.needs else file.decode({})
+        return delta
+
+    def open_delta(self, record: Commit | Derived) -> Iterator[DeltaFile]:
+        """The files of a commit or a fold, one after another: fetched and checked, no tensor decoded. Raises
+        BucketError; FormatError for damaged bytes, or those of another version."""
+        names: set[str] = set()
         require_delta(record, self.run.table, f"{self.bucket.url}: {record.position}")
         for payload in record.payloads:
             key = payload_key(record.run, payload.key)
             data = get_verified(self.bucket, key, size=payload.size, blake3=payload.blake3)
-            header = delta_file.read_header(data)
+            file = delta_file.open_file(data)
+            header = file.header
             if (header.run, header.parent, header.version) != (record.run, record.parent, record.version):
                 raise FormatError(f"{key} says {header.run}:{header.parent}→{header.version}, not what its commit says")
-            require_codec(header.codec, self.run, key)
+            require_codec(header.codec, self.run, key, keyed=needs_weights(payload.key))
             require_in_table(header.tensors, self.chain.entries, key)
             require_memory(header.tensors, key)
-            delta += delta_file.decode(data)
-        if delta.keys() != record.digests.keys():
+            names.update(file.names)
+            yield file
+        if names != record.digests.keys():
             raise FormatError(f"{record.position}: the payload changes other tensors than the commit lists")
-        return delta
 
     def open_anchor(self, record: Commit | Derived) -> Checkpoint:
         """The checkpoint of an anchor, or of the first commit of a run, in files on this host; bytes and digests are

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from deltawire.errors import FormatError, ShapeMismatch, TooLarge, UnknownTensor, some
 from deltawire.format.codecs.gap import LONGEST_STEP
-from deltawire.runlog.records import Covering, Payload, Run
+from deltawire.runlog.records import NEED_WEIGHTS, Covering, Payload, Run
 from deltawire.weights.bits import WIDTHS, count
 from deltawire.weights.table import TensorEntry, TensorSpec
 
@@ -56,10 +56,13 @@ def require_memory(tensors: Iterable[TensorSpec], where: str, *, available: int 
         raise TooLarge(f"{where} takes {needed:,} bytes of memory to decode, and this host has {there:,}")
 
 
-def require_codec(codec: str, run: Run, where: str) -> None:
-    """Raise FormatError unless a delta of this run may be of `codec`."""
+def require_codec(codec: str, run: Run, where: str, *, keyed: bool = False) -> None:
+    """Raise FormatError unless a delta of this run may be of `codec`, which needs weights where its key says so
+    (`keyed`), and there alone."""
     if codec not in run.may_use:
         raise FormatError(f"{where} is of codec {codec!r}, where its run allows {some(run.may_use)}")
+    if keyed != (codec in NEED_WEIGHTS):
+        raise FormatError(f"{where} is of codec {codec!r}, and its key says otherwise: it is not for this place")
 
 
 def most_bytes(table: Iterable[TensorEntry], files: int) -> int:

@@ -15,6 +15,8 @@ LOOKS = 3
 """times a heartbeat is read before it counts as none"""
 MAX_REPLICAS = 10_000
 """heartbeats that are read; beyond, somebody writes them who is no replica"""
+MISSED = 3
+"""heartbeats that a replica may miss before it counts as silent"""
 UNSAID = 30.0
 """seconds after which an older deltawire, which does not say so, writes its heartbeat again"""
 
@@ -28,7 +30,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
     `every` after how many seconds the next one comes at the latest.
 
     `pause_p50_ms` and `pause_p99_ms` are over its last hundred updates, `wire_bytes` of the last one, `fetched_bytes`
-    of all since the follower began. `codecs` are those that it reads; `unready` says why no request should be sent.
+    of all since the follower began. `codecs` are those that it reads, and where there are none it reads all but
+    `class`; `unready` says why no request should be sent.
     """
 
     replica: str
@@ -98,6 +101,16 @@ def read_all(bucket: Bucket, known: Iterable[tuple[Stat, Heartbeat]] = ()) -> li
         if heartbeat is not None:
             found.append((stat, heartbeat))
     return found
+
+
+def heard(stat: Stat, heartbeat: Heartbeat, now: float) -> float:
+    """Seconds since a replica said something, by the store's stamp or by its own clock: one of the two may be wrong."""
+    return max(0.0, min((now - stamp for stamp in (stat.modified, heartbeat.at) if stamp), default=0.0))
+
+
+def is_silent(stat: Stat, heartbeat: Heartbeat, now: float) -> bool:
+    """Whether a replica missed too many heartbeats to count."""
+    return heard(stat, heartbeat, now) > MISSED * (heartbeat.every or UNSAID)
 
 
 def _read(bucket: Bucket, key: str) -> Heartbeat | None:

@@ -23,6 +23,7 @@ _KINDS: Mapping[Kind, re.Pattern[str]] = {
     "fold record": re.compile(rf"derived/fold-{_VERSION}-{_VERSION}-[0-9a-f]{{12}}\.json"),
     "anchor record": re.compile(rf"derived/anchor-{_VERSION}-[0-9a-f]{{12}}\.json"),
 }
+_NEEDS_WEIGHTS = re.compile(r"deltas/[^/]+\.class\.safetensors")
 _REPLICA = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _TAG = re.compile(r"(?!\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _TRL = re.compile(r"(anchors|deltas)/step_([0-9]+)\.safetensors")
@@ -34,11 +35,13 @@ NO_TAGS = frozenset({"newest"})
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """What a key of a run says of its object: its kind, the version it leads to, and the one a fold starts from."""
+    """What a key of a run says of its object: its kind, the version it leads to, and the one a fold starts from. A
+    delta may need the weights before it to be read."""
 
     kind: Kind
     end: int
     start: int | None = None
+    needs_weights: bool = False
 
 
 class CommitKey(NamedTuple):
@@ -58,7 +61,7 @@ def listed(run: str, key: str) -> Listed | None:
             if any(number != f"{int(number):06d}" for number in found.groups()):
                 return None
             *start, end = map(int, found.groups())
-            return Listed(kind, end, start[0] if start else None)
+            return Listed(kind, end, start[0] if start else None, needs_weights(key.removeprefix(prefix)))
     return None
 
 
@@ -112,11 +115,16 @@ def way_key(run: str) -> str:
     return f"{run_prefix(run)}way.json"
 
 
-def delta_key(version: int, blake3: str, rank: int | None = None) -> str:
+def delta_key(version: int, blake3: str, rank: int | None = None, *, by_class: bool = False) -> str:
     """Key, below the run, of a version's delta file, or of one rank's part of it. The hash in it is why no key ever
-    has two contents."""
-    part = "" if rank is None else f".r{rank:03d}"
-    return f"deltas/step_{version:06d}{part}-{blake3[:12]}.safetensors"
+    has two contents. That of codec `class` says so: a listing alone tells which deltas cannot be taken back."""
+    part, codec = "" if rank is None else f".r{rank:03d}", ".class" if by_class else ""
+    return f"deltas/step_{version:06d}{part}-{blake3[:12]}{codec}.safetensors"
+
+
+def needs_weights(key: str) -> bool:
+    """Whether a payload's key, below its run, says that it is read against the weights before it."""
+    return _NEEDS_WEIGHTS.fullmatch(key) is not None
 
 
 def anchor_prefix(version: int, blake3: str) -> str:

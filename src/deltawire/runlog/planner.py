@@ -1,12 +1,14 @@
 """The cheapest way from one version to another, over anchors, folds and deltas, from a listing alone. Pure functions.
 
-A delta can be undone, so every fold and delta is a way in both directions: rolling back is a path like any other.
+A delta can be undone, so every fold and delta is a way in both directions: rolling back is a path like any other. Only
+one of codec `class` leads forward alone, and only those who have the weights before it.
 """
 
 import heapq
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +24,8 @@ RECORD_COST = 2048
 class Edge:
     """One thing to fetch: it leads from `start` (None: from nothing, an anchor) to `end`, or (`undo`) back.
 
-    `record` is the key of the commit or manifest that describes it; `size` the bytes of its payloads, as listed.
+    `record` is the key of the commit or manifest that describes it; `size` the bytes of its payloads, as listed. One
+    that `needs_weights` is read against those at `start`, so nothing is taken back by it.
     """
 
     start: int | None
@@ -30,6 +33,7 @@ class Edge:
     size: int
     record: str
     undo: bool = False
+    needs_weights: bool = False
 
     @property
     def derived(self) -> bool:
@@ -63,8 +67,9 @@ def survey(
     committed = {version for version, _ in commits}
     if len(committed) < len(commits):
         commits = on_chain(commits)
+    needing = {name.end for name, _ in found if name.needs_weights}
     edges = [
-        Edge(start, end, sizes.get(("delta", None, end), 0), key)
+        Edge(start, end, sizes.get(("delta", None, end), 0), key, needs_weights=end in needing)
         for (start, _), (end, key) in itertools.pairwise(commits)
     ]
     if commits and commits[0][0] == 0:
@@ -77,13 +82,32 @@ def survey(
     return edges
 
 
-def cheapest(edges: Iterable[Edge], since: int | None, target: int, *, forward: bool = False) -> list[Edge]:
+def cheapest(
+    edges: Iterable[Edge], since: int | None, target: int, *, forward: bool = False, weights: bool = True
+) -> list[Edge]:
     """The edges from `since` (None: from nothing) to `target` that take the fewest bytes; an anchor may be the cheapest
-    even for someone who stands somewhere. `forward` takes no edge back. Raises Gap when none lead there."""
+    even for someone who stands somewhere. `forward` takes no edge back. Without the `weights` at `since`, what needs
+    any is taken only behind an anchor, which has them. Raises Gap when none lead there."""
+    usable = [*edges]
+    if weights or since is None:
+        return _cheapest(usable, since, target, forward=forward)
+    found = []
+    for start, own in (
+        (since, [edge for edge in usable if edge.start is not None and not edge.needs_weights]),
+        (None, usable),
+    ):
+        with suppress(Gap):
+            found.append(_cheapest(own, start, target, forward=forward))
+    if not found:
+        raise Gap(f"nothing leads from version {since} to version {target} without the weights at {since}")
+    return min(found, key=lambda path: sum(edge.size + RECORD_COST for edge in path))
+
+
+def _cheapest(edges: Iterable[Edge], since: int | None, target: int, *, forward: bool) -> list[Edge]:
     ways: dict[int | None, list[Edge]] = defaultdict(list)
     for edge in edges:
         ways[edge.start].append(edge)
-        if edge.start is not None and not forward:
+        if edge.start is not None and not forward and not edge.needs_weights:
             ways[edge.end].append(replace(edge, undo=True))
     best: dict[int | None, int] = {None: 0, since: 0}
     came: dict[int, Edge] = {}

@@ -20,8 +20,10 @@ ALIASES = 2
 """format of a run.json whose table lists aliases: a reader that does not know them must refuse it"""
 LISTED_CODECS = 3
 """format of a run.json that lists codecs: as above"""
-CODECS = ("subset", "gap")
+CODECS = ("subset", "class", "gap")
 """what a run's deltas may be written in"""
+NEED_WEIGHTS = ("class",)
+"""those of them that are written and read against the weights before the delta"""
 MAX_RECORD = 64 << 20
 """bytes of the largest run.json or commit accepted (a table of 100,000 tensors is about 12 MB)"""
 MAX_HEAD = 64 << 10
@@ -56,8 +58,9 @@ class Run(msgspec.Struct, frozen=True):
     """run.json: what is true of every version of a run. `base` None means version 0 is an anchor in the bucket.
 
     `supersedes` is where the run before it ended; `compactors` are public keys that may sign folds and anchors.
-    `codecs` are those that its deltas may be of, a writer's first; a run that lists none is of codec "gap". `format` is
-    LISTED_CODECS where it lists any, else ALIASES where the table lists an alias, else FORMAT.
+    `codecs` are those that its deltas may be of; a run that lists none is of codec "gap". The first needs no weights:
+    folds are of it. `format` is LISTED_CODECS where it lists any, else ALIASES where the table lists an alias, else
+    FORMAT.
     """
 
     run: str
@@ -73,7 +76,7 @@ class Run(msgspec.Struct, frozen=True):
 
     @property
     def may_use(self) -> tuple[str, ...]:
-        """Codecs that its deltas may be of; the first is what a writer writes."""
+        """Codecs that its deltas may be of; the first is what is written where nothing speaks for another."""
         return self.codecs or ("gap",)
 
 
@@ -152,12 +155,14 @@ class Head(msgspec.Struct, frozen=True):
 
 
 class Link(msgspec.Struct, frozen=True):
-    """One anchor (`start` None) or fold on a way: where it leads, the bytes of its payloads, the key of its record."""
+    """One anchor (`start` None), fold or delta on a way: where it leads, the bytes of its payloads, the key of its
+    record, and whether it is read against the weights at `start`."""
 
     start: int | None
     end: int
     size: int
     record: str
+    needs_weights: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class Way(msgspec.Struct, frozen=True):
@@ -255,6 +260,7 @@ def _check_run(run: Run, where: str) -> None:
     )
     _require(run.codecs != (), where, "its list of codecs is empty")
     _require(len({*run.may_use}) == len(run.may_use), where, "a codec stands twice among its codecs")
+    _require(run.may_use[0] not in NEED_WEIGHTS, where, "the first of its codecs needs weights, and folds are of it")
     for entry in run.table:
         facts = f"{entry.name}: impossible dtype {entry.dtype!r} or shape {list(entry.shape)}"
         _require(_is_possible(entry), where, facts)

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from deltawire.errors import DAMAGE, BadDigest, Forked, FormatError, Gap, NotFound, UnknownTensor
 from deltawire.runlog import log, planner
 from deltawire.runlog.commits import FAR, Commits
-from deltawire.runlog.keys import CommitKey, commits_prefix, run_prefix, way_key
+from deltawire.runlog.keys import CommitKey, commits_prefix, needs_weights, run_prefix, way_key
 from deltawire.runlog.log import Filed
 from deltawire.runlog.planner import Edge
 from deltawire.runlog.records import MAX_RECORD, Commit, Derived, Way, read
@@ -33,6 +33,11 @@ class Hop:
             return record.parent_hash
         return record.commit_hash if isinstance(record, Derived) else self.filed.hash
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether its record says that it is read against the weights at its start."""
+        return _needs_weights(self.filed.record)
+
 
 class Ways(Commits):
     """Everything that leads from one version of a run to another. Nothing here touches a payload."""
@@ -46,20 +51,28 @@ class Ways(Commits):
         forward: bool = False,
         without: Collection[str] = (),
         hint: bool = True,
+        weights: bool = True,
+        held: Collection[str] = (),
     ) -> list[Edge]:
         """The edges that lead from a version (None: from nothing) to another: the commits between where they are few,
-        else the cheapest. `without` are keys of records to pass over; `forward` takes nothing back.
+        else the cheapest. `without` are keys of records to pass over; `forward` takes nothing back. `weights` says
+        whether those at `since` are at hand, and `held` are records whose change is, so that they lead both ways.
 
         Raises Gap where nothing leads there."""
-        if since is not None and (near := self._near(since, target)) is not None:
+        near = None if since is None else self._near(since, target)
+        if near is not None and all(edge.record in held or _is_open(edge, weights) for edge in near):
             return near
         listed: list[Edge] | None = None
         hinted = self._hinted(since, target) if hint else []
         sources: tuple[Callable[[], list[Edge]], ...] = (lambda: hinted, self.edges, partial(self.edges, checked=True))
         for edges in sources:
-            usable = [edge for edge in edges() if edge.record not in without and (anchors or edge.start is not None)]
+            usable = [
+                replace(edge, needs_weights=False) if edge.record in held else edge
+                for edge in edges()
+                if edge.record not in without and (anchors or edge.start is not None)
+            ]
             with suppress(Gap):
-                found = planner.cheapest(usable, since, target, forward=forward)
+                found = planner.cheapest(usable, since, target, forward=forward, weights=weights)
                 if self._are_commits(found):
                     return found
                 listed = listed or found
@@ -88,7 +101,10 @@ class Ways(Commits):
             data = self.bucket.get(way_key(self.run.run), limit=MAX_RECORD)
             way = read(Way, data, where=f"{self.bucket.url}/{way_key(self.run.run)}")
             inside = (link for link in way.links if link.record.startswith(run_prefix(self.run.run)))
-            return [Edge(link.start, link.end, link.size, link.record) for link in inside]
+            return [
+                Edge(link.start, link.end, link.size, link.record, needs_weights=bool(link.needs_weights))
+                for link in inside
+            ]
         return []
 
     def read(self, path: Iterable[Edge], since: str | None = None) -> list[Hop]:
@@ -157,7 +173,7 @@ class Ways(Commits):
             for filed in self.back(self.commit(later), most=NEAR):
                 if filed.record.version <= earlier:
                     break
-                found.append(self._edge_of(filed, undo=target < since))
+                found.append(self.edge_of(filed, undo=target < since))
         if not found:
             return [] if later == earlier else None
         if found[-1].start != earlier:
@@ -183,7 +199,7 @@ class Ways(Commits):
             for filed in self.back(self.commit(version), most=FAR):
                 if filed.record.version in stops:
                     break
-                found.append(self._edge_of(filed))
+                found.append(self.edge_of(filed))
         return found
 
     def _no_way(self, since: int | None, target: int) -> Gap:
@@ -193,11 +209,13 @@ class Ways(Commits):
             return Gap(f"{where}: version {there[0]} is the oldest, and there is no anchor before it to begin at")
         return Gap(f"{where}: nothing leads from version {'none' if since is None else since} to version {target}")
 
-    def _edge_of(self, filed: Filed[Commit], *, undo: bool = False) -> Edge:
+    def edge_of(self, filed: Filed[Commit], *, undo: bool = False) -> Edge:
+        """The edge that a commit is."""
         record = filed.record
         referred = record.parent is None and not record.payloads
         size = self._whole if referred else record.wire_bytes
-        return Edge(record.parent, record.version, size, filed.key, undo=undo)
+        needs = _needs_weights(record)
+        return Edge(record.parent, record.version, size, filed.key, undo=undo, needs_weights=needs)
 
     def _pick(self, listed: list[CommitKey]) -> list[CommitKey]:
         """The commits that are on the chain, where two share a version."""
@@ -217,6 +235,15 @@ class Ways(Commits):
         first = isinstance(record, Commit) and record.parent is None
         if first and record.parent_hash not in (None, self.filed.hash):
             raise Forked(f"{self._name(record)} was made for another run.json than the one that is there")
+
+
+def _needs_weights(record: Commit | Derived) -> bool:
+    return any(needs_weights(payload.key) for payload in record.payloads)
+
+
+def _is_open(edge: Edge, weights: bool) -> bool:
+    """Whether an edge can be taken as it is, with the weights at its start or without."""
+    return not edge.needs_weights or (weights and not edge.undo)
 
 
 def as_numbers(digests: dict[str, str]) -> dict[str, int]:

@@ -33,6 +33,7 @@ class Surroundings(Protocol):
     draw: Random
     clock: Callable[[], float]
     folder: Path
+    codec: str
     acknowledged: Position | None
 
     def new_run_id(self) -> str: ...
@@ -51,8 +52,9 @@ class Trainer:
     def start(self, *, supersede: bool = False) -> None:
         """Open a publisher, unless one is open."""
         if self.publisher is None:
+            world = self._world
             self.publisher = SteppedPublisher(
-                self.bucket, clock=self._world.clock, new_run_id=self._world.new_run_id, supersede=supersede
+                self.bucket, clock=world.clock, new_run_id=world.new_run_id, supersede=supersede, codec=world.codec
             )
 
     def publish(self) -> None:
@@ -154,7 +156,7 @@ class Follower:
     ) -> tuple[Change, Weights | None]:
         """A change, and the weights after it; None where they are not the target's."""
         try:
-            change = subscriber.change(here, target.version)
+            change = subscriber.change(here, target.version, weights=self.weights)
         except (Gap, OtherRun):
             change = subscriber.change(None, target.version)
         start = self.weights if change.anchor is None else {name: change.anchor[name] for name in SHAPES}

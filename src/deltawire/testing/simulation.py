@@ -26,6 +26,8 @@ from deltawire.testing.store import Clock, MemoryStore
 from deltawire.testing.world import World
 from deltawire.upkeep.retention import Policy
 
+PUBLISHED = ("gap", "class", "subset")
+"""codecs; a seed has one"""
 STEPS = 60
 """steps of one history, without those that others take in the middle of them"""
 DEPTH = 2
@@ -73,7 +75,13 @@ class Simulation:
         self._calm = True
         store = MemoryStore(clock=self._clock)
         self.world = World(
-            store, folder, draw=self._draw, clock=self._clock, through=self._way, followers=self._draw.randrange(1, 4)
+            store,
+            folder,
+            draw=self._draw,
+            clock=self._clock,
+            through=self._way,
+            followers=self._draw.randrange(1, 4),
+            codec=PUBLISHED[seed % len(PUBLISHED)],
         )
         trainer = self.world.trainer
         self._actors: dict[str, tuple[Callable[[], None], ...]] = {

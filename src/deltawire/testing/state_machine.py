@@ -49,8 +49,8 @@ class BucketMachine(RuleBasedStateMachine):
         """An empty bucket; `folder` is this run's own."""
         raise NotImplementedError("a subclass of BucketMachine gives `make_bucket`")
 
-    @initialize(seed=st.integers(0, 2**32 - 1))
-    def open(self, seed: int) -> None:
+    @initialize(seed=st.integers(0, 2**32 - 1), codec=st.sampled_from(["subset", "class"]))
+    def open(self, seed: int, codec: str) -> None:
         """A first version is there: a bucket without one has nothing to follow."""
         self.world = World(
             self.make_bucket(self._folder),
@@ -59,6 +59,7 @@ class BucketMachine(RuleBasedStateMachine):
             clock=Clock(),
             through=lambda name, bucket: Observed(bucket, self._visit),
             followers=FOLLOWERS,
+            codec=codec,
         )
         self.world.trainer.flush()
 

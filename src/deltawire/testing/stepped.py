@@ -13,6 +13,7 @@ from deltawire.publish.capturer import CaptureOptions
 from deltawire.publish.invariants import changes_add_up, digests_agree, nothing_is_forgotten
 from deltawire.publish.pending import Shipment
 from deltawire.publish.queue import Queue
+from deltawire.publish.requirements import LISTED
 from deltawire.publish.sender import SoloSender
 from deltawire.runlog.invariants import Problem
 from deltawire.runlog.records import Position
@@ -22,7 +23,7 @@ from deltawire.weights.delta import Delta
 
 class SteppedPublisher:
     """Captures with `publish`, and makes one try at what waits with each `upload`. Commits say that `writer` wrote
-    them; `new_run_id` gives the id of a run that begins."""
+    them; `new_run_id` gives the id of a run that begins. `codec` is as a Publisher's."""
 
     def __init__(
         self,
@@ -32,8 +33,18 @@ class SteppedPublisher:
         new_run_id: Callable[[], str],
         supersede: bool = False,
         writer: str = "stepped",
+        codec: str = "gap",
     ) -> None:
-        options = CaptureOptions(None, "BF16", None, clock, supersede=supersede, new_run_id=new_run_id)
+        options = CaptureOptions(
+            None,
+            "BF16",
+            None,
+            clock,
+            supersede=supersede,
+            new_run_id=new_run_id,
+            codecs=LISTED[codec],
+            by_class=lambda: codec == "class",
+        )
         self._spool = Path(tempfile.mkdtemp(prefix="deltawire-"))
         try:
             self._capturer = WholeCapturer(bucket, self._spool, options)

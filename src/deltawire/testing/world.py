@@ -27,7 +27,8 @@ from deltawire.weights.tensors import equal
 
 
 class World:
-    """A bucket and those who use it. `through` gives each of them, by name, its own way to the store."""
+    """A bucket and those who use it. `through` gives each of them, by name, its own way to the store. `codec` is that
+    which its trainer publishes in."""
 
     def __init__(
         self,
@@ -38,8 +39,9 @@ class World:
         clock: Callable[[], float],
         through: Callable[[str, Bucket], Bucket] = lambda name, bucket: bucket,
         followers: int = 2,
+        codec: str = "gap",
     ) -> None:
-        self.bucket, self.draw, self.clock, self.folder = Witnessed(bucket), draw, clock, folder
+        self.bucket, self.draw, self.clock, self.folder, self.codec = Witnessed(bucket), draw, clock, folder, codec
         self._right: dict[str, Weights] = {}
         self.acknowledged: Position | None = None
         self._ways = {name: through(name, self.bucket) for name in ("trainer", "compactor", "pruner")}
@@ -91,7 +93,8 @@ class World:
         """Whether deltas lead on from a position, or its run was superseded."""
         with Subscriber(self.bucket.inside) as subscriber, suppress(NotFound, ChainError):
             if position is not None and subscriber.run.run == position.run:
-                subscriber.change(position, subscriber.latest().version, anchors=False)
+                weights = self._right[position.root]
+                subscriber.change(position, subscriber.latest().version, weights=weights, anchors=False)
             return position is not None
         return False
 

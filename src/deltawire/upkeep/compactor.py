@@ -138,8 +138,7 @@ class Compactor:
                 raise Gap(f"{self.bucket.url}: run {chain.run.run} has no anchor to compact from")
             return known
         for filed in chain.between(self._known.newest, chain.commit(target.version)):
-            record = filed.record
-            self._known.add(Edge(record.parent, record.version, record.wire_bytes, filed.key))
+            self._known.add(chain.edge_of(filed))
         return self._known
 
     def _require_key(self) -> None:
@@ -201,9 +200,9 @@ class Compactor:
     def _write_fold(self, known: Inventory, start: int, end: int, parts: list[Edge]) -> CompactReport:
         chain = self._subscriber.chain
         first, last = chain.settled(start), chain.settled(end)
-        delta = Delta()
-        for hop in chain.read(parts, first.hash):
-            delta += self._subscriber.fetch_delta(hop.filed.record)
+        needs = any(edge.needs_weights for edge in parts)
+        before = self._mirror_at(start).weights if needs else None
+        delta = self._subscriber.added_up(chain.read(parts, first.hash), before)[0]
         mirror = self._checked_at(first, last, delta)
         data = delta_file.encode(delta, codec=chain.run.may_use[0], run=chain.run.run, parent=start, version=end)
         key = fold_key(start, end, blake3(data).hexdigest())

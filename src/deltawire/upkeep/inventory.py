@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
 
+from msgspec import UNSET
+
 from deltawire.errors import Gap
 from deltawire.runlog.planner import Edge
 from deltawire.runlog.records import Link
@@ -89,11 +91,15 @@ class Inventory:
         folds = [edge for version in late for edge in self._ahead.get(version, {}).values() if edge.derived]
         strides = self.parts(anchor.end, self.newest) if self.newest > anchor.end else []
         edges = dict.fromkeys([anchor, *strides, *folds])
-        return tuple(Link(edge.start, edge.end, edge.size, edge.record) for edge in edges)
+        return tuple(_link(edge) for edge in edges)
 
     def _is_fold(self, start: int, end: int) -> bool:
         edge = self._ahead.get(start, {}).get(end)
         return edge is not None and edge.derived
+
+
+def _link(edge: Edge) -> Link:
+    return Link(edge.start, edge.end, edge.size, edge.record, edge.needs_weights or UNSET)
 
 
 def due(versions: list[int], level: int) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from deltawire.read.mirror import Mirror, building, held, unfinished
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.figures import figures
 from deltawire.runlog.records import Position
+from deltawire.weights.bits import Bits
 from deltawire.weights.table import aliases_of
 
 
@@ -74,7 +75,7 @@ def _move(subscriber: Subscriber, out: Path, target: Position, started: float) -
 def _apply(subscriber: Subscriber, mirror: Mirror, target: Position, out: Path) -> Change:
     """Move the folder by the first change that leads to the target's digests: a fold may be a stranger's."""
     while True:
-        change = _way(subscriber, mirror.position, target, out)
+        change = _way(subscriber, mirror, target, out)
         try:
             mirror.apply(change.delta, change.position)
             return change
@@ -83,29 +84,28 @@ def _apply(subscriber: Subscriber, mirror: Mirror, target: Position, out: Path) 
                 raise
 
 
-def _way(subscriber: Subscriber, start: Position, target: Position, out: Path) -> Change:
+def _way(subscriber: Subscriber, mirror: Mirror, target: Position, out: Path) -> Change:
     try:
-        return subscriber.change(start, target.version, anchors=False)
+        return subscriber.change(mirror.position, target.version, weights=mirror.weights, anchors=False)
     except (Gap, Forked):
-        problem = f"{out} holds {start}, from which nothing leads to {target} any more"
+        problem = f"{out} holds {mirror.position}, from which nothing leads to {target}"
         raise AlreadyExists(f"{problem}; name another folder or remove it") from None
 
 
 def _build(subscriber: Subscriber, work: Path, target: Position, on_update: Callable[[Update], None]) -> list[int]:
     fetched: list[int] = []
-    weights: Checkpoint | None = None
-    for update in subscriber.updates(until=target.version):
+    weights: dict[str, Bits] = {}
+    for update in subscriber.updates(until=target.version, weights=weights):
         if update.delta is None:
             assert update.anchor is not None
             files = checkpoint.files(update.anchor.folder)
             checkpoint.copy(files, work, without=aliases_of(subscriber.run.table))
-            weights = Checkpoint(work, writable=True)
+            built = Checkpoint(work, writable=True)
+            weights.update(built)
         else:
-            assert weights is not None
             update.delta.apply_(weights)
         fetched.append(update.wire_bytes)
         on_update(update)
-    assert weights is not None
-    weights.require_digests(subscriber.digests_at(target.version), where=str(target))
-    weights.flush()
+    built.require_digests(subscriber.digests_at(target.version), where=str(target))
+    built.flush()
     return fetched

@@ -123,12 +123,12 @@ def export_trl(
     weights: dict[str, Bits] = {}
     kinds: list[bool] = []
     written, versions = 0, []
-    for number, update in enumerate(subscriber.updates(until=until)):
+    for number, update in enumerate(subscriber.updates(until=until, weights=weights)):
         anchor = number % anchor_every == 0
         path = folder / trl_key(update.position.version, anchor=anchor)
         metadata = {"sparse": str(not anchor), "model_version": str(update.position.version)}
         if update.delta is None:
-            weights = _taken(update, (entry.name for entry in subscriber.run.table))
+            weights.update(_taken(update, (entry.name for entry in subscriber.run.table)))
         elif not anchor:
             metadata |= _metadata(update.delta, weights, update.parent)
             written += _write(path, dict(_streams(update.delta, weights)), metadata)

@@ -11,7 +11,8 @@ from deltawire.buckets.temporary import TemporaryFolder
 from deltawire.errors import BadDigest, Forked, Gap, NotFound, Unavailable, some
 from deltawire.format import checkpoint
 from deltawire.format.checkpoint import Checkpoint
-from deltawire.read.subscriber import PLANS, Subscriber
+from deltawire.read.routes import PLANS
+from deltawire.read.subscriber import Subscriber
 from deltawire.runlog import log
 from deltawire.runlog.figures import figures
 from deltawire.runlog.planner import Edge
@@ -148,7 +149,7 @@ class _Walk:
         if edge.start is None:
             self._check_anchor(edge, record)
         elif edge.kind == "delta":
-            delta = self._subscriber.fetch_delta(record)
+            delta = self._subscriber.fetch_delta(record, self._here)
             self._digests = delta.digests_after(self._digests, self._here)
             self._require(self._digests, edge.end, edge)
             delta.apply_(self._here)
