@@ -67,7 +67,7 @@ class Ways(Commits):
         sources: tuple[Callable[[], list[Edge]], ...] = (lambda: hinted, self.edges, partial(self.edges, checked=True))
         for edges in sources:
             usable = [
-                replace(edge, needs_weights=False) if edge.record in held else edge
+                replace(edge, size=0, needs_weights=False) if edge.record in held else edge
                 for edge in edges()
                 if edge.record not in without and (anchors or edge.start is not None)
             ]
