@@ -117,7 +117,7 @@ def test_a_heartbeat_tells_pauses_bytes_codecs_and_why_the_replica_is_not_ready(
     beats.write(None)
     ((_, beat),) = heartbeats.read_all(bucket)
     assert (beat.pause_p50_ms, beat.pause_p99_ms) == (150, 199)
-    assert (beat.wire_bytes, beat.fetched_bytes, beat.codecs) == (200, 20100, ("subset", "gap"))
+    assert (beat.wire_bytes, beat.fetched_bytes, beat.codecs) == (200, 20100, ("subset", "class", "gap"))
     assert beat.unready == "no version is served yet"
     assert percentile([], 50) is None
 

@@ -67,6 +67,25 @@ def test_workers_are_brought_from_version_to_version_together(run, engine, shard
         assert_served(run, engine, shards, version)
 
 
+def test_workers_that_hold_parts_reach_a_delta_of_class_another_way_and_have_the_trainer_write_subset():
+    with SmallRun(codec="class") as run:
+        shards = [Shard(run.versions[0], rank) for rank in range(2)]
+        with StubEngine(*shards) as engine, Follower(run.url, EngineClient(engine.url)) as follower:
+            follower.step()
+            assert follower.beats.codecs == ("subset", "gap")
+            run.publish(a=1, b=-1, v=1)
+            assert follower.step().from_version is None
+            assert_served(run, engine, shards, 1)
+            follower.beats.write(run.publisher.position)
+            run.publisher.close(10)
+            run.publisher = dw.Publisher(dw.open_bucket(run.url), codec="class")
+            run.publish(a=1, b=-1, v=1)
+            assert follower.step().from_version == 1
+            assert_served(run, engine, shards, 2)
+        keys = [stat.key for stat in run.publisher.bucket.list("runs/") if "/deltas/" in stat.key]
+        assert [key.endswith(".class.safetensors") for key in sorted(keys)] == [True, False]
+
+
 def test_workers_that_stand_on_no_version_start_from_the_anchor(run, engine, shards, follower):
     run.publish(a=1)
     shards[0].ab.data[0, 0] = shards[1].v.data[3] = 42.0

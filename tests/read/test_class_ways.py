@@ -17,7 +17,7 @@ from deltawire.errors import FormatError, Gap, NeedsBase, WrongBase
 from deltawire.format import delta_file
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.adding import Moved
-from deltawire.read.held import HELD, HeldChanges
+from deltawire.read.held import HeldChanges
 from deltawire.read.local_copy import LocalCopy
 from deltawire.runlog.keys import delta_key, listed, needs_weights, payload_key
 from deltawire.runlog.planner import Edge, cheapest
@@ -51,9 +51,7 @@ class Served(nn.Module):
 @pytest.fixture(scope="module", params=["deltas alone", "folds and anchors"])
 def run(request, tmp_path_factory):
     """The address of a run of 72 deltas, and the bits of each version."""
-    folder = tmp_path_factory.mktemp("run")
-    bucket = dw.open_bucket((folder / "bucket").as_uri(), create=True)
-    _, versions = class_run(LAST + 1, bucket=bucket)
+    folder, (bucket, versions) = tmp_path_factory.mktemp("run"), class_run(LAST + 1)
     if request.param != "deltas alone":
         with Compactor(bucket, folder / "mirror", levels=(4, 16), anchors=32) as compactor:
             compactor.step()
@@ -270,11 +268,13 @@ def test_no_way_leads_back_over_a_delta_that_needs_weights_nor_over_it_without_a
         cheapest([first, second], 1, 2, weights=False)
 
 
-def test_held_changes_are_bounded_the_oldest_go_first_and_another_record_is_none():
+def test_held_changes_are_bounded_the_oldest_go_first_and_another_record_is_none(monkeypatch):
+    monkeypatch.setattr("deltawire.read.held.HELD", 1000)
+
     def change(size):
         return Delta({"w": TensorDelta("U8", (size,), None, np.ones(size, np.uint8))})
 
-    held, half = HeldChanges(), change(HELD // 2)
+    held, half = HeldChanges(), change(500)
     held.keep({"c": ("hash c", change(10)), "b": ("hash b", half), "a": ("hash a", half)})
     assert held.keys() == {"b", "c"}
     held.keep({"d": ("hash d", half)})

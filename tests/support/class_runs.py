@@ -44,16 +44,15 @@ def require_exact(bucket: Bucket, versions: dict) -> None:
             assert after == bits.data.tolist(), f"version {version}: {name}"
 
 
-def class_run(count: int, *, bucket: Bucket | None = None, share: float = 0.05) -> tuple[Bucket, dict]:
+def class_run(count: int) -> tuple[Bucket, dict]:
     """A bucket with versions 0 to `count` - 1, and the bits of each."""
-    bucket = bucket or fresh()
-    weights, versions = model(), {}
+    bucket, weights, versions = fresh(), model(), {}
     with publishing(bucket, codec="class") as publisher:
         for version in range(count):
             publisher.publish(weights)
             publisher.flush(PATIENCE)
             versions[version] = served(weights)
-            edit(weights, version, share=share)
+            edit(weights, version, share=0.05)
     return bucket, versions
 
 

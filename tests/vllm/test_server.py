@@ -121,6 +121,28 @@ def test_every_version_is_served_bit_for_bit_and_equals_a_server_started_on_it(s
     assert float(logprobs.max()) == pytest.approx(newest[1][0], abs=0.05)  # vLLM's kernels round otherwise
 
 
+def test_a_run_whose_deltas_are_read_against_the_live_weights_is_served_forward_and_back(server, checkpoint, tmp_path):
+    """Codec `class`. A follower that is started again goes back by what the workers hold, or from an anchor."""
+    trainer, published = Trainer(tmp_path / "bucket", assets=checkpoint, codec="class"), []
+    for version in range(4):
+        trainer.step()
+        published.append(trainer.published)
+        with Follower(trainer.url, EngineClient(server.url)) as follower:
+            follower.step()
+            assert "class" in follower.beats.codecs
+        assert_serves(server, trainer, version)
+    deltas = [stat.key for stat in trainer.publisher.bucket.list("runs/") if "/deltas/" in stat.key]
+    assert len(deltas) == 3
+    assert all(key.endswith(".class.safetensors") for key in deltas)
+    for pin in (2, 0, 3):
+        with Follower(trainer.url, EngineClient(server.url), pin=pin) as follower:
+            follower.step()
+        with EngineClient(server.url) as engine:
+            audit = engine.audit()
+        assert (audit.position.version, audit.digests, audit.mismatched) == (pin, published[pin], [])
+    trainer.publisher.close(10)
+
+
 @pytest.mark.nightly
 def test_a_server_started_on_the_newest_version_holds_and_answers_the_same(server, on_base, checkpoint, tmp_path):
     follow_six_versions(server, on_base, checkpoint)
