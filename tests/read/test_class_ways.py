@@ -172,6 +172,18 @@ def test_a_reader_with_weights_comes_forward_over_several_deltas_and_a_fold_at_o
         assert equal(versions[0] + change.delta, versions[6])
 
 
+@pytest.mark.parametrize("at_once", [1, 400])
+def test_a_long_way_is_read_in_stretches(short, monkeypatch, at_once):
+    bucket, versions = short
+    monkeypatch.setattr("deltawire.read.routes.AT_ONCE", at_once)
+    with Subscriber(bucket) as subscriber:
+        change = subscriber.change(position(bucket, 0), 6, weights=versions[0], anchors=False)
+        assert equal(versions[0] + change.delta, versions[6])
+        subscriber.keep(change)
+        back = subscriber.change(position(bucket, 6), 5, anchors=False)
+        assert (equal(versions[6] + back.delta, versions[5]), back.wire_bytes) == (True, 0)
+
+
 def test_updates_are_read_with_the_weights_of_a_reader_that_moves_them(short):
     bucket, versions = short
     held = {name: bits.copy() for name, bits in versions[2].items()}

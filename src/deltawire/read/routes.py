@@ -1,6 +1,6 @@
 """From where a copy of the weights stands to a version: by the cheapest way, or by another where that one fails."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from deltawire.errors import (
     OtherRun,
 )
 from deltawire.format.checkpoint import Checkpoint
-from deltawire.read.adding import Part, add_up
+from deltawire.read.adding import Moved, Part, add_up
 from deltawire.read.changes import Change
 from deltawire.read.opened import OpenedRun
 from deltawire.runlog import log, planner
@@ -25,6 +25,8 @@ from deltawire.runlog.records import Commit, Derived, Position
 from deltawire.runlog.ways import Hop
 from deltawire.weights.delta import Delta
 
+AT_ONCE = 1 << 28
+"""bytes of files that are in memory together, where several are decoded tensor by tensor"""
 PLANS = 3
 """times a path is planned again when something on it was pruned meanwhile"""
 
@@ -213,15 +215,20 @@ class Routes(OpenedRun):
                 part = self.fetch_delta(hop.filed.record) if change is None else change
                 delta += -part if hop.edge.undo else part
             return delta, {}
-        parts = [
-            Part(hop.edge.record, tuple(self.open_delta(hop.filed.record)), undo=hop.edge.undo)
-            if change is None
-            else Part(hop.edge.record, known=change, undo=hop.edge.undo)
-            for hop, change in zip(hops, known, strict=True)
-        ]
-        delta, decoded = add_up(parts, weights)
+        delta, decoded = Delta(), dict[str, Delta]()
+        for stretch in _stretches(hops):
+            parts = [self._part(hop) for hop in stretch]
+            change, decoded = add_up(parts, weights if weights is None else Moved(weights, delta))
+            delta += change
         hashes = {hop.edge.record: hop.filed.hash for hop in hops}
         return delta, {key: (hashes[key], change) for key, change in decoded.items()}
+
+    def _part(self, hop: Hop) -> Part:
+        """What an edge changes, as it is held or as its files have it."""
+        change = self._at_hand(hop)
+        if change is not None:
+            return Part(hop.edge.record, known=change, undo=hop.edge.undo)
+        return Part(hop.edge.record, tuple(self.open_delta(hop.filed.record)), undo=hop.edge.undo)
 
     def _at_hand(self, hop: Hop) -> Delta | None:
         """What an edge changes, where it is held."""
@@ -254,6 +261,21 @@ class Routes(OpenedRun):
         if commit.root != since.root:
             raise Forked(f"{since}: these weights have root {since.root[:12]}…, the commit says {commit.root[:12]}…")
         return since
+
+
+def _stretches(hops: Sequence[Hop]) -> Iterator[list[Hop]]:
+    """The edges of a way, as many at a time as there is memory for their files; at least one."""
+    stretch: list[Hop] = []
+    room = 0
+    for hop in hops:
+        room -= hop.filed.record.wire_bytes
+        if stretch and room < 0:
+            yield stretch
+            stretch = []
+        if not stretch:
+            room = AT_ONCE - hop.filed.record.wire_bytes
+        stretch.append(hop)
+    yield stretch
 
 
 def _arrives(last: Hop, commit: Filed[Commit]) -> bool:
