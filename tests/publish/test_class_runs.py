@@ -49,12 +49,14 @@ def test_it_takes_fewer_bytes_than_subset():
 @pytest.mark.usefixtures("quick_retries")
 def test_versions_that_waited_or_folded_are_of_subset_and_the_next_one_is_of_class_again(trained):
     weights, bucket = trained
-    versions = {}
+    versions, reported = {}, []
     with publishing(bucket, codec="class") as publisher:
 
         def publish(seed):
             edit(weights, seed)
-            versions[publisher.publish(weights).version] = served(weights)
+            report = publisher.publish(weights)
+            versions[report.version] = served(weights)
+            reported.append(report.codec)
 
         publish(0)
         publisher.flush(PATIENCE)
@@ -68,6 +70,7 @@ def test_versions_that_waited_or_folded_are_of_subset_and_the_next_one_is_of_cla
         publish(4)
         publisher.flush(PATIENCE)
     assert codecs(bucket) == {1: "class", 3: "subset", 4: "class"}
+    assert reported == ["subset", *["class"] * 4]  # the anchor's, and what each was before it waited
     require_exact(bucket, versions)
     assert equal(read_weights(bucket), versions[4])
 

@@ -293,3 +293,4 @@ def test_held_changes_are_bounded_the_oldest_go_first_and_another_record_is_none
     assert held.keys() == {"c", "d"}
     assert held.find("c", "hash c") == change(10)
     assert held.find("c", "another") is None
+    assert held.keys() == {"d"}

@@ -10,7 +10,7 @@ from deltawire.buckets.base import size_of
 from deltawire.buckets.verified import hash_file
 from deltawire.format import delta_file
 from deltawire.publish.sharded.shards import spread
-from deltawire.runlog.keys import delta_key, part_key
+from deltawire.runlog.keys import delta_key, needs_weights, part_key
 from deltawire.runlog.records import Commit, Payload, Run, hash_of, signed, write
 from deltawire.runlog.signing import SigningKey
 from deltawire.runlog.writing import Attempt
@@ -44,6 +44,11 @@ class Captured:
     payloads: Mapping[str, bytes | Path] | None
     rank: int | None = None
     boxes: Mapping[str, Box] = field(default_factory=dict)
+
+    @property
+    def codec(self) -> str:
+        """What its delta is written in, as it is now."""
+        return "class" if any(map(needs_weights, self.payloads or ())) else self.run.may_use[0]
 
     @property
     def payload_bytes(self) -> int:

@@ -246,6 +246,7 @@ class Publisher:
             waiting_bytes=backlog.nbytes,
             waiting_bound=self._capturer.held_bytes + backlog.closed_bytes,
             problem=str(queued.problem) if queued.problem else None,
+            codec=newest.codec,
         )
 
     def flush(self, timeout: float | None = None) -> Position | None:

@@ -32,7 +32,11 @@ class HeldChanges:
             return frozenset(self._changes)
 
     def find(self, key: str, record_hash: str) -> Delta | None:
-        """The change of a record; None where it is not held, or another record lay under its key."""
+        """The change of a record; None where it is not held. One of another record that lay under its key is let
+        go."""
         with self._lock:
-            held, change = self._changes.get(key, ("", None))
-        return change if held == record_hash else None
+            held, change = self._changes.get(key, (record_hash, None))
+            if held != record_hash:
+                del self._changes[key]
+                return None
+        return change
