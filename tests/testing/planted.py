@@ -1,9 +1,10 @@
 """Faults that deltawire does not have, planted for the time of a test: what checks it must find each of them."""
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from deltawire.errors import DeltaWireError
 from deltawire.publish import current_run
+from deltawire.publish.tracker import ChangeTracker
 from deltawire.runlog import chain, keys, log, records, writing
 from deltawire.testing.actors import BrokenOff
 from deltawire.testing.stepped import SteppedPublisher
@@ -99,6 +100,10 @@ def one_look_at_the_newest_commit(patch):
     patch.setattr(current_run, "LOOKS", 1)
 
 
+def class_is_ranked_by_the_bits_after_it(patch):
+    patch.setattr(ChangeTracker, "as_covered", lambda self: nullcontext(self.baseline.as_mapping()))
+
+
 PLANTED = [
     head_before_the_commit,
     a_failed_upload_is_forgotten,
@@ -111,4 +116,5 @@ PLANTED = [
     heartbeats_are_not_asked,
     head_is_left_behind_by_a_prune,
     one_look_at_the_newest_commit,
+    class_is_ranked_by_the_bits_after_it,
 ]

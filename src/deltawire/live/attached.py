@@ -13,7 +13,7 @@ from deltawire.live.live_weights import BetweenPasses, LiveWeights, at_once
 from deltawire.live.messages import Audited, Digested, HeldParts
 from deltawire.live.staging import PartDigests, Plan
 from deltawire.live.transforms import AfterLoading
-from deltawire.live.whole import WholeTensors
+from deltawire.live.whole import whole_tensors
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.records import CODECS, NEED_WEIGHTS, Position
 from deltawire.weights.digest import root as root_of
@@ -51,7 +51,7 @@ class Attached:
     @cached_property
     def codecs(self) -> tuple[str, ...]:
         """Codecs of runs that these weights can be moved by."""
-        all_here = WholeTensors(self.live).are_all_here
+        all_here = whole_tensors(self.live) is not None
         return tuple(codec for codec in CODECS if all_here or codec not in NEED_WEIGHTS)
 
     def find_version(self) -> None:

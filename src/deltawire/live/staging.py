@@ -16,7 +16,7 @@ from deltawire.live.boxes import LiveBox
 from deltawire.live.live_weights import LiveWeights
 from deltawire.live.memory import Memory, digest_box
 from deltawire.live.transforms import Transform
-from deltawire.live.whole import WholeTensors
+from deltawire.live.whole import whole_tensors
 from deltawire.live.writes import Fill, Scatter, Swap, SwappedAttribute, SwappedTensor, Write
 from deltawire.read.changes import Change
 from deltawire.read.subscriber import Subscriber
@@ -65,8 +65,8 @@ def stage(
     for a delta that is read against the live weights and cannot be of them.
     """
     started = time.monotonic()
-    whole = WholeTensors(live)
-    change = subscriber.change(since, version, weights=whole if whole.are_all_here else None)
+    weights = whole_tensors(live) if subscriber.run.needs_weights else None
+    change = subscriber.change(since, version, weights=weights)
     fetched = time.monotonic()
     placed = (
         _from_anchor(live, digests, change) if change.anchor is not None else _by_delta(live, digests, change.delta)

@@ -1,7 +1,6 @@
 """A worker's live weights as whole checkpoint tensors, one at a time: what deltas of codec `class` are read against."""
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 
 import numpy as np
 
@@ -14,6 +13,12 @@ from deltawire.weights.bits import Bits, count, zeros
 Place = tuple[Memory, LiveBox]
 
 
+def whole_tensors(live: LiveWeights) -> "WholeTensors | None":
+    """The tensors that the run trains, where this worker holds each of them whole; None where it does not."""
+    whole = WholeTensors(live)
+    return whole if whole.are_all_here else None
+
+
 class WholeTensors(Mapping[str, Bits]):
     """The tensors that the run trains, by name; each is read from live memory when it is asked for, and may be that
     memory itself, to look at now. Asking for one of which other workers hold a part raises NeedsBase."""
@@ -21,7 +26,7 @@ class WholeTensors(Mapping[str, Bits]):
     def __init__(self, live: LiveWeights) -> None:
         self._live = live
 
-    @cached_property
+    @property
     def are_all_here(self) -> bool:
         """Whether every one of them can be asked for."""
         return all(self._places(name) for name in self if count(self._live.table[name].shape))

@@ -102,7 +102,7 @@ class WholeCapturer:
 
     def _encoded(self, captured: Captured) -> dict[str, bytes | Path]:
         """The version's file: the one time that the weights before it are at hand."""
-        if "class" not in captured.run.may_use or not self._options.by_class():
+        if not (captured.run.needs_weights and self._options.by_class()):
             return encode(captured)
         with self._tracker.as_covered() as before:
             return encode(captured, before)

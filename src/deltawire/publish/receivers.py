@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from deltawire.buckets.base import Bucket, Stat
-from deltawire.errors import BucketError, FormatError, some
+from deltawire.errors import BucketError, FormatError, NotFound, some
 from deltawire.runlog import heartbeats
 from deltawire.runlog.heartbeats import Heartbeat
 
@@ -35,6 +35,8 @@ class Receivers:
         try:
             self._known = heartbeats.read_all(self._bucket, self._known)
             reason = self._why_not()
+        except NotFound:  # nobody wrote any
+            reason = None
         except (BucketError, FormatError) as error:
             reason = f"their heartbeats cannot be read ({error})"
         if reason is not None and reason != self._reason:

@@ -11,7 +11,7 @@ from deltawire.format.checkpoint import files
 from deltawire.read.adding import Moved
 from deltawire.read.changes import Update
 from deltawire.read.routes import Routes
-from deltawire.runlog.records import NEED_WEIGHTS, Commit, Position
+from deltawire.runlog.records import Commit, Position
 from deltawire.runlog.ways import as_numbers
 
 LOOK_BACK = 64
@@ -110,7 +110,7 @@ class Subscriber(Routes):
             digests, parent = as_numbers(first.record.digests), first.record.position
             delivered = self.chain.commit(parent.version).record
             yield Update(parent, None, None, anchor, digests, delivered, first.record.wire_bytes)
-            if weights is None and not {*NEED_WEIGHTS}.isdisjoint(self.run.may_use):
+            if weights is None and self.run.needs_weights:
                 weights = moved = Moved(anchor)
         for filed in self.chain.between(parent.version, last):
             commit, digests = filed.record, self.chain.moved(digests, filed)

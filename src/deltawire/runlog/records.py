@@ -75,6 +75,11 @@ class Run(msgspec.Struct, frozen=True):
     codecs: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether some of its deltas may be read against the weights before them."""
+        return any(codec in NEED_WEIGHTS for codec in self.may_use)
+
+    @property
     def may_use(self) -> tuple[str, ...]:
         """Codecs that its deltas may be of; the first is what is written where nothing speaks for another."""
         return self.codecs or ("gap",)
