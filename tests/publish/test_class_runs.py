@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 from class_runs import class_run, codecs, deltas, require_exact, say
@@ -9,10 +10,11 @@ from faults import Faulty, down, never, on_key
 from runs import PATIENCE, commits, edit, fresh, model, publish_all, publishing, read_weights, served, table
 
 from deltawire.buckets.forwarding import Forwarding
-from deltawire.errors import DeltaWireError, MissingTensor, Unavailable
+from deltawire.errors import BadDigest, DeltaWireError, MissingTensor, Unavailable
 from deltawire.format import checkpoint, delta_file
 from deltawire.publish.beats import TrainerBeats
 from deltawire.publish.receivers import Receivers
+from deltawire.publish.tracker import ChangeTracker
 from deltawire.runlog import log
 from deltawire.upkeep.verify import verify
 from deltawire.weights.tensors import equal
@@ -31,6 +33,13 @@ def test_every_delta_is_of_the_class_of_the_bits_before_it_and_a_listing_says_so
     require_exact(bucket, versions)
     assert equal(read_weights(bucket), versions[5])
     assert verify(bucket).deltas == 5
+
+
+def test_a_delta_of_other_weights_than_its_parent_s_is_found_by_verify(monkeypatch):
+    monkeypatch.setattr(ChangeTracker, "as_covered", lambda self: nullcontext(self.baseline.as_mapping()))
+    bucket, _ = class_run(6)
+    with pytest.raises(BadDigest, match="/commits/"):
+        verify(bucket)
 
 
 def test_it_takes_fewer_bytes_than_subset():

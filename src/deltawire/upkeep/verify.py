@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deltawire.buckets.base import Bucket
 from deltawire.buckets.temporary import TemporaryFolder
-from deltawire.errors import BadDigest, Forked, Gap, NotFound, Unavailable, some
+from deltawire.errors import BadDigest, Forked, Gap, NotFound, Unavailable, WrongBase, some
 from deltawire.format import checkpoint
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.routes import PLANS
@@ -18,6 +18,7 @@ from deltawire.runlog.figures import figures
 from deltawire.runlog.planner import Edge
 from deltawire.runlog.records import Commit, Derived, Position
 from deltawire.runlog.ways import as_numbers
+from deltawire.weights.delta import Delta
 from deltawire.weights.digest import root as root_of
 from deltawire.weights.table import aliases_of
 
@@ -149,7 +150,7 @@ class _Walk:
         if edge.start is None:
             self._check_anchor(edge, record)
         elif edge.kind == "delta":
-            delta = self._subscriber.fetch_delta(record, self._here)
+            delta = self._delta_from_here(edge, record)
             self._digests = delta.digests_after(self._digests, self._here)
             self._require(self._digests, edge.end, edge)
             delta.apply_(self._here)
@@ -159,6 +160,13 @@ class _Walk:
         if isinstance(record, Derived):
             self._require_joined(edge, record, hop.ends_at)
         return record.wire_bytes
+
+    def _delta_from_here(self, edge: Edge, record: Commit | Derived) -> Delta:
+        try:
+            return self._subscriber.fetch_delta(record, self._here)
+        except WrongBase as error:
+            where = f"{self._subscriber.bucket.url}/{edge.record}"
+            raise BadDigest(f"{where}: made from other weights than those of version {edge.start}: {error}") from None
 
     def _check_anchor(self, edge: Edge, record: Commit | Derived) -> None:
         weights = self._subscriber.read_anchor(record)
