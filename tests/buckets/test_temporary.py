@@ -58,6 +58,20 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_living_one
             child.stdout.close()
 
 
+def test_one_that_another_process_removes_meanwhile_stops_nobody(parent, monkeypatch):
+    (parent / "deltawire-gone").mkdir()
+    listed = os.scandir
+
+    def then_removed(folder):
+        for entry in listed(folder):
+            os.rmdir(entry.path)
+            yield entry
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", then_removed)
+        assert sweep(parent) == []
+
+
 def test_a_folder_that_is_not_there_is_named_with_the_way_out(parent, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(parent / "nowhere"))
     with pytest.raises((NotFound, AccessRefused), match="TMPDIR chooses another"):

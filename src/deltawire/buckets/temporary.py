@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -66,7 +67,9 @@ def _sweep_once(parent: str) -> None:
 
 def _ours(parent: Path) -> Iterator[Path]:
     for entry in os.scandir(parent):
-        own = entry.name.startswith(PREFIX) and entry.stat(follow_symlinks=False).st_uid == os.getuid()
+        own = False
+        with suppress(FileNotFoundError):  # another process removed it meanwhile
+            own = entry.name.startswith(PREFIX) and entry.stat(follow_symlinks=False).st_uid == os.getuid()
         if own and entry.is_dir(follow_symlinks=False):
             yield Path(entry.path)
 
