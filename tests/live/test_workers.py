@@ -8,8 +8,9 @@ import torch
 from failing import failing
 from hypothesis import given
 from hypothesis import strategies as st
-from small import Shard, SmallRun
+from small import COLUMNS, Shard, SmallRun
 from stub_engine import StubEngine
+from torch import nn
 from waiting import await_staging
 
 import deltawire as dw
@@ -18,6 +19,8 @@ from deltawire.follow.follower import Follower
 from deltawire.live import answers, staging
 from deltawire.live.coverage import Coverage
 from deltawire.live.messages import Stage
+from deltawire.live.transforms import AfterLoading
+from deltawire.live.worker import LiveWorker
 from deltawire.vllm.client import EngineClient
 from deltawire.weights.boxes import Box
 from deltawire.weights.digest import digest_at
@@ -84,6 +87,41 @@ def test_workers_that_hold_parts_reach_a_delta_of_class_another_way_and_have_the
             assert_served(run, engine, shards, 2)
         keys = [stat.key for stat in run.publisher.bucket.list("runs/") if "/deltas/" in stat.key]
         assert [key.endswith(".class.safetensors") for key in sorted(keys)] == [True, False]
+
+
+class Halves(nn.Module):
+    """One worker that holds `a` as two parameters: its left and its right columns."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.left, self.right = (nn.Parameter(half.bfloat16().clone(), False) for half in weights["a"].chunk(2, 1))
+        self.b, self.v = (nn.Parameter(weights[name].bfloat16(), False) for name in "bv")
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            if name == "a":
+                self.left.data.copy_(tensor[:, : COLUMNS // 2])
+                self.right.data.copy_(tensor[:, COLUMNS // 2 :])
+            else:
+                getattr(self, name).data.copy_(tensor)
+
+    def served(self):
+        return {"a": torch.cat([self.left, self.right], 1), "b": self.b.clone(), "v": self.v.clone()}
+
+
+def test_a_worker_that_holds_a_tensor_in_two_places_reads_class_by_both_together():
+    with SmallRun(codec="class") as run:
+        model = Halves(run.versions[0])
+        worker = LiveWorker(model, loading=AfterLoading())
+        worker.attach(run.url)
+        assert worker.status().codecs == ("subset", "class", "gap")
+        for version in range(1, 4):
+            run.publish(a=1e-2, b=-1e-2, v=1e-3)
+            worker.commit({"bucket": run.url, "version": version})
+            assert worker.status().error is None
+            assert worker.status().applied.from_version == version - 1
+            assert dw.equal(model.served(), run.versions[version])
+        worker.close()
 
 
 def test_workers_that_stand_on_no_version_start_from_the_anchor(run, engine, shards, follower):

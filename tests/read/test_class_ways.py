@@ -159,6 +159,14 @@ def test_a_reader_without_weights_takes_folds_forward_and_back(short, tmp_path):
             assert equal(versions[start] + change.delta, versions[end])
 
 
+def test_the_hint_for_joiners_says_which_deltas_need_weights(short, tmp_path):
+    bucket, _ = short
+    fold(bucket, tmp_path / "mirror")
+    with Subscriber(bucket) as subscriber:
+        found = [(edge.start, edge.end, edge.needs_weights) for edge in subscriber.chain.hint()]
+    assert found == [(None, 0, False), (0, 4, False), (4, 5, True), (5, 6, True)]
+
+
 def test_a_reader_with_weights_comes_forward_over_several_deltas_and_a_fold_at_once(short, tmp_path):
     bucket, versions = short
     with Subscriber(bucket) as subscriber:
