@@ -4,6 +4,7 @@ import threading
 import time
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 from class_runs import class_run, codecs, deltas, require_exact, say
 from faults import Faulty, down, never, on_key
@@ -17,6 +18,7 @@ from deltawire.publish.receivers import Receivers
 from deltawire.publish.tracker import ChangeTracker
 from deltawire.runlog import log
 from deltawire.upkeep.verify import verify
+from deltawire.weights.bits import Bits, unsigned
 from deltawire.weights.tensors import equal
 
 
@@ -194,6 +196,27 @@ def test_a_run_that_starts_from_a_base_has_its_first_delta_in_class_too(tmp_path
     assert codecs(bucket) == {1: "class"}
     require_exact(bucket, versions)
     assert equal(read_weights(bucket, base=tmp_path), versions[1])
+
+
+@pytest.mark.parametrize("baseline", ["host", "file"])
+def test_tensors_of_every_width_are_of_class_or_as_in_subset_wherever_the_baseline_lies(baseline):
+    bucket, draw = fresh(), np.random.default_rng(0)
+    weights = {
+        dtype: Bits(dtype, (2000,), draw.integers(0, 1 << 8 * unsigned(dtype).itemsize, 2000, unsigned(dtype)))
+        for dtype in ("U8", "F8_E4M3", "F16", "BF16", "I32", "F32", "F64")
+    }
+    versions = []
+    with publishing(bucket, codec="class", baseline=baseline) as publisher:
+        for _ in range(4):
+            publisher.publish(weights)
+            publisher.flush(PATIENCE)
+            versions.append({name: bits.copy() for name, bits in weights.items()})
+            for bits in weights.values():
+                bits.data[draw.integers(0, 2000, 60)] += 1
+    assert codecs(bucket) == dict.fromkeys(range(1, 4), "class")
+    assert verify(bucket).deltas == 3
+    for version, expected in enumerate(versions):
+        assert equal(read_weights(bucket, version), expected)
 
 
 def test_while_one_replica_does_not_read_class_versions_are_of_subset_and_the_log_says_whose_fault_it_is(caplog):
