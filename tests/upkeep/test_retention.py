@@ -149,6 +149,15 @@ def test_heartbeats_are_read_as_hints(compacted):
     assert retention.find_prunable(bucket, run, SOON).reason == "replica b"
 
 
+@pytest.mark.parametrize("said", [{"version": -1}, {"version": 19, "need": -5}, {"version": 19, "staged": -1}])
+def test_a_heartbeat_of_a_negative_version_is_none_and_keeps_nothing(compacted, said):
+    bucket, run, _ = compacted
+    bucket.put("replicas/odd.json", msgspec.json.encode({"replica": "odd", "run": run, **said}))
+    assert heartbeats.read_all(bucket) == []
+    found = find_prunable(bucket, run, SOON)
+    assert (found.floor, found.reason) == (19, "the newest 1 anchors")
+
+
 def record_keys(bucket, kind):
     return [stat.key for stat in bucket.list("runs/") if f"/derived/{kind}-" in stat.key]
 
