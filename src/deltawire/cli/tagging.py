@@ -30,7 +30,7 @@ def tag(
 ) -> None:
     """Name a version, so that `prune` keeps it and --pin finds it. Without arguments: list the tags.
 
-    What came after a tagged version stays, too. In a signed run a follower with --trust asks for a signed tag: --key.
+    What leads to a tagged version stays, too. In a signed run a follower with --trust asks for a signed tag: --key.
     """
     if bucket is None:
         raise typer.BadParameter("name the bucket, or set DELTAWIRE_BUCKET", param_hint="--bucket")

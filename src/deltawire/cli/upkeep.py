@@ -94,7 +94,10 @@ def prune(
     trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
-    """Remove old versions that no active replica needs. Says what would go, and deletes with --delete."""
+    """Remove old versions that no active replica needs.
+
+    It says what would go, and deletes with --delete. A tagged version stays, with what leads to it.
+    """
     from deltawire.upkeep import retention
     from deltawire.upkeep.proofs import default_memory
 
@@ -106,8 +109,9 @@ def prune(
     if delete:
         retention.carry_out(store, pruned)
     done = "deleted" if delete else "would delete (--delete does)"
-    what = f"{done} {counted(pruned.objects, 'object')}, {size(pruned.bytes)}, all below version {pruned.floor}"
+    what = f"{done} {counted(pruned.objects, 'object')}, {size(pruned.bytes)}, below version {pruned.floor}"
     text = f"{what if pruned.objects else 'nothing to delete'}; kept: {pruned.reason}"
+    text += "".join(f", versions {first} to {last} for tags" for first, last in pruned.tagged)
     text += "".join(f"\npassed over as no anchor: {record}" for record in pruned.passed_over)
     emit({"deleted": delete, **msgspec.to_builtins(pruned)}, text, json)
 
