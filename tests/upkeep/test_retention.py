@@ -310,7 +310,10 @@ def test_a_prune_around_tags_that_is_cut_off_anywhere_reads_and_is_finished_by_t
             assert subscriber.commits()[-1].version == 19
         for version in (10, 19):
             assert equal(read_weights(here, version), steps[version])
-        carry_out(here, find_prunable(here, run, SOON))
+        for left in (True, False):
+            found = find_prunable(here, run, SOON)
+            assert (found.floor, found.tagged, bool(found.keys)) == (19, ((8, 10),), left)
+            carry_out(here, found)
         assert log.list_versions(here, run) == [8, 9, 10, 19]
 
 

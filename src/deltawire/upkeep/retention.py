@@ -97,7 +97,16 @@ def find_prunable(
         proofs = Proofs(subscriber, memory=memory)
         while True:
             kept = [stat for stat in stats if stat.key not in wrong]
-            found = prunable(kept, run, heartbeats, policy or Policy(), tags=tags, head=head, clock=clock)
+            found = prunable(
+                kept,
+                run,
+                heartbeats,
+                policy or Policy(),
+                tags=tags,
+                head=head,
+                parent_of=lambda version: subscriber.chain.commit(version).record.parent,
+                clock=clock,
+            )
             problems = _unsound(proofs, kept, run, found) if found.keys else {}
             wrong |= problems
             if not problems:
@@ -112,10 +121,12 @@ def prunable(
     *,
     tags: Mapping[str, int] | None = None,
     head: int | None = None,
+    parent_of: Callable[[int], int | None] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> PruneList:
     """What a listing lets go; `tags` are the versions that people named, by name. `head` is the version that HEAD
-    names: its commit stays, for a writer may have died before it moved HEAD on.
+    names: its commit stays, for a writer may have died before it moved HEAD on. `parent_of` reads which version a
+    commit continues, where the listing alone does not say; without it that is the one listed before.
 
     Ages are differences of the store's own timestamps: now is the newest of them, which is never later than the
     store's clock, and not later than this host's: one file from the future makes nobody old. A replica is silent only
@@ -140,7 +151,7 @@ def prunable(
             wanted[f"replica {beat.replica}"] = stands
     reason, lowest = min(wanted.items(), key=lambda item: item[1])
     floor = max((version for version in anchors if version <= lowest), default=0)
-    tagged, floor = _tagged(tags or {}, floor, anchors, sorted(commits))
+    tagged, floor = _tagged(tags or {}, floor, anchors, sorted(commits), parent_of)
     spans = (*tagged, (floor, sys.maxsize))
     going = [item for item in objects if not any(_within(item.name, span) for span in spans)]
     going.sort(key=lambda item: (_ORDER.index(item.name.kind), *_turn(item.name, spans[0][0]), item.stat.key))
@@ -199,19 +210,28 @@ def _unsound(proofs: Proofs, stats: list[Stat], run: str, pruned: PruneList) -> 
 
 
 def _tagged(
-    tags: Mapping[str, int], floor: int, anchors: list[int], commits: list[int]
+    tags: Mapping[str, int],
+    floor: int,
+    anchors: list[int],
+    commits: list[int],
+    parent_of: Callable[[int], int | None] | None,
 ) -> tuple[tuple[Span, ...], int]:
-    """What tags keep below the floor, in order: from an anchor to a tagged version. Spans that touch are one, and where
-    the last touches the floor, the floor is where it begins."""
+    """What tags keep below the floor, in order: from an anchor to a tagged version. Where a span continues the one
+    before it they are one, and where the floor continues the last span, the floor is where that begins."""
     wanted = {version for version in tags.values() if version in commits and anchors[0] <= version < floor}
     spans: list[Span] = []
     for version in [*sorted(wanted), sys.maxsize]:
         first = floor if version == sys.maxsize else max(anchor for anchor in anchors if anchor <= version)
-        before = max((commit for commit in commits if commit < first), default=None)
-        if spans and (spans[-1][0] == first or spans[-1][1] == before):
+        if spans and (spans[-1][0] == first or _continues(first, spans[-1][1], commits, parent_of)):
             first, _ = spans.pop()
         spans.append((first, version))
     return tuple(spans[:-1]), spans[-1][0]
+
+
+def _continues(version: int, earlier: int, commits: list[int], parent_of: Callable[[int], int | None] | None) -> bool:
+    """Whether a commit is the child of an earlier one: an earlier prune may have taken what lay between."""
+    between = any(earlier < commit < version for commit in commits)
+    return not between and (parent_of is None or parent_of(version) == earlier)
 
 
 def _within(name: Listed, span: Span) -> bool:
