@@ -33,7 +33,10 @@ def deltawire(
     version: Annotated[bool, typer.Option("--version", help="Show the version and its formats, and exit.")] = False,
     json: Annotated[bool, typer.Option("--json", help="With --version: one JSON object.")] = False,
 ) -> None:
-    """Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket."""
+    """Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket.
+
+    Every verb that takes a BUCKET takes it as the first argument, as --bucket BUCKET, or from DELTAWIRE_BUCKET.
+    """
     if version:
         report = versions.report()
         emit(report, versions.text_of(report), json)

@@ -8,7 +8,16 @@ import typer
 
 from deltawire.buckets import open_bucket
 from deltawire.buckets.temporary import TemporaryFolder
-from deltawire.cli.options import ADDRESSES, AsJson, BaseFolder, BucketUrl, SigningKeyFile, Trusted
+from deltawire.cli.options import (
+    ADDRESSES,
+    AsJson,
+    BaseFolder,
+    BucketOption,
+    BucketWord,
+    SigningKeyFile,
+    Trusted,
+    bucket_and,
+)
 from deltawire.cli.printing import counted, emit, size
 from deltawire.errors import error_text
 from deltawire.read.subscriber import Subscriber
@@ -16,7 +25,7 @@ from deltawire.runlog.keys import HEAD_KEY
 
 
 def compact(
-    bucket: BucketUrl,
+    bucket: BucketWord = None,
     mirror: Annotated[Path | None, typer.Option(help="Folder that keeps the weights for the next time.")] = None,
     anchor_every: Annotated[
         int | None, typer.Option(min=1, help="Versions between anchors; default: when it pays.")
@@ -25,6 +34,7 @@ def compact(
     base: BaseFolder = None,
     trust: Trusted = None,
     key: SigningKeyFile = None,
+    at: BucketOption = None,
     json: AsJson = False,
 ) -> None:
     """Write folds and anchors, so that late readers fetch little.
@@ -33,7 +43,7 @@ def compact(
     """
     from deltawire.upkeep.compactor import Cadence, Compactor
 
-    store = open_bucket(bucket)
+    store = open_bucket(*bucket_and(at, bucket))
     with TemporaryFolder() as folder:
         place = mirror or folder / "mirror"
         cadence: Cadence = anchor_every or "adaptive"
@@ -87,11 +97,12 @@ def relay(
 
 
 def prune(
-    bucket: BucketUrl,
+    bucket: BucketWord = None,
     keep_anchors: Annotated[int, typer.Option(min=1, help="Newest anchors whose chains stay.")] = 2,
     keep_hours: Annotated[float, typer.Option(min=0, help="What was committed within these hours stays.")] = 24.0,
     delete: Annotated[bool, typer.Option("--delete", help="Delete; without it only say what would go.")] = False,
     trust: Trusted = None,
+    at: BucketOption = None,
     json: AsJson = False,
 ) -> None:
     """Remove old versions that no active replica needs.
@@ -101,7 +112,7 @@ def prune(
     from deltawire.upkeep import retention
     from deltawire.upkeep.proofs import default_memory
 
-    store = open_bucket(bucket)
+    store = open_bucket(*bucket_and(at, bucket))
     with Subscriber(store, trusted=trust or ()) as subscriber:
         run = subscriber.run.run
     policy = retention.Policy(keep_anchors, keep_hours)
