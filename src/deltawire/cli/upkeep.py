@@ -76,7 +76,7 @@ def relay(
 
     So a host or a region fetches each version once for all of its servers. It begins at the newest anchor, and copies
     byte for byte what comes after: followers of TARGET check the same hashes and signatures. TARGET may be compacted
-    and pruned as any bucket.
+    and pruned as any bucket. Heartbeats of its followers are passed on to SOURCE, each at most every 30 seconds.
     """
     from deltawire.upkeep.relay import Relay, RelayReport
 
