@@ -181,7 +181,10 @@ def require_sound(bucket, run, steps, tmp_path):
         part = [commit.version for commit in subscriber.commits()]
     assert every_version_is_reachable({version: commit.parent for version, commit in stored.items()}, anchors) is None
     assert (part[-1], part) == (19, [*range(part[0], 20)])
-    assert verify(bucket).position.version == 19
+    checked = verify(bucket)
+    assert checked.position.version == 19
+    below = {tag.version for tag in read_tags(bucket, run) if tag.version < part[0]}
+    assert {*checked.tagged} == below
     for version in {*part, *(tag.version for tag in read_tags(bucket, run))}:
         out = tmp_path / f"{version} {secrets.token_hex(4)}"
         materialize(bucket, out, version)

@@ -36,6 +36,9 @@ def deltawire(
     """Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket.
 
     Every verb that takes a BUCKET takes it as the first argument, as --bucket BUCKET, or from DELTAWIRE_BUCKET.
+
+    Exit codes: 0 done, 1 an error or a fault that was found, 2 a command line that is wrong, 130 ended by Ctrl-C. An
+    error is one line on stderr, with --json, too.
     """
     if version:
         report = versions.report()

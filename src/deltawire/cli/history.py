@@ -1,6 +1,5 @@
 """Verbs that show a run's history: log, diff."""
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import msgspec
 import typer
 
 from deltawire.buckets import open_bucket
-from deltawire.cli.options import BUCKET, AsJson, BucketOption, BucketWord, Trusted, bucket_and
+from deltawire.cli.options import AsJson, BucketOption, BucketWord, Trusted, bucket_and
 from deltawire.cli.printing import Sheet, duration, emit, plain, show, size
 from deltawire.errors import some
 from deltawire.format.checkpoint import Checkpoint
@@ -93,8 +92,15 @@ def log(
             print(plain(line, None))
     elif commits:
         _show_table(listing, metric)
-    if older:
-        print(f"{older:,} older: -n NUMBER lists more, -n 0 all")
+    _tell_of_older(older, listed=bool(commits), by_age=since is not None)
+
+
+def _tell_of_older(older: int, *, listed: bool, by_age: bool) -> None:
+    """Say how many versions were not listed, and why."""
+    if by_age and not listed:
+        print(f"no version is this young; {older:,} are older")
+    elif older:
+        print(f"{older:,} older" + ("" if by_age else ": -n NUMBER lists more, -n 0 all"))
 
 
 def _tags(subscriber: Subscriber) -> dict[int, list[str]]:
@@ -124,7 +130,7 @@ def diff(
     "/", they are checkpoint folders.
     """
     pair = [word for word in (bucket, first, second) if word is not None]
-    folders = len(pair) == 2 and ((at is None and BUCKET not in os.environ) or all("/" in word for word in pair))
+    folders = len(pair) == 2 and (at is None or all("/" in word for word in pair))
     if folders:
         delta, sizes = _between_folders(Path(pair[0]), Path(pair[1]))
     else:

@@ -16,7 +16,7 @@ BUCKET = "DELTAWIRE_BUCKET"
 BucketWord = Annotated[str | None, typer.Argument(metavar="BUCKET", help=ADDRESSES)]
 BucketOption = Annotated[
     str | None,
-    typer.Option("--bucket", metavar="BUCKET", help=f"The bucket, where it is no argument; else {BUCKET} names it."),
+    typer.Option("--bucket", metavar="BUCKET", help="The bucket, where it is no argument.", envvar=BUCKET),
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object a line instead of text.", envvar="DELTAWIRE_JSON")
@@ -54,13 +54,12 @@ def bucket_and(option: str | None, *words: str | None, names: str = "BUCKET") ->
     """
     given = [word for word in words if word is not None]
     if len(given) == len(words):
-        if option not in (None, given[0]):
+        if option not in (None, given[0], os.environ.get(BUCKET)):
             raise typer.BadParameter(f"the bucket is named twice: {given[0]} and {option}", param_hint="--bucket")
         return tuple(given)
-    bucket = option or os.environ.get(BUCKET)
-    if bucket is None or len(given) < len(words) - 1 or any("://" in word for word in given):
+    if option is None or len(given) < len(words) - 1 or any("://" in word for word in given):
         raise typer.BadParameter(f"give {names}; --bucket or {BUCKET} may name the bucket instead", param_hint=names)
-    return bucket, *given
+    return option, *given
 
 
 def host_and_port(address: str, option: str) -> tuple[str, int]:

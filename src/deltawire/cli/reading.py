@@ -9,7 +9,7 @@ import typer
 from deltawire.buckets import open_bucket
 from deltawire.cli.options import AsJson, BaseFolder, BucketOption, BucketWord, Trusted, VersionName, bucket_and
 from deltawire.cli.printing import Sheet, counted, emit, progress, show, size
-from deltawire.errors import EngineUnsupported
+from deltawire.errors import EngineUnsupported, FormatError
 from deltawire.format import checkpoint, delta_file
 from deltawire.read.changes import Update
 from deltawire.read.naming import version_named
@@ -37,7 +37,10 @@ def inspect(
     if file.is_dir() or ":/" in str(file):
         raise typer.BadParameter(f"{file} is no delta file; `deltawire log` and `deltawire verify` read a bucket")
     data = file.read_bytes()
-    header = delta_file.read_header(data)
+    try:
+        header = delta_file.read_header(data)
+    except FormatError as error:
+        raise type(error)(f"{file}: {error}") from None
     if json:
         emit({"file": str(file), "bytes": len(data), **msgspec.to_builtins(header)}, "", json)
         return
@@ -75,6 +78,8 @@ def verify(
         f"{report.anchors} {'anchor or base' if report.anchors == 1 else 'anchors or bases'}, "
         f"{size(report.fetched_bytes)} read"
     )
+    if report.tagged:
+        text += f"\nso is what tags keep below: {', '.join(map(str, report.tagged))}"
     if report.junk:
         text += f"\n{report.junk} objects under keys of folds or anchors are none; no reader follows them"
     emit(msgspec.to_builtins(report), text, json)
@@ -107,7 +112,8 @@ def materialize(
             bar.advance(task)
 
         report = materialize_version(store, out, wanted, base=base, trusted=trust or (), on_update=advance)
-    text = f"{report.position} in {out}: anchor and {counted(report.deltas, 'delta')}, {report.seconds:.1f} s"
+    fetched = f"{counted(report.deltas, 'delta')} applied, {size(report.fetched_bytes)} fetched, {report.seconds:.1f} s"
+    text = f"{report.position} in {out}: {fetched if report.fetched_bytes else 'it was there already'}"
     if not any((out / config).is_file() for config in ("config.json", checkpoint.ADAPTER_CONFIG)):
         text += "\nit has no config.json: neither the base of this run nor its assets= held one"
     emit(msgspec.to_builtins(report, enc_hook=str), text, json)
