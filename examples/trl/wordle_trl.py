@@ -1,7 +1,8 @@
 """TRL plays Wordle: AsyncGRPOTrainer, games from an OpenEnv server, and weights that leave through a bucket.
 
     python -m examples.wordle.environment --port 8001
-    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 --weight-transfer-config '{"backend": "deltawire"}'
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 --weight-transfer-config '{"backend": "deltawire"}' \\
+        --middleware deltawire.vllm.middleware.PolicyVersion
     deltawire follow --bucket hf://buckets/me/wordle --engine http://127.0.0.1:8000
     python -m examples.trl.wordle_trl --model MODEL --bucket hf://buckets/me/wordle \\
         --engine http://127.0.0.1:8000 --environment http://127.0.0.1:8001
@@ -41,6 +42,7 @@ TOLD = {
     "reward": "reward",
     "turns": "rollout/turns_mean",
     "staleness": "sample/staleness_mean",
+    "policy_lag": "deltawire/policy_lag",
     "sync_seconds": "perf/weight_sync_s",
 }
 """what is told of a step, and TRL's name for it"""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from verbs import run_verb
+from verbs import run_verb, say
 
 import deltawire as dw
+from deltawire.errors import FormatError
 
 ROOT = Path(__file__).parents[2]
 
@@ -218,3 +220,26 @@ def test_the_shell_completes_verbs_options_and_choices(words, offered):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == [offered]
+
+
+def test_a_version_that_is_there_already_is_not_called_applied(published, tmp_path):
+    out = tmp_path / "out"
+    assert re.search(r"2 deltas applied, [\d.]+ KiB fetched", say("materialize", published, out))
+    assert "it was there already" in say("materialize", published, out)
+    assert "1 delta applied" in say("materialize", published, out, "--version", 1)
+
+
+def test_a_file_that_is_no_delta_is_named(tmp_path):
+    (tmp_path / "odd").write_bytes(bytes(64))
+    with pytest.raises(FormatError, match=f"{tmp_path}/odd: "):
+        say("inspect", tmp_path / "odd")
+
+
+def test_no_version_this_young_is_said(published):
+    assert say("log", published, "--since", "0s") == "no version is this young; 3 are older\n"
+
+
+def test_the_help_says_what_exit_codes_mean():
+    told = " ".join(say("--help").split())
+    assert "2 a command line that is wrong" in told and "or from DELTAWIRE_BUCKET" in told
+    assert "130 ended by Ctrl-C" in told

@@ -12,6 +12,7 @@ from verbs import records, say
 import deltawire as dw
 from deltawire.errors import AlreadyExists, BadSignature, FormatError, Gap, NotFound, WrongBase
 from deltawire.read.naming import name_version, version_named
+from deltawire.runlog import log
 from deltawire.runlog.keys import tag_key
 from deltawire.runlog.records import Position
 from deltawire.runlog.signing import generate_key, trust
@@ -57,7 +58,7 @@ def test_log_since_lists_the_young_and_counts_the_rest(run):
     assert [record["version"] for record in records("log", run, "--since", "150m")] == [1, 2]
     assert "1 older" in say("log", run, "--since", "150m")
     assert [record["version"] for record in records("log", run, "--since", "2000-01-01")] == [0, 1, 2]
-    assert say("log", run, "--since", "1s").strip() == "3 older: -n NUMBER lists more, -n 0 all"
+    assert say("log", run, "--since", "1s") == "no version is this young; 3 are older\n"
     with pytest.raises(AssertionError, match="neither an age"):
         say("log", run, "--since", "yesterday")
 
@@ -159,7 +160,11 @@ def test_prune_keeps_what_has_a_tag(tmp_path):
     assert free.floor > 1 and free.keys
     write_tag(bucket, commits(bucket)[1].position, "keep")
     held = retention.find_prunable(bucket, run, policy)
-    assert (held.floor, held.keys, held.reason) == (0, (), "tag keep")
+    assert (held.floor, held.tagged) == (free.floor, ((0, 1),))
+    retention.carry_out(bucket, held)
+    assert log.list_versions(bucket, run) == [0, 1, 3]
+    shown = say("prune", bucket.url, "--keep-anchors", 1, "--keep-hours", 0)
+    assert "nothing to delete" in shown and "versions 0 to 1 for tags" in shown
 
 
 def test_a_version_that_was_pruned_while_it_got_its_tag_has_none(monkeypatch):

@@ -3,6 +3,8 @@
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import compose_spec
@@ -15,8 +17,10 @@ from verbs import say
 
 import deltawire as dw
 from deltawire.cli import app
+from deltawire.vllm.versions import is_tested
 
-DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "examples" / "deploy"
 UNITS = sorted(DEPLOY.glob("*.service"))
 MANIFESTS = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
 COMPOSE = (DEPLOY / "compose.yaml").read_text()
@@ -91,6 +95,32 @@ def test_every_option_and_variable_that_is_set_is_one_that_deltawire_has():
             for line in path.read_text().splitlines():
                 if f"deltawire {verb}" in line or f"deltawire, {verb}" in line:
                     assert all(option in offered for option in re.findall(r"--[a-z-]+", line)), (path.name, line)
+
+
+def test_the_image_is_made_of_what_is_there(tmp_path):
+    """No image is built here, for that takes a daemon and the vLLM image. What its COPY lines copy builds a wheel."""
+    lines = [line.split() for line in (DEPLOY / "Dockerfile").read_text().splitlines() if line[:1] not in ("", "#")]
+    assert [line[0] for line in lines] == ["FROM", "COPY", "COPY", "RUN"]
+    (_, image), *copies, run = lines
+    assert is_tested(image.partition(":v")[2]), "a vLLM that this is tested with"
+    for _, *sources, target in copies:
+        there = tmp_path / target.lstrip("/")
+        for source in sources:
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, there, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            else:
+                there.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / source, there)
+    where, extras = re.fullmatch(r"'(/\w+)\[([\w,]+)\]'", run[-1]).groups()
+    assert run[1:-1] == ["pip", "install", "--no-cache-dir"]
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "out"]
+    done = subprocess.run([*build, tmp_path / where[1:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        told = packed.read(next(name for name in packed.namelist() if name.endswith("/METADATA"))).decode()
+        assert "deltawire/vllm/middleware.py" in packed.namelist()
+    assert {*extras.split(",")} <= {*re.findall(r"^Provides-Extra: (\w+)$", told, re.M)}
 
 
 def test_vllm_is_started_the_same_everywhere():

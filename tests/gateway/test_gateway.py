@@ -1,6 +1,7 @@
 """The gateway over real sockets: what is passed on, streams as they come, engines that are gone or busy."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -195,6 +196,36 @@ def test_an_engines_own_refusal_is_the_answer(door, pair):
     for engine in pair:
         engine.status = 401
     assert complete(door).status_code == 401
+
+
+@pytest.mark.parametrize("answer", ["HTTP/1.1 999 Odd", "HTTP/1.1 600 Odd", "HTTP/1.1 200 OK\r\nX-Odd: a\x01b"])
+def test_an_answer_that_http_does_not_have_is_502_and_names_what_is_wrong(answer):
+    engine = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{engine.getsockname()[1]}"
+
+    def answering() -> None:
+        while True:
+            try:
+                connection, _ = engine.accept()
+            except OSError:
+                return
+            with connection:
+                if (asked := connection.recv(1 << 16)).startswith(b"POST"):
+                    connection.sendall(f"{answer}\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{{}}".encode())
+                elif asked:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+
+    thread = threading.Thread(target=answering, daemon=True)
+    thread.start()
+    with gateway([Engine(url)]) as door:
+        for _ in range(2):
+            refused = complete(door)
+            assert refused.status_code == 502 and refused.json()["error"]["type"] == "service_unavailable"
+            assert re.search(f"{url}: (it answers with status (999|600)|its header x-odd holds)", refused.text, re.I)
+        assert httpx.get(f"{door}/health").json()["engines"][0]["in_flight"] == 0
+    engine.shutdown(socket.SHUT_RDWR)
+    engine.close()
+    thread.join()
 
 
 def test_what_changes_weights_is_not_passed_on(door, pair):

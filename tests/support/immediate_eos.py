@@ -79,6 +79,8 @@ def main(model, engine, bucket, steps, result):
     told = {
         "rewards": [record["reward"] for record in trainer.state.log_history if "reward" in record],
         "logged": [record["deltawire/version"] for record in trainer.state.log_history if "reward" in record],
+        "lags": [record.get("deltawire/policy_lag") for record in trainer.state.log_history if "reward" in record],
+        "oldest": [record.get("deltawire/policy_oldest") for record in trainer.state.log_history if "reward" in record],
         "position": str(transfer.sent),
         "digests": {name: f"{value:016x}" for name, value in dw.digest(weights).items()},
     }

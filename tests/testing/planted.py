@@ -74,8 +74,8 @@ def payloads_are_pruned_first(patch):
 
 
 def the_floors_anchor_is_pruned(patch):
-    goes = retention._goes
-    patch.setattr(retention, "_goes", lambda item, floor: goes(item, floor + 1))
+    within = retention._within
+    patch.setattr(retention, "_within", lambda name, span: within(name, (span[0] + 1, span[1])))
 
 
 def a_reader_that_begins_looks_no_further_than_head(patch):

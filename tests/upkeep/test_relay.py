@@ -3,17 +3,20 @@
 from collections import Counter
 
 import pytest
-from faults import Faulty, from_write
+from faults import Faulty, down, from_write, on_key
 from runs import chain_of_four, commits, edit, fresh, model, publish_all, publishing, read_weights, served
 from small import Fused, SmallRun, make_weights
 from stub_engine import StubEngine
 from verbs import records, run_verb
 
 import deltawire as dw
-from deltawire.errors import BadDigest, BadSignature, DeltaWireError, NotFound, Unavailable
+from deltawire.errors import AccessRefused, BadDigest, BadSignature, DeltaWireError, NotFound, Unavailable
 from deltawire.follow.follower import Follower
+from deltawire.runlog import heartbeats
+from deltawire.runlog.heartbeats import Heartbeat
 from deltawire.runlog.signing import generate_key
 from deltawire.upkeep.compactor import Compactor
+from deltawire.upkeep.passed_on import PassedOn
 from deltawire.upkeep.relay import Relay
 from deltawire.upkeep.retention import Policy, carry_out, find_prunable
 from deltawire.vllm.client import EngineClient
@@ -162,6 +165,57 @@ def test_the_loop_tells_of_trouble_and_tries_again():
     relay.run(steps.append, problem, going=lambda: next(turns, None) is not None, look=0.0)
     assert [type(error) for error in problems] == [NotFound]
     assert [step.version for step in steps] == [0]
+
+
+def beats_of(bucket):
+    return {beat.replica: beat for _, beat in heartbeats.read_all(bucket)}
+
+
+def test_heartbeats_are_passed_on_when_they_change_and_at_most_every_30_seconds():
+    source, target, now = fresh(), fresh(), [0.0]
+    passing = PassedOn(source, target, clock=lambda: now[0])
+    assert passing.step() == 0
+    for version in range(4):
+        heartbeats.beat(target, Heartbeat("a", "0" * 16, version, every=5.0, at=float(version)))
+        assert passing.step() == (version == 0), "no other within 30 seconds"
+        assert beats_of(source)["a"].version == 0
+    now[0] = 30.0
+    heartbeats.beat(target, Heartbeat("b", "0" * 16, 1, unready="joining"))
+    assert [passing.step(), passing.step()] == [2, 0], "what did not change is not written again"
+    seen = beats_of(source)
+    assert (seen["a"].version, seen["a"].at, seen["a"].every) == (3, 3.0, 60.0)
+    assert (seen["b"].version, seen["b"].unready) == (1, "joining")
+
+
+def test_a_store_that_says_later_is_asked_again_and_one_that_refuses_is_told_of_once():
+    source, target = fresh(), fresh()
+    heartbeats.beat(target, Heartbeat("a", "0" * 16, 1))
+    later = PassedOn(Faulty(source, on_key("replicas/")), target)
+    assert [later.step(), later.step()] == [0, 1]
+    heartbeats.beat(target, Heartbeat("a", "0" * 16, 2))
+    plan, _ = down(AccessRefused("the token may only read"))
+    refused = PassedOn(Faulty(source, plan), target)
+    with pytest.raises(AccessRefused, match="only read; `status` there will not show who follows memory://"):
+        refused.step()
+    assert refused.step() == 0
+
+
+def test_status_of_the_source_shows_who_follows_the_relay(tmp_path):
+    with SmallRun(tmp_path / "far") as run:
+        run.publish(a=0.01)
+        near = (tmp_path / "near").as_uri()
+        relay = Relay(dw.open_bucket(run.url), dw.open_bucket(near, create=True))
+        relay.step()
+        with (
+            StubEngine(Fused(make_weights(seed=3))) as engine,
+            Follower(near, EngineClient(engine.url)) as follower,
+        ):
+            follower.step()
+            follower.beats.write(follower.health.labelled)
+            turns = iter(range(1))
+            relay.run(pytest.fail, pytest.fail, going=lambda: next(turns, None) is not None, look=0.0)
+        (seen,) = records("status", run.url)
+        assert [(one["version"], one["state"]) for one in seen["replicas"]] == [(1, "current")]
 
 
 def test_the_verb_copies_once(tmp_path):

@@ -1,5 +1,8 @@
 """Retention: references go first, nobody who stands at or above the floor misses anything."""
 
+import secrets
+from contextlib import suppress
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -9,15 +12,21 @@ from runs import commits, edit, fresh, model, publish_all, publishing, read_weig
 from deltawire import Subscriber, materialize
 from deltawire.buckets import Stat
 from deltawire.buckets.faulty import Faulty, at
+from deltawire.buckets.forwarding import Forwarding
 from deltawire.buckets.wrappers import Counting
-from deltawire.errors import FormatError, Gap
+from deltawire.errors import FormatError, Gap, Unavailable
+from deltawire.format.checkpoint import Checkpoint
+from deltawire.read.naming import name_version, version_named
 from deltawire.runlog import heartbeats, log, signing
 from deltawire.runlog.heartbeats import Heartbeat
+from deltawire.runlog.invariants import every_version_is_reachable
 from deltawire.runlog.keys import HEAD_KEY, commit_key, derived_key
 from deltawire.runlog.records import Derived, Head, hash_of, read, signed, write
+from deltawire.runlog.tags import Tag, delete_tag, read_tags
 from deltawire.upkeep import retention
 from deltawire.upkeep.compactor import Compactor
 from deltawire.upkeep.retention import Policy, carry_out, find_prunable, prunable
+from deltawire.upkeep.verify import verify
 from deltawire.weights.tensors import equal
 
 SOON = Policy(anchors=1, hours=-1.0)
@@ -147,6 +156,168 @@ def test_heartbeats_are_read_as_hints(compacted):
     with pytest.raises(FormatError, match="replica name"):
         heartbeats.beat(bucket, Heartbeat("../b"))
     assert retention.find_prunable(bucket, run, SOON).reason == "replica b"
+
+
+@pytest.mark.parametrize("said", [{"version": -1}, {"version": 19, "need": -5}, {"version": 19, "staged": -1}])
+def test_a_heartbeat_of_a_negative_version_is_none_and_keeps_nothing(compacted, said):
+    bucket, run, _ = compacted
+    bucket.put("replicas/odd.json", msgspec.json.encode({"replica": "odd", "run": run, **said}))
+    assert heartbeats.read_all(bucket) == []
+    found = find_prunable(bucket, run, SOON)
+    assert (found.floor, found.reason) == (19, "the newest 1 anchors")
+
+
+def tagged(bucket, **versions):
+    with Subscriber(bucket) as subscriber:
+        for name, version in versions.items():
+            name_version(subscriber, str(version), name)
+
+
+def require_sound(bucket, run, steps, tmp_path):
+    """Every tagged version and all of the newest part read, by every verb that reads; nothing else is claimed."""
+    stored = {version: log.load_commit(bucket, run, version).record for version in log.list_versions(bucket, run)}
+    with Subscriber(bucket) as subscriber:
+        anchors = [edge.end for edge in subscriber.chain.anchors()]
+        part = [commit.version for commit in subscriber.commits()]
+    assert every_version_is_reachable({version: commit.parent for version, commit in stored.items()}, anchors) is None
+    assert (part[-1], part) == (19, [*range(part[0], 20)])
+    checked = verify(bucket)
+    assert checked.position.version == 19
+    below = {tag.version for tag in read_tags(bucket, run) if tag.version < part[0]}
+    assert {*checked.tagged} == below
+    for version in {*part, *(tag.version for tag in read_tags(bucket, run))}:
+        out = tmp_path / f"{version} {secrets.token_hex(4)}"
+        materialize(bucket, out, version)
+        assert equal(Checkpoint(out), steps[version])
+
+
+def test_a_tag_keeps_its_version_and_what_leads_to_it_and_the_rest_goes(compacted, tmp_path):
+    bucket, run, steps = compacted
+    tagged(bucket, early=10, first=0)
+    found = find_prunable(bucket, run, SOON)
+    assert (found.floor, found.tagged) == (19, ((0, 0), (8, 10)))
+    carry_out(bucket, found)
+    assert log.list_versions(bucket, run) == [0, 8, 9, 10, 19]
+    assert not [stat.key for stat in bucket.list(f"runs/{run}/") if "step_000009-" in stat.key and "anchor" in stat.key]
+    require_sound(bucket, run, steps, tmp_path)
+    with Subscriber(bucket) as subscriber:
+        assert version_named(subscriber, "early") == 10
+        with pytest.raises(Gap, match="version 12 is pruned; a tag keeps 10"):
+            subscriber.position_at(12)
+        back = subscriber.change(subscriber.latest(), 10)
+        assert back.anchor_position.version == 8
+        delete_tag(bucket, run, "early")
+    assert find_prunable(bucket, run, SOON).tagged == ((0, 0),)
+    with publishing(bucket) as publisher, Compactor(bucket, tmp_path / "m") as compactor:
+        for step in range(20, 26):
+            publisher.publish(model(step))
+            publisher.flush(30)
+        assert {report.parent for report in compactor.step()} >= {20}, "what is folded begins above the gap"
+    carry_out(bucket, find_prunable(bucket, run, SOON))
+    assert log.list_versions(bucket, run)[0] == 0 and 8 not in log.list_versions(bucket, run)
+
+
+@pytest.mark.parametrize("name", [17, 18])
+def test_a_tag_just_below_what_stays_joins_it(compacted, tmp_path, name):
+    bucket, run, steps = compacted
+    tagged(bucket, late=name, early=15)
+    found = find_prunable(bucket, run, SOON)
+    assert (found.floor, found.tagged) == ((8, ()) if name == 18 else (19, ((8, 17),)))
+    carry_out(bucket, found)
+    require_sound(bucket, run, steps, tmp_path)
+
+
+def test_a_tag_of_a_version_that_is_not_there_keeps_nothing(compacted):
+    bucket, run, _ = compacted
+    bucket.put(f"runs/{run}/tags/odd.json", msgspec.json.encode(Tag(run, "odd", 77, "0" * 64, 0.0)))
+    assert find_prunable(bucket, run, SOON).floor == 19
+
+
+class Between(Forwarding):
+    """A bucket of which something else is done before call number `turn`."""
+
+    def __init__(self, bucket, turn, act):
+        super().__init__(bucket)
+        self.calls, self._turn, self._act = 0, turn, act
+
+    def _call(self, verb, key):
+        self.calls += 1
+        if self.calls == self._turn:
+            self._act()
+        return verb()
+
+
+def copied(bucket):
+    other = fresh()
+    for stat in bucket.list(""):
+        other.put(stat.key, bucket.get(stat.key, limit=1 << 24))
+    return other
+
+
+def name_it(bucket, move):
+    """Tag version 10, which would go, and say whether that is done."""
+    with Subscriber(bucket) as subscriber:
+        try:
+            name_version(subscriber, "10", "best", move=move)
+        except Gap:
+            return False
+    return True
+
+
+def prune_it(bucket, run):
+    with suppress(Unavailable):
+        carry_out(bucket, find_prunable(bucket, run, SOON))
+
+
+def steps_of(act, bucket):
+    """How many calls something makes."""
+    counting = Between(copied(bucket), 0, lambda: None)
+    act(counting)
+    return counting.calls
+
+
+@pytest.mark.parametrize("inner", ["tag", "prune"])
+@pytest.mark.parametrize("move", [False, True])
+def test_a_tag_made_or_moved_while_a_prune_goes_on_is_refused_or_keeps_its_version(compacted, tmp_path, inner, move):
+    """One of the two is done between any two calls of the other."""
+    bucket, run, steps = compacted
+    if move:
+        tagged(bucket, best=3)
+    outer = (lambda on: prune_it(on, run)) if inner == "tag" else (lambda on: name_it(on, move))
+    done = set()
+    for turn in range(1, steps_of(outer, bucket) + 1):
+        here, named = copied(bucket), []
+        if inner == "tag":
+            prune_it(Between(here, turn, lambda here=here, named=named: named.append(name_it(here, move))), run)
+        else:
+            named.append(name_it(Between(here, turn, lambda here=here: prune_it(here, run)), move))
+        tags = {tag.name: tag.version for tag in read_tags(here, run)}
+        assert tags == ({"best": 10} if named == [True] else {"best": 3} if move else {})
+        for version in tags.values():
+            materialize(here, out := tmp_path / f"{turn}", version)
+            assert equal(Checkpoint(out), steps[version])
+        prune_it(here, run)
+        require_sound(here, run, steps, tmp_path / f"after {turn}")
+        done.update(named)
+    assert done == {False, True}, "both ways to end were seen"
+
+
+def test_a_prune_around_tags_that_is_cut_off_anywhere_reads_and_is_finished_by_the_next(compacted):
+    bucket, run, steps = compacted
+    tagged(bucket, early=10)
+    keys = find_prunable(bucket, run, SOON).keys
+    for cut in range(len(keys)):
+        here = copied(bucket)
+        here.delete(*keys[:cut])
+        with Subscriber(here) as subscriber:
+            assert subscriber.commits()[-1].version == 19
+        for version in (10, 19):
+            assert equal(read_weights(here, version), steps[version])
+        for left in (True, False):
+            found = find_prunable(here, run, SOON)
+            assert (found.floor, found.tagged, bool(found.keys)) == (19, ((8, 10),), left)
+            carry_out(here, found)
+        assert log.list_versions(here, run) == [8, 9, 10, 19]
 
 
 def record_keys(bucket, kind):

@@ -65,6 +65,9 @@ def test_trl_learns_from_what_vllm_serves_and_at_the_end_both_hold_the_same_bits
     assert len(rewards) == STEPS
     assert told["logged"] == sorted(told["logged"]) and told["logged"][-1] >= STEPS - 1
     assert fmean(rewards[-5:]) > fmean(rewards[:5]) + 0.2, rewards
+    assert None not in told["oldest"], "vLLM's middleware says which version made each sample"
+    assert all(-1 <= step - oldest <= 3 for step, oldest in enumerate(told["oldest"])), told["oldest"]
+    assert all(0 <= lag <= 3 for lag in told["lags"]), told["lags"]
     assert [report.version for report in reports][-STEPS:] == [*range(1, STEPS + 1)], "TRL waits for each"
     assert all(report.verified for report in reports)
 

@@ -33,7 +33,13 @@ def deltawire(
     version: Annotated[bool, typer.Option("--version", help="Show the version and its formats, and exit.")] = False,
     json: Annotated[bool, typer.Option("--json", help="With --version: one JSON object.")] = False,
 ) -> None:
-    """Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket."""
+    """Ship only the weights that changed: verified deltas from an RL trainer to vLLM, through a bucket.
+
+    Every verb that takes a BUCKET takes it as the first argument, as --bucket BUCKET, or from DELTAWIRE_BUCKET.
+
+    Exit codes: 0 done, 1 an error or a fault that was found, 2 a command line that is wrong, 130 ended by Ctrl-C. An
+    error is one line on stderr, with --json, too.
+    """
     if version:
         report = versions.report()
         emit(report, versions.text_of(report), json)

@@ -13,9 +13,12 @@ from deltawire.buckets import open_bucket
 from deltawire.cli.options import (
     AsJson,
     BaseFolder,
+    BucketOption,
+    BucketWord,
     EngineUrl,
     SigningKeyFile,
     Trusted,
+    bucket_and,
     host_and_port,
     listening_at,
 )
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
     from deltawire.vllm.adapters import AdapterFollower, AdapterReport
 
 PauseChoice = Literal["keep", "wait", "abort"]
-SourceUrl = Annotated[str, typer.Option(help="The bucket the trainer publishes to.", envvar="DELTAWIRE_BUCKET")]
 Poll = Annotated[
     float | None, typer.Option(help="Seconds between looks; default: what suits the store.", envvar="DELTAWIRE_POLL")
 ]
@@ -110,13 +112,13 @@ Compact = Annotated[
 
 
 def follow(
-    bucket: SourceUrl, engine: EngineUrl = "http://127.0.0.1:8000", poll: Poll = None, pin: Pin = None,
+    bucket: BucketWord = None, engine: EngineUrl = "http://127.0.0.1:8000", poll: Poll = None, pin: Pin = None,
     adapter: Adapter = None, adapter_folder: AdapterFolder = None, base: BaseFolder = None, trust: Trusted = None,
     state: State = None, forget_state: ForgetState = False, run: Run = None, pause: Pause = "keep",
     keep_cache: KeepCache = False, audit_every: AuditEvery = 100, pass_endpoint: PassEndpoint = False,
     take_over: TakeOver = False, health: HealthAddress = None, max_staleness: MaxStaleness = None,
     max_age: MaxAge = None, once: Once = False, compact: Compact = None, key: SigningKeyFile = None,
-    json: AsJson = False,
+    at: BucketOption = None, json: AsJson = False,
 ) -> None:  # fmt: skip
     """Follow a bucket and patch a vLLM server's live weights.
 
@@ -131,17 +133,17 @@ def follow(
     """
     from deltawire.follow.options import FollowOptions
 
-    teller = Teller(as_json=json)
+    (url,), teller = bucket_and(at, bucket), Teller(as_json=json)
     options = FollowOptions(
-        poll=poll, pin=_pinned(bucket, pin, trust or ()), base=base, trusted=tuple(trust or ()),
+        poll=poll, pin=_pinned(url, pin, trust or ()), base=base, trusted=tuple(trust or ()),
         state=state, run=run, forget_state=forget_state,
         pause=pause, clear_cache=not keep_cache, audit_every=audit_every, pass_endpoint=pass_endpoint,
         take_over=take_over, on_update=teller.update, on_news=teller.news, on_problem=teller.problem,
     )  # fmt: skip
     with ExitStack() as stack:
         if compact is not None:
-            options = stack.enter_context(_compacting(bucket, compact, key, options, teller))
-        follower = _follower(bucket, engine, adapter, adapter_folder, options, teller)
+            options = stack.enter_context(_compacting(url, compact, key, options, teller))
+        follower = _follower(url, engine, adapter, adapter_folder, options, teller)
         stack.enter_context(follower)
         if health is not None:
             stack.enter_context(_serving_health(health, follower, max_staleness, max_age, teller))
@@ -248,8 +250,11 @@ def _follow_once(follower: "Follower | AdapterFollower", teller: Teller) -> None
 
 
 def audit(
+    bucket: Annotated[
+        str | None, typer.Argument(metavar="BUCKET", help="Compare with this bucket; default: the one followed.")
+    ] = None,
     engine: EngineUrl = "http://127.0.0.1:8000",
-    bucket: Annotated[str | None, typer.Option(help="Compare with this bucket; default: the one followed.")] = None,
+    at: Annotated[str | None, typer.Option("--bucket", metavar="BUCKET", help="The same as the argument.")] = None,
     json: AsJson = False,
 ) -> None:
     """Check every weight in a live vLLM server's memory.
@@ -258,8 +263,9 @@ def audit(
     """
     from deltawire.vllm.client import EngineClient
 
+    against = None if bucket is None and at is None else bucket_and(at, bucket)[0]
     with EngineClient(engine) as client:
-        result = client.audit(bucket)
+        result = client.audit(against)
     wrong = result.mismatched
     text = f"{result.position}: {result.tensors} tensors, " + (
         f"{len(wrong)} differ: {some(wrong)}" if wrong else "all equal"

@@ -12,7 +12,7 @@ import msgspec
 import typer
 
 from deltawire.buckets import open_bucket
-from deltawire.cli.options import AsJson, BucketOption, BucketUrl, Trusted
+from deltawire.cli.options import AsJson, BucketOption, BucketWord, Trusted, bucket_and
 from deltawire.cli.printing import Sheet, duration, emit, plain, show, size
 from deltawire.errors import Gap, NeedsBase, some
 from deltawire.format.checkpoint import Checkpoint
@@ -51,7 +51,7 @@ class Listing:
 
 
 def log(
-    bucket: BucketUrl,
+    bucket: BucketWord = None,
     number: Annotated[
         int | None,
         typer.Option("--number", "-n", min=0, help="How many, 0: all; default: 20, with --json or --since all."),
@@ -68,6 +68,7 @@ def log(
         bool, typer.Option("--digests", help="With --json: the digest of each changed tensor, too.")
     ] = False,
     trust: Trusted = None,
+    at: BucketOption = None,
     json: AsJson = False,
 ) -> None:
     """List the newest versions of a run, the newest last.
@@ -78,7 +79,7 @@ def log(
     """
     most = number if number is not None else 0 if json or since else LISTED
     after = None if since is None else _moment(since, time.time())
-    with Subscriber(open_bucket(bucket), trusted=trust or ()) as subscriber:
+    with Subscriber(open_bucket(*bucket_and(at, bucket)), trusted=trust or ()) as subscriber:
         commits = subscriber.commits() if not most and after is None else subscriber.recent(most or None, since=after)
         older = _older(subscriber, commits) if not json else 0
         whole = sum(entry.nbytes for entry in subscriber.run.table)
@@ -93,8 +94,15 @@ def log(
             print(plain(line, None))
     elif commits:
         _show_table(listing, metric)
-    if older:
-        print(f"{older:,} older: -n NUMBER lists more, -n 0 all")
+    _tell_of_older(older, listed=bool(commits), by_age=since is not None)
+
+
+def _tell_of_older(older: int, *, listed: bool, by_age: bool) -> None:
+    """Say how many versions were not listed, and why."""
+    if by_age and not listed:
+        print(f"no version is this young; {older:,} are older")
+    elif older:
+        print(f"{older:,} older" + ("" if by_age else ": -n NUMBER lists more, -n 0 all"))
 
 
 def _tags(subscriber: Subscriber) -> dict[int, list[str]]:
@@ -106,11 +114,12 @@ def _tags(subscriber: Subscriber) -> dict[int, list[str]]:
 
 
 def diff(
+    bucket: BucketWord = None,
     first: Annotated[
-        str, typer.Argument(metavar="A", help="A version (number, tag, newest, best:METRIC), or a folder.")
-    ],
-    second: Annotated[str, typer.Argument(metavar="B", help="Another version, or another folder.")],
-    bucket: BucketOption = None,
+        str | None, typer.Argument(metavar="A", help="A version (number, tag, newest, best:METRIC), or a folder.")
+    ] = None,
+    second: Annotated[str | None, typer.Argument(metavar="B", help="Another version, or another folder.")] = None,
+    at: BucketOption = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="A row for each tensor instead of each layer.")] = False,
     trust: Trusted = None,
     json: AsJson = False,
@@ -119,13 +128,16 @@ def diff(
 
     It counts the weights that change, and those of them that move by one increment of their bits.
 
-    With --bucket A and B are versions of its run; only deltas and folds are fetched. Without it, or where both hold a
+    With a bucket A and B are versions of its run; only deltas and folds are fetched. Without one, or where both hold a
     "/", they are checkpoint folders.
     """
-    if bucket is None or ("/" in first and "/" in second):
-        delta, sizes = _between_folders(Path(first), Path(second))
+    pair = [word for word in (bucket, first, second) if word is not None]
+    folders = len(pair) == 2 and (at is None or all("/" in word for word in pair))
+    if folders:
+        delta, sizes = _between_folders(Path(pair[0]), Path(pair[1]))
     else:
-        delta, sizes = _between_versions(bucket, first, second, trust or [])
+        url, here, there = bucket_and(at, bucket, first, second, names="BUCKET A B")
+        delta, sizes = _between_versions(url, here, there, trust or [])
     parts = movements(delta, sizes, by_tensor=tensors)
     summary = total_of(parts)
     if json:

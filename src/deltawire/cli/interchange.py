@@ -7,7 +7,17 @@ import msgspec
 import typer
 
 from deltawire.buckets import open_bucket
-from deltawire.cli.options import ADDRESSES, AsJson, BaseFolder, BucketFirst, SigningKeyFile, Trusted, VersionName
+from deltawire.cli.options import (
+    ADDRESSES,
+    AsJson,
+    BaseFolder,
+    BucketOption,
+    BucketWord,
+    SigningKeyFile,
+    Trusted,
+    VersionName,
+    bucket_and,
+)
 from deltawire.cli.printing import counted, emit, progress, size
 from deltawire.publish.publisher import Publisher
 from deltawire.read.naming import version_named
@@ -38,10 +48,11 @@ def apply(
 
 def import_run(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help=f"Folder or bucket in TRL's layout: {ADDRESSES}")],
-    bucket: BucketFirst,
+    bucket: BucketWord = None,
     assets: Annotated[Path | None, typer.Option(help="Folder with the model's config and tokenizer files.")] = None,
     base: BaseFolder = None,
     key: SigningKeyFile = None,
+    at: BucketOption = None,
     json: AsJson = False,
 ) -> None:
     """Publish a folder in the layout of TRL's post as a run.
@@ -49,7 +60,8 @@ def import_run(
     The layout is anchors/ and deltas/, and each bit is kept. Each file becomes a version, from the oldest anchor on. A
     delta must continue the file before it.
     """
-    target = open_bucket(bucket, create=True)
+    (url,) = bucket_and(at, bucket, names="SOURCE BUCKET")
+    target = open_bucket(url, create=True)
     with progress() as bar, Publisher(target, assets=assets, base=base, signing_key=key) as publisher:
         task = bar.add_task("files", total=None)
         report = import_trl(open_bucket(source), publisher, on_step=lambda step: bar.advance(task))
@@ -61,23 +73,27 @@ def import_run(
 
 
 def export(
-    bucket: BucketFirst,
-    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; empty, or not there yet.")],
+    bucket: BucketWord = None,
+    out_dir: Annotated[
+        str | None, typer.Argument(metavar="OUT", help="Folder to write; empty, or not there yet.")
+    ] = None,
     version: VersionName = "newest",
     anchor_every: Annotated[int, typer.Option(min=1, help="Versions between anchors.")] = 10,
     base: BaseFolder = None,
     trust: Trusted = None,
+    at: BucketOption = None,
     json: AsJson = False,
 ) -> None:
     """Write a run in the layout of TRL's post.
 
     The layout is anchors/ and deltas/ of indices and values. --version is the last version written.
     """
-    with progress() as bar, Subscriber(open_bucket(bucket), base=base, trusted=trust or ()) as subscriber:
+    url, out = bucket_and(at, bucket, out_dir, names="BUCKET OUT")
+    with progress() as bar, Subscriber(open_bucket(url), base=base, trusted=trust or ()) as subscriber:
         task = bar.add_task("versions", total=None)
         until = version_named(subscriber, version)
         report = export_trl(
-            subscriber, out_dir, until=until, anchor_every=anchor_every, on_version=lambda number: bar.advance(task)
+            subscriber, Path(out), until=until, anchor_every=anchor_every, on_version=lambda number: bar.advance(task)
         )
     text = (
         f"versions {report.first} to {report.last} in {report.folder}: {counted(report.anchors, 'anchor')}, "

@@ -1,6 +1,7 @@
 """The arguments and options that several verbs share. Those that a unit or a container sets may come from its
 environment; `--help` names the variable."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,13 @@ from typing import Annotated
 import typer
 
 ADDRESSES = "hf://buckets/ns/name, s3://…, file:///folder, …"
-BucketUrl = Annotated[str, typer.Argument(metavar="BUCKET", help=ADDRESSES, envvar="DELTAWIRE_BUCKET")]
-BucketFirst = Annotated[str, typer.Argument(metavar="BUCKET", help=ADDRESSES)]
-"""before another argument: a variable could not stand in for it"""
-BucketOption = Annotated[str | None, typer.Option("--bucket", help=ADDRESSES, envvar="DELTAWIRE_BUCKET")]
+BUCKET = "DELTAWIRE_BUCKET"
+"""the variable that names the bucket where a command line does not"""
+BucketWord = Annotated[str | None, typer.Argument(metavar="BUCKET", help=ADDRESSES)]
+BucketOption = Annotated[
+    str | None,
+    typer.Option("--bucket", metavar="BUCKET", help="The bucket, where it is no argument.", envvar=BUCKET),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object a line instead of text.", envvar="DELTAWIRE_JSON")
 ]
@@ -40,6 +44,22 @@ VersionName = Annotated[
     str,
     typer.Option("--version", metavar="VERSION", help="A number, a tag, newest, or best:METRIC (best:-loss: lowest)."),
 ]
+
+
+def bucket_and(option: str | None, *words: str | None, names: str = "BUCKET") -> tuple[str, ...]:
+    """The bucket, then the other words of a verb, whose `words` are all that it takes, the bucket's first.
+
+    One rule for every verb: the bucket is the first argument, else what --bucket says, else DELTAWIRE_BUCKET. Raises
+    BadParameter where it is named twice or not at all, or another word is missing.
+    """
+    given = [word for word in words if word is not None]
+    if len(given) == len(words):
+        if option not in (None, given[0], os.environ.get(BUCKET)):
+            raise typer.BadParameter(f"the bucket is named twice: {given[0]} and {option}", param_hint="--bucket")
+        return tuple(given)
+    if option is None or len(given) < len(words) - 1 or any("://" in word for word in given):
+        raise typer.BadParameter(f"give {names}; --bucket or {BUCKET} may name the bucket instead", param_hint=names)
+    return option, *given
 
 
 def host_and_port(address: str, option: str) -> tuple[str, int]:

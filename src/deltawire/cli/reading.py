@@ -7,9 +7,9 @@ import msgspec
 import typer
 
 from deltawire.buckets import open_bucket
-from deltawire.cli.options import AsJson, BaseFolder, BucketFirst, BucketUrl, Trusted, VersionName
+from deltawire.cli.options import AsJson, BaseFolder, BucketOption, BucketWord, Trusted, VersionName, bucket_and
 from deltawire.cli.printing import Sheet, counted, emit, progress, show, size
-from deltawire.errors import EngineUnsupported
+from deltawire.errors import EngineUnsupported, FormatError
 from deltawire.format import checkpoint, delta_file
 from deltawire.read.changes import Update
 from deltawire.read.naming import version_named
@@ -37,7 +37,10 @@ def inspect(
     if file.is_dir() or ":/" in str(file):
         raise typer.BadParameter(f"{file} is no delta file; `deltawire log` and `deltawire verify` read a bucket")
     data = file.read_bytes()
-    header = delta_file.read_header(data)
+    try:
+        header = delta_file.read_header(data)
+    except FormatError as error:
+        raise type(error)(f"{file}: {error}") from None
     if json:
         emit({"file": str(file), "bytes": len(data), **msgspec.to_builtins(header)}, "", json)
         return
@@ -51,48 +54,54 @@ def inspect(
 
 
 def verify(
-    bucket: BucketUrl,
+    bucket: BucketWord = None,
     base: BaseFolder = None,
     trust: Trusted = None,
+    at: BucketOption = None,
     json: AsJson = False,
 ) -> None:
     """Read all of a run, and recompute every digest.
 
     All of it is every delta, fold and anchor.
     """
+    (url,) = bucket_and(at, bucket)
     with progress() as bar:
         task = bar.add_task("deltas, folds, anchors", total=None)
 
         def advance(edge: Edge, total: int) -> None:
             bar.update(task, advance=1, total=total)
 
-        report = verify_run(open_bucket(bucket), base=base, trusted=trust or (), on_read=advance)
+        report = verify_run(open_bucket(url), base=base, trusted=trust or (), on_read=advance)
     text = (
         f"versions {report.first} to {report.position.version} of run {report.position.run} are right: "
         f"{counted(report.deltas, 'delta')}, {counted(report.folds, 'fold')}, "
         f"{report.anchors} {'anchor or base' if report.anchors == 1 else 'anchors or bases'}, "
         f"{size(report.fetched_bytes)} read"
     )
+    if report.tagged:
+        text += f"\nso is what tags keep below: {', '.join(map(str, report.tagged))}"
     if report.junk:
         text += f"\n{report.junk} objects under keys of folds or anchors are none; no reader follows them"
     emit(msgspec.to_builtins(report), text, json)
 
 
 def materialize(
-    bucket: BucketFirst,
+    bucket: BucketWord = None,
     out_dir: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder to write, or that holds another version of this run.")
-    ],
+        str | None, typer.Argument(metavar="OUT", help="Folder to write, or that holds another version of this run.")
+    ] = None,
     version: VersionName = "newest",
     base: BaseFolder = None,
     trust: Trusted = None,
+    at: BucketOption = None,
     json: AsJson = False,
 ) -> None:
     """Write a version as a Hugging Face checkpoint folder.
 
     vLLM and transformers load it.
     """
-    store = open_bucket(bucket)
+    url, folder = bucket_and(at, bucket, out_dir, names="BUCKET OUT")
+    store, out = open_bucket(url), Path(folder)
     with progress() as bar:
         with Subscriber(store, base=base, trusted=trust or ()) as subscriber:
             wanted = version_named(subscriber, version)
@@ -102,9 +111,10 @@ def materialize(
         def advance(update: Update) -> None:
             bar.advance(task)
 
-        report = materialize_version(store, out_dir, wanted, base=base, trusted=trust or (), on_update=advance)
-    text = f"{report.position} in {out_dir}: anchor and {counted(report.deltas, 'delta')}, {report.seconds:.1f} s"
-    if not any((out_dir / config).is_file() for config in ("config.json", checkpoint.ADAPTER_CONFIG)):
+        report = materialize_version(store, out, wanted, base=base, trusted=trust or (), on_update=advance)
+    fetched = f"{counted(report.deltas, 'delta')} applied, {size(report.fetched_bytes)} fetched, {report.seconds:.1f} s"
+    text = f"{report.position} in {out}: {fetched if report.fetched_bytes else 'it was there already'}"
+    if not any((out / config).is_file() for config in ("config.json", checkpoint.ADAPTER_CONFIG)):
         text += "\nit has no config.json: neither the base of this run nor its assets= held one"
     emit(msgspec.to_builtins(report, enc_hook=str), text, json)
 

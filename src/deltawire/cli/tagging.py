@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from deltawire.buckets import open_bucket
-from deltawire.cli.options import AsJson, BucketOption, SigningKeyFile, Trusted
+from deltawire.cli.options import AsJson, BucketOption, BucketWord, SigningKeyFile, Trusted, bucket_and
 from deltawire.cli.printing import Sheet, duration, emit, show
 from deltawire.read.naming import name_version
 from deltawire.read.subscriber import Subscriber
@@ -17,35 +17,37 @@ from deltawire.runlog.tags import Tag, delete_tag, read_tags
 
 
 def tag(
+    bucket: BucketWord = None,
     version: Annotated[
         str | None, typer.Argument(metavar="VERSION", help="A version: number, tag, newest, best:METRIC.")
     ] = None,
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="What to call it.")] = None,
-    bucket: BucketOption = None,
+    at: BucketOption = None,
     move: Annotated[bool, typer.Option("--move", help="Let a tag that is there name this version.")] = False,
     delete: Annotated[str | None, typer.Option(metavar="NAME", help="Remove this tag; its version stays.")] = None,
     key: SigningKeyFile = None,
     trust: Trusted = None,
     json: AsJson = False,
 ) -> None:
-    """Name a version, so that `prune` keeps it and --pin finds it. Without arguments: list the tags.
+    """Name a version, so that `prune` keeps it and --pin finds it. Without VERSION and NAME: list the tags.
 
-    What came after a tagged version stays, too. In a signed run a follower with --trust asks for a signed tag: --key.
+    What leads to a tagged version stays, too. In a signed run a follower with --trust asks for a signed tag: --key.
     """
-    if bucket is None:
-        raise typer.BadParameter("name the bucket, or set DELTAWIRE_BUCKET", param_hint="--bucket")
-    if (version is None) != (name is None) or (delete is not None and version is not None):
-        raise typer.BadParameter("give VERSION and NAME, or --delete NAME, or nothing to list the tags")
-    with Subscriber(open_bucket(bucket), trusted=trust or ()) as subscriber:
+    words = [bucket, version, name]
+    listing = version is None  # one word, or none, is the bucket's
+    if delete is not None and not listing:
+        raise typer.BadParameter("give VERSION and NAME, or --delete NAME, or neither to list the tags")
+    url, *named = bucket_and(at, *(words[:1] if listing else words), names="BUCKET VERSION NAME")
+    with Subscriber(open_bucket(url), trusted=trust or ()) as subscriber:
         store, run = subscriber.bucket, subscriber.run.run
         if delete is not None:
             delete_tag(store, run, delete)
             emit({"deleted": delete}, f"removed tag {delete}; its version stays", json)
-        elif version is not None and name is not None:
+        elif named:
             signing_key = None if key is None else read_key(key)
-            report = name_version(subscriber, version, name, move=move, key=signing_key)
+            report = name_version(subscriber, *named, move=move, key=signing_key)
             moved = f"; it named version {report.before} before"
-            text = f"tag {name}: version {report.tag.version}"
+            text = f"tag {report.tag.name}: version {report.tag.version}"
             emit(
                 msgspec.to_builtins(report.tag),
                 text if report.before in (None, report.tag.version) else text + moved,

@@ -8,7 +8,16 @@ import typer
 
 from deltawire.buckets import open_bucket
 from deltawire.buckets.temporary import TemporaryFolder
-from deltawire.cli.options import ADDRESSES, AsJson, BaseFolder, BucketUrl, SigningKeyFile, Trusted
+from deltawire.cli.options import (
+    ADDRESSES,
+    AsJson,
+    BaseFolder,
+    BucketOption,
+    BucketWord,
+    SigningKeyFile,
+    Trusted,
+    bucket_and,
+)
 from deltawire.cli.printing import counted, emit, size
 from deltawire.errors import error_text
 from deltawire.read.subscriber import Subscriber
@@ -16,7 +25,7 @@ from deltawire.runlog.keys import HEAD_KEY
 
 
 def compact(
-    bucket: BucketUrl,
+    bucket: BucketWord = None,
     mirror: Annotated[Path | None, typer.Option(help="Folder that keeps the weights for the next time.")] = None,
     anchor_every: Annotated[
         int | None, typer.Option(min=1, help="Versions between anchors; default: when it pays.")
@@ -25,6 +34,7 @@ def compact(
     base: BaseFolder = None,
     trust: Trusted = None,
     key: SigningKeyFile = None,
+    at: BucketOption = None,
     json: AsJson = False,
 ) -> None:
     """Write folds and anchors, so that late readers fetch little.
@@ -33,7 +43,7 @@ def compact(
     """
     from deltawire.upkeep.compactor import Cadence, Compactor
 
-    store = open_bucket(bucket)
+    store = open_bucket(*bucket_and(at, bucket))
     with TemporaryFolder() as folder:
         place = mirror or folder / "mirror"
         cadence: Cadence = anchor_every or "adaptive"
@@ -66,7 +76,7 @@ def relay(
 
     So a host or a region fetches each version once for all of its servers. It begins at the newest anchor, and copies
     byte for byte what comes after: followers of TARGET check the same hashes and signatures. TARGET may be compacted
-    and pruned as any bucket.
+    and pruned as any bucket. Heartbeats of its followers are passed on to SOURCE, each at most every 30 seconds.
     """
     from deltawire.upkeep.relay import Relay, RelayReport
 
@@ -87,18 +97,22 @@ def relay(
 
 
 def prune(
-    bucket: BucketUrl,
+    bucket: BucketWord = None,
     keep_anchors: Annotated[int, typer.Option(min=1, help="Newest anchors whose chains stay.")] = 2,
     keep_hours: Annotated[float, typer.Option(min=0, help="What was committed within these hours stays.")] = 24.0,
     delete: Annotated[bool, typer.Option("--delete", help="Delete; without it only say what would go.")] = False,
     trust: Trusted = None,
+    at: BucketOption = None,
     json: AsJson = False,
 ) -> None:
-    """Remove old versions that no active replica needs. Says what would go, and deletes with --delete."""
+    """Remove old versions that no active replica needs.
+
+    It says what would go, and deletes with --delete. A tagged version stays, with what leads to it.
+    """
     from deltawire.upkeep import retention
     from deltawire.upkeep.proofs import default_memory
 
-    store = open_bucket(bucket)
+    store = open_bucket(*bucket_and(at, bucket))
     with Subscriber(store, trusted=trust or ()) as subscriber:
         run = subscriber.run.run
     policy = retention.Policy(keep_anchors, keep_hours)
@@ -106,8 +120,9 @@ def prune(
     if delete:
         retention.carry_out(store, pruned)
     done = "deleted" if delete else "would delete (--delete does)"
-    what = f"{done} {counted(pruned.objects, 'object')}, {size(pruned.bytes)}, all below version {pruned.floor}"
+    what = f"{done} {counted(pruned.objects, 'object')}, {size(pruned.bytes)}, below version {pruned.floor}"
     text = f"{what if pruned.objects else 'nothing to delete'}; kept: {pruned.reason}"
+    text += "".join(f", versions {first} to {last} for tags" for first, last in pruned.tagged)
     text += "".join(f"\npassed over as no anchor: {record}" for record in pruned.passed_over)
     emit({"deleted": delete, **msgspec.to_builtins(pruned)}, text, json)
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deltawire.buckets import Bucket, open_bucket
-from deltawire.cli.options import AsJson, BucketUrl, Trusted, host_and_port, listening_at
+from deltawire.cli.options import AsJson, BucketOption, BucketWord, Trusted, bucket_and, host_and_port, listening_at
 from deltawire.cli.printing import arrange, duration, emit, plain, plain_console, size
 from deltawire.errors import BucketError, ChainError, FormatError, error_text
 from deltawire.fleet.page import Board
@@ -27,12 +27,13 @@ COLOURS = {"current": "green", "behind": "yellow", "unready": "red", "silent": "
 
 
 def status(
-    bucket: BucketUrl,
+    bucket: BucketWord = None,
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")] = False,
     serve: Annotated[
         str | None, typer.Option(metavar="[HOST:]PORT", help="Show it as a page here, until Ctrl-C; 0 picks a port.")
     ] = None,
     trust: Trusted = None,
+    at: BucketOption = None,
     json: AsJson = False,
 ) -> None:
     """Show how a run and its replicas are doing.
@@ -40,7 +41,7 @@ def status(
     That is the trainer's last version, and what each replica serves and how far it is behind. It reads the bucket
     alone: commits, and the heartbeats that followers and the trainer write.
     """
-    store = open_bucket(bucket)
+    store = open_bucket(*bucket_and(at, bucket))
     if serve is not None:
         _serve(store, serve, trust or [], json)
         return
@@ -54,7 +55,7 @@ def status(
 
 
 def doctor(
-    bucket: Annotated[str, typer.Option(help="The bucket that the trainer publishes to.", envvar="DELTAWIRE_BUCKET")],
+    bucket: BucketWord = None,
     engine: Annotated[
         str | None,
         typer.Option(help="The vLLM server; default: look at the bucket alone.", envvar="DELTAWIRE_ENGINE"),
@@ -64,6 +65,7 @@ def doctor(
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="This host only follows: write nothing.")] = False,
     trust: Trusted = None,
+    at: BucketOption = None,
     json: AsJson = False,
 ) -> None:
     """Find what keeps a bucket and a vLLM server apart.
@@ -73,8 +75,8 @@ def doctor(
     """
     from deltawire.fleet.doctor import examine
 
-    faults = 0
-    for found in examine(open_bucket(bucket), engine, run=run, trusted=trust or (), read_only=read_only):
+    faults, store = 0, open_bucket(*bucket_and(at, bucket))
+    for found in examine(store, engine, run=run, trusted=trust or (), read_only=read_only):
         faults += found.level == "fault"
         fix = "" if found.fix is None else f"\n       fix: {plain(found.fix, 1000)}"
         emit(found, f"{found.level:5}  {found.check}: {plain(found.said, 1000)}{fix}", json)

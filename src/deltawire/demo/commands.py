@@ -113,6 +113,7 @@ class Commands:
             "--host": "127.0.0.1",
             "--port": engine.rpartition(":")[2],
             "--weight-transfer-config": json.dumps({"backend": "deltawire"}),
+            "--middleware": "deltawire.vllm.middleware.PolicyVersion",
         }
         flat = [word for pair in arguments.items() for word in pair]
         extra = {

@@ -1,6 +1,7 @@
 """The door itself: an OpenAI-compatible application that passes each request to one engine, and its answer back."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Any
@@ -24,6 +25,8 @@ VERSION = "X-Policy-Version"
 BY = "X-Served-By"
 """which engine answered, by its place in the list"""
 BUSY = 503
+BAD = 502
+"""what a client gets for an answer that no server may pass on"""
 GONE = 499
 """the status of an answer that nobody reads: the client went away"""
 ASK_AGAIN = 0.1
@@ -32,6 +35,8 @@ MAX_BODY = 64 << 20
 """bytes of a request"""
 _OURS = {"host", "content-length", "connection", "transfer-encoding", "keep-alive", "te", "upgrade", FLOOR.lower()}
 _THEIRS = {"connection", "transfer-encoding", "keep-alive", "date", "server"}
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+"""bytes that no header may hold"""
 _SILENT = httpx.Timeout(600.0, connect=5.0)
 """seconds without a byte after which an engine is given up"""
 
@@ -124,6 +129,10 @@ class _Door:
             await answer.aclose()
             closing.close()
             return None
+        if (problem := _unfit(answer)) is not None:
+            await answer.aclose()
+            closing.close()
+            return _refusal(BAD, f"{url}: {problem}")
         return _Passing(answer, closing, headers=_headers(answer, known, self._urls.index(url)))
 
 
@@ -166,6 +175,15 @@ async def _gone(request: Request) -> None:
         pass
 
 
+def _unfit(answer: httpx.Response) -> str | None:
+    """Why HTTP has no such answer, though httpx reads it; None for any other."""
+    if not 200 <= answer.status_code < 600:
+        return f"it answers with status {answer.status_code}, which is none"
+    if bad := [name for name, value in answer.headers.raw if _CONTROL.search(value)]:
+        return f"its header {bad[0].decode('ascii', 'replace')} holds a control byte"
+    return None
+
+
 def _headers(answer: httpx.Response, known: Known, place: int) -> list[tuple[bytes, bytes]]:
     kept = _without(answer.headers.raw, _THEIRS | {BY.lower()})
     kept.append((BY.lower().encode(), str(place).encode()))
@@ -192,7 +210,7 @@ async def _body(request: Request) -> bytes:
 
 def _refusal(status: int, message: str) -> Response:
     """An error as OpenAI's clients read it."""
-    error = {"message": message, "type": "service_unavailable" if status == BUSY else "invalid_request_error"}
+    error = {"message": message, "type": "service_unavailable" if status >= BAD else "invalid_request_error"}
     return JSONResponse({"error": error}, status, headers={"Retry-After": "1"} if status == BUSY else None)
 
 

@@ -1,10 +1,12 @@
 """Which version people mean: a number, `newest`, a tag, or the best by a metric; and how a version gets a tag."""
 
 import re
+import secrets
 
 from deltawire.errors import FormatError, Gap, NotFound, WrongBase
 from deltawire.read.subscriber import Subscriber
-from deltawire.runlog.records import Commit
+from deltawire.runlog.pruning import announced
+from deltawire.runlog.records import Commit, Position
 from deltawire.runlog.signing import SigningKey
 from deltawire.runlog.tags import TagReport, delete_tag, read_tag, read_tags, write_tag
 
@@ -45,15 +47,37 @@ def name_version(
     """Give a version a tag, so that `prune` keeps it; `text` is as for `version_named`, `move` and `key` as for
     `write_tag`.
 
-    Raises what those raise; Gap where a prune removed the version meanwhile, and then no tag is left.
+    Raises what those raise; Gap where a prune removes the version meanwhile, and then nothing has changed: the tag is
+    not there, or, with `move`, names what it named.
     """
     position = subscriber.position_at(version_named(subscriber, text))
-    report = write_tag(subscriber.bucket, position, name, move=move, key=key)
+    if not move:
+        return _hold(subscriber, position, name, key)
+    guard = f"{name[:80]}.moving-{secrets.token_hex(4)}"  # keeps the version while the tag still keeps the other one
+    _hold(subscriber, position, guard, key)
+    try:
+        return write_tag(subscriber.bucket, position, name, move=True, key=key)
+    finally:
+        delete_tag(subscriber.bucket, position.run, guard)
+
+
+def _hold(subscriber: Subscriber, position: Position, name: str, key: SigningKey | None) -> TagReport:
+    """Write a tag, then see that no prune takes its version: one that begins later sees the tag. Raises Gap, and then
+    the tag is not there, unless it was before."""
+    bucket = subscriber.bucket
+    report = write_tag(bucket, position, name, key=key)
     subscriber.refresh()
     try:
+        under_way = announced(bucket, position.run)
         subscriber.position_at(position.version)
+        if under_way is not None and under_way.takes(position.version):
+            raise Gap(
+                f"{bucket.url}: a prune takes version {position.version}, or was interrupted while it did: run "
+                "`deltawire prune --delete` again, then name a version that is still there"
+            )
     except Gap:
-        delete_tag(subscriber.bucket, position.run, name)
+        if report.before is None:
+            delete_tag(bucket, position.run, name)
         raise
     return report
 

@@ -84,9 +84,11 @@ class Chain(Ways):
         return dict(digests)
 
     def _require_alone(self, chain: list[Filed[Commit]], listed: list[CommitKey]) -> None:
-        """Raise Gap or Forked where a listing has commits that are not on the chain that the newest one ends."""
+        """Raise Gap or Forked where a listing has commits that are not on the chain that the newest one ends. Below an
+        anchor that begins it there may be versions that tags keep."""
         first, ours = chain[0].record, {filed.record.version for filed in chain}
-        if first.parent is not None and (below := [version for version, _ in listed if version < first.version]):
+        below = [version for version, _ in listed if version < first.version]
+        if first.parent is not None and below and first.version not in {edge.end for edge in self.anchors()}:
             raise Gap(f"{self._name(first)} continues version {first.parent}, but the one before it is {below[-1]}")
         for version, key in listed:
             beside = first.version <= version <= chain[-1].record.version and version not in ours

@@ -122,12 +122,20 @@ class Commits:
         elif there[0] < version < there[-1]:
             after = next(other for other in there if other > version)
             before = max(other for other in there if other < version)
+            if self._is_pruned_between(before, after):
+                return Gap(f"{self.bucket.url}: run {self.run.run}: version {version} is pruned; a tag keeps {before}")
             why = f"went into version {after} while it waited for the network; there are {before} and {after}"
         elif 0 <= version < there[0]:
             why = f"is pruned; committed are {there[0]} to {there[-1]}"
         else:
             why = f"was never committed; committed are {there[0]} to {there[-1]}"
         return Gap(f"{self.bucket.url}: run {self.run.run}: version {version} {why}")
+
+    def _is_pruned_between(self, before: int, after: int) -> bool:
+        """Whether the later of two listed commits names another parent than the earlier."""
+        with suppress(*DAMAGE):
+            return self.commit(after).record.parent != before
+        return False
 
     def _load(self, version: int, key: str | None = None) -> Filed[Commit]:
         filed = log.load_commit(self.bucket, self.run.run, version, key=key, trust=self._trust)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Annotated
 
 import msgspec
 
@@ -21,6 +22,10 @@ UNSAID = 30.0
 """seconds after which an older deltawire, which does not say so, writes its heartbeat again"""
 
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+"""a version, a number of versions or of bytes: a record with another number in its place is none"""
+
+
 class Heartbeat(msgspec.Struct, frozen=True):
     """What one replica says of itself. It is a hint: anyone who may write the bucket may write it.
 
@@ -36,19 +41,19 @@ class Heartbeat(msgspec.Struct, frozen=True):
 
     replica: str
     run: str | None = None
-    version: int | None = None
+    version: Count | None = None
     root: str | None = None
-    need: int | None = None
-    staged: int | None = None
-    lag: int | None = None
+    need: Count | None = None
+    staged: Count | None = None
+    lag: Count | None = None
     audit: str | None = None
     error: str | None = None
     at: float | None = None
     every: float | None = None
     pause_p50_ms: float | None = None
     pause_p99_ms: float | None = None
-    wire_bytes: int | None = None
-    fetched_bytes: int | None = None
+    wire_bytes: Count | None = None
+    fetched_bytes: Count | None = None
     codecs: tuple[str, ...] = ()
     unready: str | None = None
     format: int = 1
@@ -63,10 +68,10 @@ class TrainerBeat(msgspec.Struct, frozen=True):
     """
 
     run: str
-    version: int | None = None
-    committed: int | None = None
-    waiting: int = 0
-    waiting_bytes: int = 0
+    version: Count | None = None
+    committed: Count | None = None
+    waiting: Count = 0
+    waiting_bytes: Count = 0
     problem: str | None = None
     ended: bool = False
     at: float | None = None

@@ -165,6 +165,11 @@ def trainer_key(run: str) -> str:
     return f"{run_prefix(run)}trainer.json"
 
 
+def pruning_key(run: str) -> str:
+    """Key of what a prune under way lets go."""
+    return f"{run_prefix(run)}pruning.json"
+
+
 def replica_key(replica: str) -> str:
     """Key of a replica's record. Raises FormatError for a name that is no safe part of a key."""
     if not _REPLICA.fullmatch(replica):

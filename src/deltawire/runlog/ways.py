@@ -89,7 +89,18 @@ class Ways(Commits):
                 on_chain = {filed.key for filed in self.back(self._newest_listed())}
                 commits = commits_prefix(self.run.run)
                 listed = [stat for stat in listed if stat.key in on_chain or not stat.key.startswith(commits)]
-        return planner.survey(listed, self.run.run, whole=self._whole, on_chain=self._pick)
+        found = planner.survey(listed, self.run.run, whole=self._whole, on_chain=self._pick)
+        anchored = {edge.end for edge in found if edge.start is None}
+        return [edge for edge in found if not self._is_gap(edge, anchored)]
+
+    def _is_gap(self, edge: Edge, anchored: Collection[int]) -> bool:
+        """Whether two commits only stand beside one another, because what lay between was pruned: then the later one
+        has an anchor, and names another parent."""
+        if edge.kind != "delta" or edge.start is None or edge.end - edge.start < 2 or edge.end not in anchored:
+            return False
+        with suppress(*DAMAGE):
+            return self.commit(edge.end, edge.record).record.parent != edge.start
+        return False
 
     def anchors(self) -> list[Edge]:
         """The edges that lead from nothing, by version; by a listing of the whole run."""

@@ -15,6 +15,8 @@ from deltawire.sizing.constants import (
 )
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMBT])?", re.IGNORECASE)
+FEWEST = 1e3
+"""weights of a model that is named by a number alone; a smaller number lacks its unit"""
 _FACTORS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -31,7 +33,7 @@ class Scenario:
     width: float = 2.0
     density: float = 0.01
     bytes_a_change: float | None = None
-    """None: what codec gap takes at this density"""
+    """None: what codec subset takes at this density"""
     up: float = 1e9
     down: float = 1e9
     region: float = 0.0
@@ -90,7 +92,7 @@ class Scenario:
 
 
 def bytes_a_change(density: float) -> float:
-    """Bytes of codec gap for each changed weight, read off the measured points."""
+    """Bytes of codec subset for each changed weight, read off the measured points."""
     points = [(math.log(share), each) for share, each in BYTES_A_CHANGE]
     at = math.log(min(max(density, BYTES_A_CHANGE[0][0]), BYTES_A_CHANGE[-1][0]))
     for (left, low), (right, high) in itertools.pairwise(points):
@@ -100,10 +102,16 @@ def bytes_a_change(density: float) -> float:
 
 
 def parse_count(text: str) -> float:
-    """A number of weights as people write it: 0.6B, 7B, 405B, 1T. Raises FormatError."""
+    """A number of weights as people write it: 0.6B, 7B, 405B, 1T; digits alone where they are all of them, 7000000000.
+
+    Raises FormatError, also for a bare number that no model has: 7 means 7B to people.
+    """
     found = _SIZE.fullmatch(text.strip())
     if found is None:
         raise FormatError(
             f"{text!r} is no number of weights: write it as 0.6B, 7B or 1T, or name a folder or config.json"
         )
-    return float(found[1]) * _FACTORS[(found[2] or "").upper()]
+    number, unit = found[1], (found[2] or "").upper()
+    if not unit and float(number) < FEWEST:
+        raise FormatError(f"{text!r} is no number of weights: write {number}B for billions, or {number}M for millions")
+    return float(number) * _FACTORS[unit]

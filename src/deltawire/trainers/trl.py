@@ -19,6 +19,7 @@ from deltawire.publish.reports import PublishReport
 from deltawire.runlog.records import Position
 from deltawire.trainers.behind import log_into, trainer_behind
 from deltawire.trainers.merging import warn_of_merging
+from deltawire.trainers.policies import log_lag, record_policies
 from deltawire.trainers.serving import ASK_ENGINE_EVERY, Look, engine_look, heartbeats_look, wait_until_served
 
 ENGINE_SECONDS = 10.0
@@ -49,7 +50,9 @@ class DeltaWeightTransfer:
     TRL merges a PEFT adapter into its base for every sync. In a bf16 base that loses bits for good; a warning says so
     once (`trainers.merging`).
 
-    What each publish reports goes into the trainer's logs as `deltawire/…`.
+    What each publish reports goes into the trainer's logs as `deltawire/…`. So does which versions made the samples,
+    `deltawire/policy_oldest` and `policy_newest`, where vLLM tells, and `policy_lag`, how far behind the trained one
+    they were (`trainers.policies`).
 
     No server is paused by it: each follower pauses its own server around the swap alone.
     """
@@ -119,11 +122,14 @@ class DeltaWeightTransfer:
         pairs = iter(iterator)
         trainer = trainer_behind(pairs)
         self._warned = self._warned or warn_of_merging(getattr(trainer, "model", None))
+        if self.policies:
+            log_lag(trainer, self.policies[-1].version)
         try:
             self.init_weight_transfer()
             assert self._publisher is not None
             self.last = self._publisher.publish(pairs)
             log_into(trainer, self.last.as_metrics())
+            record_policies(trainer, self.last.run)
         finally:
             for _ in pairs:
                 pass

@@ -31,8 +31,12 @@ class Inventory:
         return self._versions[-1]
 
     def add(self, edge: Edge) -> None:
-        """Take note of something that is there. Deltas come in order."""
+        """Take note of something that is there. Deltas come in order; after a gap, which a prune leaves above a tagged
+        version, only what comes later is folded."""
         self.derived |= edge.derived
+        begins = edge.end if edge.start is None else edge.start
+        if edge.kind != "fold" and self._versions and begins > self._versions[-1]:
+            self._versions = []
         for version in [edge.start, edge.end] if not edge.derived else []:
             if version is not None and (not self._versions or version > self._versions[-1]):
                 self._versions.append(version)

@@ -19,9 +19,10 @@ from deltawire.runlog.log import Filed
 from deltawire.runlog.records import MAX_RECORD, Commit, Derived, Head, Payload, Run, hash_of, write
 from deltawire.runlog.signing import Trust, trust
 from deltawire.runlog.writing import put_payload
+from deltawire.upkeep.passed_on import PassedOn
 
-LOOK = 60.0
-"""seconds that one wait for news lasts at most"""
+LOOK = 30.0
+"""seconds that one wait for news lasts at most, and between two heartbeats of a replica that are passed on"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Relay:
         self.source, self.target = source, target
         self._trust = trusted if isinstance(trusted, Trust) else trust(trusted)
         self._subscriber: Subscriber | None = None
+        self.beats = PassedOn(source, target)
         self._objects = self._bytes = 0
 
     def step(self) -> RelayReport | None:
@@ -73,7 +75,8 @@ class Relay:
         going: Callable[[], bool] = lambda: True,
         look: float = LOOK,
     ) -> None:
-        """Go on as versions come, while `going()`. `on_problem` hears of trouble; the step is tried again."""
+        """Go on as versions come, and pass heartbeats on, while `going()`. `on_problem` hears of trouble; then it is
+        tried again."""
         tag = None
         while going():
             try:
@@ -83,6 +86,10 @@ class Relay:
                 on_problem(error)
                 if self._subscriber is not None:
                     self._subscriber.refresh()
+            try:
+                self.beats.step()
+            except DeltaWireError as error:
+                on_problem(error)
             found = self.source.watch(HEAD_KEY, tag=tag, timeout=look)
             tag = found.tag if found is not None else tag
 

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltawire.buckets.base import Bucket
@@ -17,7 +17,9 @@ from deltawire.runlog import log
 from deltawire.runlog.figures import figures
 from deltawire.runlog.planner import Edge
 from deltawire.runlog.records import Commit, Derived, Position
+from deltawire.runlog.tags import read_tags
 from deltawire.runlog.ways import as_numbers
+from deltawire.upkeep.materialize import materialize
 from deltawire.weights.delta import Delta
 from deltawire.weights.digest import root as root_of
 from deltawire.weights.table import aliases_of
@@ -28,7 +30,8 @@ OnRead = Callable[[Edge, int], None]
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
     """A run read from version `first` to `position` and found right: what was read of it, in bytes too, and seconds.
-    `junk` counts what lies under keys of folds and anchors and is followed by no reader."""
+    `junk` counts what lies under keys of folds and anchors and is followed by no reader. `tagged` are the versions
+    below, which tags keep; they were read, too."""
 
     position: Position
     first: int
@@ -38,6 +41,7 @@ class VerifyReport:
     fetched_bytes: int
     seconds: float
     junk: int = 0
+    tagged: tuple[int, ...] = ()
 
     def as_metrics(self) -> dict[str, float]:
         """Its numbers as `deltawire/…`, for a trainer's logs."""
@@ -58,7 +62,7 @@ def verify(
     the end the digests of all weights are recomputed. Takes twice the model's size in temporary files, and the memory
     of a delta and its negative. A bucket that is pruned meanwhile is read again from its new start. An object under the
     key of a fold or an anchor may not be its record, or not be signed by a trusted key. No reader follows it: it counts
-    as junk.
+    as junk. A tagged version below that start is materialized, which checks all of it.
 
     `trusted` are public keys, or files of them, one of which must have signed every record. `on_read` hears of each
     delta, fold and anchor, and of how many there are.
@@ -73,11 +77,21 @@ def verify(
         ):
             walk = _Walk(subscriber, folder)
             try:
-                return walk.whole(on_read)
+                report = walk.whole(on_read)
+                tagged = _tagged_below(subscriber, report.first)
+                for version in tagged:
+                    materialize(bucket, Path(folder, f"tagged-{version}"), version, base=base, trusted=trusted)
+                return replace(report, tagged=tagged)
             except (NotFound, Gap):
                 if not walk.is_outdated():
                     raise
     raise Unavailable(f"{bucket.url}: its run was pruned while it was read, {PLANS} times; verify it again")
+
+
+def _tagged_below(subscriber: Subscriber, first: int) -> tuple[int, ...]:
+    """The tagged versions that are there below the first of a run's newest part."""
+    tags = {tag.version for tag in read_tags(subscriber.bucket, subscriber.run.run, trust=subscriber.trust)}
+    return tuple(version for version in subscriber.chain.versions() if version < first and version in tags)
 
 
 class _Walk:
