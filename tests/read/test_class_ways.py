@@ -12,7 +12,7 @@ from verbs import say
 
 import deltawire as dw
 from deltawire import Subscriber
-from deltawire.cli.history import _between_versions
+from deltawire.cli.comparison import between_versions
 from deltawire.errors import FormatError, Gap, NeedsBase, WrongBase
 from deltawire.format import delta_file
 from deltawire.format.checkpoint import Checkpoint
@@ -129,7 +129,7 @@ def test_every_verb_reads_such_a_run(run, tmp_path):
 @pytest.mark.parametrize(("first", "second"), [(3, 9), (9, 3), (70, 72)])
 def test_diff_compares_two_versions_either_way(run, first, second):
     url, versions = run
-    delta, _ = _between_versions(url, str(first), str(second), [])
+    delta, _ = between_versions(url, str(first), str(second), [])
     assert equal(versions[first] + delta, versions[second])
     assert say("diff", str(first), str(second), "--bucket", url)
 

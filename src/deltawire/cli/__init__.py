@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 from deltawire.cli import version as versions
+from deltawire.cli.comparison import diff
 from deltawire.cli.engines import audit, follow
 from deltawire.cli.gateway import gateway
-from deltawire.cli.history import diff, log
+from deltawire.cli.history import log
 from deltawire.cli.interchange import apply, export, import_run
 from deltawire.cli.printing import emit, plain
 from deltawire.cli.reading import inspect, materialize, verify
