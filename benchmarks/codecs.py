@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import zstandard
+from compare_pass import count_changed
 
 from deltawire.format import container, delta_file
-from deltawire.weights import kernels, kernels_numba
+from deltawire.weights import kernels
 from deltawire.weights.bits import Bits, UInts
 from deltawire.weights.delta import Delta
 
@@ -158,7 +159,7 @@ def measure(step: Step, rounds: int) -> tuple[float, float, list[tuple[str, int,
     for _ in range(rounds):
         for name, old in step.old.items():
             pair = (old.data, step.new[name].data)
-            timed(("compare", name), lambda pair=pair: kernels_numba._count_changed(*pair))
+            timed(("compare", name), lambda pair=pair: count_changed(*pair))
             timed(("collect", name), lambda pair=pair: kernels.compare_and_collect(*pair))
         for codec in codecs:
             if len(seconds.get((codec.name, "encode"), ())) >= 1 and not codec.name.startswith("deltawire"):

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from compare_pass import count_changed
 
 from deltawire.publish.baseline import Baseline
-from deltawire.weights import kernels, kernels_numba
+from deltawire.weights import kernels
 from deltawire.weights.bits import Bits, UInts
 from deltawire.weights.boxes import Box
 
@@ -40,7 +41,7 @@ def main(elements: int, shares: list[float], rounds: int) -> None:
         new[places] += np.uint16(1)
         contenders = {
             "bare numpy": lambda new=new: np.not_equal(old, new).any(),
-            "count kernel": lambda new=new: kernels_numba._count_changed(old, new),
+            "count kernel": lambda new=new: count_changed(old, new),
             "compare_and_collect": lambda new=new: kernels.compare_and_collect(old, new),
             "capture": capturing(old, new, None),
             "capture of a shard": capturing(old, new, Box.within((2 * elements,), (elements,), (elements,))),

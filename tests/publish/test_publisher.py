@@ -287,21 +287,24 @@ def test_a_tensor_that_changed_its_kind_or_its_shape_is_named_with_the_way_out()
 def test_a_tensor_that_another_thread_writes_while_it_is_compared_makes_a_version_true_to_its_digests(
     monkeypatch,
 ):
-    bucket, live = fresh(), torch.zeros(99, dtype=torch.bfloat16)
-    real = kernels_numba._count_changed
+    bucket, live = fresh(), torch.zeros(9999, dtype=torch.bfloat16)
+    real, stops = kernels_numba._collect, []
 
-    def count(old, new):
-        counted = real(old, new)
-        live[::2] += 1  # after the changes were counted and before they are written down
-        return counted
+    def collect(*arguments):
+        stopped = real(*arguments)
+        if stopped[0] < 9999:  # the rest is compared after this write
+            live[stopped[0] + 1 :: 2] += 1
+            stops.append(stopped)
+        return stopped
 
-    monkeypatch.setattr(kernels_numba, "_count_changed", count)
+    monkeypatch.setattr(kernels_numba, "_collect", collect)
     with publishing(bucket) as pub:
         for _ in range(3):
-            live[::7] += 1
+            live[::3] += 1
             pub.publish({"w": live})
             pub.flush(timeout=PATIENCE)
             assert equal(read_weights(bucket), {"w": live})
+    assert stops
 
 
 @pytest.mark.parametrize("part", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"])

@@ -130,7 +130,7 @@ def test_after_warming_up_no_element_width_compiles_anything_more():
         (kernels_numba._digest_sweep, kernels_numba._digest_at),
         (kernels_numba._apply, kernels_numba._gather, kernels_numba._scatter),
     )
-    loops = (kernels_numba._count_changed, kernels_numba._collect, *digests, *writes)
+    loops = (kernels_numba._collect, *digests, *writes)
     signatures = [len(loop.signatures) for loop in loops]
     for width in WIDTHS:
         old, new = np.zeros(100, width), np.ones(100, width)
@@ -142,34 +142,47 @@ def test_after_warming_up_no_element_width_compiles_anything_more():
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_what_does_not_fit_is_not_written_whatever_was_counted(width):
-    old, new = np.zeros(67, width), np.ones(67, width)
-    for room in (0, 3, 8, 30, 66):
-        positions, steps = np.full(80, -7, np.int64), np.full(80, 7, width)
-        assert kernels_numba._collect(old, new, positions[:room], steps[:room]) == -1
-        assert set(positions[room:]) == {-7}
-        assert set(steps[room:]) == {7}
+@pytest.mark.parametrize("room", [0, 63, 64, 1023, 1024, 1100, 2047, 2048, 3000])
+def test_a_comparison_without_room_stops_before_it_writes_beyond_and_goes_on_from_there(width, room):
+    old, new = np.zeros(2500, width), np.ones(2500, width)
+    positions, steps = np.full(4000, -7, np.int64), np.full(4000, 7, width)
+    at, found = kernels_numba._collect(old, new, 0, 0, positions[:room], steps[:room])
+    assert at == found <= room
+    assert set(positions[room:]) == {-7}
+    assert set(steps[room:]) == {7}
+    assert kernels_numba._collect(old, new, at, found, positions, steps) == (2500, 2500)
+    assert positions[:2500].tolist() == list(range(2500))
+    assert set(steps[:2500]) == {1}
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize(("counted", "size"), [(1, 267), (200, 267), (267, 267), (100, 200)])
-def test_weights_written_after_they_were_counted_are_compared_as_they_then_are(width, counted, size, monkeypatch):
-    old, new = np.zeros(size, width), np.zeros(size, width)
-    new[:130] = 1  # more than the room that is made before anything is counted
-    counts = []
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.02, 0.5, 1.0])
+def test_changes_are_found_whole_however_often_their_arrays_grow(width, share):
+    random = np.random.default_rng(5)
+    old = random.integers(0, np.iinfo(width).max, 200_000, width, endpoint=True)
+    new = old + (random.random(old.size) < share).astype(width)
+    assert all(map(np.array_equal, kernels.compare_and_collect(old, new), plain.compare_and_collect(old, new)))
 
-    def count(old, live):
-        live[:] = 0
-        live[::2] = 3
-        counts.append(counted)
-        return counted
 
-    monkeypatch.setattr(kernels_numba, "_count_changed", count)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_weights_written_while_they_are_compared_are_compared_as_they_are_when_read(width, monkeypatch):
+    old, new = np.zeros(5000, width), np.zeros(5000, width)
+    new[:3000] = 1  # more than there is room for at first, so the comparison goes on after a pause
+    real, stops = kernels_numba._collect, []
+
+    def collect(*arguments):
+        stopped = real(*arguments)
+        stops.append(stopped)
+        new[:] = 3
+        return stopped
+
+    monkeypatch.setattr(kernels_numba, "_collect", collect)
     positions, steps = kernels.compare_and_collect(old, new)
-    kernels.apply_with_digest(old, positions, steps)
-    assert np.array_equal(old, new)
-    assert counts == [counted]
-    assert positions.tolist() == list(range(0, size, 2))
+    compared = stops[0][0]
+    assert 0 < compared < 3000
+    assert positions.tolist() == list(range(5000))
+    assert set(steps[:compared]) == {1}
+    assert set(steps[compared:]) == {3}
 
 
 @pytest.mark.parametrize("width", WIDTHS)

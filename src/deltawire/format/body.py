@@ -3,9 +3,7 @@
 Tiles are coded one by one, so threads share them: two cores encode and decode nearly twice as fast as one.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
@@ -16,6 +14,7 @@ from deltawire.format import container
 from deltawire.format.codecs import dense, directory, subset, tiles, twins
 from deltawire.format.codecs.directory import Listed
 from deltawire.format.codecs.subset import Coded, TileEntry, ToEncode
+from deltawire.weights import threads
 from deltawire.weights.bits import Bits, UInts
 from deltawire.weights.delta import Delta, TensorDelta
 from deltawire.weights.speed import slow
@@ -32,18 +31,20 @@ _Job = TypeVar("_Job")
 _Done = TypeVar("_Done")
 
 
-def encode(delta: Delta, olds: Mapping[str, UInts]) -> dict[str, Bits]:
-    """The streams; a tensor is ranked by the classes of its old bits where `olds` has them."""
-    slow(delta.changed)
+def encode(delta: Delta, olds: Mapping[str, UInts], coded: Mapping[str, Coded]) -> dict[str, Bits]:
+    """The streams; a tensor is as in `coded`, else ranked by the classes of its old bits where `olds` has them."""
     names = sorted(delta)
-    shapes = {name: tiles.choose(delta[name].shape) for name in names}
-    jobs = {name: subset.to_encode(delta[name], olds.get(name), shapes[name]) for name in names}
-    done = _run(_encode_tile, [job for own in jobs.values() for job in own], delta.changed, _elements(jobs, olds))
+    todo = [name for name in names if name not in coded]
+    shapes = {name: tiles.choose(delta[name].shape) for name in todo}
+    jobs = {name: subset.to_encode(delta[name], olds.get(name), shapes[name]) for name in todo}
+    changed = sum(delta[name].changed for name in todo)
+    slow(changed)
+    done = _run(_encode_tile, jobs, changed, olds)
+    made = {name: subset.coded(shapes[name], jobs[name], list(islice(done, len(jobs[name])))) for name in todo}
     listed, payloads = [], []
     for name in names:
-        coded = subset.coded(shapes[name], list(islice(done, len(jobs[name]))))
-        tensor, by_class = delta[name], any(job.scheme for job in jobs[name])
-        encoding, part = _shorter(tensor, coded, "class" if by_class else "subset")
+        tensor = delta[name]
+        encoding, part = _shorter(tensor, coded[name] if name in coded else made[name])
         spec = TensorSpec(name, tensor.dtype, tensor.shape, tensor.changed)
         listed.append(Listed(spec, encoding, part.tile, part.entries))
         payloads.append(part.payload)
@@ -72,23 +73,23 @@ def decode(payload: UInts, listed: Sequence[Listed], olds: Mapping[str, UInts]) 
             found[name] = dense.decode({"dense": part}, tensor.spec)
         else:
             old = olds[name] if tensor.encoding == "class" else None
-            jobs[name] = subset.to_decode(Coded(tensor.tile, tensor.entries, part), tensor.spec, old)
+            jobs[name] = subset.to_decode(Coded(tensor.tile, tensor.entries, part, old is not None), tensor.spec, old)
     changed = sum(tensor.spec.changed for tensor in listed)
     slow(changed)
-    done = _run(_decode_tile, [job for own in jobs.values() for job in own], changed, _elements(jobs, olds))
+    done = _run(_decode_tile, jobs, changed, olds)
     for tensor in listed:
         if own := jobs.get(tensor.spec.name):
             found[tensor.spec.name] = subset.decoded(tensor.spec, tensor.tile, list(islice(done, len(own))))
     return Delta(found)
 
 
-def _shorter(tensor: TensorDelta, coded: Coded, encoding: str) -> tuple[str, Coded]:
+def _shorter(tensor: TensorDelta, coded: Coded) -> tuple[str, Coded]:
     """The encoding of fewer bytes: lists, or a step an element."""
     if tensor.changed >= DENSE_TRY_FROM * tensor.total or tensor.total <= DENSE_TRY_TINY:
         frame = dense.encode(tensor)["dense"]
         if frame.size < coded.payload.size:
             return "dense", Coded((0, 0), (TileEntry(frame.size, 0, ()),), frame)
-    return encoding, coded
+    return "class" if coded.by_class else "subset", coded
 
 
 def _encode_tile(job: ToEncode) -> tuple[TileEntry, UInts]:
@@ -99,16 +100,12 @@ def _decode_tile(job: subset.ToDecode) -> tuple[np.ndarray, UInts]:
     return subset.decode_tile(job, twins.fast())
 
 
-def _elements(jobs: Mapping[str, Sequence[ToEncode] | Sequence[subset.ToDecode]], olds: Mapping[str, UInts]) -> int:
-    """Elements whose classes are looked at."""
-    return sum(job.tile.size for name, own in jobs.items() if name in olds for job in own)
-
-
-def _run(work: Callable[[_Job], _Done], jobs: list[_Job], changed: int, elements: int) -> Iterator[_Done]:
-    """The jobs' results in order; by as many threads as there are cores, where that is worth it."""
-    cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(jobs))
-    if cores < 2 or changed + elements // 64 < MANY:
-        return map(work, jobs)
+def _run(
+    work: Callable[[_Job], _Done], jobs: Mapping[str, Sequence[_Job]], changed: int, olds: Mapping[str, UInts]
+) -> Iterator[_Done]:
+    """The results of the jobs of all tensors, in order; by threads where the changes and the old bits that are looked
+    at are worth it."""
     twins.fast()  # imported by one thread
-    with ThreadPoolExecutor(cores, "deltawire-codec") as pool:
-        return iter(list(pool.map(work, jobs)))
+    elements = sum(olds[name].size for name in jobs if name in olds)
+    every = [job for own in jobs.values() for job in own]
+    return threads.run(work, every, worth=changed + elements // 64 >= MANY)

@@ -21,6 +21,7 @@ from deltawire.errors import (
 )
 from deltawire.format import body, container, streams
 from deltawire.format.codecs.directory import Listed
+from deltawire.format.codecs.subset import Coded
 from deltawire.weights.bits import Bits
 from deltawire.weights.delta import Delta, TensorDelta
 from deltawire.weights.table import TensorSpec
@@ -68,28 +69,36 @@ def encode(
     *,
     codec: str = "subset",
     base: Mapping[str, Any] | None = None,
+    coded: Mapping[str, Coded] | None = None,
     run: str | None = None,
     parent: int | None = None,
     version: int | None = None,
 ) -> bytes:
     """The bytes of a delta file. Equal input gives equal bytes.
 
-    `base` (name -> old tensor) is needed by codecs "raw" and "class" alone. Raises UnknownVersion for another codec,
-    NeedsBase, and for a base that is not the delta's UnknownTensor, DtypeMismatch or ShapeMismatch.
+    `base` (name -> old tensor) is needed by codecs "raw" and "class" alone. `coded` (name -> what `fused.compare` made
+    of the tensor's change) is for codecs "subset" and "class". With it "class" needs no base: a tensor that it does not
+    have is then written as in "subset".
+
+    Raises UnknownVersion for another codec, NeedsBase, for a base that is not the delta's UnknownTensor, DtypeMismatch
+    or ShapeMismatch, and FormatError for `coded` that is not of this change, or not for this codec.
     """
     if codec not in CODECS:
         raise UnknownVersion(f"codec {codec!r} is not known; choose from {', '.join(CODECS)}")
     olds: dict[str, Bits] = {}
-    if codec in NEED_BASE:
-        if base is None:
-            raise NeedsBase(f'codec "{codec}" is written against the weights before the delta: pass them as base=')
+    if coded is not None:
+        _check_coded(delta, codec, coded)
+    if base is None and (codec == "raw" or (codec == "class" and coded is None)):
+        raise NeedsBase(f'codec "{codec}" is written against the weights before the delta: pass them as base=')
+    if codec in NEED_BASE and base is not None:
         delta.check(base)
         olds = {name: as_bits(base[name]) for name in delta}
     number = next(number for number, codecs in VERSIONS.items() if codec in codecs)
     metadata = {"format": FORMAT, "version": number, "codec": codec, "blake3": _ZEROS}
     metadata["range"] = json.dumps([run, parent, version], separators=(",", ":"))
     if number == "2":
-        return _seal(container.write(body.encode(delta, {name: old.data for name, old in olds.items()}), metadata))
+        data = {name: old.data for name, old in olds.items()}
+        return _seal(container.write(body.encode(delta, data, coded or {}), metadata))
     parts: dict[str, Bits] = {}
     facts = []
     for name in sorted(delta):
@@ -99,6 +108,15 @@ def encode(
         facts.append([name, tensor.dtype, list(tensor.shape), tensor.changed, encoding])
     metadata["tensors"] = json.dumps(facts, separators=(",", ":"), ensure_ascii=False)
     return _seal(container.write(parts, metadata))
+
+
+def _check_coded(delta: Delta, codec: str, coded: Mapping[str, Coded]) -> None:
+    """Raise FormatError for tensors coded for another codec, or of another change than the delta's."""
+    for name in coded.keys() & delta.keys():
+        if codec not in VERSIONS["2"] or (coded[name].by_class and codec != "class"):
+            raise FormatError(f"{name}: coded for another codec than {codec!r}")
+        if coded[name].changed != delta[name].changed:
+            raise FormatError(f"{name}: {coded[name].changed} changes are coded, and the delta has others")
 
 
 def read_header(data: bytes) -> DeltaHeader:

@@ -78,7 +78,7 @@ class TensorDelta:
 
     def __add__(self, later: "TensorDelta") -> "TensorDelta":
         """This change and then `later`, as one. Raises DtypeMismatch, ShapeMismatch."""
-        _check_same("a tensor", self, later)
+        check_same("a tensor", self, later)
         if self.positions is not None and later.positions is not None:
             return settle(self.dtype, self.shape, *_merge(self, later))
         increments = _dense(self)
@@ -126,13 +126,14 @@ def _is_dense(changed: int | np.intp, total: int, increments: UInts) -> bool:
 
 def between_bits(old: Bits, new: Bits) -> TensorDelta:
     """The change from one tensor to another. Raises DtypeMismatch, ShapeMismatch."""
-    _check_same("a tensor", old, new)
+    check_same("a tensor", old, new)
     from deltawire.weights import kernels
 
     return settle(old.dtype, old.shape, *kernels.compare_and_collect(old.data, new.data))
 
 
-def _check_same(what: str, a: Any, b: Any) -> None:
+def check_same(what: str, a: Any, b: Any) -> None:
+    """Raise DtypeMismatch or ShapeMismatch, about `what`, unless two tensors have one dtype and shape."""
     if a.dtype != b.dtype:
         raise DtypeMismatch(f"{what} is {a.dtype} on one side and {b.dtype} on the other")
     if a.shape != b.shape:
@@ -181,7 +182,7 @@ class Delta(Mapping[str, TensorDelta]):
         changes = {}
         for name in old:
             before, after = as_bits(old[name]), as_bits(new[name])
-            _check_same(name, before, after)
+            check_same(name, before, after)
             changes[name] = between_bits(before, after)
         return cls(changes)
 
@@ -262,7 +263,7 @@ class Delta(Mapping[str, TensorDelta]):
         if unknown := [name for name in self._tensors if name not in tensors]:
             raise UnknownTensor(f"the delta changes what these tensors do not have: {some(map(repr, unknown))}")
         for name, tensor in self._tensors.items():
-            _check_same(name, tensor, as_bits(tensors[name]))
+            check_same(name, tensor, as_bits(tensors[name]))
 
     def split(self, name: str, bounds: list[int]) -> list[TensorDelta]:
         """One tensor's change cut at flat positions `bounds` (ascending, first 0, last the element count)."""

@@ -15,6 +15,7 @@ from deltawire.weights.speed import why_no_numba
 if why_no_numba() is None:
     from deltawire.weights.kernels_numba import (
         apply_with_digest,
+        collect,
         compare_and_collect,
         digest_at,
         digest_sweep,
@@ -24,6 +25,7 @@ if why_no_numba() is None:
 else:
     from deltawire.weights.kernels_numpy import (
         apply_with_digest,
+        collect,
         compare_and_collect,
         digest_at,
         digest_sweep,
@@ -33,6 +35,7 @@ else:
 
 __all__ = [
     "apply_with_digest",
+    "collect",
     "compare_and_collect",
     "digest_at",
     "digest_sweep",

@@ -12,12 +12,10 @@ from numba.core.cgutils import get_item_pointer
 from numba.extending import intrinsic
 
 from deltawire.weights.bits import Positions, UInts
+from deltawire.weights.found import Found
 from deltawire.weights.kernels_numpy import GOLDEN, M1, M2
-from deltawire.weights.vectors_numba import LANES, differing, zeros_below
+from deltawire.weights.vectors_numba import BLOCKS, CHUNK, LANES, note_changes, scratch
 
-GUESS = 64
-"""A comparison first makes room for a change in so many elements: most steps of a trainer change fewer, and need not be
-counted first. What is not written of that room takes no memory."""
 AHEAD = 512
 """elements by which a gather or scatter fetches ahead; from 128 to 1,024 made no difference"""
 
@@ -57,38 +55,27 @@ def _digest_at(positions, bits):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _count_changed(old, new):  # type: ignore[no-untyped-def]
-    found = 0
-    for i in range(old.size):
-        found += old[i] != new[i]
-    return found
-
-
-@_jit
-def _collect(old, new, positions, steps):  # type: ignore[no-untyped-def]
-    """Fill positions and steps; how many there are, or -1 where there is no room for 64 more than there are, as when
-    another thread writes `new` after it was counted. `new` is read once, into a copy in the nearest cache, and the
-    steps lead to that copy. 64 elements are compared at a time: where something changed is not to be predicted, and
-    ones of a mask cost fewer wrong branches than elements."""
-    own, k, whole = np.empty(LANES, old.dtype), 0, old.size // LANES * LANES
-    for start in range(0, whole, LANES):
-        mask = differing(old, new, start, own)
-        if mask and k + LANES > positions.size:
-            return -1
-        while mask:
-            i = np.int64(zeros_below(mask))
-            positions[k] = start + i
-            steps[k] = own[i] - old[start + i]
-            k += 1
-            mask &= mask - np.uint64(1)
-    for j in range(whole, old.size):
-        if k >= positions.size:
-            return -1
-        own[0] = new[j]
-        positions[k] = j
-        steps[k] = own[0] - old[j]
-        k += old[j] != own[0]
-    return k
+def _collect(old, new, start, found, positions, steps):  # type: ignore[no-untyped-def]
+    """Fill positions and steps from `found` on with the changes from element `start` on, while there is room for a
+    chunk's. The first element that was not compared, and how many changes there are. Each element of `new` is read
+    once: another thread may write it."""
+    own, places = scratch(CHUNK * old.itemsize // 8).view(old.dtype), np.empty(CHUNK + 2, np.uint32)
+    whole, k = old.size // LANES * LANES, np.uint64(found)
+    for at in range(start, whole, CHUNK):
+        if k + np.uint64(CHUNK) > np.uint64(positions.size):
+            return at, np.int64(k)
+        many = note_changes(old, new, at, min(BLOCKS, (whole - at) // LANES), own, places)
+        for i in range(many):
+            place = np.uint64(places[i])
+            positions[k + i], steps[k + i] = np.uint64(at) + place, own[place]
+        k += many
+    if k + np.uint64(LANES) > np.uint64(positions.size):
+        return max(start, whole), np.int64(k)
+    for j in range(max(start, whole), old.size):
+        step = new[j] - old[j]
+        positions[k], steps[k] = j, step
+        k += np.uint64(step != 0)
+    return old.size, np.int64(k)
 
 
 @_jit
@@ -154,23 +141,19 @@ def compare_and_collect(old: UInts, new: UInts) -> tuple[Positions, UInts]:
 
     Another thread may write `new` meanwhile: `old` plus the steps is what each element was at some moment.
     """
-    kept = _collected(old, new, old.size // GUESS)
-    if kept is None:  # the last room holds all, whatever is written after the count
-        changed = int(_count_changed(old, new))
-        kept = _collected(old, new, changed) or _collected(old, new, old.size)
-    assert kept is not None
-    return kept
+    found = Found(old.size, old.dtype)
+    collect(old, new, found)
+    return found.take()
 
 
-def _collected(old: UInts, new: UInts, room: int) -> tuple[Positions, UInts] | None:
-    """The changes; None where there are more than there is room for."""
-    positions, steps = np.empty(room + LANES, np.int64), np.empty(room + LANES, old.dtype)
-    found = int(_collect(old, new, positions, steps))
-    if found < 0:
-        return None
-    if found < room:  # a view would keep all of it
-        return positions[:found].copy(), steps[:found].copy()
-    return positions[:found], steps[:found]
+def collect(old: UInts, new: UInts, found: Found) -> None:
+    """Append to `found` what `compare_and_collect` finds."""
+    at = 0
+    while True:
+        at, found.count = _collect(old, new, at, found.count, found.positions, found.steps)
+        if at == old.size:
+            return
+        found.grow()
 
 
 def apply_with_digest(bits: UInts, positions: Positions, steps: UInts, start: int = 0) -> tuple[int, int]:

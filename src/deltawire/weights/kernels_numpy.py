@@ -7,6 +7,7 @@ import numpy as np
 
 from deltawire.weights import speed
 from deltawire.weights.bits import Positions, UInts
+from deltawire.weights.found import Found
 
 GOLDEN = 0x9E3779B97F4A7C15
 """2^64 / golden ratio: keeps element 0 from mixing to 0 (MurmurHash3's finaliser has a fixed point at 0)."""
@@ -52,6 +53,11 @@ def compare_and_collect(old: UInts, new: UInts) -> tuple[Positions, UInts]:
     if not found:
         return np.empty(0, np.int64), np.empty(0, old.dtype)
     return np.concatenate([positions for positions, _ in found]), np.concatenate([steps for _, steps in found])
+
+
+def collect(old: UInts, new: UInts, found: Found) -> None:
+    """Append to `found` what `compare_and_collect` finds."""
+    found.append(*compare_and_collect(old, new))
 
 
 def apply_with_digest(bits: UInts, positions: Positions, steps: UInts, start: int = 0) -> tuple[int, int]:

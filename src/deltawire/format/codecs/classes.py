@@ -5,6 +5,7 @@ slow and obvious twin. docs/FORMAT.md §5.7
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,8 @@ import numpy.typing as npt
 from deltawire.errors import WrongBase
 from deltawire.format.codecs.lists import CHANGED, Facts
 from deltawire.weights.bits import Positions, UInts
+from deltawire.weights.found import Found
+from deltawire.weights.kernels_numpy import collect
 
 CLASSES = 16
 
@@ -42,10 +45,17 @@ def classes(bits: UInts, scheme: Scheme) -> npt.NDArray[np.int64]:
     return np.clip(exponents - scheme.lowest, 0, CLASSES - 1)
 
 
-def classify(
-    old: UInts, positions: Positions, steps: UInts, scheme: Scheme
-) -> tuple[Positions, Positions, Positions, UInts]:
-    """The elements of each class, the changes of each class, and class by class their ranks and steps."""
+class Ranked(NamedTuple):
+    """The elements of each class, the changes of each class, and class by class the changes' ranks and steps."""
+
+    population: Positions
+    changed: Positions
+    ranks: Positions
+    steps: UInts
+
+
+def classify(old: UInts, positions: Positions, steps: UInts, scheme: Scheme) -> Ranked:
+    """The changes by their classes and ranks."""
     all_classes = classes(old, scheme)
     population = np.bincount(all_classes, minlength=CLASSES)
     own = all_classes[positions]
@@ -53,7 +63,14 @@ def classify(
     ranks = np.empty(positions.size, np.int64)
     for c in range(CLASSES):
         ranks[own == c] = np.searchsorted(np.flatnonzero(all_classes == c), positions[own == c])
-    return population, changed, ranks[order], steps[order]
+    return Ranked(population, changed, ranks[order], steps[order])
+
+
+def compare(old: UInts, new: UInts, scheme: Scheme, found: Found) -> Ranked:
+    """What `collect` finds goes to `found`, and is returned as `classify` ranks it."""
+    first = found.count
+    collect(old, new, found)
+    return classify(old, found.positions[first : found.count], found.steps[first : found.count], scheme)
 
 
 def locate(

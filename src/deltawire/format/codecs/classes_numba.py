@@ -1,27 +1,27 @@
-"""Ranks within the classes of the old bits, in Numba: 64 elements at a time, what `classes` says one by one."""
+"""Ranks within the classes of the old bits, in Numba: 64 elements at a time, what `classes` says one by one.
+
+`compare` reads old and new bits once, and finds what changed, its class and its rank as it goes.
+"""
 
 import numba
 import numpy as np
 
 from deltawire.errors import WrongBase
-from deltawire.format.codecs.classes import CLASSES, Scheme
+from deltawire.format.codecs.classes import CLASSES, Ranked, Scheme
 from deltawire.format.codecs.lists import CHANGED, INVERTED, Facts
-from deltawire.format.codecs.vectors_numba import (
-    LANES,
-    class_column,
-    class_masks,
-    class_planes,
-    count_ones,
-    count_up_to,
-)
+from deltawire.format.codecs.vectors_numba import class_column, class_masks, class_planes, count_up_to
 from deltawire.weights.bits import Positions, UInts
+from deltawire.weights.found import Found, room_for, roomier
+from deltawire.weights.vectors_numba import BLOCKS, CHUNK, LANES, count_ones, note_changes, scratch
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 _inline = numba.njit(nogil=True, cache=True, inline="always", error_model="numpy")
-CHUNK = LANES * LANES
-"""elements of a chunk"""
+COLUMN = LANES * LANES
+"""elements whose planes lie together"""
 PLANES = 4 * LANES
-"""planes of a chunk"""
+"""planes of those"""
+CLASS_AT = 48
+"""A change's key is its rank, and from this bit on its class: a tensor has fewer elements than 2^48."""
 _BYTES, _TOPS = 0x0101010101010101, 0x8080808080808080
 _U = np.uint64
 
@@ -61,44 +61,90 @@ def _fill(old, scheme, planes):  # type: ignore[no-untyped-def]
         class_planes(last, 0, scheme, planes, whole // LANES * PLANES + whole % LANES)
 
 
-@_jit
-def _rank(planes, size, positions, classes, ranks):  # type: ignore[no-untyped-def]
-    """The class and the rank of each change; the elements of each class."""
-    counts, masks, before = np.zeros(CLASSES, np.int64), np.empty(CLASSES, np.uint64), np.zeros(CLASSES, np.int64)
-    p = 0
-    for start in range(0, size, LANES):
-        end = start + LANES
-        at = start // CHUNK * PLANES + start % CHUNK // LANES
-        if p == positions.size or positions[p] >= end:
-            class_masks(planes, at, masks, counts)
-            continue
-        for c in range(CLASSES):
-            before[c] = counts[c]
-        class_masks(planes, at, masks, counts)
-        while p < positions.size and positions[p] < end:
-            place, own = _U(positions[p] - start), _U(0)
-            for bit in range(4):
-                own |= ((planes[at + LANES * bit] >> place) & _U(1)) << _U(bit)
-            below = (_U(1) << place) - _U(1)
-            classes[p], ranks[p] = own, before[own] + np.int64(count_ones(masks[own] & below))
-            p += 1
-    counts[0] -= -size % LANES
-    return counts
+@_inline
+def _class_of(bits, scheme):  # type: ignore[no-untyped-def]
+    shift, mask, lowest = scheme
+    return _U(min(max(np.int64((_U(bits) >> _U(shift)) & _U(mask)) - lowest, 0), CLASSES - 1))
+
+
+@_inline
+def _key(bits, place, scheme, masks, before):  # type: ignore[no-untyped-def]
+    """The key of the change at a place of a chunk whose classes are known."""
+    c = _class_of(bits, scheme)
+    at = (place // _U(LANES)) * _U(CLASSES) + c
+    below = (_U(1) << (place % _U(LANES))) - _U(1)
+    return (c << _U(CLASS_AT)) | (before[at] + count_ones(masks[at] & below))
 
 
 @_jit
-def _sort(classes, ranks, sorted_ranks, order):  # type: ignore[no-untyped-def]
-    """The order by class, each class in its old order, and the ranks in it; the changes of each class."""
-    changed, at = np.zeros(CLASSES, np.int64), np.zeros(CLASSES, np.int64)
-    for c in classes:
-        changed[c] += 1
+def _compare(old, new, scheme, start, first, found, positions, steps, keys, counts):  # type: ignore[no-untyped-def]
+    """As `_collect` of the kernels, with the keys of the changes from the `first` on; the elements of each class are
+    added to `counts`."""
+    own, places = scratch(CHUNK * old.itemsize // 8).view(old.dtype), np.empty(CHUNK + 2, np.uint32)
+    masks, before, counted = scratch(BLOCKS * CLASSES), scratch(BLOCKS * CLASSES), scratch(CLASSES)
+    counted[:] = counts
+    whole, k, first = old.size // LANES * LANES, _U(found), _U(first)
+    room = min(_U(positions.size), first + _U(keys.size))
+    for at in range(start, whole, CHUNK):
+        if k + _U(CHUNK) > room:
+            counts[:] = counted
+            return at, np.int64(k)
+        blocks = min(BLOCKS, (whole - at) // LANES)
+        many = note_changes(old, new, at, blocks, own, places)
+        for block in range(blocks):
+            class_masks(old, at + LANES * block, scheme, masks, before, counted, CLASSES * block)
+        for i in range(many):
+            place = _U(places[i])
+            element = _U(at) + place
+            positions[k + i], steps[k + i] = element, own[place]
+            keys[k - first + i] = _key(old[element], place, scheme, masks, before)
+        k += many
+    counts[:] = counted
+    if k + _U(LANES) > room:
+        return max(start, whole), np.int64(k)
+    for j in range(max(start, whole), old.size):
+        c, step = _class_of(old[j], scheme), new[j] - old[j]
+        positions[k], steps[k], keys[k - first] = j, step, (c << _U(CLASS_AT)) | counts[c]
+        counts[c] += _U(1)
+        k += _U(step != 0)
+    return old.size, np.int64(k)
+
+
+@_jit
+def _rank(old, scheme, positions, keys, counts):  # type: ignore[no-untyped-def]
+    """The keys of changes at ascending positions; the elements of each class are added to `counts`."""
+    masks, before, counted = scratch(BLOCKS * CLASSES), scratch(BLOCKS * CLASSES), scratch(CLASSES)
+    counted[:] = counts
+    whole, k = old.size // LANES * LANES, _U(0)
+    for at in range(0, whole, CHUNK):
+        blocks = min(BLOCKS, (whole - at) // LANES)
+        for block in range(blocks):
+            class_masks(old, at + LANES * block, scheme, masks, before, counted, CLASSES * block)
+        while k < _U(positions.size) and positions[k] < at + LANES * blocks:
+            element = _U(positions[k])
+            keys[k] = _key(old[element], element - _U(at), scheme, masks, before)
+            k += _U(1)
+    counts[:] = counted
+    for j in range(whole, old.size):
+        c = _class_of(old[j], scheme)
+        if k < _U(positions.size) and positions[k] == j:
+            keys[k] = (c << _U(CLASS_AT)) | counts[c]
+            k += _U(1)
+        counts[c] += _U(1)
+
+
+@_jit
+def _sort(keys, steps, changed, ranks, sorted_steps):  # type: ignore[no-untyped-def]
+    """Ranks and steps class by class, each class in its old order; the changes of each class."""
+    at = np.zeros(CLASSES, np.uint64)
+    for key in keys:
+        changed[key >> _U(CLASS_AT)] += 1
     for c in range(1, CLASSES):
-        at[c] = at[c - 1] + changed[c - 1]
-    for p in range(classes.size):
-        c = classes[p]
-        sorted_ranks[at[c]], order[at[c]] = ranks[p], p
-        at[c] += 1
-    return changed
+        at[c] = at[c - 1] + _U(changed[c - 1])
+    for p in range(keys.size):
+        c = keys[p] >> _U(CLASS_AT)
+        ranks[at[c]], sorted_steps[at[c]] = keys[p] & _U((1 << CLASS_AT) - 1), steps[p]
+        at[c] += _U(1)
 
 
 @_jit
@@ -106,16 +152,16 @@ def _find(planes, size, starts, whole, ranks, positions, order):  # type: ignore
     """Ascending positions of changes that are given class by class, and the order that leads to them; the elements of
     each class that is `whole`. Fewer positions than changes are found where ranks are beyond their class."""
     masks, before, counts = np.empty(LANES, np.uint64), np.empty(LANES, np.uint16), np.zeros(CLASSES, np.int64)
-    hits, firsts, found = np.zeros(LANES, np.uint64), np.empty(LANES, np.int64), np.empty(CHUNK, np.int64)
+    hits, firsts, found = np.zeros(LANES, np.uint64), np.empty(LANES, np.int64), np.empty(COLUMN, np.int64)
     at, done = starts[:-1].copy(), np.int64(0)
-    for start in range(0, size, CHUNK):
-        beyond, new = max(0, start + CHUNK - size), 0
+    for start in range(0, size, COLUMN):
+        beyond, new = max(0, start + COLUMN - size), 0
         for c in range(CLASSES):
             a, stop = at[c], starts[c + 1]
             if a == stop and not whole[c]:
                 continue
             first = counts[c]
-            counts[c] += class_column(planes, start // CHUNK * PLANES, _U(c), masks, before) - beyond * (c == 0)
+            counts[c] += class_column(planes, start // COLUMN * PLANES, _U(c), masks, before) - beyond * (c == 0)
             while a < stop and ranks[a] < counts[c]:
                 rank = ranks[a] - first
                 block = count_up_to(before, rank) - _U(1)
@@ -137,20 +183,39 @@ def _find(planes, size, starts, whole, ranks, positions, order):  # type: ignore
 
 
 def _planes(old: UInts, scheme: Scheme) -> UInts:
-    planes = np.zeros(-(-old.size // CHUNK) * PLANES, np.uint64)
-    _fill(old, (scheme.shift, scheme.mask, scheme.lowest), planes)
+    planes = np.zeros(-(-old.size // COLUMN) * PLANES, np.uint64)
+    _fill(old, _numbers(scheme), planes)
     return planes
 
 
-def classify(
-    old: UInts, positions: Positions, steps: UInts, scheme: Scheme
-) -> tuple[Positions, Positions, Positions, UInts]:
+def compare(old: UInts, new: UInts, scheme: Scheme, found: Found) -> Ranked:
+    """As `classes.compare`. Another thread may write `new` meanwhile: each of its elements is read once."""
+    first, at, counts = found.count, 0, np.zeros(CLASSES, np.uint64)
+    keys: UInts = np.empty(room_for(old.size), np.uint64)
+    while True:
+        arrays = (found.positions, found.steps, keys, counts)
+        at, found.count = _compare(old, new, _numbers(scheme), at, first, found.count, *arrays)
+        if at == old.size:
+            return _ranked(counts, keys[: found.count - first], found.steps[first : found.count])
+        found.grow()
+        keys = roomier(keys, found.count - first)
+
+
+def classify(old: UInts, positions: Positions, steps: UInts, scheme: Scheme) -> Ranked:
     """As `classes.classify`."""
-    own, ranks = np.empty(positions.size, np.uint8), np.empty(positions.size, np.int64)
-    population = _rank(_planes(old, scheme), old.size, positions, own, ranks)
-    sorted_ranks, order = np.empty_like(ranks), np.empty_like(ranks)
-    changed = _sort(own, ranks, sorted_ranks, order)
-    return population, changed, sorted_ranks, steps[order]
+    keys, counts = np.empty(positions.size, np.uint64), np.zeros(CLASSES, np.uint64)
+    _rank(old, _numbers(scheme), positions, keys, counts)
+    return _ranked(counts, keys, steps)
+
+
+def _numbers(scheme: Scheme) -> tuple[int, int, int]:
+    return scheme.shift, scheme.mask, scheme.lowest
+
+
+def _ranked(counts: UInts, keys: UInts, steps: UInts) -> Ranked:
+    changed, ranks, own = np.zeros(CLASSES, np.int64), np.empty(keys.size, np.int64), np.empty_like(steps)
+    _sort(keys, steps, changed, ranks, own)
+    return Ranked(counts.astype(np.int64), changed, ranks, own)
 
 
 def locate(

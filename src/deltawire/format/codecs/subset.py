@@ -8,15 +8,14 @@ exponent, which takes a third less. Both cut a tensor into tile jobs, which any 
 docs/FORMAT.md §5.6, docs/FORMAT.md §5.7
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from deltawire.errors import FormatError, WrongBase
 from deltawire.format.codecs import tiles, twins
-from deltawire.format.codecs.classes import CLASSES, SCHEMES, Scheme
+from deltawire.format.codecs.classes import CLASSES, SCHEMES, Ranked, Scheme
 from deltawire.format.codecs.lists import CHANGED, INVERTED, WRITTEN, Changes, ClassLists, Facts, full, short
 from deltawire.format.codecs.live_rows import LiveRows, few_live_rows
 from deltawire.format.codecs.tiles import Tile
@@ -43,15 +42,23 @@ class TileEntry:
 
 NOTHING = TileEntry(0, 0, ())
 """a tile without changes"""
+NO_BYTES: UInts = np.empty(0, np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coded:
-    """One tensor's change in the codec: rows and columns of its tiles, an entry a tile, and their payloads in one."""
+    """One tensor's change in the codec: rows and columns of its tiles, an entry a tile, and their payloads in one.
+    `by_class` says whether changes are ranked by the classes of the old bits."""
 
     tile: tuple[int, int]
     entries: tuple[TileEntry, ...]
     payload: UInts
+    by_class: bool = False
+
+    @property
+    def changed(self) -> int:
+        """Changes in the tensor."""
+        return sum(entry.changed for entry in self.entries)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +81,31 @@ class ToEncode:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class TileChange:
+    """What changes in a tile, by positions in it. `old` are its elements' old bits, where changes are ranked by
+    class."""
+
+    tile: Tile
+    positions: Positions
+    steps: UInts
+    old: UInts | None
+    scheme: Scheme | None
+
+    def ranked(self, twin: Twin) -> Ranked:
+        """The changes by class and rank; in one class, where there are no old bits."""
+        if self.scheme is None or self.old is None:
+            return Ranked(np.array([self.tile.size]), np.array([self.positions.size]), self.positions, self.steps)
+        return twin.classify(self.old, self.positions, self.steps, self.scheme)
+
+    def of_rows(self, live: Positions) -> "TileChange":
+        """The same in a tile of those rows alone, which hold all changes."""
+        tile, width = replace(self.tile, rows=live.size), self.tile.width
+        positions = np.searchsorted(live, self.positions // width) * width + self.positions % width
+        old = None if self.old is None else self.old.reshape(self.tile.rows, width)[live].reshape(-1)
+        return replace(self, tile=tile, positions=positions, old=old)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ToDecode:
     """One tile's entry and payload; `old` as in `ToEncode`."""
 
@@ -92,7 +124,8 @@ def encode(
     `twin` computes it (default: the Numba one)."""
     shape = tile or tiles.choose(delta.shape)
     twin = twin or twins.fast()
-    return coded(shape, [encode_tile(job, twin) for job in to_encode(delta, old, shape)])
+    jobs = to_encode(delta, old, shape)
+    return coded(shape, jobs, [encode_tile(job, twin) for job in jobs])
 
 
 def decode(found: Coded, spec: TensorSpec, old: UInts | None = None, *, twin: Twin | None = None) -> TensorDelta:
@@ -110,10 +143,16 @@ def to_encode(delta: TensorDelta, old: UInts | None, tile: tuple[int, int]) -> l
     return [ToEncode(part, delta, old if scheme else None, scheme) for part in tiles.grid(delta.shape, tile)]
 
 
-def coded(tile: tuple[int, int], done: Iterable[tuple[TileEntry, UInts]]) -> Coded:
+def coded(tile: tuple[int, int], jobs: Sequence[ToEncode], done: Sequence[tuple[TileEntry, UInts]]) -> Coded:
     """The jobs' results as one tensor's."""
-    entries, payloads = zip(*done, strict=True)
-    return Coded(tile, entries, payloads[0] if len(payloads) == 1 else np.concatenate(payloads))
+    return joined(tile, done, by_class=any(job.scheme for job in jobs))
+
+
+def joined(tile: tuple[int, int], done: Sequence[tuple[TileEntry, UInts]], *, by_class: bool) -> Coded:
+    """The entries and payloads of a tensor's tiles as one."""
+    payloads = [payload for _, payload in done] or [NO_BYTES]
+    payload = payloads[0] if len(payloads) == 1 else np.concatenate(payloads)
+    return Coded(tile, tuple(entry for entry, _ in done), payload, by_class)
 
 
 def to_decode(found: Coded, spec: TensorSpec, old: UInts | None) -> list[ToDecode]:
@@ -141,39 +180,28 @@ def decoded(spec: TensorSpec, tile: tuple[int, int], done: list[tuple[Positions,
 
 
 def encode_tile(job: ToEncode, twin: Twin) -> tuple[TileEntry, UInts]:
-    """One tile's entry and payload: with all rows or, where that is shorter, without those in which nothing changes."""
-    tile, (positions, steps) = job.tile, job.changes()
+    """One tile's entry and payload."""
+    positions, steps = job.changes()
     if not positions.size:
-        return NOTHING, np.empty(0, np.uint8)
-    old = None if job.old is None else tile.cut(job.old)
-    every = _pack(_Ranked(job, tile.size, positions, steps, old), None, twin)
-    live = few_live_rows(tile, positions, twin)
+        return NOTHING, NO_BYTES
+    change = TileChange(job.tile, positions, steps, None if job.old is None else job.tile.cut(job.old), job.scheme)
+    return encode_change(change, change.ranked(twin), twin)
+
+
+def encode_change(change: TileChange, ranked: Ranked, twin: Twin) -> tuple[TileEntry, UInts]:
+    """The entry and payload of a tile in which something changes: with all rows or, where that is shorter, without
+    those in which nothing does."""
+    rows = change.tile.rows
+    every = _pack(ranked, rows, None, twin)
+    live = few_live_rows(change.tile, change.positions, twin)
     if live is None:
         return every
-    inside = np.searchsorted(live, positions // tile.width) * tile.width + positions % tile.width
-    old = None if old is None else old.reshape(tile.rows, tile.width)[live].reshape(-1)
-    some = _pack(_Ranked(job, live.size * tile.width, inside, steps, old), live, twin)
+    some = _pack(change.of_rows(live).ranked(twin), rows, live, twin)
     return some if some[1].size < every[1].size else every
 
 
-class _Ranked(NamedTuple):
-    """What is ranked: so many elements, changes by their positions among them, and the elements' old bits."""
-
-    job: ToEncode
-    size: int
-    positions: Positions
-    steps: UInts
-    old: UInts | None
-
-
-def _pack(what: _Ranked, live: Positions | None, twin: Twin) -> tuple[TileEntry, UInts]:
-    rows, scheme = what.job.tile.rows, what.job.scheme
-    if scheme is None or what.old is None:
-        counts = np.array([what.size]), np.array([what.positions.size])
-        changes = Changes(*counts, what.positions, what.steps, rows, live)
-    else:
-        changes = Changes(*twin.classify(what.old, what.positions, what.steps, scheme), rows, live)
-    facts, payload = twin.pack(changes)
+def _pack(ranked: Ranked, rows: int, live: Positions | None, twin: Twin) -> tuple[TileEntry, UInts]:
+    facts, payload = twin.pack(Changes(*ranked, rows, live))
     return TileEntry(payload.size, 0 if live is None else rows - live.size, short(facts)), payload
 
 

@@ -8,9 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from deltawire.format.codecs import classes, lists
-from deltawire.format.codecs.classes import Scheme
+from deltawire.format.codecs.classes import Ranked, Scheme
 from deltawire.format.codecs.lists import Changes, Facts, Unpacked
 from deltawire.weights.bits import Positions, UInts
+from deltawire.weights.found import Found
+from deltawire.weights.kernels_numpy import collect
 from deltawire.weights.speed import why_no_numba
 
 
@@ -21,9 +23,8 @@ class Twin(Protocol):
     def unpack(
         self, facts: Facts, payload: UInts, *, most: int, kind: np.dtype[np.unsignedinteger], rows: int, dead: int
     ) -> Unpacked: ...
-    def classify(
-        self, old: UInts, positions: Positions, steps: UInts, scheme: Scheme
-    ) -> tuple[Positions, Positions, Positions, UInts]: ...
+    def classify(self, old: UInts, positions: Positions, steps: UInts, scheme: Scheme) -> Ranked: ...
+    def compare(self, old: UInts, new: UInts, scheme: Scheme, found: Found) -> Ranked: ...
     def locate(
         self, old: UInts, facts: Facts, ranks: Positions, steps: UInts, scheme: Scheme
     ) -> tuple[Positions, Positions, UInts]: ...
@@ -34,6 +35,7 @@ class _Plain:
     pack = staticmethod(lists.pack)
     unpack = staticmethod(lists.unpack)
     classify = staticmethod(classes.classify)
+    compare = staticmethod(classes.compare)
     locate = staticmethod(classes.locate)
 
     @staticmethod
@@ -57,6 +59,7 @@ def fast() -> Twin:
         pack = staticmethod(pack_numba.pack)
         unpack = staticmethod(unpack_numba.unpack)
         classify = staticmethod(classes_numba.classify)
+        compare = staticmethod(classes_numba.compare)
         locate = staticmethod(classes_numba.locate)
         live_rows = staticmethod(pack_numba.live_rows)
 
@@ -103,16 +106,16 @@ class OnTorch:
             found.dead_listed,
         )
 
-    def classify(
-        self, old: UInts, positions: Positions, steps: UInts, scheme: Scheme
-    ) -> tuple[Positions, Positions, Positions, UInts]:
-        tensors = (
-            self._bits(old),
-            self._to(positions),
-            self._bits(steps),
-        )
+    def classify(self, old: UInts, positions: Positions, steps: UInts, scheme: Scheme) -> Ranked:
+        tensors = (self._bits(old), self._to(positions), self._bits(steps))
         population, changed, ranks, own = self._twin.classify(*tensors, scheme)
-        return population, changed, ranks.cpu().numpy(), own.cpu().numpy().view(steps.dtype)
+        return Ranked(population, changed, ranks.cpu().numpy(), own.cpu().numpy().view(steps.dtype))
+
+    def compare(self, old: UInts, new: UInts, scheme: Scheme, found: Found) -> Ranked:
+        first = found.count
+        collect(old, new, found)
+        changes = (found.positions[first : found.count], found.steps[first : found.count])
+        return self.classify(old, *changes, scheme)
 
     def locate(
         self, old: UInts, facts: Facts, ranks: Positions, steps: UInts, scheme: Scheme

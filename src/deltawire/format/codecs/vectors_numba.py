@@ -9,12 +9,12 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.core.cgutils import get_item_pointer, get_or_insert_function
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from deltawire.format.codecs.classes import CLASSES
+from deltawire.weights.vectors_numba import LANES, address
 
-LANES = 64
 BITS = 4
 """of a class's number"""
 _I8, _I16, _I32, _I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
@@ -31,13 +31,6 @@ def _splat(builder: Any, value: Any, lanes: int) -> Any:
     return builder.shuffle_vector(builder.insert_element(empty, value, _I32(0)), empty, _vector(_I32, lanes))
 
 
-def _at(context: Any, builder: Any, array: tuple[Any, Any], index: Any, kind: Any) -> Any:
-    """The address of an array's element, as that of a `kind`. `array` is its type and its value."""
-    made = context.make_array(array[0])(context, builder, array[1])
-    address = get_item_pointer(context, builder, array[0], made, [index], wraparound=False)
-    return builder.bitcast(address, kind.as_pointer())
-
-
 def _count_ones(builder: Any, vector: Any) -> Any:
     """The function that counts the ones of each lane."""
     name = f"llvm.ctpop.v{vector.count}i{vector.element.width}"
@@ -51,7 +44,7 @@ def _planes(context: Any, builder: Any, array: tuple[Any, Any], index: Any, sche
     shift, mask, lowest = (
         _splat(builder, builder.trunc(number, lane) if lane.width < 64 else number, LANES) for number in scheme
     )
-    x = builder.load(_at(context, builder, array, index, wide), align=lane.width // 8)
+    x = builder.load(address(context, builder, array, index, wide), align=lane.width // 8)
     x = builder.and_(builder.lshr(x, shift), mask)
     x = builder.select(builder.icmp_unsigned(">", x, lowest), builder.sub(x, lowest), _vector(lane, LANES))
     top = _vector(lane, LANES, CLASSES - 1)
@@ -65,24 +58,30 @@ def _planes(context: Any, builder: Any, array: tuple[Any, Any], index: Any, sche
 
 
 @intrinsic
-def class_masks(typing, planes, block, masks, counts):  # type: ignore[no-untyped-def]
-    """Fill the 16 `masks` of a block of the planes, and add how many elements each class has there to `counts`."""
+def class_masks(typing, bits, at, scheme, masks, before, counts, place):  # type: ignore[no-untyped-def]
+    """Of the 64 elements from bits[at] on: the mask of each class to masks[place : place + 16], how many elements of
+    each class were counted so far to `before` likewise, and those of the 64 added to `counts`."""
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         vector, every = ir.VectorType(_I64, CLASSES), (1 << 64) - 1
+
+        def at(array: int, index: Any) -> Any:
+            return address(context, builder, (signature.args[array], arguments[array]), index, vector)
+
+        scheme = [builder.extract_value(arguments[2], i) for i in range(3)]
         both = _vector(_I64, CLASSES, every)
-        for bit in range(BITS):
-            place = builder.add(arguments[1], _I64(LANES * bit))
-            plane = builder.load(_at(context, builder, (signature.args[0], arguments[0]), place, _I64), align=8)
+        for bit, plane in enumerate(_planes(context, builder, (signature.args[0], arguments[0]), arguments[1], scheme)):
             flips = _vector(_I64, CLASSES, [0 if c >> bit & 1 else every for c in range(CLASSES)])
             both = builder.and_(both, builder.xor(_splat(builder, plane, CLASSES), flips))
-        places = [_at(context, builder, (signature.args[i], arguments[i]), _I64(0), vector) for i in (2, 3)]
-        builder.store(both, places[0], align=8)
-        sums = builder.add(builder.load(places[1], align=8), builder.call(_count_ones(builder, vector), (both,)))
-        builder.store(sums, places[1], align=8)
+        builder.store(both, at(3, arguments[6]), align=8)
+        counted = builder.load(at(5, _I64(0)), align=8)
+        builder.store(counted, at(4, arguments[6]), align=8)
+        counted = builder.add(counted, builder.call(_count_ones(builder, vector), (both,)))
+        builder.store(counted, at(5, _I64(0)), align=8)
         return context.get_dummy_value()
 
-    return types.void(planes, types.int64, masks, counts), emit
+    three = types.UniTuple(types.int64, 3)
+    return types.void(bits, types.int64, three, masks, before, counts, types.int64), emit
 
 
 @intrinsic
@@ -94,7 +93,7 @@ def class_planes(typing, bits, at, scheme, planes, block):  # type: ignore[no-un
         found = _planes(context, builder, (signature.args[0], arguments[0]), arguments[1], parts)
         for bit, plane in enumerate(found):
             place = builder.add(arguments[4], _I64(LANES * bit))
-            builder.store(plane, _at(context, builder, (signature.args[3], arguments[3]), place, _I64), align=8)
+            builder.store(plane, address(context, builder, (signature.args[3], arguments[3]), place, _I64), align=8)
         return context.get_dummy_value()
 
     return types.void(bits, types.int64, types.UniTuple(types.int64, 3), planes, types.int64), emit
@@ -117,14 +116,14 @@ def class_column(typing, planes, chunk, number, masks, before):  # type: ignore[
             both = _vector(_I64, 8, (1 << 64) - 1)
             for bit in range(BITS):
                 start = builder.add(arguments[1], _I64(LANES * bit + part))
-                place = _at(context, builder, (signature.args[0], arguments[0]), start, eight)
+                place = address(context, builder, (signature.args[0], arguments[0]), start, eight)
                 both = builder.and_(both, builder.xor(builder.load(place, align=8), flips[bit]))
-            place = _at(context, builder, (signature.args[3], arguments[3]), _I64(part), eight)
+            place = address(context, builder, (signature.args[3], arguments[3]), _I64(part), eight)
             builder.store(both, place, align=8)
             counts.append(builder.trunc(builder.call(ones, (both,)), ir.VectorType(_I16, 8)))
         own, total = _sums(builder, _joined(builder, counts))
         wide = ir.VectorType(_I16, LANES)
-        place = _at(context, builder, (signature.args[4], arguments[4]), _I64(0), wide)
+        place = address(context, builder, (signature.args[4], arguments[4]), _I64(0), wide)
         builder.store(builder.sub(total, own), place, align=2)
         return builder.zext(builder.extract_element(total, _I32(LANES - 1)), _I64)
 
@@ -156,18 +155,8 @@ def count_up_to(typing, before, rank):  # type: ignore[no-untyped-def]
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         wide = ir.VectorType(_I16, LANES)
-        numbers = builder.load(_at(context, builder, (signature.args[0], arguments[0]), _I64(0), wide), align=2)
+        numbers = builder.load(address(context, builder, (signature.args[0], arguments[0]), _I64(0), wide), align=2)
         rank = _splat(builder, builder.trunc(arguments[1], _I16), LANES)
         return builder.ctpop(builder.bitcast(builder.icmp_unsigned("<=", numbers, rank), _I64))
 
     return types.int64(before, types.int64), emit
-
-
-@intrinsic
-def count_ones(typing, x):  # type: ignore[no-untyped-def]
-    """How many bits of x are ones."""
-
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.ctpop(arguments[0])
-
-    return types.uint64(types.uint64), emit

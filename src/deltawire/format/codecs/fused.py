@@ -1,0 +1,83 @@
+"""Compare two versions of a tensor and encode what changed, tile by tile: the bits come from memory once.
+
+    compare(old, new, by_class=True) -> (TensorDelta, Coded)
+
+are the change, and what `subset.encode` makes of it. A tile's bits are compared, classified and ranked in one pass,
+and packed while they are near. Threads share the tiles of a large tensor.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from deltawire.format.codecs import tiles, twins
+from deltawire.format.codecs.classes import SCHEMES, Scheme
+from deltawire.format.codecs.subset import NO_BYTES, NOTHING, Coded, TileChange, TileEntry, encode_change, joined
+from deltawire.format.codecs.tiles import Tile
+from deltawire.format.codecs.twins import Twin
+from deltawire.weights import threads
+from deltawire.weights.bits import Bits, Positions, UInts
+from deltawire.weights.delta import TensorDelta, check_same, settle
+from deltawire.weights.found import Found
+
+
+def compare(old: Bits, new: Bits, *, by_class: bool, twin: Twin | None = None) -> tuple[TensorDelta, Coded]:
+    """The change from one version of a tensor to the next, and its encoding: by the classes of the old bits, where
+    `by_class` is asked and its dtype has any. Another thread may write `new` meanwhile: each element is read once.
+
+    Raises DtypeMismatch, ShapeMismatch.
+    """
+    check_same("a tensor", old, new)
+    shape = tiles.choose(old.shape)
+    pair = _Pair(old.data, new.data, SCHEMES.get(old.dtype) if by_class else None, twin or twins.fast())
+    done = list(threads.run(pair.compare, _spans(list(tiles.grid(old.shape, shape)), threads.cores())))
+    positions, steps = _all_of([found for found, _ in done])
+    coded = [tile for _, own in done for tile in own]
+    return settle(old.dtype, old.shape, positions, steps), joined(shape, coded, by_class=pair.scheme is not None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pair:
+    """Two versions of a tensor."""
+
+    old: UInts
+    new: UInts
+    scheme: Scheme | None
+    twin: Twin
+
+    def compare(self, span: list[Tile]) -> tuple[Found, list[tuple[TileEntry, UInts]]]:
+        """What changes in consecutive tiles, by positions in the tensor, and each tile's entry and payload."""
+        found = Found(sum(tile.size for tile in span), self.old.dtype)
+        return found, [self._compare_tile(tile, found) for tile in span]
+
+    def _compare_tile(self, tile: Tile, found: Found) -> tuple[TileEntry, UInts]:
+        from deltawire.weights import kernels
+
+        old, new, first = tile.cut(self.old), tile.cut(self.new), found.count
+        ranked = None
+        if self.scheme is None:
+            kernels.collect(old, new, found)
+        else:
+            ranked = self.twin.compare(old, new, self.scheme, found)
+        if found.count == first:
+            return NOTHING, NO_BYTES
+        positions = found.positions[first : found.count]
+        change = TileChange(tile, positions, found.steps[first : found.count], old, self.scheme)
+        coded = encode_change(change, ranked or change.ranked(self.twin), self.twin)
+        positions += tile.start
+        return coded
+
+
+def _spans(grid: list[Tile], most: int) -> list[list[Tile]]:
+    """The tiles in at most so many runs, at least one. A run's changes lie in one piece of memory: where that is large,
+    so are its pages."""
+    many = max(1, -(-len(grid) // most))
+    return [grid[start : start + many] for start in range(0, max(1, len(grid)), many)]
+
+
+def _all_of(parts: list[Found]) -> tuple[Positions, UInts]:
+    """Positions and steps of all parts."""
+    if len(parts) == 1:
+        return parts[0].take()
+    positions = np.concatenate([part.positions[: part.count] for part in parts])
+    return positions, np.concatenate([part.steps[: part.count] for part in parts])
