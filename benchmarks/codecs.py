@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import zstandard
-from compare_pass import count_changed
 
+from compare_pass import count_changed
 from deltawire.format import container, delta_file
 from deltawire.weights import kernels
 from deltawire.weights.bits import Bits, UInts

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from compare_pass import count_changed
 
+from compare_pass import count_changed
 from deltawire.publish.baseline import Baseline
 from deltawire.weights import kernels
 from deltawire.weights.bits import Bits, UInts

@@ -49,16 +49,21 @@ def _place(mask, r, places):  # type: ignore[no-untyped-def]
     return byte + _U(places[(rest << _U(8)) | ((mask >> byte) & _U(255))])
 
 
-@_jit
-def _fill(old, scheme, planes):  # type: ignore[no-untyped-def]
-    """The planes of all elements, chunk by chunk; what lies beyond them is of class 0."""
-    last, whole = np.zeros(LANES, old.dtype), old.size // LANES
-    for block in range(whole):
-        class_planes(old, LANES * block, scheme, planes, block // LANES * PLANES + block % LANES)
-    if whole * LANES < old.size:
-        for i in range(whole * LANES, old.size):
-            last[i - whole * LANES] = old[i]
-        class_planes(last, 0, scheme, planes, whole // LANES * PLANES + whole % LANES)
+@_inline
+def _fill(old, start, scheme, planes, last):  # type: ignore[no-untyped-def]
+    """The planes of a column's elements, from `start` on; what lies beyond the tensor is of class 0. `last` has room
+    for 64 elements."""
+    size = min(COLUMN, old.size - start)
+    for block in range(size // LANES):
+        class_planes(old, start + LANES * block, scheme, planes, block)
+    if size < COLUMN:
+        last[:] = 0
+        for block in range(size // LANES, LANES):
+            class_planes(last, 0, scheme, planes, block)
+        if size % LANES:
+            for i in range(size % LANES):
+                last[i] = old[start + size // LANES * LANES + i]
+            class_planes(last, 0, scheme, planes, size // LANES)
 
 
 @_inline
@@ -148,20 +153,24 @@ def _sort(keys, steps, changed, ranks, sorted_steps):  # type: ignore[no-untyped
 
 
 @_jit
-def _find(planes, size, starts, whole, ranks, positions, order):  # type: ignore[no-untyped-def]
+def _find(old, scheme, starts, whole, ranks, positions, order):  # type: ignore[no-untyped-def]
     """Ascending positions of changes that are given class by class, and the order that leads to them; the elements of
     each class that is `whole`. Fewer positions than changes are found where ranks are beyond their class."""
-    masks, before, counts = np.empty(LANES, np.uint64), np.empty(LANES, np.uint16), np.zeros(CLASSES, np.int64)
-    hits, firsts, found = np.zeros(LANES, np.uint64), np.empty(LANES, np.int64), np.empty(COLUMN, np.int64)
+    planes, last = scratch(PLANES), scratch(LANES * old.itemsize // 8).view(old.dtype)
+    masks, before = scratch(LANES), scratch(LANES // 4).view(np.uint16)
+    hits, counts = scratch(LANES), np.zeros(CLASSES, np.int64)
+    hits[:] = 0
+    firsts, found = np.empty(LANES, np.int64), np.empty(COLUMN, np.int64)
     at, done = starts[:-1].copy(), np.int64(0)
-    for start in range(0, size, COLUMN):
-        beyond, new = max(0, start + COLUMN - size), 0
+    for start in range(0, old.size, COLUMN):
+        _fill(old, start, scheme, planes, last)
+        beyond, new = max(0, start + COLUMN - old.size), 0
         for c in range(CLASSES):
             a, stop = at[c], starts[c + 1]
             if a == stop and not whole[c]:
                 continue
             first = counts[c]
-            counts[c] += class_column(planes, start // COLUMN * PLANES, _U(c), masks, before) - beyond * (c == 0)
+            counts[c] += class_column(planes, 0, _U(c), masks, before) - beyond * (c == 0)
             while a < stop and ranks[a] < counts[c]:
                 rank = ranks[a] - first
                 block = count_up_to(before, rank) - _U(1)
@@ -180,12 +189,6 @@ def _find(planes, size, starts, whole, ranks, positions, order):  # type: ignore
         for block in range(LANES):
             hits[block] = 0
     return counts, done
-
-
-def _planes(old: UInts, scheme: Scheme) -> UInts:
-    planes = np.zeros(-(-old.size // COLUMN) * PLANES, np.uint64)
-    _fill(old, _numbers(scheme), planes)
-    return planes
 
 
 def compare(old: UInts, new: UInts, scheme: Scheme, found: Found) -> Ranked:
@@ -224,7 +227,7 @@ def locate(
     """As `classes.locate`."""
     starts, whole = np.concatenate([[0], np.cumsum(facts[:, CHANGED])]), facts[:, INVERTED].copy()
     positions, order = np.empty_like(ranks), np.empty_like(ranks)
-    population, found = _find(_planes(old, scheme), old.size, starts, whole, ranks, positions, order)
+    population, found = _find(old, _numbers(scheme), starts, whole, ranks, positions, order)
     if found != ranks.size:
         raise WrongBase("a rank beyond its class: these are not the weights that the delta was made from")
     return population, positions, steps[order]
