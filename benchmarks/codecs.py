@@ -1,52 +1,38 @@
 """How many bytes a change takes in each codec, and how long it takes, as a share of one pass that only compares.
 
-    python benchmarks/codecs.py [TRACE …] [--rounds 9]
+    python benchmarks/codecs.py [TRACE …] [--rounds 9] [--json FILE] [--ours]
+    python benchmarks/codecs.py --threads
 
 A trace is a folder of `base.safetensors` (or a checkpoint's `model.safetensors`) and of delta files, as
 `benchmarks/traces.py` makes them; without one, 100 million random weights change by 1 %. Ours are files with their
 headers. What the extra `bench` installs is measured beside them, as are six bytes a change (position and value) and
-XOR with zstd. A share of 0.30 says: as long as 3.3 compare passes of the same run. `publish` collects what changed and
-encodes it. One core; CPU time, medians of all rounds.
+XOR with zstd. A share of 0.30 says: as long as 3.3 compare passes of the same run. `publish` compares and encodes, from
+old and new weights to the file. One core; CPU time, medians of all rounds.
+
+`--threads` measures one core against all that this process may use, in turn, by the clock on the wall; it says how
+busy the machine was. `benchmarks/codecs_plot.py` draws what `--json` wrote.
 """
 
 import argparse
-import importlib.util
+import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import zstandard
 
 from compare_pass import count_changed
 from deltawire.format import container, delta_file
-from deltawire.weights import kernels
+from deltawire.format.codecs import fused
+from deltawire.weights import kernels, threads
 from deltawire.weights.bits import Bits, UInts
 from deltawire.weights.delta import Delta
+from peers import Codec, Step, Weights, layouts, peers
 
-Weights = dict[str, Bits]
-
-
-class Codec(NamedTuple):
-    """Encode gives bytes; decode gives the delta, or the new weights end to end."""
-
-    name: str
-    encode: Callable[[], Any]
-    decode: Callable[[Any], Any]
-    size: Callable[[Any], int] = len
-
-
-class Step(NamedTuple):
-    """One step of a trace: the weights before and after, by name and end to end, and the change."""
-
-    old: Weights
-    new: Weights
-    flat_old: UInts
-    flat_new: UInts
-    delta: Delta
+FUSED = ("subset", "class")
 
 
 def ours(step: Step) -> Iterator[Codec]:
@@ -56,50 +42,17 @@ def ours(step: Step) -> Iterator[Codec]:
             f"deltawire {codec}",
             lambda codec=codec: delta_file.encode(step.delta, codec=codec, base=step.old),
             lambda data: delta_file.decode(data, base=step.old),
+            publish=lambda codec=codec: publish(step, codec),
         )
 
 
-def layouts(step: Step) -> Iterator[Codec]:
-    """What needs no package: six bytes a change, as vLLM, verl and TRL send it, and XOR with zstd."""
-
-    def six() -> list[tuple[UInts, UInts]]:
-        found = ((delta.sparse()[0], step.new[name].data) for name, delta in step.delta.items())
-        return [(positions.astype(np.int32), new[positions]) for positions, new in found]
-
-    def put(changes: list[tuple[UInts, UInts]]) -> UInts:
-        new = {name: bits.data.copy() for name, bits in step.old.items()}
-        for name, (positions, values) in zip(step.delta, changes, strict=True):
-            new[name][positions] = values
-        return np.concatenate(list(new.values()))
-
-    yield Codec("6 bytes a change", six, put, lambda found: sum(a.nbytes + b.nbytes for a, b in found))
-    yield Codec(
-        "XOR + zstd-1",
-        lambda: zstandard.ZstdCompressor(1).compress((step.flat_old ^ step.flat_new).data),
-        lambda data: np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint16) ^ step.flat_old,
-    )
-
-
-def peers(step: Step) -> Iterator[Codec]:
-    """What pip brings, where it is installed."""
-    old, new = step.flat_old.tobytes(), step.flat_new.tobytes()
-    if importlib.util.find_spec("z4ai"):
-        import z4ai.delta
-
-        yield Codec(
-            "z4ai",
-            lambda: z4ai.delta.compress(new, reference=old, dtype="bf16"),
-            lambda data: np.frombuffer(z4ai.delta.decompress(data, reference=old), np.uint16),
-        )
-    if importlib.util.find_spec("zipnn"):
-        import zipnn
-
-        options = {"bytearray_dtype": "bfloat16", "input_format": "byte", "delta_compressed_type": "byte"}
-        yield Codec(
-            "zipnn",
-            lambda: zipnn.ZipNN(**options).compress(new, delta_second_data=old),
-            lambda data: np.frombuffer(zipnn.ZipNN(**options).decompress(data, delta_second_data=old), np.uint16),
-        )
+def publish(step: Step, codec: str) -> bytes:
+    """The file of a step, from the weights before and after it."""
+    if codec not in FUSED:
+        return delta_file.encode(Delta.between(step.old, step.new), codec=codec, base=step.old)
+    made = {name: fused.compare(old, step.new[name], by_class=codec == "class") for name, old in step.old.items()}
+    delta = Delta({name: change for name, (change, _) in made.items()})
+    return delta_file.encode(delta, codec=codec, coded={name: coded for name, (_, coded) in made.items()})
 
 
 def steps_of(trace: Path | None) -> Iterator[Step]:
@@ -143,71 +96,137 @@ def _step(old: Weights, delta: Delta) -> Step:
     return Step(old, new, *flat, delta)
 
 
-def measure(step: Step, rounds: int) -> tuple[float, float, list[tuple[str, int, float, float, bool]]]:
-    """Seconds of a compare pass, and of one that collects what changed; of each codec its name, bytes, shares of encode
-    and decode, and whether it is exact."""
-    codecs = [*ours(step), *layouts(step), *peers(step)]
-    seconds: dict[tuple[str, str], list[float]] = {}
-    results: dict[str, Any] = {}
+class Timer:
+    """Seconds of each kind of work, round by round."""
 
-    def timed(key: tuple[str, str], work: Callable[[], Any]) -> Any:
-        started = time.process_time()
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._seconds = clock, dict[tuple[str, str], list[float]]()
+
+    def time(self, name: str, way: str, work: Callable[[], Any]) -> Any:
+        """Do it, and note how long it took."""
+        started = self._clock()
         result = work()
-        seconds.setdefault(key, []).append(time.process_time() - started)
+        self._seconds.setdefault((name, way), []).append(self._clock() - started)
         return result
 
-    for _ in range(rounds):
-        for name, old in step.old.items():
-            pair = (old.data, step.new[name].data)
-            timed(("compare", name), lambda pair=pair: count_changed(*pair))
-            timed(("collect", name), lambda pair=pair: kernels.compare_and_collect(*pair))
-        for codec in codecs:
-            if len(seconds.get((codec.name, "encode"), ())) >= 1 and not codec.name.startswith("deltawire"):
-                continue  # others are timed once: some take hundreds of passes
-            data = timed((codec.name, "encode"), codec.encode)
-            back = timed((codec.name, "decode"), lambda codec=codec, data=data: codec.decode(data))
-            exact = back == step.delta if isinstance(back, Delta) else np.array_equal(back, step.flat_new)
-            results[codec.name] = (codec.size(data), exact)
-    middle = {key: statistics.median(took) for key, took in seconds.items()}
-    passes = [sum(took for (kind, _), took in middle.items() if kind == way) for way in ("compare", "collect")]
-    rows = []
+    def middle(self, name: str, way: str) -> float:
+        """The median of the rounds."""
+        return statistics.median(self._seconds[name, way])
+
+
+def count(step: Step) -> None:
+    """One compare pass."""
+    for name, old in step.old.items():
+        count_changed(old.data, step.new[name].data)
+
+
+def measure(step: Step, codecs: list[Codec], rounds: int) -> tuple[float, list[dict[str, Any]]]:
+    """Seconds of a compare pass, and of each codec its name, bytes, shares of one pass, and whether it is exact. What
+    is not ours is timed once: some takes hundreds of passes."""
+    timer, rows = Timer(time.process_time), []
+    for codec in (codec for _ in range(rounds) for codec in codecs if codec.name.startswith("deltawire")):
+        timer.time("compare", "pass", lambda: count(step))
+        _time(timer, codec)
     for codec in codecs:
-        size, exact = results[codec.name]
-        shares = [passes[0] / middle[codec.name, way] for way in ("encode", "decode")]
-        rows.append((codec.name, size, *shares, exact))
-    return passes[0], passes[1], rows
+        if not codec.name.startswith("deltawire"):
+            _time(timer, codec)
+        data = codec.encode()
+        back = codec.decode(data)
+        exact = back == step.delta if isinstance(back, Delta) else np.array_equal(back, step.flat_new)
+        shares = {
+            way: timer.middle("compare", "pass") / timer.middle(codec.name, way)
+            for way in ("encode", "decode", "publish")
+        }
+        rows.append({"codec": codec.name, "bytes": codec.size(data) / step.delta.changed, **shares, "exact": exact})
+    return timer.middle("compare", "pass"), rows
+
+
+def _time(timer: Timer, codec: Codec) -> None:
+    data = timer.time(codec.name, "encode", codec.encode)
+    timer.time(codec.name, "decode", lambda: codec.decode(data))
+    if codec.publish is not None:
+        timer.time(codec.name, "publish", codec.publish)
+    else:
+        timer.time(codec.name, "publish", codec.encode)
+
+
+def table(name: str, steps: list[Step], rounds: int, *, alone: bool) -> dict[str, Any]:
+    """One trace: its first step timed, all of its steps sized."""
+    elements = sum(bits.data.size for bits in steps[0].old.values())
+    changed = sum(step.delta.changed for step in steps)
+    others, missing = ([], {}) if alone else peers(steps[0])
+    codecs = [*ours(steps[0]), *(() if alone else layouts(steps[0])), *others]
+    seconds, rows = measure(steps[0], codecs, rounds)
+    for row in rows:
+        own = row["codec"].removeprefix("deltawire ")
+        if own in delta_file.CODECS:
+            total = sum(len(delta_file.encode(step.delta, codec=own, base=step.old)) for step in steps)
+            row["all_steps"] = total / changed
+    about = {"trace": name, "elements": elements, "steps": len(steps), "density": changed / len(steps) / elements}
+    return {**about, "compare_ms": 1e3 * seconds, "load": os.getloadavg()[0], "rows": rows, "missing": missing}
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print one trace's table."""
+    print(f"\n{found['trace']}: {found['elements']:,} weights, {found['steps']} steps, {found['density']:.2%} changed")
+    print(f"one compare pass {found['compare_ms']:.1f} ms; load {found['load']:.1f}\n")
+    print(f"{'codec':18} {'B/change':>9} {'all steps':>9} {'encode':>8} {'decode':>8} {'publish':>8}  exact")
+    for row in found["rows"]:
+        every = f"{row['all_steps']:.3f}" if "all_steps" in row else ""
+        shares = " ".join(f"{row[way]:8.4f}" for way in ("encode", "decode", "publish"))
+        print(f"{row['codec']:18} {row['bytes']:9.3f} {every:>9} {shares}  {'yes' if row['exact'] else 'NO'}")
+    for name, why in found["missing"].items():
+        print(f"{name:18} {why}")
+    rows = {row["codec"]: row for row in found["rows"]}
+    if "z4ai" in rows:
+        for codec in ("deltawire subset", "deltawire class"):
+            own, peer = rows[codec], rows["z4ai"]
+            times = [own[way] / peer[way] for way in ("encode", "decode")]
+            print(f"{codec} encodes {times[0]:.0f} and decodes {times[1]:.0f} times as fast as z4ai")
+
+
+def compare_cores(step: Step, rounds: int) -> None:
+    """Print how many times as fast all cores are as one, in turn, by the clock on the wall."""
+    every, one = os.sched_getaffinity(0), {min(os.sched_getaffinity(0))}
+    files = {codec: delta_file.encode(step.delta, codec=codec, base=step.old) for codec in FUSED}
+    timer = Timer(time.perf_counter)
+    for _ in range(rounds):
+        for way, usable in (("one", one), ("all", every)):
+            os.sched_setaffinity(0, usable)
+            assert threads.cores() == len(usable)
+            for codec in FUSED:
+                timer.time(
+                    f"encode {codec}", way, lambda c=codec: delta_file.encode(step.delta, codec=c, base=step.old)
+                )
+                timer.time(f"decode {codec}", way, lambda c=codec: delta_file.decode(files[c], base=step.old))
+                timer.time(f"publish {codec}", way, lambda c=codec: publish(step, c))
+    print(f"{len(every)} cores against one, medians of {rounds} rounds in turn; load {os.getloadavg()[0]:.1f}")
+    for name in (f"{work} {codec}" for codec in FUSED for work in ("encode", "decode", "publish")):
+        one_s, all_s = timer.middle(name, "one"), timer.middle(name, "all")
+        print(f"{name:15} {1e3 * one_s:7.1f} ms on one, {1e3 * all_s:7.1f} ms on all: {one_s / all_s:.2f} times")
 
 
 def main() -> None:
-    """Print a table for each trace: its first step timed, all of its steps sized."""
+    """Measure, print, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("traces", nargs="*", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="write what was measured to this file")
+    parser.add_argument("--ours", action="store_true", help="measure deltawire's codecs alone")
+    parser.add_argument("--threads", action="store_true", help="measure one core against all")
     options = parser.parse_args()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     kernels.warm_up()
+    if options.threads:
+        compare_cores(next(steps_of(options.traces[0] if options.traces else None)), options.rounds)
+        return
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    tables = []
     for trace in options.traces or [None]:
-        report(trace.name if trace else "random weights", list(steps_of(trace)), options.rounds)
-
-
-def report(name: str, steps: list[Step], rounds: int) -> None:
-    """Print one trace's table."""
-    elements = sum(bits.data.size for bits in steps[0].old.values())
-    changed = sum(step.delta.changed for step in steps)
-    compare, collect, rows = measure(steps[0], rounds)
-    share = changed / len(steps) / elements
-    print(f"\n{name}: {elements:,} weights, {len(steps)} steps, {share:.2%} changed a step")
-    print(f"one compare pass {1e3 * compare:.1f} ms; collecting what changed: {compare / collect:.2f} of its speed\n")
-    print(f"{'codec':20} {'B/change':>9} {'all steps':>9} {'encode':>8} {'decode':>8} {'publish':>8}  exact")
-    for codec, size, encode, decode, exact in rows:
-        own = codec.removeprefix("deltawire ")
-        every = ""
-        if own in delta_file.CODECS:
-            total = sum(len(delta_file.encode(step.delta, codec=own, base=step.old)) for step in steps)
-            every = f"{total / changed:.3f}"
-        sizes = f"{size / steps[0].delta.changed:9.3f} {every:>9}"
-        publish = compare / (collect + compare / encode)
-        print(f"{codec:20} {sizes} {encode:8.3f} {decode:8.3f} {publish:8.3f}  {'yes' if exact else 'NO'}")
+        name = trace.resolve().name if trace else "random weights"
+        tables.append(table(name, list(steps_of(trace)), options.rounds, alone=options.ours))
+        show(tables[-1])
+    if options.json:
+        options.json.write_text(json.dumps(tables, indent=1) + "\n")
 
 
 if __name__ == "__main__":

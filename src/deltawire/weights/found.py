@@ -1,6 +1,6 @@
-"""Changes as a comparison finds them, in arrays with room for more."""
+"""Changes as a comparison finds them, in arrays with room for more; and memory that is used again."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -43,6 +43,21 @@ class Found:
         for part in (self.positions, self.steps):
             part.resize(self.count, refcheck=False)
         return self.positions, self.steps
+
+
+class Scratch:
+    """Memory that a loop uses for one tile after another. New pages cost more than what is written to them: where a
+    fault takes 2 microseconds, a third of a publish."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Any] = {}
+
+    def array(self, name: str, size: int, dtype: Any) -> Any:
+        """So many elements, of any value; the same memory as the last array of this name."""
+        kept = self._kept.get(name)
+        if kept is None or kept.size < size:
+            kept = self._kept[name] = np.empty(size + size // 2, dtype)
+        return kept[:size]
 
 
 def room_for(elements: int) -> int:

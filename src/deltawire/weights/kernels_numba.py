@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from deltawire.weights.bits import Positions, UInts
 from deltawire.weights.found import Found
 from deltawire.weights.kernels_numpy import GOLDEN, M1, M2
-from deltawire.weights.vectors_numba import BLOCKS, CHUNK, LANES, note_changes, scratch
+from deltawire.weights.vectors_numba import BLOCKS, CHUNK, LANES, aligned, note_changes
 
 AHEAD = 512
 """elements by which a gather or scatter fetches ahead; from 128 to 1,024 made no difference"""
@@ -59,7 +59,7 @@ def _collect(old, new, start, found, positions, steps):  # type: ignore[no-untyp
     """Fill positions and steps from `found` on with the changes from element `start` on, while there is room for a
     chunk's. The first element that was not compared, and how many changes there are. Each element of `new` is read
     once: another thread may write it."""
-    own, places = scratch(CHUNK * old.itemsize // 8).view(old.dtype), np.empty(CHUNK + 2, np.uint32)
+    own, places = aligned(CHUNK * old.itemsize // 8).view(old.dtype), np.empty(CHUNK + 2, np.uint32)
     whole, k = old.size // LANES * LANES, np.uint64(found)
     for at in range(start, whole, CHUNK):
         if k + np.uint64(CHUNK) > np.uint64(positions.size):

@@ -66,7 +66,7 @@ def count_ones(typing, x):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def scratch(words):  # type: ignore[no-untyped-def]
+def aligned(words):  # type: ignore[no-untyped-def]
     """So many words of memory that begin at a cache line. A store of 64 elements then crosses no line, which made a
     loop with such a store for every 64 elements twice as fast."""
     memory = np.empty(words + LINE, np.uint64)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from deltawire.errors import WrongBase
 from deltawire.format.codecs.lists import CHANGED, Facts
 from deltawire.weights.bits import Positions, UInts
-from deltawire.weights.found import Found
+from deltawire.weights.found import Found, Scratch
 from deltawire.weights.kernels_numpy import collect
 
 CLASSES = 16
@@ -66,8 +66,9 @@ def classify(old: UInts, positions: Positions, steps: UInts, scheme: Scheme) -> 
     return Ranked(population, changed, ranks[order], steps[order])
 
 
-def compare(old: UInts, new: UInts, scheme: Scheme, found: Found) -> Ranked:
-    """What `collect` finds goes to `found`, and is returned as `classify` ranks it."""
+def compare(old: UInts, new: UInts, scheme: Scheme, found: Found, scratch: Scratch) -> Ranked:
+    """What `collect` finds goes to `found`, and is returned as `classify` ranks it. The arrays may be of `scratch`, and
+    then hold until it is used again."""
     first = found.count
     collect(old, new, found)
     return classify(old, found.positions[first : found.count], found.steps[first : found.count], scheme)

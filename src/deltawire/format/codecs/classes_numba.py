@@ -11,8 +11,8 @@ from deltawire.format.codecs.classes import CLASSES, Ranked, Scheme
 from deltawire.format.codecs.lists import CHANGED, INVERTED, Facts
 from deltawire.format.codecs.vectors_numba import class_column, class_masks, class_planes, count_up_to
 from deltawire.weights.bits import Positions, UInts
-from deltawire.weights.found import Found, room_for, roomier
-from deltawire.weights.vectors_numba import BLOCKS, CHUNK, LANES, count_ones, note_changes, scratch
+from deltawire.weights.found import Found, Scratch, room_for, roomier
+from deltawire.weights.vectors_numba import BLOCKS, CHUNK, LANES, aligned, count_ones, note_changes
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 _inline = numba.njit(nogil=True, cache=True, inline="always", error_model="numpy")
@@ -85,8 +85,8 @@ def _key(bits, place, scheme, masks, before):  # type: ignore[no-untyped-def]
 def _compare(old, new, scheme, start, first, found, positions, steps, keys, counts):  # type: ignore[no-untyped-def]
     """As `_collect` of the kernels, with the keys of the changes from the `first` on; the elements of each class are
     added to `counts`."""
-    own, places = scratch(CHUNK * old.itemsize // 8).view(old.dtype), np.empty(CHUNK + 2, np.uint32)
-    masks, before, counted = scratch(BLOCKS * CLASSES), scratch(BLOCKS * CLASSES), scratch(CLASSES)
+    own, places = aligned(CHUNK * old.itemsize // 8).view(old.dtype), np.empty(CHUNK + 2, np.uint32)
+    masks, before, counted = aligned(BLOCKS * CLASSES), aligned(BLOCKS * CLASSES), aligned(CLASSES)
     counted[:] = counts
     whole, k, first = old.size // LANES * LANES, _U(found), _U(first)
     room = min(_U(positions.size), first + _U(keys.size))
@@ -118,7 +118,7 @@ def _compare(old, new, scheme, start, first, found, positions, steps, keys, coun
 @_jit
 def _rank(old, scheme, positions, keys, counts):  # type: ignore[no-untyped-def]
     """The keys of changes at ascending positions; the elements of each class are added to `counts`."""
-    masks, before, counted = scratch(BLOCKS * CLASSES), scratch(BLOCKS * CLASSES), scratch(CLASSES)
+    masks, before, counted = aligned(BLOCKS * CLASSES), aligned(BLOCKS * CLASSES), aligned(CLASSES)
     counted[:] = counts
     whole, k = old.size // LANES * LANES, _U(0)
     for at in range(0, whole, CHUNK):
@@ -156,9 +156,9 @@ def _sort(keys, steps, changed, ranks, sorted_steps):  # type: ignore[no-untyped
 def _find(old, scheme, starts, whole, ranks, positions, order):  # type: ignore[no-untyped-def]
     """Ascending positions of changes that are given class by class, and the order that leads to them; the elements of
     each class that is `whole`. Fewer positions than changes are found where ranks are beyond their class."""
-    planes, last = scratch(PLANES), scratch(LANES * old.itemsize // 8).view(old.dtype)
-    masks, before = scratch(LANES), scratch(LANES // 4).view(np.uint16)
-    hits, counts = scratch(LANES), np.zeros(CLASSES, np.int64)
+    planes, last = aligned(PLANES), aligned(LANES * old.itemsize // 8).view(old.dtype)
+    masks, before = aligned(LANES), aligned(LANES // 4).view(np.uint16)
+    hits, counts = aligned(LANES), np.zeros(CLASSES, np.int64)
     hits[:] = 0
     firsts, found = np.empty(LANES, np.int64), np.empty(COLUMN, np.int64)
     at, done = starts[:-1].copy(), np.int64(0)
@@ -191,15 +191,15 @@ def _find(old, scheme, starts, whole, ranks, positions, order):  # type: ignore[
     return counts, done
 
 
-def compare(old: UInts, new: UInts, scheme: Scheme, found: Found) -> Ranked:
+def compare(old: UInts, new: UInts, scheme: Scheme, found: Found, scratch: Scratch) -> Ranked:
     """As `classes.compare`. Another thread may write `new` meanwhile: each of its elements is read once."""
     first, at, counts = found.count, 0, np.zeros(CLASSES, np.uint64)
-    keys: UInts = np.empty(room_for(old.size), np.uint64)
+    keys: UInts = scratch.array("keys", room_for(old.size), np.uint64)
     while True:
         arrays = (found.positions, found.steps, keys, counts)
         at, found.count = _compare(old, new, _numbers(scheme), at, first, found.count, *arrays)
         if at == old.size:
-            return _ranked(counts, keys[: found.count - first], found.steps[first : found.count])
+            return _ranked(counts, keys[: found.count - first], found.steps[first : found.count], scratch)
         found.grow()
         keys = roomier(keys, found.count - first)
 
@@ -208,15 +208,16 @@ def classify(old: UInts, positions: Positions, steps: UInts, scheme: Scheme) -> 
     """As `classes.classify`."""
     keys, counts = np.empty(positions.size, np.uint64), np.zeros(CLASSES, np.uint64)
     _rank(old, _numbers(scheme), positions, keys, counts)
-    return _ranked(counts, keys, steps)
+    return _ranked(counts, keys, steps, Scratch())
 
 
 def _numbers(scheme: Scheme) -> tuple[int, int, int]:
     return scheme.shift, scheme.mask, scheme.lowest
 
 
-def _ranked(counts: UInts, keys: UInts, steps: UInts) -> Ranked:
-    changed, ranks, own = np.zeros(CLASSES, np.int64), np.empty(keys.size, np.int64), np.empty_like(steps)
+def _ranked(counts: UInts, keys: UInts, steps: UInts, scratch: Scratch) -> Ranked:
+    ranks, own = (scratch.array(name, keys.size, kind) for name, kind in (("ranks", np.int64), ("steps", steps.dtype)))
+    changed = np.zeros(CLASSES, np.int64)
     _sort(keys, steps, changed, ranks, own)
     return Ranked(counts.astype(np.int64), changed, ranks, own)
 

@@ -18,7 +18,7 @@ from deltawire.format.codecs.twins import Twin
 from deltawire.weights import threads
 from deltawire.weights.bits import Bits, Positions, UInts
 from deltawire.weights.delta import TensorDelta, check_same, settle
-from deltawire.weights.found import Found
+from deltawire.weights.found import Found, Scratch
 
 
 def compare(old: Bits, new: Bits, *, by_class: bool, twin: Twin | None = None) -> tuple[TensorDelta, Coded]:
@@ -47,10 +47,10 @@ class _Pair:
 
     def compare(self, span: list[Tile]) -> tuple[Found, list[tuple[TileEntry, UInts]]]:
         """What changes in consecutive tiles, by positions in the tensor, and each tile's entry and payload."""
-        found = Found(sum(tile.size for tile in span), self.old.dtype)
-        return found, [self._compare_tile(tile, found) for tile in span]
+        found, scratch = Found(sum(tile.size for tile in span), self.old.dtype), Scratch()
+        return found, [self._compare_tile(tile, found, scratch) for tile in span]
 
-    def _compare_tile(self, tile: Tile, found: Found) -> tuple[TileEntry, UInts]:
+    def _compare_tile(self, tile: Tile, found: Found, scratch: Scratch) -> tuple[TileEntry, UInts]:
         from deltawire.weights import kernels
 
         old, new, first = tile.cut(self.old), tile.cut(self.new), found.count
@@ -58,7 +58,7 @@ class _Pair:
         if self.scheme is None:
             kernels.collect(old, new, found)
         else:
-            ranked = self.twin.compare(old, new, self.scheme, found)
+            ranked = self.twin.compare(old, new, self.scheme, found, scratch)
         if found.count == first:
             return NOTHING, NO_BYTES
         positions = found.positions[first : found.count]

@@ -11,7 +11,7 @@ from deltawire.format.codecs import classes, lists
 from deltawire.format.codecs.classes import Ranked, Scheme
 from deltawire.format.codecs.lists import Changes, Facts, Unpacked
 from deltawire.weights.bits import Positions, UInts
-from deltawire.weights.found import Found
+from deltawire.weights.found import Found, Scratch
 from deltawire.weights.kernels_numpy import collect
 from deltawire.weights.speed import why_no_numba
 
@@ -24,7 +24,7 @@ class Twin(Protocol):
         self, facts: Facts, payload: UInts, *, most: int, kind: np.dtype[np.unsignedinteger], rows: int, dead: int
     ) -> Unpacked: ...
     def classify(self, old: UInts, positions: Positions, steps: UInts, scheme: Scheme) -> Ranked: ...
-    def compare(self, old: UInts, new: UInts, scheme: Scheme, found: Found) -> Ranked: ...
+    def compare(self, old: UInts, new: UInts, scheme: Scheme, found: Found, scratch: Scratch) -> Ranked: ...
     def locate(
         self, old: UInts, facts: Facts, ranks: Positions, steps: UInts, scheme: Scheme
     ) -> tuple[Positions, Positions, UInts]: ...
@@ -111,7 +111,7 @@ class OnTorch:
         population, changed, ranks, own = self._twin.classify(*tensors, scheme)
         return Ranked(population, changed, ranks.cpu().numpy(), own.cpu().numpy().view(steps.dtype))
 
-    def compare(self, old: UInts, new: UInts, scheme: Scheme, found: Found) -> Ranked:
+    def compare(self, old: UInts, new: UInts, scheme: Scheme, found: Found, scratch: Scratch) -> Ranked:
         first = found.count
         collect(old, new, found)
         changes = (found.positions[first : found.count], found.steps[first : found.count])
