@@ -4,7 +4,7 @@
     python benchmarks/codecs.py --threads
 
 A trace is a folder of `base.safetensors` (or a checkpoint's `model.safetensors`) and of delta files, as
-`benchmarks/traces.py` makes them; without one, 100 million random weights change by 1 %. Ours are files with their
+`benchmarks/traces.py` makes them; `random` is 100 million random weights that change by 1 %, as without any. Ours are files with their
 headers. What the extra `bench` installs is measured beside them, as are six bytes a change (position and value) and
 XOR with zstd. A share of 0.30 says: as long as 3.3 compare passes of the same run. `publish` compares and encodes, from
 old and new weights to the file. One core; CPU time, medians of all rounds.
@@ -33,6 +33,7 @@ from deltawire.weights.delta import Delta
 from peers import Codec, Step, Weights, layouts, peers
 
 FUSED = ("subset", "class")
+RANDOM = Path("random")
 
 
 def ours(step: Step) -> Iterator[Codec]:
@@ -55,9 +56,9 @@ def publish(step: Step, codec: str) -> bytes:
     return delta_file.encode(delta, codec=codec, coded={name: coded for name, (_, coded) in made.items()})
 
 
-def steps_of(trace: Path | None) -> Iterator[Step]:
+def steps_of(trace: Path) -> Iterator[Step]:
     """The steps of a trace, or one of random weights."""
-    if trace is None:
+    if trace == RANDOM:
         rng = np.random.default_rng(0)
         old = {"w": Bits("BF16", (100_000, 1000), _random_bf16(rng, 100_000_000))}
         new = {"w": old["w"].copy()}
@@ -209,7 +210,7 @@ def compare_cores(step: Step, rounds: int) -> None:
 def main() -> None:
     """Measure, print, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("traces", nargs="*", type=Path)
+    parser.add_argument("traces", nargs="*", type=Path, default=[RANDOM])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     parser.add_argument("--ours", action="store_true", help="measure deltawire's codecs alone")
@@ -217,12 +218,12 @@ def main() -> None:
     options = parser.parse_args()
     kernels.warm_up()
     if options.threads:
-        compare_cores(next(steps_of(options.traces[0] if options.traces else None)), options.rounds)
+        compare_cores(next(steps_of(options.traces[0])), options.rounds)
         return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     tables = []
-    for trace in options.traces or [None]:
-        name = trace.resolve().name if trace else "random weights"
+    for trace in options.traces:
+        name = "random weights" if trace == RANDOM else trace.resolve().name
         tables.append(table(name, list(steps_of(trace)), options.rounds, alone=options.ours))
         show(tables[-1])
     if options.json:

@@ -155,40 +155,59 @@ def _sort(keys, steps, changed, ranks, sorted_steps):  # type: ignore[no-untyped
 @_jit
 def _find(old, scheme, starts, whole, ranks, positions, order):  # type: ignore[no-untyped-def]
     """Ascending positions of changes that are given class by class, and the order that leads to them; the elements of
-    each class that is `whole`. Fewer positions than changes are found where ranks are beyond their class."""
+    each class that is `whole`. Fewer positions than changes are found where ranks are beyond their class.
+
+    Each step is a loop of its own. How many changes of a class a column has is not to be predicted, and a wrong guess
+    costs least where nothing else waits for it."""
     planes, last = aligned(PLANES), aligned(LANES * old.itemsize // 8).view(old.dtype)
-    masks, before = aligned(LANES), aligned(LANES // 4).view(np.uint16)
-    hits, counts = aligned(LANES), np.zeros(CLASSES, np.int64)
-    hits[:] = 0
-    firsts, found = np.empty(LANES, np.int64), np.empty(COLUMN, np.int64)
-    at, done = starts[:-1].copy(), np.int64(0)
+    masks, before = aligned(LANES * CLASSES), aligned(LANES * CLASSES // 4).view(np.uint16)
+    firsts, counts = np.zeros(CLASSES, np.int64), np.zeros(CLASSES, np.int64)
+    hits, items, at, done = aligned(LANES), np.empty(COLUMN, np.uint64), starts.astype(np.uint64), _U(0)
     for start in range(0, old.size, COLUMN):
         _fill(old, start, scheme, planes, last)
-        beyond, new = max(0, start + COLUMN - old.size), 0
         for c in range(CLASSES):
-            a, stop = at[c], starts[c + 1]
-            if a == stop and not whole[c]:
-                continue
-            first = counts[c]
-            counts[c] += class_column(planes, 0, _U(c), masks, before) - beyond * (c == 0)
-            while a < stop and ranks[a] < counts[c]:
-                rank = ranks[a] - first
-                block = count_up_to(before, rank) - _U(1)
-                place = _place(masks[block], _U(rank - before[block]), PLACES)
-                hits[block] |= _U(1) << place
-                found[new] = a << 12 | np.int64(block << _U(6) | place)
-                a, new = a + 1, new + 1
+            firsts[c] = counts[c]
+            if whole[c] or at[c] < _U(starts[c + 1]):
+                counts[c] += class_column(planes, _U(c), masks, before)
+        if start + COLUMN > old.size and counts[0] > firsts[0]:
+            counts[0] -= start + COLUMN - old.size
+        new = _U(0)
+        for c in range(CLASSES):
+            a, stop, first, end = at[c], _U(starts[c + 1]), firsts[c], counts[c]
+            while a < stop and ranks[a] < end:
+                items[new] = (a << _U(16)) | _U(c << 12) | _U(ranks[a] - first)
+                a, new = a + _U(1), new + _U(1)
             at[c] = a
-        for block in range(LANES):
-            firsts[block] = done
-            done = done + np.int64(count_ones(hits[block]))
-        for i in range(new):
-            block, place = _U(found[i] >> 6 & 63), _U(found[i] & 63)
-            k = _U(firsts[block]) + count_ones(hits[block] & ((_U(1) << place) - _U(1)))
-            positions[k], order[k] = start + (found[i] & 4095), found[i] >> 12
-        for block in range(LANES):
-            hits[block] = 0
-    return counts, done
+        _place_items(items, new, masks, before, hits)
+        done = _order_items(items, new, hits, before, start, done, positions, order)
+    return counts, np.int64(done)
+
+
+@_inline
+def _place_items(items, new, masks, before, hits):  # type: ignore[no-untyped-def]
+    """Put a change's place in the column (12 bits) for its class (4 bits) and its rank among those of the class in the
+    column (12 bits), and mark it in `hits`."""
+    hits[:] = 0
+    for i in range(new):
+        row, rank = _U(LANES) * ((items[i] >> _U(12)) & _U(CLASSES - 1)), items[i] & _U(COLUMN - 1)
+        block = count_up_to(before, row, rank) - _U(1)
+        place = _place(masks[row + block], rank - _U(before[row + block]), PLACES)
+        hits[block] |= _U(1) << place
+        items[i] = (items[i] >> _U(16) << _U(12)) | (block << _U(6)) | place
+
+
+@_inline
+def _order_items(items, new, hits, firsts, start, done, positions, order):  # type: ignore[no-untyped-def]
+    """Write a column's changes from `done` on, by ascending positions; how many are written then."""
+    total = _U(0)
+    for block in range(LANES):
+        firsts[block] = total
+        total += count_ones(hits[block])
+    for i in range(new):
+        block, place = (items[i] >> _U(6)) & _U(LANES - 1), items[i] & _U(LANES - 1)
+        k = done + _U(firsts[block]) + count_ones(hits[block] & ((_U(1) << place) - _U(1)))
+        positions[k], order[k] = _U(start) + (items[i] & _U(COLUMN - 1)), items[i] >> _U(12)
+    return done + total
 
 
 def compare(old: UInts, new: UInts, scheme: Scheme, found: Found, scratch: Scratch) -> Ranked:

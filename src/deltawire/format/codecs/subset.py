@@ -211,6 +211,9 @@ def decode_tile(job: ToDecode, twin: Twin) -> tuple[Positions, UInts]:
         inside, steps = _unpack(job, twin)
     except (FormatError, WrongBase) as error:
         raise type(error)(f"{job.spec.name}: {error}") from None
+    if job.tile.contiguous:
+        inside += job.tile.start
+        return inside, steps
     return job.tile.outside(inside), steps
 
 

@@ -100,34 +100,34 @@ def class_planes(typing, bits, at, scheme, planes, block):  # type: ignore[no-un
 
 
 @intrinsic
-def class_column(typing, planes, chunk, number, masks, before):  # type: ignore[no-untyped-def]
-    """Of one class in the chunk that begins at `chunk`: the mask of each block, and (uint16) how many elements of it
-    the blocks before hold. Returns how many all hold."""
+def class_column(typing, planes, number, masks, before):  # type: ignore[no-untyped-def]
+    """Of one class in a chunk, to the 64 places from masks[64 * number] on: the mask of each block. To `before`
+    (uint16) likewise: how many elements of it the blocks before hold. Returns how many all hold."""
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         eight = ir.VectorType(_I64, 8)
         ones = _count_ones(builder, eight)
         flips = []
         for bit in range(BITS):
-            own = builder.and_(builder.lshr(arguments[2], _I64(bit)), _I64(1))
+            own = builder.and_(builder.lshr(arguments[1], _I64(bit)), _I64(1))
             flips.append(_splat(builder, builder.sub(own, _I64(1)), 8))
-        counts = []
+        counts, first = [], builder.mul(arguments[1], _I64(LANES))
         for part in range(0, LANES, 8):
             both = _vector(_I64, 8, (1 << 64) - 1)
             for bit in range(BITS):
-                start = builder.add(arguments[1], _I64(LANES * bit + part))
+                start = _I64(LANES * bit + part)
                 place = address(context, builder, (signature.args[0], arguments[0]), start, eight)
                 both = builder.and_(both, builder.xor(builder.load(place, align=8), flips[bit]))
-            place = address(context, builder, (signature.args[3], arguments[3]), _I64(part), eight)
+            place = address(context, builder, (signature.args[2], arguments[2]), builder.add(first, _I64(part)), eight)
             builder.store(both, place, align=8)
             counts.append(builder.trunc(builder.call(ones, (both,)), ir.VectorType(_I16, 8)))
         own, total = _sums(builder, _joined(builder, counts))
         wide = ir.VectorType(_I16, LANES)
-        place = address(context, builder, (signature.args[4], arguments[4]), _I64(0), wide)
+        place = address(context, builder, (signature.args[3], arguments[3]), first, wide)
         builder.store(builder.sub(total, own), place, align=2)
         return builder.zext(builder.extract_element(total, _I32(LANES - 1)), _I64)
 
-    return types.int64(planes, types.int64, types.uint64, masks, before), emit
+    return types.int64(planes, types.uint64, masks, before), emit
 
 
 def _joined(builder: Any, parts: list[Any]) -> Any:
@@ -150,13 +150,15 @@ def _sums(builder: Any, own: Any) -> tuple[Any, Any]:
 
 
 @intrinsic
-def count_up_to(typing, before, rank):  # type: ignore[no-untyped-def]
-    """How many of 64 ascending numbers (uint16) are at most `rank`."""
+def count_up_to(typing, before, place, rank):  # type: ignore[no-untyped-def]
+    """How many of the 64 ascending numbers (uint16) from before[place] on are at most `rank`."""
 
     def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         wide = ir.VectorType(_I16, LANES)
-        numbers = builder.load(address(context, builder, (signature.args[0], arguments[0]), _I64(0), wide), align=2)
-        rank = _splat(builder, builder.trunc(arguments[1], _I16), LANES)
+        numbers = builder.load(
+            address(context, builder, (signature.args[0], arguments[0]), arguments[1], wide), align=2
+        )
+        rank = _splat(builder, builder.trunc(arguments[2], _I16), LANES)
         return builder.ctpop(builder.bitcast(builder.icmp_unsigned("<=", numbers, rank), _I64))
 
-    return types.int64(before, types.int64), emit
+    return types.uint64(before, types.uint64, types.uint64), emit
