@@ -4,10 +4,10 @@
     python benchmarks/codecs.py --threads
 
 A trace is a folder of `base.safetensors` (or a checkpoint's `model.safetensors`) and of delta files, as
-`benchmarks/traces.py` makes them; `random` is 100 million random weights that change by 1 %, as without any. Ours are files with their
-headers. What the extra `bench` installs is measured beside them, as are six bytes a change (position and value) and
-XOR with zstd. A share of 0.30 says: as long as 3.3 compare passes of the same run. `publish` compares and encodes, from
-old and new weights to the file. One core; CPU time, medians of all rounds.
+`benchmarks/traces.py` makes them; `random` is 100 million random weights that change by 1 %, and so is no trace. Ours
+are files with their headers. What the extra `bench` installs is measured beside them, as are six bytes a change
+(position and value) and XOR with zstd. A share of 0.30 says: as long as 3.3 compare passes of the same run. `publish`
+compares and encodes, from old and new weights to the file. One core; CPU time, medians of all rounds.
 
 `--threads` measures one core against all that this process may use, in turn, by the clock on the wall; it says how
 busy the machine was. `benchmarks/codecs_plot.py` draws what `--json` wrote.

@@ -37,11 +37,11 @@ def draw(tables: list[dict[str, Any]]) -> Any:
             sizes.text(min(length, TOO_LONG) + 0.08, place, f"{length:.2f}", va="center", fontsize=7)
         speeds.scatter([rows[name]["publish"] for name in names], places, marker="o", s=18, color=shades)
         speeds.scatter([rows[name]["decode"] for name in names], places, marker="x", s=18, color=shades)
-    sizes.set(xlim=(0, TOO_LONG + 1), xlabel="bytes a changed weight, whole file", yticks=range(len(names)))
+    sizes.set(xlim=(0, TOO_LONG + 1), xlabel="bytes a changed weight", yticks=range(len(names)))
     sizes.set_yticklabels(names)
     speeds.set(xscale="log", xlabel="speed, as a share of one compare pass: o publish, x decode")
     speeds.grid(axis="x", alpha=0.3)
-    sizes.legend(loc="lower right", fontsize=7, title="first step of", title_fontsize=7)
+    sizes.legend(loc="center right", bbox_to_anchor=(1, 0.71), fontsize=7, title="first step of", title_fontsize=7)
     figure.tight_layout()
     return figure
 

@@ -78,19 +78,6 @@ def _collect(old, new, start, found, positions, steps):  # type: ignore[no-untyp
     return old.size, np.int64(k)
 
 
-@_jit
-def _apply(bits, positions, steps, start):  # type: ignore[no-untyped-def]
-    before = np.uint64(0)
-    after = np.uint64(0)
-    for k in range(positions.size):
-        i = positions[k]
-        old = bits[i]
-        before += _mix(start + i, old)
-        bits[i] = old + steps[k]
-        after += _mix(start + i, bits[i])
-    return before, after
-
-
 @intrinsic
 def _fetch(typing, array, index):  # type: ignore[no-untyped-def]
     """Begin to bring an element's cache line as far as the second-level cache, and do not wait. A core waits for few
@@ -110,6 +97,20 @@ def _fetch(typing, array, index):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return numba.void(array, index), emit
+
+
+@_jit
+def _apply(bits, positions, steps, start):  # type: ignore[no-untyped-def]
+    before = np.uint64(0)
+    after = np.uint64(0)
+    for k in range(positions.size):
+        _fetch(bits, positions[min(k + AHEAD, positions.size - 1)])
+        i = positions[k]
+        old = bits[i]
+        before += _mix(start + i, old)
+        bits[i] = old + steps[k]
+        after += _mix(start + i, bits[i])
+    return before, after
 
 
 @_jit
