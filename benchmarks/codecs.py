@@ -187,14 +187,17 @@ def show(found: dict[str, Any]) -> None:
 
 
 def compare_cores(step: Step, rounds: int) -> None:
-    """Print how many times as fast all cores are as one, in turn, by the clock on the wall."""
+    """Print how many times as fast all cores are as one, in turn, by the clock on the wall. A bare compare pass in four
+    parts says what the machine had to give."""
     every, one = os.sched_getaffinity(0), {min(os.sched_getaffinity(0))}
     files = {codec: delta_file.encode(step.delta, codec=codec, base=step.old) for codec in FUSED}
-    timer = Timer(time.perf_counter)
+    timer, quarter = Timer(time.perf_counter), -(-step.flat_old.size // 4)
+    starts = range(0, step.flat_old.size, quarter)
+    parts = [(step.flat_old[at : at + quarter], step.flat_new[at : at + quarter]) for at in starts]
     for _ in range(rounds):
         for way, usable in (("one", one), ("all", every)):
             os.sched_setaffinity(0, usable)
-            assert threads.cores() == len(usable)
+            timer.time("compare pass", way, lambda: list(threads.run(lambda pair: count_changed(*pair), parts)))
             for codec in FUSED:
                 timer.time(
                     f"encode {codec}", way, lambda c=codec: delta_file.encode(step.delta, codec=c, base=step.old)
@@ -202,7 +205,8 @@ def compare_cores(step: Step, rounds: int) -> None:
                 timer.time(f"decode {codec}", way, lambda c=codec: delta_file.decode(files[c], base=step.old))
                 timer.time(f"publish {codec}", way, lambda c=codec: publish(step, c))
     print(f"{len(every)} cores against one, medians of {rounds} rounds in turn; load {os.getloadavg()[0]:.1f}")
-    for name in (f"{work} {codec}" for codec in FUSED for work in ("encode", "decode", "publish")):
+    works = [f"{work} {codec}" for codec in FUSED for work in ("encode", "decode", "publish")]
+    for name in ("compare pass", *works):
         one_s, all_s = timer.middle(name, "one"), timer.middle(name, "all")
         print(f"{name:15} {1e3 * one_s:7.1f} ms on one, {1e3 * all_s:7.1f} ms on all: {one_s / all_s:.2f} times")
 
