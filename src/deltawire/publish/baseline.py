@@ -5,8 +5,11 @@ last commit, never trusted.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 from deltawire.errors import CopiesDiffer
+from deltawire.format.codecs import fused
+from deltawire.format.codecs.subset import Coded
 from deltawire.publish.requirements import require_shape
 from deltawire.weights.bits import Bits
 from deltawire.weights.boxes import Box
@@ -16,6 +19,8 @@ from deltawire.weights.table import TensorEntry
 
 Own = Callable[[Bits], Bits]
 """the same bits in memory that nothing else writes"""
+FusedCodec = Literal["subset", "class"]
+"""codecs in which a change is encoded as it is found"""
 
 
 class Baseline:
@@ -81,6 +86,11 @@ class Baseline:
         """The change since the last capture; nothing moves. Raises UnknownTensor, ShapeMismatch, DtypeMismatch."""
         require_shape(name, new.shape, self._weights)
         return between_bits(self._weights[name], new)
+
+    def compare_and_encode(self, name: str, new: Bits, codec: FusedCodec) -> tuple[TensorDelta, Coded]:
+        """The same, and its encoding against the last capture, made in one pass. Raises as `compare` does."""
+        require_shape(name, new.shape, self._weights)
+        return fused.compare(self._weights[name], new, by_class=codec == "class")
 
     def advance(self, name: str, change: TensorDelta) -> None:
         """Move the baseline and its digest by a change, which from here on only the caller holds."""

@@ -10,7 +10,7 @@ from deltawire.buckets.base import Bucket
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.prepare.names import require_bare
 from deltawire.publish import ties
-from deltawire.publish.baseline import Baseline
+from deltawire.publish.baseline import Baseline, FusedCodec
 from deltawire.publish.capturer import About, Capture, CaptureOptions
 from deltawire.publish.comparing import Comparison
 from deltawire.publish.current_run import holds_run, near_base, newest, newest_of, tip_at, weights_at
@@ -90,7 +90,7 @@ class WholeCapturer:
         delta = Delta(self._tracker.uncovered)
         if delta or not versions:
             captured = self._describe(run, self.next_version + len(versions), about, delta=delta)
-            versions.append(replace(captured, payloads=self._encoded(captured)))
+            versions.append(replace(captured, payloads=encode(captured, self._tracker.coded)))
         changed = delta.changed if versions[-1].parent is not None else sum(count(entry.shape) for entry in run.table)
         self.transition.begin()
         self._tracker.cover()
@@ -100,19 +100,19 @@ class WholeCapturer:
     def close(self) -> None:
         """Nothing is held but memory."""
 
-    def _encoded(self, captured: Captured) -> dict[str, bytes | Path]:
-        """The version's file: the one time that the weights before it are at hand."""
-        if not (captured.run.needs_weights and self._options.by_class()):
-            return encode(captured)
-        with self._tracker.as_covered() as before:
-            return encode(captured, before)
+    def _codec(self) -> FusedCodec | None:
+        """What each change is encoded in as it is found; None for a run of `gap`."""
+        listed = self._run.may_use if self._run is not None else self._options.codecs
+        if "class" in listed and self._options.by_class():
+            return "class"
+        return "subset" if "subset" in listed else None
 
     def _compare(self, pairs: Pairs, given: ties.Given) -> dict[str, str]:
         """Move the baseline to what is given; by its name in the run, the name under which each tensor was given."""
         trainable = {entry.name for entry in self._run.table if entry.trainable} if self._run else None
         held = self._tracker.baseline.as_mapping()
         tensors = ties.resolved(pairs, self._aliases or {}, held, given if self._run is None else None)
-        seen = Comparison(self._tracker, self._casting, held, trainable).run(among(tensors, held))
+        seen = Comparison(self._tracker, self._casting, held, trainable, codec=self._codec()).run(among(tensors, held))
         self._casting.settle([*seen, *seen.values()])
         return seen
 

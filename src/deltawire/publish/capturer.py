@@ -59,7 +59,8 @@ class Capture:
     """What one publish captured.
 
     `versions` holds the next version; a run's first capture on a base can make two. `compare_seconds` were spent
-    comparing. `changed` elements changed, and the newest version's files have `wire_bytes`, on all ranks together.
+    comparing, and encoding what was found. `changed` elements changed, and the newest version's files have
+    `wire_bytes`, on all ranks together.
 
     Of a sharded job's capture, `cut` is the newest version that rank 0 has begun to send, as all ranks know it by now.
     Nothing folds into it any more.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from deltawire.publish.baseline import FusedCodec
 from deltawire.publish.dtypes import Casting
 from deltawire.publish.requirements import Table, require_all, require_due, require_shape
 from deltawire.publish.sharded.shards import Shard
@@ -26,6 +27,7 @@ class Comparison:
 
     `table` has the dtype and shape of each tensor of the run, and `trainable` the names that are due; None while the
     run begins. `hold` says what this process holds of a tensor. `prepare` is called before a tensor is compared.
+    With a `codec` each change is encoded as it is found.
     """
 
     tracker: ChangeTracker
@@ -34,6 +36,7 @@ class Comparison:
     trainable: set[str] | None
     hold: Callable[[GivenTensor], Shard] = hold_whole
     prepare: Callable[[str, Shard], None] = nothing_to_prepare
+    codec: FusedCodec | None = None
 
     def run(self, tensors: Iterable[GivenTensor]) -> dict[str, str]:
         """Move the baseline to the tensors given. By its name in the run, the name under which each was given.
@@ -50,7 +53,7 @@ class Comparison:
             require_shape(name, shard.whole, self.table)
             require_due(name, seen, self.trainable)
             self.prepare(name, shard)
-            self.tracker.take(name, self._bits(given, shard), owned=shard.owned)
+            self.tracker.take(name, self._bits(given, shard), owned=shard.owned, codec=self.codec)
             seen[name] = given.alias
         require_all(seen, self.trainable)
         return seen

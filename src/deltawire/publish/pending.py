@@ -9,12 +9,12 @@ from blake3 import blake3
 from deltawire.buckets.base import size_of
 from deltawire.buckets.verified import hash_file
 from deltawire.format import delta_file
+from deltawire.format.codecs.subset import Coded
 from deltawire.publish.sharded.shards import spread
 from deltawire.runlog.keys import delta_key, needs_weights, part_key
 from deltawire.runlog.records import Commit, Payload, Run, hash_of, signed, write
 from deltawire.runlog.signing import SigningKey
 from deltawire.runlog.writing import Attempt
-from deltawire.weights.bits import Bits
 from deltawire.weights.boxes import Box
 from deltawire.weights.delta import Delta
 from deltawire.weights.digest import root as root_of
@@ -128,19 +128,23 @@ def freeze(
     return Attempt(run, signed(commit, key), own.payloads)
 
 
-def encode(captured: Captured, before: Mapping[str, Bits] | None = None) -> dict[str, bytes | Path]:
-    """The delta's file under its key; nothing for a version in which nothing changed. It is of codec `class` where the
-    weights `before` it are given, those of its parent, bit for bit."""
+def encode(captured: Captured, coded: Mapping[str, Coded] | None = None) -> dict[str, bytes | Path]:
+    """The delta's file under its key; nothing for a version in which nothing changed.
+
+    `coded` are changes of it that were encoded as they were found, against the weights of its parent. Where any of them
+    is ranked by these, the file is of codec `class`; else of what its run writes.
+    """
     if not captured.delta:
         return {}
     delta, run = captured.delta, captured.run
     if captured.rank is not None:
         delta = spread(delta, captured.boxes, {entry.name: entry for entry in run.table})
-    codec = run.may_use[0] if before is None else "class"
+    by_class = any(coded[name].by_class for name in delta if name in coded) if coded else False
+    codec = "class" if by_class else run.may_use[0]
     data = delta_file.encode(
-        delta, codec=codec, base=before, run=run.run, parent=captured.parent, version=captured.version
+        delta, codec=codec, coded=coded or None, run=run.run, parent=captured.parent, version=captured.version
     )
     sealed = blake3(data).hexdigest()
     if captured.parent is None and captured.rank is not None:
         return {part_key(captured.version, sealed, captured.rank): data}
-    return {delta_key(captured.version, sealed, captured.rank, by_class=before is not None): data}
+    return {delta_key(captured.version, sealed, captured.rank, by_class=by_class): data}

@@ -3,11 +3,10 @@
 committed + frozen + waiting + uncovered == baseline
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 
-from deltawire.publish.baseline import Baseline
+from deltawire.format.codecs.subset import Coded
+from deltawire.publish.baseline import Baseline, FusedCodec
 from deltawire.publish.sharded.shards import Shard
 from deltawire.publish.ties import Ties
 from deltawire.weights.bits import Bits
@@ -47,6 +46,7 @@ class Transition:
 class ChangeTracker:
     """The baseline, the change since the last version, and the digests that the baseline began with.
 
+    `coded` has the encoding of those changes that were found in one piece, against the weights of the last version.
     In a sharded job `shards` says by name what this rank holds of each tensor, without the tensor.
     """
 
@@ -55,6 +55,7 @@ class ChangeTracker:
         self.baseline = baseline if baseline is not None else Baseline()
         self.seeded = dict(self.baseline.digests)
         self.uncovered: dict[str, TensorDelta] = {}
+        self.coded: dict[str, Coded] = {}
         self.shards: dict[str, Shard] = {}
 
     def seed(self, name: str, bits: Bits, shard: Shard) -> None:
@@ -63,40 +64,33 @@ class ChangeTracker:
         self.seeded[name] = self.baseline.digests[name]
         self.shards[name] = replace(shard, tensor=None)
 
-    def take(self, name: str, bits: Bits, *, owned: bool) -> None:
-        """Move the baseline to these bits, and keep the change if it is ours to publish.
+    def take(self, name: str, bits: Bits, *, owned: bool, codec: FusedCodec | None = None) -> None:
+        """Move the baseline to these bits, and keep the change if it is ours to publish. It is encoded, too, where a
+        `codec` is named, unless some of it was left by a publish that failed.
 
         Raises UnknownTensor, ShapeMismatch, DtypeMismatch.
         """
-        change = self.baseline.compare(name, bits)
-        total = self.uncovered[name] + change if name in self.uncovered else change
+        left, coded = self.uncovered.get(name), None
+        if codec is None or left is not None:
+            change = self.baseline.compare(name, bits)
+        else:
+            change, coded = self.baseline.compare_and_encode(name, bits, codec)
         with self._transition:
             if owned:
-                self.uncovered[name] = total
+                self.uncovered[name] = change if left is None else left + change
+                self._code(name, coded)
             self.baseline.advance(name, change)
 
     def take_back(self, name: str) -> None:
         """Undo what no version covers of a tensor."""
         with self._transition:
+            self._code(name, None)
             self.baseline.advance(name, -self.uncovered.pop(name))
-
-    @contextmanager
-    def as_covered(self) -> Iterator[Mapping[str, Bits]]:
-        """Meanwhile the baseline is as the last version left it. It moves on again however the block ends."""
-        self._transition.begin()
-        for name, change in self.uncovered.items():
-            self.baseline.advance(name, -change)
-        try:
-            yield self.baseline.as_mapping()
-        finally:
-            for name, change in self.uncovered.items():
-                self.baseline.advance(name, change)
-            self._transition.end()
 
     def forget(self, name: str) -> None:
         """Let go of a tensor, as if it had never been seeded."""
         self.baseline.forget(name)
-        for kept in (self.seeded, self.uncovered, self.shards):
+        for kept in (self.seeded, self.uncovered, self.coded, self.shards):
             kept.pop(name, None)
 
     def merge(self, aliases: Ties, given: set[str]) -> None:
@@ -111,13 +105,22 @@ class ChangeTracker:
 
     def cover(self) -> None:
         """A version covers everything from here on."""
-        self.uncovered = {}
+        self.uncovered, self.coded = {}, {}
 
     def _rename(self, old: str, new: str) -> None:
         self.baseline.rename(old, new)
         self.seeded[new] = self.seeded.pop(old)
         self.uncovered.pop(new, None)
+        self.coded.pop(new, None)
         if old in self.uncovered:
             self.uncovered[new] = self.uncovered.pop(old)
+        if old in self.coded:
+            self.coded[new] = self.coded.pop(old)
         if old in self.shards:
             self.shards[new] = self.shards.pop(old)
+
+    def _code(self, name: str, coded: Coded | None) -> None:
+        """Note what a tensor's whole change is encoded as; None where nothing is."""
+        self.coded.pop(name, None)
+        if coded is not None:
+            self.coded[name] = coded

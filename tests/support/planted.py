@@ -1,14 +1,15 @@
 """Faults that deltawire does not have, planted for the time of a test: what checks it must find each of them."""
 
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 
 from deltawire.errors import DeltaWireError
+from deltawire.format.codecs import fused, subset
 from deltawire.publish import current_run
-from deltawire.publish.tracker import ChangeTracker
 from deltawire.runlog import chain, keys, log, records, writing
 from deltawire.testing.actors import BrokenOff
 from deltawire.testing.stepped import SteppedPublisher
 from deltawire.upkeep import compactor, retention
+from deltawire.weights.delta import between_bits
 
 
 def head_before_the_commit(patch):
@@ -101,7 +102,11 @@ def one_look_at_the_newest_commit(patch):
 
 
 def class_is_ranked_by_the_bits_after_it(patch):
-    patch.setattr(ChangeTracker, "as_covered", lambda self: nullcontext(self.baseline.as_mapping()))
+    def wrong(old, new, *, by_class):
+        change = between_bits(old, new)
+        return change, subset.encode(change, new.data if by_class else None)
+
+    patch.setattr(fused, "compare", wrong)
 
 
 PLANTED = [
