@@ -74,6 +74,10 @@ class Health:
         self.server_says(served)
         self.staged, self.joined, self.current_at = None, True, self.bucket_answered
 
+    def holds(self) -> None:
+        """What the server serves is what it should, though there is a newer version."""
+        self.joined = self.joined or self.served is not None
+
     def waits(self, reason: str) -> None:
         """There is nothing to serve yet."""
         if self.waiting is None:
