@@ -106,7 +106,7 @@ def test_a_version_that_was_taken_back_is_tried_again_after_a_minute(fleet):
 
 def test_one_that_dies_when_others_have_gone_on_brings_them_back_to_the_old_version(fleet, run):
     fleet.engines[0].dies_at = "finish"
-    with pytest.raises(NotServed, match="version 1 was taken back .*a does not answer.*may still be served by a"):
+    with pytest.raises(NotServed, match=r"version 1 was taken back .*a does not answer.*may still be served by a"):
         fleet.broadcast.step()
     fleet.assert_serve(0, of="bc")
     assert fleet.reports == {"a": [], "b": [1, 0], "c": [1, 0]}
@@ -128,7 +128,7 @@ def test_servers_that_are_down_at_the_start_are_waited_for_and_the_others_are_re
     with Fleet(run) as fleet:
         run.publish(a=1)
         fleet.engines[1].dead = True
-        with pytest.raises(NotServed, match="held back .*b does not answer"):
+        with pytest.raises(NotServed, match=r"held back .*b does not answer"):
             fleet.broadcast.step()
         assert [follower.health.why_unready() for follower in fleet.followers if follower.replica != "b"] == [None] * 2
         assert isinstance(fleet.problems["b"][0], EngineUnavailable)

@@ -42,6 +42,14 @@ class Broadcast(FollowLoop[list[UpdateReport]]):
                 stack.enter_context(follower.lease.renewed())
             super().run()
 
+    def step(self) -> list[UpdateReport] | None:
+        """See `FollowLoop.step`. Raises NotServed, naming the servers that held the version back or failed."""
+        reports = super().step()
+        if self.health.waiting is not None:
+            for follower in self.followers:
+                follower.health.waits(self.health.waiting)
+        return reports
+
     def stop(self) -> None:
         """See `FollowLoop.stop`. A version that is about to go live is brought to its end first."""
         super().stop()
