@@ -73,24 +73,25 @@ class Following:
     def serving_health(self, address: str, max_staleness: int | None, max_age: float | None) -> Iterator[None]:
         """Meanwhile answer whether the servers are ready, show the page, and export metrics."""
         from deltawire.fleet.follower_port import board_of, metrics_of
-        from deltawire.follow.health import HealthOfEach, HealthRoute
-        from deltawire.follow.port import Port, Route
+        from deltawire.follow.health import HealthOfEach, HealthRoute, HealthServer
 
-        routes: dict[str, HealthRoute] = {}
+        each: dict[str, HealthRoute] = {}
         for server, follower, _ in self._each:
             health = follower.health
             follower.beats.unready = functools.partial(health.why_unready, max_staleness, max_age)
-            routes[server] = HealthRoute(follower.beats.unready, health)
-        route: Route = HealthOfEach(routes) if len(routes) > 1 else routes[self._each[0].server]
+            each[server] = HealthRoute(follower.beats.unready, health)
         followers = {server: follower for server, follower, _ in self._each}
+        first = self._each[0].follower
         host, port = host_and_port(address, "--health")
         with closing(board_of(*followers.values())) as board, ExitStack() as stack:
+            routes = [board, metrics_of(followers), *([HealthOfEach(each)] if len(each) > 1 else [])]
             with listening_at(host, port, "--health"):
-                opened = Port([board, metrics_of(followers), route], port, host=host)
-            page = stack.enter_context(opened).url
+                opened = HealthServer(port, first.beats.unready, first.health, host=host, routes=routes)
+            url = stack.enter_context(opened).url
             for follower in followers.values():
                 stack.enter_context(follower.listening())
-            self._teller.line("health", f"health at {page}health, page at {page}", url=f"{page}health", page=page)
+            page = url.removesuffix("health")
+            self._teller.line("health", f"health at {url}, page at {page}", url=url, page=page)
             yield
 
     def run(self, *, once: bool) -> None:

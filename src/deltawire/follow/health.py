@@ -175,7 +175,7 @@ class HealthOfEach:
         if health and number.isascii() and number.isdecimal() and len(number) < 10 and int(number) < len(routes):
             return routes[int(number)].answer("/health", query)
         if path != "/health":
-            return routes[0].answer(path, query)
+            return None
         said = {server: route.says() for server, route in self._each.items()}
         reasons = [f"{server}: {one['reason']}" for server, one in said.items() if not one["ready"]]
         answer = {"ready": not reasons, "reason": "; ".join(reasons) or None, "engines": said}
