@@ -1,6 +1,6 @@
 """What readers of one host save that share its cache, and whether sharing what they decode would save more.
 
-    python benchmarks/host_cache.py [--readers 8] [--millions 100] [--changed 0.01]
+    python benchmarks/host_cache.py [--readers 8] [--millions 50] [--changed 0.01]
 
 First that many processes read the same delta from a local HTTP store (S3 API), each for itself and then by the cache.
 It counts the bytes that the store sent. Then one process takes the parts of reading apart, medians of five: hashing the
@@ -11,6 +11,7 @@ file, and check that no position is outside of its tensor. Weights are random; a
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,29 +43,20 @@ def publish(millions: int, changed: float) -> None:
                 value[rng.random(value.size) < changed] += 1
 
 
-def read() -> float:
-    """Seconds of one reader for the delta of version 1."""
+def read() -> Delta:
+    """The delta of version 1, as a reader of the host gets it."""
     with dw.Subscriber(dw.open_bucket("s3://weights/run"), cache=host_cache()) as subscriber:
-        commit = subscriber.commits()[1]
-        started = time.perf_counter()
-        subscriber.fetch_delta(commit)
-        return time.perf_counter() - started
+        return subscriber.fetch_delta(subscriber.commits()[1])
 
 
-def readers(number: int, cache: str, store: SmallS3) -> tuple[int, float]:
-    """Bytes of deltas that the store sent to so many processes, and seconds until the last was done."""
-    os.environ["DELTAWIRE_CACHE"] = cache
-    asked, started, children = len(store.asked), time.perf_counter(), []
-    for _ in range(number):
-        if (child := os.fork()) == 0:
-            read()
-            os._exit(0)
-        children.append(child)
-    for child in children:
-        assert os.waitpid(child, 0)[1] == 0
-    seconds = time.perf_counter() - started
+def readers(number: int, cache: str, store: SmallS3) -> int:
+    """Bytes of deltas that the store sent to so many processes at once."""
+    asked, command = len(store.asked), [sys.executable, __file__, "--read"]
+    environ = {**os.environ, "DELTAWIRE_CACHE": cache}
+    started = [subprocess.Popen(command, env=environ) for _ in range(number)]
+    assert [process.wait(600) for process in started] == [0] * number
     gets = [one.key for one in store.asked[asked:] if one.method == "GET" and "/deltas/" in one.key]
-    return sum(len(store.objects[key]) for key in gets), seconds
+    return sum(len(store.objects[key]) for key in gets)
 
 
 def median(work: Callable[[], object]) -> float:
@@ -93,3 +85,46 @@ def load(folder: Path, like: Delta) -> Delta:
         delta[name] = TensorDelta(one.dtype, one.shape, here, increments[at : at + one.changed])
         at += one.changed
     return Delta(delta)
+
+
+def shares(number: int, store: SmallS3, folder: Path) -> None:
+    """Print what so many readers take of the store, with and without a cache."""
+    (size,) = [len(data) for key, data in store.objects.items() if "/deltas/" in key]
+    print(f"one delta: {size / 1e6:.2f} MB")
+    for name, cache in (("each for itself", "off"), ("by the cache", str(folder / "cache"))):
+        print(f"{number} readers, {name}: {readers(number, cache, store) / size:.2f} times its bytes")
+
+
+def parts(store: SmallS3, folder: Path) -> None:
+    """Print how long each part of reading takes."""
+    (data,) = [data for key, data in store.objects.items() if "/deltas/" in key]
+    delta = read()
+    save(delta, folder)
+    held = sum(path.stat().st_size for path in folder.glob("*.npy"))
+    print(f"fetching it at 1 Gbit/s: {8 * len(data) / 1e6:.0f} ms, at 10 Gbit/s {8 * len(data) / 1e7:.0f} ms")
+    print(f"hashing it: {median(lambda: blake3(data).digest()):.1f} ms")
+    print(f"decoding it, {len(os.sched_getaffinity(0))} cores: {median(lambda: delta_file.decode(data)):.1f} ms")
+    print(f"what it decodes to: {held / len(data):.1f} times its bytes")
+    print(f"writing that: {median(lambda: save(delta, folder)):.1f} ms")
+    print(f"mapping and checking that instead of decoding: {median(lambda: load(folder, delta)):.1f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readers", type=int, default=8)
+    parser.add_argument("--millions", type=int, default=50)
+    parser.add_argument("--changed", type=float, default=0.01)
+    parser.add_argument("--read", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.read:
+        read()
+        return
+    with small_s3() as store, tempfile.TemporaryDirectory() as work:
+        publish(options.millions, options.changed)
+        shares(options.readers, store, Path(work))
+        os.environ["DELTAWIRE_CACHE"] = "off"
+        parts(store, Path(work))
+
+
+if __name__ == "__main__":
+    main()

@@ -156,8 +156,8 @@ def test_a_download_that_broke_off_goes_on_with_the_whole_files_it_had(cache):
 
     got = []
     with pytest.raises(Unavailable):
-        cache.hold("entry", 20, fill)
-    with cache.hold("entry", 20, fill) as held:
+        cache.hold("entry", 20, fill, source="a bucket")
+    with cache.hold("entry", 20, fill, source="a bucket") as held:
         assert sorted(path.name for path in held.path.iterdir()) == ["one", "two"]
     assert got == ["one", "two", "two"]
 
@@ -191,8 +191,8 @@ def test_a_folder_that_others_may_read_is_not_used(chain, cache):
     assert list(cache.folder.iterdir()) == []
 
 
-def put(cache, name, size):
-    return cache.hold(name, size, lambda folder: (folder / "data").write_bytes(bytes(size)))
+def put(cache, name, size, source="a bucket"):
+    return cache.hold(name, size, lambda folder: (folder / "data").write_bytes(bytes(size)), source=source)
 
 
 def names(cache):
@@ -234,9 +234,10 @@ def test_one_that_stands_still_is_not_waited_for_and_one_that_gets_on_is(tmp_pat
         assert end.wait(LONG)
 
     with ThreadPoolExecutor() as pool:
-        slow = pool.submit(cache.hold, "entry", 1, fill)
+        slow = pool.submit(cache.hold, "entry", 1, fill, source="a bucket")
         assert began.wait(LONG)
         assert put(cache, "entry", 1) is None
+        assert put(HostCache(tmp_path), "entry", 1, "another bucket") is None, "it may be faster than that one"
         patient = pool.submit(put, HostCache(tmp_path), "entry", 1)
         end.set()
         slow.result(LONG).close()

@@ -111,7 +111,7 @@ class Anchors:
                 made += self._make(folder, record, run)
 
             assert self._cache is not None
-            if (held := self._cache.hold(name, record.wire_bytes, fill)) is None:
+            if (held := self._cache.hold(name, record.wire_bytes, fill, source=self._bucket.url)) is None:
                 return None
             with suppress(OSError, FormatError, msgspec.DecodeError):
                 _require_files(held.path, record, without={path.name for path in made})

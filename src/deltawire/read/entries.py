@@ -14,14 +14,17 @@ LOCK, CONTENT = "lock", "content"
 
 
 class Wait:
-    """Waits for the one that fills an entry, as long as that gets on."""
+    """Waits for the one that fills an entry from the bucket `source`, as long as that gets on."""
 
-    def __init__(self, entry: Path, patience: float) -> None:
-        self._entry, self._patience = entry, patience
+    def __init__(self, entry: Path, source: str, patience: float) -> None:
+        self._entry, self._source, self._patience = entry, source, patience
         self._size, self._since, self._began = -1, 0.0, time.monotonic()
 
     def goes_on(self) -> bool:
-        """Sleep for a moment; False once nothing was added for too long."""
+        """Sleep for a moment; False once nothing was added for too long, or if it is filled from elsewhere."""
+        with suppress(OSError, UnicodeDecodeError):
+            if (self._entry / LOCK).read_text() not in ("", self._source):
+                return False
         now, size = time.monotonic(), size_of(self._entry)
         if size != self._size:
             self._size, self._since = size, now

@@ -89,7 +89,7 @@ class HostCache:
             download_verified(bucket, key, folder / _DATA, size=size, blake3=blake3)
 
         for _ in range(2):  # what is damaged is fetched again, by us or by another
-            held = self.hold(blake3, size, fill)
+            held = self.hold(blake3, size, fill, source=bucket.url)
             if held is None:
                 break
             with held, suppress(OSError, FormatError):
@@ -99,16 +99,18 @@ class HostCache:
             held.discard()
         return get_verified(bucket, key, size=size, blake3=blake3)
 
-    def hold(self, name: str, size: int, fill: Callable[[Path], None]) -> "Held | None":
-        """The entry of that name, which stays until it is let go. `fill` puts about `size` bytes into a folder, in
-        which an earlier call may have left whole files; only one process of the host does it at a time.
+    def hold(self, name: str, size: int, fill: Callable[[Path], None], *, source: str) -> "Held | None":
+        """The entry of that name, which stays until it is let go. `fill` puts about `size` bytes of the bucket `source`
+        into a folder, in which an earlier call may have left whole files. Only one process of the host does it at a
+        time.
 
-        None where the cache is of no use now: its disk is full or refuses, or who fills the entry stands still. Raises
-        what `fill` raises, but for OutOfSpace and what the file system refuses.
+        None where the cache is of no use now: its disk is full or refuses, or who fills the entry stands still, or
+        reads another bucket, which may be slower. Raises what `fill` raises, but for OutOfSpace and what the file
+        system refuses.
         """
         try:
             self._require_own()
-            return self._hold(self.folder / name, size, fill)
+            return self._hold(self.folder / name, size, fill, source)
         except OutOfSpace:
             return None
         except OSError as error:
@@ -123,8 +125,8 @@ class HostCache:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise PermissionError(1, f"{self.folder} is not this user's alone")
 
-    def _hold(self, entry: Path, size: int, fill: Callable[[Path], None]) -> "Held | None":
-        wait = Wait(entry, self._patience)
+    def _hold(self, entry: Path, size: int, fill: Callable[[Path], None], source: str) -> "Held | None":
+        wait = Wait(entry, source, self._patience)
         while True:
             whole = (entry / CONTENT).is_dir()
             lock = locked(entry, alone=not whole)
@@ -134,6 +136,7 @@ class HostCache:
                 continue
             try:
                 if not (entry / CONTENT).is_dir():
+                    (entry / LOCK).write_text(source)
                     self._fill(entry, size, fill)
                 if is_shared(lock) and (entry / CONTENT).is_dir():
                     os.utime(entry / LOCK)
