@@ -102,7 +102,7 @@ def test_one_port_answers_for_each_server_and_for_all(place, capsys):
         assert httpx.get(f"{port}health").status_code == 200
         names = {follower.replica for _, follower, _ in following._each}
         assert len(names) == 2
-        until(lambda: rows(port) == dict.fromkeys(names, 1))
+        until(lambda: rows(port) == dict.fromkeys(names, 1), seconds=60)
 
 
 def rows(port):

@@ -52,10 +52,12 @@ def entries(folder: Path) -> Iterator[Entry]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files below a folder."""
+    """Bytes of the files below an entry's folder, but for its lock."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
+            if place == str(folder) and name == LOCK:
+                continue
             with suppress(FileNotFoundError):
                 total += os.stat(os.path.join(place, name), follow_symlinks=False).st_size
     return total
