@@ -42,6 +42,11 @@ class Broadcast(FollowLoop[list[UpdateReport]]):
                 stack.enter_context(follower.lease.renewed())
             super().run()
 
+    def close(self) -> None:
+        """See `FollowLoop.close`."""
+        self.stop()
+        super().close()
+
     def step(self) -> list[UpdateReport] | None:
         """See `FollowLoop.step`. Raises NotServed, naming the servers that held the version back or failed."""
         reports = super().step()

@@ -79,7 +79,12 @@ def at_once(followers: Sequence[F], do: Callable[[F], T]) -> dict[F, T | Excepti
     if not followers:
         return {}
     with ThreadPoolExecutor(len(followers)) as pool:
-        return dict(zip(followers, pool.map(done, followers), strict=True))
+        try:
+            return dict(zip(followers, pool.map(done, followers), strict=True))
+        except BaseException:  # Ctrl-C: the pool waits for its threads, and theirs may be long waits
+            for follower in followers:
+                follower.stop()
+            raise
 
 
 def failed(done: Mapping[F, T | Exception]) -> dict[F, Exception]:

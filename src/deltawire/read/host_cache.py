@@ -32,6 +32,8 @@ from deltawire.buckets.verified import download_verified, get_verified, require_
 from deltawire.errors import FormatError, OutOfSpace
 from deltawire.read.entries import CONTENT, LOCK, Wait, delete, entries, is_shared, locked, size_of
 
+FOLDER, LIMIT = "DELTAWIRE_CACHE", "DELTAWIRE_CACHE_GIB"
+"""variables of the environment"""
 GIB = 1 << 30
 USUAL_LIMIT = 4 * GIB
 """bytes of a cache, unless that is more than a tenth of its disk"""
@@ -53,14 +55,14 @@ def host_cache(environ: Mapping[str, str] = os.environ) -> "HostCache | None":
 
     Raises FormatError for a limit that is not a number.
     """
-    chosen = environ.get("DELTAWIRE_CACHE", "")
+    chosen = environ.get(FOLDER, "")
     if chosen == "off":
         return None
-    size = environ.get("DELTAWIRE_CACHE_GIB", "")
+    size = environ.get(LIMIT, "")
     try:
         limit = int(float(size) * GIB) if size else None
     except (ValueError, OverflowError):
-        raise FormatError(f"DELTAWIRE_CACHE_GIB is {size!r}: give a number of GiB, as 4 or 0.5") from None
+        raise FormatError(f"{LIMIT} is {size!r}: give a number of GiB, as 4 or 0.5") from None
     return HostCache(Path(chosen).absolute() if chosen else cache_folder(), limit)
 
 
