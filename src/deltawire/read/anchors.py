@@ -1,7 +1,6 @@
 """Anchors on this host: downloaded once, verified, opened only if they are what the run's table says."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Container
 from contextlib import suppress
@@ -11,6 +10,7 @@ import msgspec
 
 from deltawire.buckets.atomic import file_system_errors, require_room
 from deltawire.buckets.base import Bucket
+from deltawire.buckets.temporary import TemporaryFolder
 from deltawire.buckets.verified import download_verified, hash_file, require_file
 from deltawire.errors import FormatError, ShapeMismatch
 from deltawire.format import checkpoint, delta_file
@@ -37,7 +37,7 @@ class Anchors:
 
     def __init__(self, bucket: Bucket, *, base: Path | None, cache: HostCache | None = None) -> None:
         self._bucket, self._base, self._cache, self._owner = bucket, base, cache, os.getpid()
-        self._temporary: Path | None = None
+        self._temporary: TemporaryFolder | None = None
         self._held: dict[str, Held] = {}
         self._sound: set[tuple[Position, Path]] = set()
         self.fetching: tuple[int, int] | None = None
@@ -52,7 +52,7 @@ class Anchors:
         self._held.clear()
         self._sound.clear()
         if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.close()
             self._temporary = None
 
     def open(self, record: Commit | Derived, run: Run) -> Checkpoint:
@@ -90,9 +90,8 @@ class Anchors:
         if (folder := self._shared(name, record, run)) is not None:
             return folder
         if self._temporary is None:
-            with file_system_errors(f"{tempfile.gettempdir()} (TMPDIR chooses another disk)"):
-                self._temporary = Path(tempfile.mkdtemp(prefix="deltawire-"))
-        folder = self._temporary / name
+            self._temporary = TemporaryFolder()
+        folder = self._temporary.path / name
         if not (folder / _WHOLE).is_dir():
             with file_system_errors(str(folder)):
                 folder.mkdir(exist_ok=True)
