@@ -1,14 +1,18 @@
 """Several servers and one process: each has its own health, heartbeat and lease, and none waits for another."""
 
 import threading
+from contextlib import ExitStack
 
 import pytest
-from fleets import Fleet
-from small import SmallRun
+from fleets import Fleet, Member
+from small import Fused, Shard, SmallRun, make_weights
+from small_s3 import small_s3
 from waiting import until
 
+import deltawire as dw
 from deltawire.errors import EngineUnavailable
 from deltawire.follow import several
+from deltawire.follow.follower import Follower
 from deltawire.follow.several import Several
 from deltawire.runlog import heartbeats
 
@@ -70,3 +74,22 @@ def test_one_step_brings_every_server_that_can_to_the_version_and_raises_for_the
     fleet.engines[0].dead = False
     assert [report and report.version for report in followers.step()] == [1, None, None]
     fleet.assert_serve(1)
+
+
+def test_the_workers_of_several_servers_on_a_host_fetch_each_payload_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAWIRE_CACHE", str(tmp_path))
+    trained, others = make_weights(), make_weights(seed=5)
+    engines = [Member("x", [], Fused(others)), Member("y", [], *(Shard(others, rank) for rank in range(2)))]
+    with small_s3() as store, ExitStack() as stack:
+        publisher = stack.enter_context(dw.Publisher(dw.open_bucket("s3://weights/run")))
+        followers = Several(
+            [stack.enter_context(Follower("s3://weights/run", engine, replica=engine.url)) for engine in engines]
+        )
+        for version in range(3):
+            publisher.publish(trained)
+            publisher.flush(LONG)
+            assert [report.version for report in followers.step()] == [version] * 2
+            trained["a"][version] += 1
+        fetched = [one.key for one in store.asked if one.method == "GET" and one.key.endswith(".safetensors")]
+        assert sorted(fetched) == sorted(key for key in store.objects if key.endswith(".safetensors"))
+    assert dw.equal(engines[0].served(), engines[1].served())
