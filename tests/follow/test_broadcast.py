@@ -119,6 +119,7 @@ def test_one_that_dies_when_others_have_gone_on_brings_them_back_to_the_old_vers
 def test_one_that_serves_the_version_though_its_last_call_failed_takes_nothing_back(fleet):
     fleet.engines[1].fault, fleet.engines[1].late = "finish", True
     assert len(fleet.broadcast.step()) == 2
+    assert "finish fails" in str(fleet.problems["b"][-1])
     fleet.engines[1].fault = ""
     assert fleet.broadcast.step() is None
     fleet.assert_serve(1)

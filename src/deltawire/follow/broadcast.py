@@ -74,20 +74,32 @@ class Broadcast(FollowLoop[list[UpdateReport]]):
         super().report(error)
 
     def _advance(self, target: Position) -> list[UpdateReport] | None:
+        reports = self._bring(target)
+        if reports is not None and not self._are_sound():
+            reports += self._bring(target) or []
+        return reports or None
+
+    def _bring(self, target: Position) -> list[UpdateReport] | None:
+        """Have all servers serve a version; None when we were stopped before. Raises NotServed."""
         if self._taken_back is not None and self._taken_back.stands(target, self.health.clock()):
             raise self._taken_back.why
         prepared = at_once(self.followers, lambda follower: _prepare(follower, target))
         if problems := failed(prepared):
             raise self._held_back(target, problems)
         reports = self._together(target, [follower for follower in self.followers if prepared[follower]])
-        if reports is None:
-            return None
-        self.health.is_current(target)
-        for follower in self.followers:
-            follower.health.problem = None
-        if unsound := [follower for follower in self.followers if not follower.is_sound()]:
-            reports += self._together(target, [one for one in unsound if _prepare(one, target)]) or []
-        return reports or None
+        if reports is not None:
+            self.health.is_current(target)
+            for follower in self.followers:
+                follower.health.problem = None
+        return reports
+
+    def _are_sound(self) -> bool:
+        """Whether live memory is what it should be, of servers where it is time to look. What keeps one from looking
+        is reported."""
+        found = at_once(self.followers, lambda follower: follower.is_sound())
+        for follower, error in failed(found).items():
+            follower.report(error)
+        return False not in found.values()
 
     def _together(self, target: Position, behind: Sequence[Follower]) -> list[UpdateReport] | None:
         """Have servers go live with what they have staged; None when we were stopped before they began."""
@@ -111,10 +123,13 @@ class Broadcast(FollowLoop[list[UpdateReport]]):
             raise self._take_back(target, before, problems)
         whole: Mapping[Follower, Written] = {one: done for one, done in written.items() if isinstance(done, Written)}
         concluded = at_once(behind, lambda follower: follower.conclude(target, whole[follower]))
-        if problems := {one: error for one, error in failed(concluded).items() if not _serves(one, target)}:
-            raise self._take_back(target, before, problems)
+        late = failed(concluded)
+        if lost := {one: error for one, error in late.items() if not _serves(one, target)}:
+            raise self._take_back(target, before, lost)
         for follower in behind:
             follower.health.is_current(target)
+            if follower in late:
+                follower.report(late[follower])
         return [report for report in concluded.values() if isinstance(report, UpdateReport)]
 
     def _held_back(self, target: Position, problems: Mapping[Follower, Exception]) -> NotServed:
