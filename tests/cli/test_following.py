@@ -1,6 +1,8 @@
 """`deltawire follow` with several servers: what each is told by, and the one port that shows them all."""
 
 import json
+import subprocess
+import sys
 from contextlib import ExitStack
 
 import httpx
@@ -103,6 +105,24 @@ def test_one_port_answers_for_each_server_and_for_all(place, capsys):
         names = {follower.replica for _, follower, _ in following._each}
         assert len(names) == 2
         until(lambda: rows(port) == dict.fromkeys(names, 1), seconds=60)
+
+
+def test_a_signal_ends_the_process_and_every_server_keeps_what_it_serves(place):
+    run, engines = place
+    names = [word for engine in engines for word in ("--engine", engine.url)]
+    command = [sys.executable, "-m", "deltawire.cli", "follow", "--bucket", run.url, *names, "--all-or-nothing"]
+    with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            until(lambda: versions(engines) == ["1", "1"], seconds=60, unless=lambda: process.poll() is not None)
+        finally:
+            process.terminate()
+        told, _ = process.communicate(timeout=60)
+    *earlier, last = [json.loads(line) for line in told.splitlines()]
+    assert last == {"event": "stopped", "by": "SIGTERM", "version": None}
+    assert sorted(event["event"] for event in earlier) == ["following"] * 2 + ["update"] * 2
+    assert process.returncode == 0
+    assert versions(engines) == ["1", "1"]
+    assert [engine.worker.status().lease.holder for engine in engines] == [None, None]
 
 
 def rows(port):
