@@ -20,9 +20,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_state(tmp_path_factory):
-    """What followers remember goes to no home."""
+    """What followers remember and fetch goes to no home."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("DELTAWIRE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

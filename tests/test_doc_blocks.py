@@ -19,6 +19,10 @@ NOT_RUN = {
     "sudo useradd": "changes this host; tests/examples/test_deploy.py checks the units",
     "cp examples/deploy/deltawire.env": "needs Docker; tests/examples/test_deploy.py checks the files",
     "kubectl create": "needs a cluster; tests/examples/test_deploy.py checks the manifest",
+    "deltawire follow --bucket hf://buckets/me/wordle --health 8100": (
+        "needs two servers; tests/vllm/test_several_on_vllm.py starts them"
+    ),
+    "export VLLM_SERVER_DEV_MODE=1": "needs two servers; tests/vllm/test_several_on_vllm.py starts two of one model",
 }
 """blocks that no test runs, by how they begin, and the reasons that their marks give"""
 COMMANDS = "deltawire|pip|make|vllm|python3?|curl|hf|export|torchrun|sudo|docker|kubectl|cp"

@@ -17,6 +17,7 @@ from verbs import say
 
 import deltawire as dw
 from deltawire.cli import app
+from deltawire.read import host_cache
 from deltawire.vllm.versions import is_tested
 
 ROOT = Path(__file__).parents[2]
@@ -28,9 +29,11 @@ PAGE = (Path(__file__).parents[2] / "docs" / "DEPLOY.md").read_text()
 
 
 def variables() -> set[str]:
-    """The environment that some option of some verb is read from."""
+    """The environment that some option of some verb is read from, or every reader's cache."""
     verbs = get_command(app).commands.values()
-    return {parameter.envvar for verb in verbs for parameter in verb.params if getattr(parameter, "envvar", None)}
+    return {host_cache.FOLDER, host_cache.LIMIT} | {
+        parameter.envvar for verb in verbs for parameter in verb.params if getattr(parameter, "envvar", None)
+    }
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)

@@ -47,7 +47,7 @@ def place(tmp_path):
         follower = stack.enter_context(
             Follower(run.url, EngineClient(engine.url), FollowOptions(on_update=updates.append))
         )
-        board, metrics = board_of(follower), metrics_of(follower)
+        board, metrics = board_of(follower), metrics_of({"one": follower})
         stack.enter_context(closing(board))
         ready = follower.beats.unready
         health = stack.enter_context(HealthServer(0, ready, follower.health, routes=[board, metrics]))

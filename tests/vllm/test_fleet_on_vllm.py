@@ -38,7 +38,7 @@ def test_a_real_server_is_found_sound_before_and_while_it_is_followed_and_the_pa
         after = {one.check: one for one in examine(bucket, server.url)}
         assert {one.level for one in after.values()} <= {"ok", "note"}, after
         assert "mine" in after["lease"].said and after["prepacking"].level == "ok"
-        metrics = metrics_of(follower)
+        metrics = metrics_of({"one": follower})
         with closing(board_of(follower)) as board:
             routes = [board, metrics]
             with HealthServer(0, follower.beats.unready, follower.health, routes=routes) as health:

@@ -18,7 +18,7 @@ def get_verified(bucket: Bucket, key: str, *, size: int, blake3: str) -> bytes:
     Raises Truncated, TooLarge or BadDigest when it is not, and what `bucket.get` raises.
     """
     data = bucket.get(key, limit=size)
-    _check(f"{bucket.url}/{key}", len(data), _Blake3(data).hexdigest(), size=size, blake3=blake3)
+    require_bytes(f"{bucket.url}/{key}", data, size=size, blake3=blake3)
     return data
 
 
@@ -29,12 +29,23 @@ def download_verified(bucket: Bucket, key: str, path: Path, *, size: int, blake3
     """
     with replacing(path) as temporary:
         bucket.get_file(key, temporary, limit=size)
-        # Not mapped into memory: the file system's own bit rot would be a SIGBUS instead of an error.
-        with open(temporary, "rb") as file:
-            hasher = _Blake3()
-            while chunk := file.read(1 << 20):
-                hasher.update(chunk)
-            _check(f"{bucket.url}/{key}", file.tell(), hasher.hexdigest(), size=size, blake3=blake3)
+        require_file(f"{bucket.url}/{key}", temporary, size=size, blake3=blake3)
+
+
+def require_bytes(where: str, data: bytes, *, size: int, blake3: str) -> None:
+    """Raise Truncated or BadDigest, naming `where`, unless these bytes are those promised."""
+    _check(where, len(data), _Blake3(data).hexdigest(), size=size, blake3=blake3)
+
+
+def require_file(where: str, path: Path, *, size: int, blake3: str) -> None:
+    """Raise Truncated or BadDigest, naming `where`, unless a file's bytes are those promised; OSError where it cannot
+    be read."""
+    # Not mapped into memory: the file system's own bit rot would be a SIGBUS instead of an error.
+    with open(path, "rb") as file:
+        hasher = _Blake3()
+        while chunk := file.read(1 << 20):
+            hasher.update(chunk)
+        _check(where, file.tell(), hasher.hexdigest(), size=size, blake3=blake3)
 
 
 def hash_file(path: Path) -> str:

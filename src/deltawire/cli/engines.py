@@ -1,10 +1,9 @@
 """Verbs for a vLLM server on this host: follow a bucket into its live weights, and audit them."""
 
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import msgspec
 import typer
@@ -19,19 +18,11 @@ from deltawire.cli.options import (
     SigningKeyFile,
     Trusted,
     bucket_and,
-    host_and_port,
-    listening_at,
 )
 from deltawire.cli.printing import emit
-from deltawire.cli.telling import Teller
-from deltawire.errors import NotFound, some
+from deltawire.errors import some
 from deltawire.read.naming import number_in, version_named
 from deltawire.read.subscriber import Subscriber
-
-if TYPE_CHECKING:
-    from deltawire.follow.follower import Follower, UpdateReport
-    from deltawire.follow.options import FollowOptions
-    from deltawire.vllm.adapters import AdapterFollower, AdapterReport
 
 PauseChoice = Literal["keep", "wait", "abort"]
 Poll = Annotated[
@@ -106,19 +97,30 @@ MaxAge = Annotated[
     ),
 ]
 Once = Annotated[bool, typer.Option("--once", help="Bring the server to the newest version, then stop.")]
+LOCAL = "http://127.0.0.1:8000"
+Engines = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine",
+        metavar="URL",
+        help=f"A vLLM server on this host, by default {LOCAL}; give it again for each.",
+        envvar="DELTAWIRE_ENGINE",
+    ),
+]
+AllOrNothing = Annotated[bool, typer.Option("--all-or-nothing", help="A version goes live on all servers, or on none.")]
 Compact = Annotated[
     Path | None, typer.Option(help="Keep a mirror here, and write folds and anchors.", envvar="DELTAWIRE_COMPACT")
 ]
 
 
 def follow(
-    bucket: BucketWord = None, engine: EngineUrl = "http://127.0.0.1:8000", poll: Poll = None, pin: Pin = None,
+    bucket: BucketWord = None, engine: Engines = None, poll: Poll = None, pin: Pin = None,
     adapter: Adapter = None, adapter_folder: AdapterFolder = None, base: BaseFolder = None, trust: Trusted = None,
     state: State = None, forget_state: ForgetState = False, run: Run = None, pause: Pause = "keep",
     keep_cache: KeepCache = False, audit_every: AuditEvery = 100, pass_endpoint: PassEndpoint = False,
     take_over: TakeOver = False, health: HealthAddress = None, max_staleness: MaxStaleness = None,
     max_age: MaxAge = None, once: Once = False, compact: Compact = None, key: SigningKeyFile = None,
-    at: BucketOption = None, json: AsJson = False,
+    all_or_nothing: AllOrNothing = False, at: BucketOption = None, json: AsJson = False,
 ) -> None:  # fmt: skip
     """Follow a bucket and patch a vLLM server's live weights.
 
@@ -130,24 +132,41 @@ def follow(
 
     With --adapter it runs with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora instead. It then holds the two
     newest versions of the adapter, and nothing is paused, kept or audited.
+
+    One process drives several servers: give --engine for each. They need nothing of each other. With --all-or-nothing a
+    version goes live on all of them or on none.
     """
+    from deltawire.cli.following import Following
     from deltawire.follow.options import FollowOptions
 
-    (url,), teller = bucket_and(at, bucket), Teller(as_json=json)
+    (url,), servers = bucket_and(at, bucket), list(dict.fromkeys(engine or [LOCAL]))
+    _require_apart(servers, adapter, adapter_folder, state, all_or_nothing=all_or_nothing)
     options = FollowOptions(
         poll=poll, pin=_pinned(url, pin, trust or ()), base=base, trusted=tuple(trust or ()),
         state=state, run=run, forget_state=forget_state,
         pause=pause, clear_cache=not keep_cache, audit_every=audit_every, pass_endpoint=pass_endpoint,
-        take_over=take_over, on_update=teller.update, on_news=teller.news, on_problem=teller.problem,
+        take_over=take_over,
     )  # fmt: skip
+    following = Following(url, options, as_json=json)
     with ExitStack() as stack:
         if compact is not None:
-            options = stack.enter_context(_compacting(url, compact, key, options, teller))
-        follower = _follower(url, engine, adapter, adapter_folder, options, teller)
-        stack.enter_context(follower)
+            stack.enter_context(following.compacting(compact, key))
+        stack.enter_context(following.of(servers, adapter, adapter_folder, all_or_nothing=all_or_nothing))
         if health is not None:
-            stack.enter_context(_serving_health(health, follower, max_staleness, max_age, teller))
-        _follow(follower, engine, teller, once=once)
+            stack.enter_context(following.serving_health(health, max_staleness, max_age))
+        following.run(once=once)
+
+
+def _require_apart(
+    servers: Sequence[str], adapter: str | None, folder: Path | None, state: Path | None, *, all_or_nothing: bool
+) -> None:
+    """Raise BadParameter where followers of several servers would share what each needs for itself."""
+    if all_or_nothing and adapter is not None:
+        raise typer.BadParameter("an adapter is loaded beside the last: leave it out", param_hint="--all-or-nothing")
+    if len(servers) > 1 and folder is not None:
+        raise typer.BadParameter("several servers cannot share one: leave it out", param_hint="--adapter-folder")
+    if len(servers) > 1 and state is not None and not state.is_dir():
+        raise typer.BadParameter("for several servers it is a folder that exists", param_hint="--state")
 
 
 def _pinned(bucket: str, pin: str | None, trust: Iterable[str]) -> int | None:
@@ -158,102 +177,11 @@ def _pinned(bucket: str, pin: str | None, trust: Iterable[str]) -> int | None:
         return version_named(subscriber, pin)
 
 
-def _follower(
-    bucket: str,
-    engine: str,
-    adapter: str | None,
-    folder: Path | None,
-    options: "FollowOptions",
-    teller: Teller,
-) -> "Follower | AdapterFollower":
-    """What follows, whole models or an adapter; a problem is printed with how long it has lasted."""
-    from deltawire.follow.follower import Follower
-    from deltawire.vllm.adapters import AdapterFollower
-    from deltawire.vllm.client import EngineClient
-
-    def problem(error: Exception) -> None:
-        teller.problem(error, follower.health)
-
-    options = options.changed(on_problem=problem)
-    follower: Follower | AdapterFollower
-    if adapter is None:
-        follower = Follower(bucket, EngineClient(engine), options)
-    else:
-        follower = AdapterFollower(bucket, engine, adapter, folder=folder, options=options)
-    return follower
-
-
-@contextmanager
-def _compacting(
-    bucket: str, mirror: Path, key: Path | None, options: "FollowOptions", teller: Teller
-) -> Iterator["FollowOptions"]:
-    """The options of a follower that wakes a compactor at each update."""
-    from deltawire.upkeep.background import BackgroundCompactor
-    from deltawire.upkeep.compactor import Compactor
-
-    compactor = Compactor(open_bucket(bucket), mirror, base=options.base, trusted=options.trusted, signing_key=key)
-    with BackgroundCompactor(compactor, on_problem=teller.problem) as compacting:
-
-        def update(report: "UpdateReport | AdapterReport") -> None:
-            teller.update(report)
-            compacting.wake()
-
-        yield options.changed(on_update=update)
-
-
-@contextmanager
-def _serving_health(
-    address: str,
-    follower: "Follower | AdapterFollower",
-    max_staleness: int | None,
-    max_age: float | None,
-    teller: Teller,
-) -> Iterator[None]:
-    """Meanwhile answer whether the server is ready, show the page, and export metrics."""
-    from deltawire.fleet.follower_port import board_of, metrics_of
-    from deltawire.follow.health import HealthServer
-
-    health = follower.health
-    follower.beats.unready = lambda: health.why_unready(max_staleness, max_age)
-    host, port = host_and_port(address, "--health")
-    with closing(board_of(follower)) as board:
-        with listening_at(host, port, "--health"):
-            routes = [board, metrics_of(follower)]
-            server = HealthServer(port, follower.beats.unready, health, host=host, routes=routes)
-        with server, follower.listening():
-            page = server.url.removesuffix("health")
-            teller.line("health", f"health at {server.url}, page at {page}", url=server.url, page=page)
-            yield
-
-
-def _follow(follower: "Follower | AdapterFollower", engine: str, teller: Teller, *, once: bool) -> None:
-    where, pin = follower.bucket.url, follower.options.pin
-    server = re.sub("//.*@", "//", engine)  # a password may stand before an "@"
-    teller.line("following", f"{server} follows {where}", engine=server, bucket=where, pin=pin)
-    with teller.to_the_end(follower.stop, follower.health):
-        if once:
-            _follow_once(follower, teller)
-        else:
-            follower.run()
-
-
-def _follow_once(follower: "Follower | AdapterFollower", teller: Teller) -> None:
-    from deltawire.follow.news import Current
-
-    if follower.step() is not None:
-        return
-    health = follower.health
-    if health.waiting is not None:
-        raise NotFound(health.waiting)
-    if health.served is not None:
-        teller.news(Current(health.served.run, health.served.version))
-
-
 def audit(
     bucket: Annotated[
         str | None, typer.Argument(metavar="BUCKET", help="Compare with this bucket; default: the one followed.")
     ] = None,
-    engine: EngineUrl = "http://127.0.0.1:8000",
+    engine: EngineUrl = LOCAL,
     at: Annotated[str | None, typer.Option("--bucket", metavar="BUCKET", help="The same as the argument.")] = None,
     json: AsJson = False,
 ) -> None:

@@ -22,17 +22,20 @@ ANNOUNCED = 16 << 20
 
 
 class Teller:
-    """Prints what a follower says. `bar` chooses a progress bar for an anchor over plain lines."""
+    """Prints what a follower says. `bar` chooses a progress bar for an anchor over plain lines. `server` is which
+    one it follows, where there are several."""
 
-    def __init__(self, *, as_json: bool, bar: bool | None = None) -> None:
+    def __init__(self, *, as_json: bool, bar: bool | None = None, server: str | None = None) -> None:
         self._console = Console(stderr=True)
-        self._json = as_json
+        self._json, self._server = as_json, server
         self._bar = self._console.is_terminal and not as_json if bar is None else bar
         self._progress: Progress | None = None
 
     def line(self, event: str, text: str, **facts: object) -> None:
         """Print an event."""
         self._end_bar()
+        if self._server is not None:
+            text, facts = f"{self._server}: {text}", {"engine": self._server, **facts}
         emit({"event": event, **facts}, plain(text, None), self._json)
 
     def update(self, report: "UpdateReport | AdapterReport") -> None:
@@ -81,8 +84,9 @@ class Teller:
             self._progress = None
 
     @contextmanager
-    def to_the_end(self, stop: Callable[[], None], health: "Health") -> Iterator[None]:
-        """Until the block ends: SIGTERM calls `stop`, and the last line says why it ended and what is served on."""
+    def to_the_end(self, stop: Callable[[], None], health: "Health | None") -> Iterator[None]:
+        """Until the block ends: SIGTERM calls `stop`, and the last line says why it ended and what is served on, as
+        far as that is one version."""
         import signal
 
         ended_by: list[str] = []
@@ -101,9 +105,10 @@ class Teller:
         finally:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
             if ended_by:
-                served = None if health.served is None else health.served.version
+                served = None if health is None or health.served is None else health.served.version
                 kept = "what it serves" if served is None else f"version {served}"
-                text = f"stopped by {ended_by[0]}; the server keeps {kept}"
+                who = "every server" if health is None else "the server"
+                text = f"stopped by {ended_by[0]}; {who} keeps {kept}"
                 self.line("stopped", text, by=ended_by[0], version=served)
 
 

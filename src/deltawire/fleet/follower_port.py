@@ -26,10 +26,11 @@ class LocalFollower(Protocol):
     beats: Beats
 
 
-def board_of(follower: LocalFollower) -> Board:
-    """The page of a follower's bucket, read by connections of its own."""
-    watcher = Watcher(open_bucket(follower.bucket.url), trusted=follower.options.trusted)
-    return Board(watcher, local=lambda: own_row(follower))
+def board_of(*followers: LocalFollower) -> Board:
+    """The page of one or several followers' bucket, read by connections of its own."""
+    bucket, trusted = followers[0].bucket, followers[0].options.trusted
+    rows = lambda: {name: row for one in followers for name, row in own_row(one).items()}  # noqa: E731
+    return Board(Watcher(open_bucket(bucket.url), trusted=trusted), local=rows)
 
 
 def own_row(follower: LocalFollower) -> Mapping[str, Mapping[str, Any]]:
@@ -49,14 +50,27 @@ def own_row(follower: LocalFollower) -> Mapping[str, Mapping[str, Any]]:
     return {beat.replica: msgspec.to_builtins(row)}
 
 
-def metrics_of(follower: LocalFollower) -> Route:
-    """A follower's metrics, which hear of its updates and problems from here on; without prometheus_client what says
-    so."""
+def metrics_of(followers: Mapping[str, LocalFollower]) -> Route:
+    """The metrics of followers, which hear of their updates and problems from here on; of several they are labelled by
+    the name of each. Without prometheus_client what says so."""
     try:
-        from deltawire.fleet.metrics import FollowerMetrics
+        from deltawire.fleet.metrics import FollowerMetrics, MetricsOfEach
     except ImportError:
         return NoMetrics()
-    options, metrics = follower.options, FollowerMetrics(follower.health, follower.beats.unready)
+    if len(followers) > 1:
+        each = MetricsOfEach()
+        for name, follower in followers.items():
+            _hears(follower, each.add(name, follower.health, follower.beats.unready))
+        return each
+    (follower,) = followers.values()
+    metrics = FollowerMetrics(follower.health, follower.beats.unready)
+    _hears(follower, metrics)
+    return metrics
+
+
+def _hears(follower: LocalFollower, metrics: Any) -> None:
+    """Have metrics hear of a follower's updates and problems."""
+    options = follower.options
 
     def updated(report: Any) -> None:
         metrics.updated(report)
@@ -67,7 +81,6 @@ def metrics_of(follower: LocalFollower) -> Route:
         options.on_problem(error)
 
     follower.options = options.changed(on_update=updated, on_problem=failed)
-    return metrics
 
 
 class NoMetrics:

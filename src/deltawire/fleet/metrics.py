@@ -1,7 +1,7 @@
 """Metrics for Prometheus: of a follower, on its health port, and of a publisher. Reading them asks no engine."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from deltawire.follow.follower import UpdateReport
@@ -16,6 +16,7 @@ try:
         Counter,
         Gauge,
         Histogram,
+        Metric,
         ProcessCollector,
         generate_latest,
     )
@@ -95,6 +96,29 @@ class FollowerMetrics(Metrics):
     def failed(self, error: Exception) -> None:
         """Something stands in the way."""
         self._problems.labels(type(error).__name__).inc()
+
+
+class MetricsOfEach(Metrics):
+    """The metrics of several followers in this process, each labelled by its `engine`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._each: dict[str, FollowerMetrics] = {}
+        self.registry.register(self)
+
+    def add(self, name: str, health: Health, why_unready: Callable[[], str | None]) -> FollowerMetrics:
+        """The metrics of one more."""
+        self._each[name] = FollowerMetrics(health, why_unready, CollectorRegistry())
+        return self._each[name]
+
+    def collect(self) -> Iterable[Metric]:
+        """Every metric once, with the samples of each follower; what a registry asks for."""
+        families: dict[str, Metric] = {}
+        for name, metrics in self._each.items():
+            for family in metrics.registry.collect():
+                whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                whole.samples += [one._replace(labels={"engine": name, **one.labels}) for one in family.samples]
+        return families.values()
 
 
 class PublisherMetrics(Metrics):

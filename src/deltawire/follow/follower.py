@@ -5,6 +5,7 @@ The engine, not this process's memory, says where the server is; so a follower m
 
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -111,9 +112,7 @@ class Follower(FollowLoop[UpdateReport]):
 
     def _advance(self, target: Position) -> UpdateReport | None:
         report = self._update(target)
-        self._unaudited += report is not None
-        every = self.options.audit_every
-        if every and self._unaudited >= every and not self._audit():
+        if not self.is_sound():
             report = self._update(target) or report
         return report
 
@@ -121,28 +120,42 @@ class Follower(FollowLoop[UpdateReport]):
         return self.engine.status().position
 
     def _update(self, target: Position) -> UpdateReport | None:
+        if not self.prepare(target):
+            return None
+        report = self.commit(target)
+        self.health.is_current(target)
+        return report
+
+    def prepare(self, target: Position) -> bool:
+        """Have the server stage a version while it generates, every digest compared with the commit. False when there
+        is nothing to write: the server is at that version, or this follower was closed meanwhile.
+
+        Raises what `step` does; the server serves what it served.
+        """
         health = self.health
         if (found := self.server.take()) is None:
-            return None
+            return False
         self._require_whole_model()
         health.staged = None
         if (status := self._ready(found, target.run)) is None:
-            return None
+            return False
         health.server_says(status.position)
         self.beats.codecs = status.codecs
         if status.position == target:
             self.server.label(target)
             health.is_current(target)
-            return None
+            return False
         if not self._stage(target):
-            return None
+            return False
         health.staged = target.version
-        report = self._commit(target)
-        health.is_current(target)
-        return report
+        return True
 
-    def _audit(self) -> bool:
-        """Whether live memory is what it should be; if not, the workers have quarantined themselves."""
+    def is_sound(self) -> bool:
+        """Whether live memory is what it should be, where it is time to look; if not, the workers have quarantined
+        themselves."""
+        every = self.options.audit_every
+        if not every or self._unaudited < every:
+            return True
         found, self._unaudited = self.engine.audit(), 0
         self.health.audit = f"version {found.position.version if found.position else None}: " + (
             f"{len(found.mismatched)} tensors differ: {some(found.mismatched)}" if found.mismatched else "equal"
@@ -205,11 +218,25 @@ class Follower(FollowLoop[UpdateReport]):
             self.engine.require_staged(self.source.subscriber, target)
         return True
 
-    def _commit(self, target: Position) -> UpdateReport:
-        """Swap the weights inside a pause that only scatters."""
-        paused = time.perf_counter()
-        status = self.server.swap(target)
-        pause_ms = 1e3 * (time.perf_counter() - paused)
+    def commit(self, target: Position) -> UpdateReport:
+        """Have the server go on with what is staged. Its session is closed and generation resumed whatever happens."""
+        try:
+            written = self.write(target)
+        except BaseException:
+            self.server.let_go()
+            raise
+        return self.conclude(target, written)
+
+    def write(self, target: Position) -> "Written":
+        """Pause the server and write what is staged; see `DrivenServer.write`."""
+        began = time.perf_counter()
+        return Written(self.server.write(target), began)
+
+    def conclude(self, target: Position, written: "Written") -> UpdateReport:
+        """Name the version that was written, and let generation go on. Raises what the workers recorded."""
+        status = written.status
+        self.server.conclude(target, status)
+        pause_ms = 1e3 * (time.perf_counter() - written.began)
         self.server.require(status)
         if status.position != target:
             self.source.refresh()  # our copy of the commit may have been damaged on its way
@@ -217,6 +244,7 @@ class Follower(FollowLoop[UpdateReport]):
         applied = status.applied
         if status.position != target or applied is None:
             raise Quarantined(f"{self.engine.url} took {target} without an error and does not serve it: restart it")
+        self._unaudited += 1
         report = UpdateReport(
             run=target.run,
             version=target.version,
@@ -232,3 +260,11 @@ class Follower(FollowLoop[UpdateReport]):
         )
         self.options.on_update(report)
         return report
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What the workers of a paused server said after a write; `began` is when its pause did, by `time.perf_counter`."""
+
+    status: ServerStatus
+    began: float

@@ -1,7 +1,7 @@
 """Whether a replica may be sent requests: its server answers and serves a version, and one that is new enough."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,10 @@ class Health:
         self.server_says(served)
         self.staged, self.joined, self.current_at = None, True, self.bucket_answered
 
+    def holds(self) -> None:
+        """What the server serves is what it should, though there is a newer version."""
+        self.joined = self.joined or self.served is not None
+
     def waits(self, reason: str) -> None:
         """There is nothing to serve yet."""
         if self.waiting is None:
@@ -145,12 +149,37 @@ class HealthRoute:
     def __init__(self, why_unready: Callable[[], str | None], health: Health) -> None:
         self._why_unready, self._health = why_unready, health
 
+    def says(self) -> dict[str, Any]:
+        """What a router of requests reads."""
+        return self._health.answer(self._why_unready())
+
     def answer(self, path: str, query: str) -> Answer | None:
         """See `Route.answer`."""
         if path == "/health":
-            reason = self._why_unready()
-            return as_json(200 if reason is None else 503, self._health.answer(reason))
+            said = self.says()
+            return as_json(200 if said["ready"] else 503, said)
         return as_json(200, {"live": True}) if path == "/live" else None
+
+
+class HealthOfEach:
+    """The health of several servers: /health/0 and on, in their order, answer as a `HealthRoute` of one. /health is 200
+    while all of them are ready, and says of each what its own says. `each` are their routes, by address."""
+
+    def __init__(self, each: Mapping[str, HealthRoute]) -> None:
+        self._each = dict(each)
+
+    def answer(self, path: str, query: str) -> Answer | None:
+        """See `Route.answer`."""
+        routes = [*self._each.values()]
+        _, health, number = path.partition("/health/")
+        if health and number.isascii() and number.isdecimal() and len(number) < 10 and int(number) < len(routes):
+            return routes[int(number)].answer("/health", query)
+        if path != "/health":
+            return None
+        said = {server: route.says() for server, route in self._each.items()}
+        reasons = [f"{server}: {one['reason']}" for server, one in said.items() if not one["ready"]]
+        answer = {"ready": not reasons, "reason": "; ".join(reasons) or None, "engines": said}
+        return as_json(503 if reasons else 200, answer)
 
 
 class HealthServer(Port):

@@ -92,7 +92,7 @@ class FollowLoop(ABC, Generic[R]):
             except (EngineUnsupported, Quarantined, AnotherFollower):
                 raise
             except (BucketError, FormatError, ChainError, EngineError) as error:
-                self._report(error)
+                self.report(error)
                 self.stopping.wait(self._between_looks())
 
     def step(self) -> R | None:
@@ -138,6 +138,16 @@ class FollowLoop(ABC, Generic[R]):
         """Write our heartbeat, if it is time to."""
         self.beats.write(self.health.labelled, need=need, error=error)
 
+    def report(self, error: Exception) -> None:
+        """Say what stands in the way, here and in the heartbeat."""
+        self.source.refresh()
+        self.beats.pace.failed(error)
+        self.health.fails(error)
+        if self._is_due(type(error).__name__):
+            self.options.on_problem(error)
+        if not isinstance(error, NotFound):  # an entry would make a bucket that is gone
+            self.beat(error=error_text(error))
+
     def _look(self, look: "_Look") -> None:
         """Wait for the bucket to change, and bring the server to what it says then, or when it is time."""
         if not look.greeted:
@@ -152,16 +162,6 @@ class FollowLoop(ABC, Generic[R]):
         look.tag, look.at = tag, self.health.clock()
         if self.health.waiting is None:  # an entry would make a bucket of what may be a misspelt name
             self.beat()
-
-    def _report(self, error: Exception) -> None:
-        """Say what stands in the way, here and in the heartbeat."""
-        self.source.refresh()
-        self.beats.pace.failed(error)
-        self.health.fails(error)
-        if self._is_due(type(error).__name__):
-            self.options.on_problem(error)
-        if not isinstance(error, NotFound):  # an entry would make a bucket that is gone
-            self.beat(error=error_text(error))
 
     def _tell(self, report: R | None) -> None:
         """Say that we wait, or that the server is current where no update says so."""

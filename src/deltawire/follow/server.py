@@ -93,25 +93,37 @@ class DrivenServer:
         self._health.fails(slow)
         self._options.on_problem(slow)
 
-    def swap(self, target: Position) -> ServerStatus:
-        """Pause, write, name the version, resume. The session is closed and generation resumed whatever happens."""
+    def write(self, target: Position) -> ServerStatus:
+        """Open a session, pause, and have the workers write what they staged. The server stays paused, also when this
+        fails, until `conclude`, `withdraw` or `let_go`."""
         self.lease.confirmed()
+        self.engine.start()
+        self.engine.pause(self._options.pause, clear_cache=self._options.clear_cache)
+        self.engine.update(self._url, target)
+        status = self.lease.confirmed()
+        if status.torn:
+            self.engine.revert()
+        return status
+
+    def conclude(self, target: Position, status: ServerStatus) -> None:
+        """After a write: close the session, name the version that is served, resume. Generation is resumed whatever
+        happens."""
         try:
-            self.engine.start()
-            self.engine.pause(self._options.pause, clear_cache=self._options.clear_cache)
-            self.engine.update(self._url, target)
-            status = self.lease.confirmed()
-            if status.torn:
-                self.engine.revert()
             self.engine.finish(str(target) if status.position == target else None)
         except BaseException:
-            self._let_go()
+            self.let_go()
             raise
         self.engine.resume()
         self._health.labelled = status.position
-        return status
 
-    def _let_go(self) -> None:
+    def withdraw(self) -> None:
+        """After a write: put back what it replaced, unless that was concluded; close the session, resume."""
+        try:
+            self.engine.revert()
+        finally:
+            self.let_go()
+
+    def let_go(self) -> None:
         """End the session and the pause of an update that failed, as far as the server lets us; the next step looks
         again. A follower that has taken the lease keeps its own."""
         with suppress(EngineError):

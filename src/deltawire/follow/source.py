@@ -6,6 +6,7 @@ from pathlib import Path
 from deltawire.buckets import Bucket, open_bucket
 from deltawire.errors import NotFound, OtherRun
 from deltawire.follow.options import FollowOptions
+from deltawire.read.host_cache import host_cache
 from deltawire.read.seen import Seen
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog import log
@@ -71,4 +72,4 @@ class Source:
         return self._any_run or log.continues(self.bucket, run, self.subscriber.run.run, trust=self.trust)
 
     def _subscribe(self) -> Subscriber:
-        return Subscriber(self.bucket, base=self.base, trusted=self.trust)
+        return Subscriber(self.bucket, base=self.base, trusted=self.trust, cache=host_cache())

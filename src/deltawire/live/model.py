@@ -20,6 +20,7 @@ from deltawire.live.background import Background
 from deltawire.live.messages import Applied, Attach, Audited, Update
 from deltawire.live.staging import Plan
 from deltawire.live.transforms import AfterLoading
+from deltawire.read.host_cache import host_cache
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.log import current_run
 from deltawire.runlog.records import Position
@@ -241,7 +242,7 @@ class LiveModel:
         none."""
         self._before("attach")
         loading = self._require_provable()
-        subscriber = Subscriber(self._open_bucket(url), base=self.base, trusted=self.trust)
+        subscriber = Subscriber(self._open_bucket(url), base=self.base, trusted=self.trust, cache=host_cache())
         opened = attach(url, subscriber, self._model, loading, self._background.between_passes)
         if self._serving.compiled and any(transform.hidden for transform in opened.live.remade()):
             raise EngineUnsupported(

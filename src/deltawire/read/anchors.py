@@ -1,45 +1,59 @@
 """Anchors on this host: downloaded once, verified, opened only if they are what the run's table says."""
 
 import os
-import shutil
 import tempfile
+from collections.abc import Container
+from contextlib import suppress
 from pathlib import Path
+
+import msgspec
 
 from deltawire.buckets.atomic import file_system_errors, require_room
 from deltawire.buckets.base import Bucket
-from deltawire.buckets.verified import download_verified
+from deltawire.buckets.temporary import TemporaryFolder
+from deltawire.buckets.verified import download_verified, hash_file, require_file
 from deltawire.errors import FormatError, ShapeMismatch
 from deltawire.format import checkpoint, delta_file
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.read.bases import base_of
+from deltawire.read.host_cache import Held, HostCache
 from deltawire.runlog.bounds import require_anchor, require_codec, require_in_table, require_memory
 from deltawire.runlog.keys import anchor_hash, payload_key
-from deltawire.runlog.records import Commit, Derived, Position, Run
+from deltawire.runlog.records import Commit, Derived, Payload, Position, Run
 from deltawire.weights.table import aliases_of
 
 _WHOLE = "whole"
 """the folder in which an anchor that comes in parts is put together"""
+_MADE = "whole.json"
+"""the hashes of what was put together, for those that find it in the host's cache"""
 
 
 class Anchors:
-    """The anchors one reader has fetched, in a temporary folder that `close` removes.
+    """The anchors one reader has fetched: in the cache that the readers of this host share, or else in a temporary
+    folder that `close` removes.
 
     `base` is a folder with the base checkpoint, for runs whose version 0 refers to one this host has elsewhere.
     """
 
-    def __init__(self, bucket: Bucket, *, base: Path | None) -> None:
-        self._bucket, self._base, self._owner = bucket, base, os.getpid()
-        self._cache: Path | None = None
+    def __init__(self, bucket: Bucket, *, base: Path | None, cache: HostCache | None = None) -> None:
+        self._bucket, self._base, self._cache, self._owner = bucket, base, cache, os.getpid()
+        self._temporary: TemporaryFolder | None = None
+        self._held: dict[str, Held] = {}
         self._sound: set[tuple[Position, Path]] = set()
         self.fetching: tuple[int, int] | None = None
         """bytes of an anchor that are here, and of how many, while one is downloaded"""
 
     def close(self) -> None:
-        """Remove what was downloaded; checkpoints handed out before stop being usable."""
-        if self._cache is not None and os.getpid() == self._owner:  # a forked child must not remove the parent's
-            shutil.rmtree(self._cache, ignore_errors=True)
-            self._cache = None
-            self._sound.clear()
+        """Let go of what was downloaded; checkpoints handed out before stop being usable."""
+        if os.getpid() != self._owner:  # a forked child must not remove the parent's
+            return
+        for held in self._held.values():
+            held.close()
+        self._held.clear()
+        self._sound.clear()
+        if self._temporary is not None:
+            self._temporary.close()
+            self._temporary = None
 
     def open(self, record: Commit | Derived, run: Run) -> Checkpoint:
         """The anchor that a record describes. A base may hold aliases, which are passed over; no other anchor does.
@@ -72,24 +86,54 @@ class Anchors:
         if not record.payloads:
             return self._base or base_of(run)
         require_anchor(record, run.table, f"anchor {record.position}")
-        if self._cache is None:
-            with file_system_errors(f"{tempfile.gettempdir()} (TMPDIR chooses another disk)"):
-                self._cache = Path(tempfile.mkdtemp(prefix="deltawire-"))
-        folder = self._cache / f"{record.run}-{record.version}-{_content(record)}"
-        if (whole := folder / _WHOLE).is_dir():
-            return whole
-        with file_system_errors(str(folder)):
-            folder.mkdir(exist_ok=True)
-        self._download(record, folder)
+        name = f"{record.run}-{record.version}-{_content(record)}"
+        if (folder := self._shared(name, record, run)) is not None:
+            return folder
+        if self._temporary is None:
+            self._temporary = TemporaryFolder()
+        folder = self._temporary.path / name
+        if not (folder / _WHOLE).is_dir():
+            with file_system_errors(str(folder)):
+                folder.mkdir(exist_ok=True)
+            self._make(folder, record, run)
+        return _where(folder)
+
+    def _shared(self, name: str, record: Commit | Derived, run: Run) -> Path | None:
+        """An anchor's files in the cache of this host; None where it has none for us. What another process put there is
+        hashed before it is used, and fetched again where it is damaged."""
+        if (kept := self._held.get(name)) is not None:
+            return _where(kept.path)
+        for _ in range(2 if self._cache is not None else 0):
+            made: list[Path] = []
+
+            def fill(folder: Path, made: list[Path] = made) -> None:
+                made += self._make(folder, record, run)
+
+            assert self._cache is not None
+            if (held := self._cache.hold(name, record.wire_bytes, fill, source=self._bucket.url)) is None:
+                return None
+            with suppress(OSError, FormatError, msgspec.DecodeError):
+                _require_files(held.path, record, without={path.name for path in made})
+                self._held[name] = held
+                return _where(held.path)
+            held.discard()
+        return None
+
+    def _make(self, folder: Path, record: Commit | Derived, run: Run) -> list[Path]:
+        """Download the files of an anchor that a folder lacks, and put them together where they are parts. The files
+        that were downloaded, and verified on their way."""
+        downloaded = self._download(record, folder)
         files = sorted(folder.glob("*.safetensors"))
         parts = [path for path in files if delta_file.is_delta(checkpoint.metadata_of(path))]
         if parts and parts != files:
             raise FormatError(f"anchor {record.position} is both a checkpoint and changes from all-zero bits")
-        return _put_together(folder, parts, record, run) if parts else folder
+        if parts:
+            _put_together(folder, parts, record, run)
+        return downloaded
 
-    def _download(self, record: Commit | Derived, folder: Path) -> None:
-        paths = {payload: folder / payload.key.rsplit("/", 1)[-1] for payload in record.payloads}
-        done, total = 0, record.wire_bytes
+    def _download(self, record: Commit | Derived, folder: Path) -> list[Path]:
+        paths = {payload: folder / _name(payload) for payload in record.payloads}
+        done, total, downloaded = 0, record.wire_bytes, []
         require_room(folder, sum(payload.size for payload, path in paths.items() if not path.is_file()))
         try:
             for payload, path in paths.items():
@@ -97,9 +141,33 @@ class Anchors:
                 if not path.is_file():
                     key = payload_key(record.run, payload.key)
                     download_verified(self._bucket, key, path, size=payload.size, blake3=payload.blake3)
+                    downloaded.append(path)
                 done += payload.size
         finally:
             self.fetching = None
+        return downloaded
+
+
+def _name(payload: Payload) -> str:
+    """A payload's file in the folder of its anchor."""
+    return payload.key.rsplit("/", 1)[-1]
+
+
+def _where(folder: Path) -> Path:
+    """The checkpoint in an anchor's folder."""
+    return whole if (whole := folder / _WHOLE).is_dir() else folder
+
+
+def _require_files(folder: Path, record: Commit | Derived, *, without: Container[str]) -> None:
+    """Raise FormatError or OSError unless the files of an anchor are what its record lists, or what was made of that;
+    those in `without` were looked at."""
+    if (folder / _WHOLE).is_dir():
+        made = msgspec.json.decode((folder / _MADE).read_bytes(), type=dict[str, Payload])
+        promised = {folder / _WHOLE / name: payload for name, payload in made.items()}
+    else:
+        promised = {folder / _name(payload): payload for payload in record.payloads if _name(payload) not in without}
+    for path, payload in promised.items():
+        require_file(str(path), path, size=payload.size, blake3=payload.blake3)
 
 
 def _content(record: Commit | Derived) -> str:
@@ -107,11 +175,11 @@ def _content(record: Commit | Derived) -> str:
     return anchor_hash({payload.key: payload.blake3 for payload in record.payloads})[:12]
 
 
-def _put_together(folder: Path, parts: list[Path], record: Commit | Derived, run: Run) -> Path:
+def _put_together(folder: Path, parts: list[Path], record: Commit | Derived, run: Run) -> None:
     """The checkpoint that an anchor's files add up to, where they are changes from all-zero bits; one in memory at a
     time. Raises OutOfSpace before anything is written where the table's weights do not fit; FormatError for a file that
     is not of this anchor, ShapeMismatch, UnknownTensor."""
-    with tempfile.TemporaryDirectory(dir=folder) as work:
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as work:
         aside = Path(work) / _WHOLE
         aside.mkdir()
         checkpoint.write_zeros(aside, run.table)
@@ -128,4 +196,6 @@ def _put_together(folder: Path, parts: list[Path], record: Commit | Derived, run
             path.unlink()
         weights.flush()
         checkpoint.copy_assets(folder, aside)
-        return aside.rename(folder / _WHOLE)
+        made = {path.name: Payload(path.name, path.stat().st_size, hash_file(path)) for path in aside.iterdir()}
+        (folder / _MADE).write_bytes(msgspec.json.encode(made))
+        aside.rename(folder / _WHOLE)

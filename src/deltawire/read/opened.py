@@ -13,6 +13,7 @@ from deltawire.format.delta_file import DeltaFile
 from deltawire.read.adding import Part, add_up
 from deltawire.read.anchors import Anchors
 from deltawire.read.held import HeldChanges
+from deltawire.read.host_cache import HostCache
 from deltawire.runlog import log
 from deltawire.runlog.bounds import require_codec, require_delta, require_in_table, require_memory
 from deltawire.runlog.chain import Chain
@@ -26,11 +27,17 @@ class OpenedRun:
     """The run that HEAD names at first use, read and checked. Options are `Subscriber`'s."""
 
     def __init__(
-        self, bucket: Bucket, *, base: Path | str | None = None, trusted: Iterable[str | Path] | Trust = ()
+        self,
+        bucket: Bucket,
+        *,
+        base: Path | str | None = None,
+        trusted: Iterable[str | Path] | Trust = (),
+        cache: HostCache | None = None,
     ) -> None:
         self.bucket = bucket
         self.trust = trusted if isinstance(trusted, Trust) else trust(trusted)
-        self._anchors = Anchors(bucket, base=Path(base) if base is not None else None)
+        self._cache = cache
+        self._anchors = Anchors(bucket, base=Path(base) if base is not None else None, cache=cache)
         self._opened: Chain | None = None
         self._run_id: str | None = None
         self._wrong: set[str] = set()
@@ -87,7 +94,8 @@ class OpenedRun:
         require_delta(record, self.run.table, f"{self.bucket.url}: {record.position}")
         for payload in record.payloads:
             key = payload_key(record.run, payload.key)
-            data = get_verified(self.bucket, key, size=payload.size, blake3=payload.blake3)
+            get = get_verified if self._cache is None else self._cache.get_verified
+            data = get(self.bucket, key, size=payload.size, blake3=payload.blake3)
             file = delta_file.open_file(data)
             header = file.header
             if (header.run, header.parent, header.version) != (record.run, record.parent, record.version):

@@ -23,7 +23,8 @@ class Subscriber(Routes):
 
     The run is the one HEAD names at first use; when HEAD moves to another run, OtherRun is raised, not followed.
     `base` is a folder with the base checkpoint, for runs whose version 0 refers to one this host has elsewhere.
-    `trusted` are public keys, or files of them: then every record must be signed by one (BadSignature).
+    `trusted` are public keys, or files of them: then every record must be signed by one (BadSignature). `cache` is
+    shared with the other readers of this host, so that one of them fetches each payload for all: `host_cache()`.
     """
 
     def __enter__(self) -> "Subscriber":

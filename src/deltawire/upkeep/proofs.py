@@ -4,7 +4,6 @@ A prune of what lies before an anchor must know. At 70 billion parameters an anc
 later proofs ask the store for the tags of its files alone.
 """
 
-import os
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from deltawire.buckets.temporary import TemporaryFolder
 from deltawire.buckets.verified import download_verified
 from deltawire.errors import DAMAGE, BadDigest, DeltaWireError, Forked, NotFound
 from deltawire.format import checkpoint
+from deltawire.read.host_cache import cache_folder
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.bounds import require_anchor
 from deltawire.runlog.keys import payload_key
@@ -27,11 +27,6 @@ from deltawire.weights.table import TensorEntry
 
 REMEMBERED = 1000
 """anchors; the oldest are forgotten"""
-
-
-def cache_folder() -> Path:
-    """Where this user's things that can be made again are kept, by the XDG base directories."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltawire"
 
 
 def default_memory() -> Path:

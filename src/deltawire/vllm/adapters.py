@@ -19,12 +19,12 @@ from deltawire.follow.loop import FollowLoop, replica_name
 from deltawire.follow.options import FollowOptions
 from deltawire.format import checkpoint
 from deltawire.format.checkpoint import Checkpoint
+from deltawire.read.host_cache import cache_folder
 from deltawire.read.local_copy import LocalCopy
 from deltawire.read.mirror import Mirror, building, held
 from deltawire.read.seen import place_of
 from deltawire.runlog.figures import figures
 from deltawire.runlog.records import Position
-from deltawire.upkeep.proofs import cache_folder
 from deltawire.vllm.client import EngineClient
 from deltawire.weights.bits import count
 
