@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from deltawire.demo.audit import compare
-from deltawire.demo.commands import Act, Commands
+from deltawire.demo.commands import Commands
+from deltawire.demo.games import WORDLE
 from deltawire.demo.summary import Audit, DemoSummary, Served, Step, Traffic, summarize
 
 TRAFFIC = Traffic(received_bytes=500, deduplicated_bytes=20)
@@ -109,9 +110,9 @@ def test_the_summary_names_what_the_file_must_hold() -> None:
 
 
 def test_the_trainer_is_told_nothing_by_which_it_could_send_weights_to_vllm() -> None:
-    commands = Commands(Path("checkout"), Path("run"), (Act("learn", 1e-3, 5),))
+    commands = Commands(Path("checkout"), Path("run"), WORDLE)
     command = commands.trainer("http://127.0.0.1:1", "http://127.0.0.1:2", "http://127.0.0.1:3")
-    options = dict(zip(command.arguments[3:-2:2], command.arguments[4:-2:2], strict=True))
+    options = dict(zip(command.arguments[3:-4:2], command.arguments[4:-4:2], strict=True))
     assert figures().trainer_connected_to_vllm_for_weights is False
     assert options.keys() == {
         "--model", "--bucket", "--engine", "--served-model-name", "--environment", "--metrics", "--digests",

@@ -32,7 +32,8 @@ TINY = Recipe(steps=2, batch=4, hidden=64, layers=1)
 
 def game(guess: str, reward: float) -> Episode:
     """An episode of one guess, as if the policy had chosen it with probability 1 in 34 a token."""
-    episode = Episode([TOKENIZER.bos_token_id])
+    episode = Episode()
+    episode.read([TOKENIZER.bos_token_id])
     episode.wrote(TOKENIZER.encode(guess + "\n"), [-3.5] * (len(guess) + 1))
     episode.read(TOKENIZER.encode("XXX\n"))
     episode.reward, episode.won = reward, reward == 1.0
