@@ -164,6 +164,7 @@ def test_a_sparkline_spans_lowest_to_highest_and_averages_neighbours() -> None:
     assert len(sparkline([float(i) for i in range(100)], width=32)) == 32
 
 
-def test_sizes_are_in_kib_and_from_a_mebibyte_in_mib() -> None:
+def test_sizes_are_in_kib_mib_and_gib() -> None:
     assert size(1536) == "1.5 KiB"
     assert size(3 << 19) == "1.50 MiB"
+    assert size(5 << 29) == "2.50 GiB"

@@ -77,6 +77,7 @@ def test_timings_are_medians_over_the_updates_vllm_took() -> None:
 def test_the_summary_carries_the_sizes_and_the_servers_counters() -> None:
     summary = figures()
     assert (summary.versions, summary.model_bytes, summary.staleness) == (34, 1000, 0.5)
+    assert summary.delta_bytes == 30 * 100 + 70 + 10 + 20 + 30
     assert (summary.server_received_bytes, summary.server_deduplicated_bytes) == (500, 20)
 
 

@@ -192,9 +192,10 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: "312.5 KiB", "1.9 MiB"."""
-    kib = count / 1024
-    return f"{kib / 1024:.2f} MiB" if kib >= 1024 else f"{kib:.1f} KiB"
+    """Bytes for people: "312.5 KiB", "1.90 MiB", "7.52 GiB"."""
+    if count >= 1 << 30:
+        return f"{count / (1 << 30):.2f} GiB"
+    return f"{count / (1 << 20):.2f} MiB" if count >= 1 << 20 else f"{count / (1 << 10):.1f} KiB"
 
 
 def _or_none(version: int | None) -> str:

@@ -113,6 +113,8 @@ class DemoSummary(msgspec.Struct, frozen=True, kw_only=True):
     win_rate_last: float
     versions: int
     model_bytes: int
+    delta_bytes: int
+    """of all versions together"""
     acts: list[ActSummary]
     updates: int
     pause_ms: float
@@ -150,6 +152,7 @@ def summarize(
         win_rate_last=acts[0].win_rate_last,
         versions=len({step.version for step in steps}),
         model_bytes=steps[-1].model_bytes,
+        delta_bytes=sum({step.version: step.delta_bytes for step in steps}.values()),
         acts=acts,
         updates=len(served),
         pause_ms=median(update.pause_ms for update in served),

@@ -37,6 +37,8 @@ def training_table(summary: DemoSummary, game: Game) -> Table:
     equal = "equal" if audit.equal else "DIFFERENT"
     table.caption = (
         f"vLLM, bucket, fresh server and trainer at version {audit.version}: {equal}\n"
+        f"{summary.versions} deltas are {size(summary.delta_bytes)}, as many checkpoints are "
+        f"{size(summary.versions * summary.model_bytes)}\n"
         f"{audit.tensors} tensors, {size(summary.model_bytes)}; pause {summary.pause_ms:.1f} ms, "
         f"published to served {summary.publish_to_served_s:.2f} s (medians)"
     )
