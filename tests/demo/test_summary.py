@@ -1,5 +1,6 @@
 """The figures of summary.json: which steps each is a mean or a median of, and when an audit counts as equal."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -7,9 +8,11 @@ import pytest
 
 from deltawire.demo.audit import compare
 from deltawire.demo.commands import Commands
-from deltawire.demo.games import WORDLE
+from deltawire.demo.games import SUMS, WORDLE, Game
 from deltawire.demo.summary import Audit, DemoSummary, Served, Step, Traffic, summarize
+from deltawire.upkeep.proofs import cache_folder
 
+GAMES = (WORDLE, SUMS)
 TRAFFIC = Traffic(received_bytes=500, deduplicated_bytes=20)
 EQUAL = Audit(version=30, tensors=24, vllm_differs=[], bucket_differs=[], checksums=20, fresh_server_differs=[])
 
@@ -110,13 +113,27 @@ def test_the_summary_names_what_the_file_must_hold() -> None:
     assert record["acts"][0].keys() >= {"name", "learning_rate", "versions", "changed_fraction", "delta_bytes"}
 
 
-def test_the_trainer_is_told_nothing_by_which_it_could_send_weights_to_vllm() -> None:
-    commands = Commands(Path("checkout"), Path("run"), WORDLE)
+@pytest.mark.parametrize("game", GAMES, ids=lambda game: game.name)
+def test_the_modules_of_a_game_are_there_and_a_quick_one_has_a_few_steps(game: Game) -> None:
+    for module in ("model", "environment", "trainer", *["exam"] * game.exam):
+        assert find_spec(f"examples.{game.name}.{module}")
+    assert sum(act.steps for act in game.quickly().acts) < 10 < sum(act.steps for act in game.acts)
+
+
+def test_a_pretrained_model_is_made_once_for_all_checkouts_and_a_toy_once_for_each() -> None:
+    wordle, sums = (Commands(Path("/checkout"), Path("run"), game).model_folder for game in GAMES)
+    assert wordle == Path("/checkout/runs/model")
+    assert sums == cache_folder() / "smollm2-135m-instruct"
+
+
+@pytest.mark.parametrize("game", GAMES, ids=lambda game: game.name)
+def test_the_trainer_is_told_nothing_by_which_it_could_send_weights_to_vllm(game: Game) -> None:
+    commands = Commands(Path("checkout"), Path("run"), game)
     command = commands.trainer("http://127.0.0.1:1", "http://127.0.0.1:2", "http://127.0.0.1:3")
-    options = dict(zip(command.arguments[3:-4:2], command.arguments[4:-4:2], strict=True))
+    options = dict(zip(command.arguments[3::2], command.arguments[4::2], strict=True))
     assert figures().trainer_connected_to_vllm_for_weights is False
     assert options.keys() == {
-        "--model", "--bucket", "--engine", "--served-model-name", "--environment", "--metrics", "--digests",
+        "--model", "--bucket", "--engine", "--served-model-name", "--environment", "--metrics", "--digests", "--act",
     }  # fmt: skip
     assert not any("VLLM" in name for name in command.environment)
 

@@ -68,4 +68,5 @@ def one_line(answer: str) -> str:
 
 
 def _marked(answered: Answered) -> Text:
-    return Text(one_line(answered.answer), style="green" if answered.right else "red")
+    mark, style = ("✓", "green") if answered.right else ("✗", "red")
+    return Text(f"{mark} {one_line(answered.answer)}", style=style)
