@@ -15,7 +15,7 @@ from examples.wordle.trainer import Game, main
 
 SUMS = Game(
     Chat,
-    Learning(half=True),
+    Learning(half=True, rows=12),
     groups=6,
     members=6,
     device="cuda" if torch.cuda.is_available() else "cpu",

@@ -46,8 +46,8 @@ class Busy(NotThereYet):
 
 
 class Speech(Protocol):
-    """How a game is told to the policy in tokens, and what the policy writes to the environment. An observation is what
-    the environment answered."""
+    """How a game is put into tokens, and what the policy writes into actions. An observation is what the environment
+    answered."""
 
     end_of_turn: int
     """the token that ends what the policy writes"""
