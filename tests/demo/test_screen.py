@@ -107,7 +107,7 @@ def test_the_panel_has_every_figure(progress: Progress) -> None:
     text = text_of(progress, "vllm is starting, 3 s", 75.0)
     for figure in (
         "1:15", "act 1 of 2, learn at 0.001, step 1/8", "● bucket-server", "● trainer", "0.250", "50%",
-        "1 published, 1 served, staleness 2", "2.0 KiB of 1.00 MiB, uploaded in 0.12 s", "1.25%  ▁ of the weights",
+        "1 published, 1 served, staleness 2", "2.0 KiB of 1.00 MiB, uploaded in 0.12 s", "1.25% of the weights  ▁",
         "pause 1.5 ms, 0.25 s after publish, verified", "vllm is starting, 3 s",
     ):  # fmt: skip
         assert figure in text

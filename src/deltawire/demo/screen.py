@@ -173,7 +173,7 @@ def _add_figures(table: Table, progress: Progress) -> None:
         f"{size(step.delta_bytes)} of {size(step.model_bytes)}{upload}",
     )
     table.add_row("delta", bar)
-    table.add_row("changed", f"{step.changed_fraction:6.2%}  {sparkline(densities)} of the weights")
+    table.add_row("changed", f"{step.changed_fraction:6.2%} of the weights  {sparkline(densities)}")
     if progress.served:
         update = progress.served[-1]
         verified = Text("verified", style="green") if update.verified else Text("NOT VERIFIED", style="red")
