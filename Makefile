@@ -10,7 +10,7 @@ setup:           ## build .venv with deltawire, torch, vLLM and the examples' li
 demo: setup      ## train a tiny model by RL while vLLM serves it, weights travelling through a bucket
 	@.venv/bin/deltawire demo
 
-demo-real: setup ## the same with a pretrained model, SmolLM2-135M, that learns sums: about 20 minutes on two cores
+demo-real: setup ## the same with a pretrained model, SmolLM2-135M, that learns sums: 10 to 20 minutes on two cores
 	@.venv/bin/deltawire demo --real
 
 example-trl: setup ## TRL's AsyncGRPOTrainer plays Wordle by tool calls for a few steps, all parts on this machine

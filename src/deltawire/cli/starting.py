@@ -48,7 +48,7 @@ def demo(
     ] = None,
     real: Annotated[
         bool,
-        typer.Option("--real", help="A pretrained model, SmolLM2-135M, learns sums; about 20 minutes on two cores."),
+        typer.Option("--real", help="A pretrained model, SmolLM2-135M, learns sums; 10 to 20 minutes on two cores."),
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of each act; every part is still real.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines even on a terminal.")] = False,
