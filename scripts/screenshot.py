@@ -1,10 +1,15 @@
-"""Draw docs/page.png: the page of a small fleet, made here, as a headless Chromium shows it."""
+"""Draw docs/page.png: the page of a small fleet, made here, as a headless Chromium shows it.
+
+python scripts/screenshot.py                                 docs/page.png
+python scripts/screenshot.py http://127.0.0.1:46507 FILE     a page that is served now, as a demo's is
+"""
 
 import sys
 import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -19,18 +24,36 @@ from deltawire.upkeep.compactor import Compactor
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
+if TYPE_CHECKING:
+    from browser import Tab
 VERSIONS, SECONDS = 28, 45.0
 WIDTH = 1100
 
 
 def main() -> None:
-    """Publish a run whose clock moves, have four replicas follow it, and take the picture."""
+    """Take the picture that is asked for."""
     from browser import chromium, find_chromium
 
     program = find_chromium()
     if program is None:
         sys.exit("no Chromium here: apt-get install chromium, or name one in CHROMIUM")
-    with tempfile.TemporaryDirectory() as folder, chromium(program) as tab:
+    with chromium(program) as tab:
+        tab.resize(WIDTH, 900)
+        target = Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "docs" / "page.png"
+        target.write_bytes(of_page(tab, sys.argv[1]) if len(sys.argv) > 2 else of_a_fleet(tab))
+    Image.open(target).quantize(64).save(target, optimize=True)
+    print(f"wrote {target}, {target.stat().st_size:,} bytes", file=sys.stderr)
+
+
+def of_page(tab: "Tab", url: str) -> bytes:
+    """A PNG of a page, once it shows a replica."""
+    tab.open(url).until("document.querySelectorAll('#replicas tr').length > 0")
+    return tab.screenshot()
+
+
+def of_a_fleet(tab: "Tab") -> bytes:
+    """Publish a run whose clock moves, have four replicas follow it, and take the picture."""
+    with tempfile.TemporaryDirectory() as folder:
         bucket = dw.open_bucket((Path(folder) / "wordle").as_uri(), create=True)
         bucket.url = "hf://buckets/me/wordle"  # what the page says
         now = [time.time() - VERSIONS * SECONDS]
@@ -39,13 +62,7 @@ def main() -> None:
             publish_and_look(bucket, Path(folder), now, board)
             board._look()
             with Port([board], 0) as port:
-                tab.resize(WIDTH, 900)
-                tab.open(port.url).until("document.querySelectorAll('#replicas tr').length == 4")
-                picture = tab.screenshot()
-    target = ROOT / "docs" / "page.png"
-    target.write_bytes(picture)
-    Image.open(target).quantize(64).save(target, optimize=True)
-    print(f"wrote {target.relative_to(ROOT)}, {target.stat().st_size:,} bytes", file=sys.stderr)
+                return of_page(tab, port.url)
 
 
 def publish_and_look(bucket: dw.buckets.Bucket, folder: Path, now: list[float], board: Board) -> None:

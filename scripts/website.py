@@ -21,7 +21,7 @@ OUTSIDE = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
 RENAMED = {"README.md": "index.md", "docs/README.md": "guides.md"}
 """pages whose name in the repository means something else on a site"""
 ORDER = (
-    "index", "guides", "CHOOSING", "TRAINERS", "VLLM", "DEPLOY", "OPERATIONS", "HUB", "STORES", "SECURITY",
+    "index", "guides", "DEMO", "CHOOSING", "TRAINERS", "VLLM", "DEPLOY", "OPERATIONS", "HUB", "STORES", "SECURITY",
     "PERFORMANCE", "SIZING", "CLI", "API", "DESIGN", "FORMAT", "ARCHITECTURE", "CONTRIBUTING", "CHANGELOG",
 )  # fmt: skip
 """pages in the order of the menu; a page that is not named here comes last"""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from deltawire.demo import audit
-from deltawire.demo.commands import BUCKET, SERVED_NAME, Commands, find_checkout
+from deltawire.demo.commands import SERVED_NAME, Commands, find_checkout
 from deltawire.demo.processes import Child, Children, Command, free_port
 from deltawire.errors import DeltaWireError
 from deltawire.vllm.client import EngineClient
@@ -50,7 +50,7 @@ def trainer_command(commands: Commands, engine: str, environment: str, hub: str,
     options = {
         "--model": SERVED_NAME,
         "--assets": SERVED_NAME,
-        "--bucket": BUCKET,
+        "--bucket": commands.game.bucket,
         "--engine": engine,
         "--environment": environment,
         "--steps": str(steps),

@@ -13,6 +13,7 @@ import json
 import random
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
@@ -107,12 +108,18 @@ class WordleEnvironment(Environment[WordleAction, WordleObservation, WordleState
         )
 
 
-def build_app(rules: Rules, sessions: int) -> FastAPI:
-    """The OpenEnv server for these rules, for up to `sessions` games at once."""
-    options: dict[str, Any] = {"env_name": "wordle", "max_concurrent_envs": sessions}
+def server_app(
+    name: str,
+    make: Callable[[], Environment],
+    types: tuple[type[Action], type[Observation], type[State]],
+    sessions: int,
+) -> FastAPI:
+    """The OpenEnv server of an environment, for up to `sessions` games at once."""
+    action, observation, state = types
+    options: dict[str, Any] = {"env_name": name, "max_concurrent_envs": sessions}
     if "state_cls" in inspect.signature(create_app).parameters:  # newer OpenEnv wants it, 0.4 does not know it
-        options["state_cls"] = WordleState
-    return create_app(lambda: WordleEnvironment(rules), WordleAction, WordleObservation, **options)
+        options["state_cls"] = state
+    return create_app(make, action, observation, **options)
 
 
 class AnnouncingServer(uvicorn.Server):
@@ -123,6 +130,12 @@ class AnnouncingServer(uvicorn.Server):
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
             print(json.dumps({"event": "ready", "url": f"http://{host}:{port}"}), flush=True)
+
+
+def listen(app: FastAPI, host: str, port: int) -> None:
+    """Serve until asked to end. Raises OSError when the address cannot be had."""
+    listener = socket.create_server((host, port))
+    AnnouncingServer(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
 def main() -> int:
@@ -137,12 +150,12 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         rules = Rules(arguments.length, arguments.guesses, arguments.words, arguments.vocabulary)
-        listener = socket.create_server((arguments.host, arguments.port))
+        types = WordleAction, WordleObservation, WordleState
+        app = server_app("wordle", lambda: WordleEnvironment(rules), types, arguments.sessions)
+        listen(app, arguments.host, arguments.port)
     except (ValueError, OSError) as error:
         print(f"wordle environment on {arguments.host}:{arguments.port}: {error}", file=sys.stderr)
         return 2
-    app = build_app(rules, arguments.sessions)
-    AnnouncingServer(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Episodes played by vLLM against the environment, with all that GRPO needs of each, and which weights played them.
+"""Episodes played by vLLM against an environment, with all that GRPO needs of each, and which weights played them.
 
 A turn is one batched request to `/v1/completions`: token ids in, token ids and their log-probabilities out, so nothing
 is lost to re-tokenising. Each episode is one OpenEnv session over WebSocket. Which weights played, vLLM tells with each
@@ -9,7 +9,7 @@ import asyncio
 import base64
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -20,7 +20,6 @@ from openenv.core.generic_client import GenericEnvClient
 from websockets.exceptions import WebSocketException
 from yarl import URL
 
-END_OF_LINE = "\n"
 LOOK_AGAIN = 1.0
 """seconds between looks at a server that is not there yet"""
 ONLY_A_GATEWAY = {502, 504}
@@ -46,14 +45,24 @@ class Busy(NotThereYet):
     """It is there, and takes no requests just now."""
 
 
-class Tokenizer(Protocol):
-    """What rollouts need of a tokenizer; those of transformers have it."""
+class Speech(Protocol):
+    """How a game is put into tokens, and what the policy writes into actions. An observation is what the environment
+    answered."""
 
-    bos_token_id: int
-    eos_token_id: int
+    end_of_turn: int
+    """the token that ends what the policy writes"""
 
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def opening(self, observation: Mapping[str, Any]) -> list[int]:
+        """What the policy reads before its first turn."""
+
+    def longest_turn(self, observation: Mapping[str, Any]) -> int:
+        """How many tokens a turn may take."""
+
+    def action(self, turn: Sequence[int]) -> dict[str, Any]:
+        """What the environment is sent, of the tokens that the policy wrote."""
+
+    def reply(self, turn: Sequence[int], observation: Mapping[str, Any]) -> list[int]:
+        """What the policy reads after its turn."""
 
 
 @dataclass(slots=True)
@@ -61,9 +70,9 @@ class Episode:
     """One game as tokens. `sampled[i]` says whether the policy chose `tokens[i]`, with log-probability `logprobs[i]`
     under the weights that sampled it; the other log-probabilities are 0."""
 
-    tokens: list[int]
-    sampled: list[bool] = field(default_factory=lambda: [False])
-    logprobs: list[float] = field(default_factory=lambda: [0.0])
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     reward: float = 0.0
     won: bool = False
     turns: int = 0
@@ -81,10 +90,16 @@ class Episode:
         self.logprobs += logprobs
         self.turns += 1
 
+    @property
+    def last_turn(self) -> list[int]:
+        """What the policy wrote last, at the end of the tokens."""
+        read = len(self.sampled) - self.sampled[::-1].index(False)
+        return self.tokens[read:]
+
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """Groups of episodes, each group about one secret, and vLLM's labels of the oldest and the newest weights that may
+    """Groups of episodes, each group from one seed, and vLLM's labels of the oldest and the newest weights that may
     have played: those that did, where vLLM tells, else those before and after."""
 
     groups: tuple[tuple[Episode, ...], ...]
@@ -94,7 +109,7 @@ class Rollout:
 
 
 class Player:
-    """Plays rollouts: `groups` secrets at a time, `members` games about each, all at once. A server that is busy is
+    """Plays rollouts: `groups` seeds at a time, `members` games from each, all at once. A server that is busy is
     asked again for `timeout` seconds. An address may hold a name and password; errors leave them out.
 
     Use as an async context manager; entering opens the sessions. Raises ServerError when vLLM or the environment cannot
@@ -106,7 +121,7 @@ class Player:
         self,
         engine_url: str,
         environment_url: str,
-        tokenizer: Tokenizer,
+        speech: Speech,
         *,
         model: str = "policy",
         groups: int = 8,
@@ -119,7 +134,7 @@ class Player:
         login = f"{address.user}:{address.password or ''}".encode()
         self._login = f"Basic {base64.b64encode(login).decode()}" if address.user else None
         self.environment_url = environment_url.rstrip("/")
-        self._tokenizer = tokenizer
+        self._speech = speech
         self._model = model
         self._groups, self._members = groups, members
         self._timeout, self._wait = timeout, wait
@@ -184,7 +199,7 @@ class Player:
         return str(answer["weight_version"])
 
     async def play(self, first_seed: int) -> Rollout:
-        """One game in every session; group g is about the secret of seed `first_seed + g`."""
+        """One game in every session; group g is from seed `first_seed + g`."""
         started = time.monotonic()
         before = await self.weight_version()
         episodes, told = await self._episodes(first_seed)
@@ -198,18 +213,21 @@ class Player:
     async def _episodes(self, first_seed: int) -> tuple[list[Episode], set[str]]:
         """What was played, and the labels of the weights that vLLM says played it, if it says."""
         told: set[str] = set()
-        episodes = [Episode([self._tokenizer.bos_token_id]) for _ in self._sessions]
         answers = await self._environment(
             asyncio.gather(
                 *(session.reset(seed=first_seed + i // self._members) for i, session in enumerate(self._sessions))
             )
         )
-        length = answers[0].observation["length"]
+        longest = max(self._speech.longest_turn(answer.observation) for answer in answers)
+        episodes = [Episode() for _ in answers]
+        for episode, answer in zip(episodes, answers, strict=True):
+            episode.read(self._speech.opening(answer.observation))
         live = list(range(len(episodes)))
         while live:
-            told |= await self._sample([episodes[i] for i in live], max_tokens=length + 1)
+            told |= await self._sample([episodes[i] for i in live], longest)
+            actions = [self._speech.action(episodes[i].last_turn) for i in live]
             answers = await self._environment(
-                asyncio.gather(*(self._sessions[i].step({"guess": self._guess(episodes[i])}) for i in live))
+                asyncio.gather(*(self._sessions[i].step(action) for i, action in zip(live, actions, strict=True)))
             )
             for i, answer in zip(live, answers, strict=True):
                 self._record(episodes[i], answer)
@@ -217,12 +235,12 @@ class Player:
         return episodes, told
 
     async def _sample(self, episodes: Sequence[Episode], max_tokens: int) -> set[str]:
-        """Let the policy write one line in each episode. The labels of the weights that did, if vLLM tells."""
+        """Let the policy take one turn in each episode. The labels of the weights that did, if vLLM tells."""
         request = {
             "model": self._model,
             "prompt": [episode.tokens for episode in episodes],
             "max_tokens": max_tokens,
-            "stop_token_ids": [self._tokenizer.eos_token_id],
+            "stop_token_ids": [self._speech.end_of_turn],
             "temperature": 1.0,  # the untouched distribution: its log-probabilities are GRPO's behaviour policy
             "top_p": 1.0,
             "top_k": 0,
@@ -237,16 +255,9 @@ class Player:
         spans = {span["version"] for choice in choices for span in choice.get("weight_versions") or ()}
         return spans or {*answer["policy_versions"]}
 
-    def _guess(self, episode: Episode) -> str:
-        """The line the policy wrote last."""
-        end = len(episode.sampled)
-        start = end - episode.sampled[::-1].index(False)
-        return self._tokenizer.decode(episode.tokens[start:]).removesuffix(END_OF_LINE)
-
     def _record(self, episode: Episode, answer: StepResult[dict[str, Any]]) -> None:
-        """Put the environment's answer on a line of its own, and count the reward."""
-        unfinished = episode.tokens[-1] != self._tokenizer.eos_token_id
-        episode.read(self._tokenizer.encode(END_OF_LINE * unfinished + answer.observation["feedback"] + END_OF_LINE))
+        """Let the policy read the answer, and count the reward."""
+        episode.read(self._speech.reply(episode.last_turn, answer.observation))
         episode.reward += answer.reward or 0.0
         episode.won = answer.observation["won"]
 
@@ -277,7 +288,7 @@ class Player:
         except (OSError, RuntimeError, TimeoutError, WebSocketException) as error:
             raise NotThereYet(
                 f"{self.environment_url}: {error or 'no answer in time'}; is the environment running there? "
-                "Start it with `python -m examples.wordle.environment`"
+                "Start the game's; for Wordle it is `python -m examples.wordle.environment`"
             ) from error
 
 

@@ -19,7 +19,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +28,11 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 import torch
-from examples.wordle.learner import as_batch, new_optimizer, optimize
+from examples.wordle.learner import Learning, as_batch, new_optimizer, optimize
+from examples.wordle.lines import Lines
 from examples.wordle.producer import Producer
-from examples.wordle.rollouts import Player, Rollout, ServerError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from examples.wordle.rollouts import Player, Rollout, ServerError, Speech
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import deltawire as dw
@@ -40,6 +41,23 @@ from deltawire.errors import DeltaWireError, NotFound
 
 NEVER_UPDATED = "default"
 """vLLM's version label until its first update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Game:
+    """What the trainer has to know of a game and its policy. A rollout has `groups` seeds and `members` games from
+    each; `threads` are torch's on the CPU, None to leave them to OMP_NUM_THREADS."""
+
+    speech: Callable[[PreTrainedTokenizerBase], Speech]
+    learning: Learning
+    groups: int = 8
+    members: int = 8
+    threads: int | None = None
+    device: str = "cpu"
+
+
+WORDLE = Game(Lines, Learning(entropy_bonus=0.02), threads=1)
+"""without a bonus for entropy this toy settles on a word or two and stops trying others"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +142,14 @@ def train(
     acts: Sequence[Act],
     bounds: Bounds,
     *,
+    learning: Learning = WORDLE.learning,
     done: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Play the acts but for the first `done` steps: what happened, first when the starting weights are published, then
     at each optimizer step."""
     newest = publisher.publish(model.named_parameters(), step=done)
     first, step = newest.version, done
+    device = next(model.parameters()).device.type
     yield {"event": "start", "run": newest.run, "version": first, "step": done, "anchor_bytes": newest.wire_bytes}
     for act in remaining(acts, done):
         optimizer = new_optimizer(model, act.learning_rate)
@@ -138,7 +158,7 @@ def train(
             started = time.monotonic()
             fresh = take_fresh(producer, newest, first, bounds)
             taken = time.monotonic()
-            learned = optimize(model, optimizer, as_batch(fresh.rollout))
+            learned = optimize(model, optimizer, as_batch(fresh.rollout, device), learning)
             trained = time.monotonic()
             played = outcome(fresh.rollout)
             newest = publisher.publish(model.named_parameters(), step=step, metrics=played)
@@ -209,7 +229,7 @@ def parse_act(text: str) -> Act:
         raise argparse.ArgumentTypeError(f"{text!r} is not name,learning rate,steps, as learn,5e-4,60") from None
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(game: Game) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="the checkpoint both sides start from")
     parser.add_argument("--bucket", required=True, help="where to publish: hf://buckets/…, file:///…, s3://…")
@@ -219,15 +239,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--act", action="append", type=parse_act, required=True, help="name,learning rate,steps")
     parser.add_argument("--metrics", type=Path, help="a JSON line for each step; else to standard output")
     parser.add_argument("--digests", type=Path, help="where to write the digests of the final weights")
-    parser.add_argument("--groups", type=int, default=8, help="secrets in a rollout")
-    parser.add_argument("--members", type=int, default=8, help="games about each secret")
+    parser.add_argument("--groups", type=int, default=game.groups, help="seeds in a rollout")
+    parser.add_argument("--members", type=int, default=game.members, help="games from each seed")
     parser.add_argument("--max-staleness", type=int, default=6, help="drop rollouts begun more steps ago")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds to wait for one that is not")
     parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for both servers to be there at first")
     return parser.parse_args()
 
 
-def run(arguments: argparse.Namespace, metrics: IO[str]) -> None:
+def run(arguments: argparse.Namespace, game: Game, metrics: IO[str]) -> None:
     """Train from the checkpoint, or on from what the bucket holds; write each record to `metrics` as it happens."""
     bucket = dw.open_bucket(arguments.bucket, create=True)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -235,37 +255,40 @@ def run(arguments: argparse.Namespace, metrics: IO[str]) -> None:
         done = steps_done(bucket, newest := Path(scratch) / "newest")
         start = newest if newest.exists() else arguments.model
         model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    model.to(game.device)
 
     def make_player() -> Player:
         return Player(
             arguments.engine,
             arguments.environment,
-            tokenizer,
+            game.speech(tokenizer),
             model=arguments.served_model_name,
             groups=arguments.groups,
             members=arguments.members,
+            timeout=arguments.patience,
             wait=arguments.wait,
         )
 
     with (
-        dw.Publisher(bucket, codec="gap", assets=arguments.model) as publisher,
+        dw.Publisher(bucket, assets=arguments.model) as publisher,
         Producer(make_player, groups=arguments.groups) as producer,
     ):
         bounds = Bounds(arguments.max_staleness, arguments.patience)
-        for record in train(model, publisher, producer, arguments.act, bounds, done=done):
+        for record in train(model, publisher, producer, arguments.act, bounds, learning=game.learning, done=done):
             if record["event"] == "done" and arguments.digests is not None:
                 arguments.digests.write_text(json.dumps(served_digests(model), indent=1), encoding="utf-8")
             print(json.dumps(record), file=metrics, flush=True)
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    torch.set_num_threads(1)
+def main(game: Game = WORDLE) -> int:
+    arguments = parse_arguments(game)
+    if game.threads is not None:
+        torch.set_num_threads(game.threads)
     disable_progress_bar()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with arguments.metrics.open("a", encoding="utf-8") if arguments.metrics else nullcontext(sys.stdout) as metrics:
-            run(arguments, metrics)
+            run(arguments, game, metrics)
     except (ServerError, DeltaWireError, OSError) as error:
         print(f"trainer: {error}", file=sys.stderr)
         return 1

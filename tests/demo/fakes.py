@@ -10,13 +10,15 @@ import numpy as np
 from scripts import TELL, python
 
 from deltawire import digest
-from deltawire.demo.commands import Act, Commands
+from deltawire.demo.commands import Commands
+from deltawire.demo.games import WORDLE, Act, Game
 from deltawire.demo.processes import Command
 from deltawire.live import rpc
 from deltawire.live.messages import Audited, Outcome
 from deltawire.weights.boxes import Box
 
 ACTS = (Act("learn", 1e-3, 2), Act("rl", 2e-6, 1))
+GAME = replace(WORDLE, acts=ACTS, won="right answers", exam=True)
 WEIGHTS = np.arange(4, dtype=np.uint16)
 DIGEST = f"{digest({'w': WEIGHTS})['w']:016x}"
 CHECKPOINT = {"w": {"dtype": "U16", "shape": [4], "data_offsets": [0, 8]}}
@@ -76,8 +78,18 @@ UPDATE = {
     "event": "update", "version": 3, "changed": 1, "wire_bytes": 10, "pause_ms": 2.0, "publish_to_served_s": 0.5,
     "verified": True,
 }  # fmt: skip
+ANSWERS = {
+    "before": ("default", "It is 4.\x1b[2J\nOr 5?", False),
+    "after": ("r:3", "1 + 2 = 3", True),
+}
 SOURCES = {
-    "model": "",
+    "model": "tell(event='doing', what='fetching')\n",
+    **{
+        f"exam-{when}": f"answers = [dict(question='What is 1 + 2?', answer={answer!r}, right={right})]\n"
+        f"tell(event='exam', weights={weights!r}, answers=answers)\n"
+        for when, (weights, answer, right) in ANSWERS.items()
+    },
+    "page": "tell(event='page', url='http://127.0.0.1:2')\n" + STAY,
     "bucket-server": BUCKET_SERVER,
     "environment": "tell(event='ready', url='http://127.0.0.1:1')\n" + STAY,
     "vllm": VLLM,
@@ -98,7 +110,7 @@ PROCESS_NAMES = tuple(SOURCES)
 class FakeCommands(Commands):
     """`broken` replaces what a process does after it told its pid."""
 
-    acts: tuple[Act, ...] = ACTS
+    game: Game = GAME
     broken: Mapping[str, str] = field(default_factory=dict)
     grace: float = 5.0
 
@@ -123,6 +135,12 @@ class FakeCommands(Commands):
 
     def trainer(self, engine: str, environment: str, hub: str) -> Command:
         return self._fake("trainer", lasting=False, METRICS=str(self.metrics))
+
+    def exam(self, when: str, engine: str) -> Command:
+        return self._fake(f"exam-{when}", lasting=False)
+
+    def page(self, hub: str) -> Command:
+        return self._fake("page")
 
     def materialize(self, hub: str) -> Command:
         return self._fake("materialize", lasting=False, MATERIALIZED=str(self.materialized))

@@ -16,7 +16,7 @@ from waiting import until
 from deltawire.demo import commands as real_commands
 from deltawire.demo.commands import NoExamples, find_checkout
 from deltawire.demo.demo import DemoOptions, run_demo
-from deltawire.demo.monitor import Patience
+from deltawire.demo.games import Patience
 from deltawire.demo.processes import ProcessFailed
 from deltawire.demo.summary import DemoSummary
 from deltawire.errors import AlreadyExists
@@ -52,6 +52,11 @@ def test_a_demo_ends_with_equal_weights_a_summary_and_no_process_left(commands: 
     assert msgspec.json.decode((commands.folder / "summary.json").read_bytes(), type=DemoSummary) == summary
     assert "act 2 of 2, rl at 2e-06, step 1/1" in output
     assert "version 3: equal" in output
+    assert "a page shows the run and its server: http://127.0.0.1:2" in output
+    assert "What is 1 + 2? It is 4.�[2J Or 5? [wrong]" in output
+    assert "after training 1 of 1 answers to held-out questions are right" in output
+    assert "right: 0 of 1 → 1 of 1" in output
+    assert [exam.right for exam in summary.exams] == [0, 1]
     assert f"deltawire serve --root {commands.buckets}," in output
     assert_nothing_is_left(commands, *PROCESS_NAMES)
 
@@ -123,6 +128,7 @@ import signal
 from pathlib import Path
 from fakes import fake_commands
 from deltawire.demo.demo import DemoOptions, run_demo
+from deltawire.demo.games import Patience
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 run_demo(DemoOptions(plain=True), commands=fake_commands(Path({str(commands.folder)!r})).breaking("trainer", {HANG!r}))
 """

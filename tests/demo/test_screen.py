@@ -1,11 +1,12 @@
 """What a running demo shows: plain lines anywhere, one panel on a terminal."""
 
+from dataclasses import replace
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
-from deltawire.demo.commands import Act
+from deltawire.demo.games import WORDLE, Act
 from deltawire.demo.progress import Progress
 from deltawire.demo.screen import LiveScreen, PlainScreen, open_screen, panel, size, sparkline, step_line
 from deltawire.errors import FormatError
@@ -30,7 +31,7 @@ def update(version: int, *, verified: bool = True) -> dict[str, object]:
 
 @pytest.fixture
 def progress() -> Progress:
-    return Progress(ACTS)
+    return Progress(replace(WORDLE, acts=ACTS))
 
 
 @pytest.fixture
@@ -63,6 +64,15 @@ def test_plain_lines_come_every_five_steps_and_at_the_last(progress: Progress, o
     assert "act 2 of 2, rl at 2e-06, step 2/4" in lines[1]
 
 
+def test_a_step_that_took_long_is_told_by_itself(progress: Progress, output: StringIO) -> None:
+    screen = PlainScreen(Console(file=output))
+    for second in range(1, 30):
+        if second % 12 == 0:
+            progress.hear("trainer", step(second // 12))
+        screen.draw(progress, "", float(second))
+    assert [line.split(",")[2].split(":")[0] for line in output.getvalue().splitlines()] == [" step 1/8", " step 2/8"]
+
+
 def test_a_plain_line_every_ten_seconds_says_what_is_waited_for(progress: Progress, output: StringIO) -> None:
     screen = PlainScreen(Console(file=output))
     for second in range(25):
@@ -79,9 +89,15 @@ def test_the_plain_line_has_every_figure(progress: Progress) -> None:
     progress.hear("follower", update(1))
     progress.hear("trainer", {"event": "upload", "version": 2, "seconds": 0.125})
     assert step_line(progress) == (
-        "act 1 of 2, learn at 0.001, step 2/8: reward 0.250, win 50%, version 2 published, 1 served, changed 1.25%, "
-        "delta 2.0 KiB of 1.00 MiB, upload 0.12 s, staleness 2, pause 1.5 ms, verified"
+        "act 1 of 2, learn at 0.001, step 2/8: reward 0.250, win rate 50%, version 2 published, 1 served, "
+        "changed 1.25%, delta 2.0 KiB of 1.00 MiB, upload 0.12 s, staleness 2, pause 1.5 ms, verified"
     )
+
+
+def test_an_only_act_has_no_number() -> None:
+    alone = Progress(replace(WORDLE, acts=ACTS[:1]))
+    alone.hear("trainer", step(3))
+    assert step_line(alone).startswith("learn at 0.001, step 3/8: ")
 
 
 def test_the_panel_has_every_figure(progress: Progress) -> None:
@@ -91,10 +107,16 @@ def test_the_panel_has_every_figure(progress: Progress) -> None:
     text = text_of(progress, "vllm is starting, 3 s", 75.0)
     for figure in (
         "1:15", "act 1 of 2, learn at 0.001, step 1/8", "● bucket-server", "● trainer", "0.250", "50%",
-        "1 published, 1 served, staleness 2", "2.0 KiB of 1.00 MiB, uploaded in 0.12 s", "1.25% of the weights",
+        "1 published, 1 served, staleness 2", "2.0 KiB of 1.00 MiB, uploaded in 0.12 s", "1.25% of the weights  ▁",
         "pause 1.5 ms, 0.25 s after publish, verified", "vllm is starting, 3 s",
     ):  # fmt: skip
         assert figure in text
+
+
+def test_the_panel_names_the_page_once_it_is_there(progress: Progress) -> None:
+    assert "http" not in text_of(progress)
+    progress.hear("page", {"event": "page", "url": "http://127.0.0.1:8101"})
+    assert "http://127.0.0.1:8101" in text_of(progress)
 
 
 def test_before_the_first_step_the_panel_shows_the_processes_alone(progress: Progress) -> None:
@@ -142,6 +164,7 @@ def test_a_sparkline_spans_lowest_to_highest_and_averages_neighbours() -> None:
     assert len(sparkline([float(i) for i in range(100)], width=32)) == 32
 
 
-def test_sizes_are_in_kib_and_from_a_mebibyte_in_mib() -> None:
+def test_sizes_are_in_kib_mib_and_gib() -> None:
     assert size(1536) == "1.5 KiB"
     assert size(3 << 19) == "1.50 MiB"
+    assert size(5 << 29) == "2.50 GiB"

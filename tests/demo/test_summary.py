@@ -1,14 +1,18 @@
 """The figures of summary.json: which steps each is a mean or a median of, and when an audit counts as equal."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from deltawire.demo.audit import compare
-from deltawire.demo.commands import Act, Commands
+from deltawire.demo.commands import Commands
+from deltawire.demo.games import SUMS, WORDLE, Game
 from deltawire.demo.summary import Audit, DemoSummary, Served, Step, Traffic, summarize
+from deltawire.upkeep.proofs import cache_folder
 
+GAMES = (WORDLE, SUMS)
 TRAFFIC = Traffic(received_bytes=500, deduplicated_bytes=20)
 EQUAL = Audit(version=30, tensors=24, vllm_differs=[], bucket_differs=[], checksums=20, fresh_server_differs=[])
 
@@ -76,6 +80,7 @@ def test_timings_are_medians_over_the_updates_vllm_took() -> None:
 def test_the_summary_carries_the_sizes_and_the_servers_counters() -> None:
     summary = figures()
     assert (summary.versions, summary.model_bytes, summary.staleness) == (34, 1000, 0.5)
+    assert summary.delta_bytes == 30 * 100 + 70 + 10 + 20 + 30
     assert (summary.server_received_bytes, summary.server_deduplicated_bytes) == (500, 20)
 
 
@@ -108,13 +113,27 @@ def test_the_summary_names_what_the_file_must_hold() -> None:
     assert record["acts"][0].keys() >= {"name", "learning_rate", "versions", "changed_fraction", "delta_bytes"}
 
 
-def test_the_trainer_is_told_nothing_by_which_it_could_send_weights_to_vllm() -> None:
-    commands = Commands(Path("checkout"), Path("run"), (Act("learn", 1e-3, 5),))
+@pytest.mark.parametrize("game", GAMES, ids=lambda game: game.name)
+def test_the_modules_of_a_game_are_there_and_a_quick_one_has_a_few_steps(game: Game) -> None:
+    for module in ("model", "environment", "trainer", *["exam"] * game.exam):
+        assert find_spec(f"examples.{game.name}.{module}")
+    assert sum(act.steps for act in game.quickly().acts) < 10 < sum(act.steps for act in game.acts)
+
+
+def test_a_pretrained_model_is_made_once_for_all_checkouts_and_a_toy_once_for_each() -> None:
+    wordle, sums = (Commands(Path("/checkout"), Path("run"), game).model_folder for game in GAMES)
+    assert wordle == Path("/checkout/runs/model")
+    assert sums == cache_folder() / "smollm2-135m-instruct"
+
+
+@pytest.mark.parametrize("game", GAMES, ids=lambda game: game.name)
+def test_the_trainer_is_told_nothing_by_which_it_could_send_weights_to_vllm(game: Game) -> None:
+    commands = Commands(Path("checkout"), Path("run"), game)
     command = commands.trainer("http://127.0.0.1:1", "http://127.0.0.1:2", "http://127.0.0.1:3")
-    options = dict(zip(command.arguments[3:-2:2], command.arguments[4:-2:2], strict=True))
+    options = dict(zip(command.arguments[3::2], command.arguments[4::2], strict=True))
     assert figures().trainer_connected_to_vllm_for_weights is False
     assert options.keys() == {
-        "--model", "--bucket", "--engine", "--served-model-name", "--environment", "--metrics", "--digests",
+        "--model", "--bucket", "--engine", "--served-model-name", "--environment", "--metrics", "--digests", "--act",
     }  # fmt: skip
     assert not any("VLLM" in name for name in command.environment)
 

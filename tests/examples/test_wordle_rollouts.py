@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 from completions import TOKENIZER, Completions
+from examples.wordle.lines import Lines
 from examples.wordle.rollouts import Episode, Player, Rollout, ServerError
 
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody listens
@@ -16,7 +17,7 @@ def play(vllm: Completions, environment_url: str, groups: int = 2, members: int 
     async def once() -> Rollout:
         async with (
             vllm.serve() as url,
-            Player(url, environment_url, TOKENIZER, groups=groups, members=members) as player,
+            Player(url, environment_url, Lines(TOKENIZER), groups=groups, members=members) as player,
         ):
             return await player.play(0)
 
@@ -90,7 +91,7 @@ def test_a_vllm_that_pauses_is_asked_again_and_nothing_is_sampled_twice(environm
 
 
 def test_a_password_in_the_address_is_sent_and_in_no_error(environment_url: str) -> None:
-    player = Player("http://someone:hunter2@127.0.0.1:9/", environment_url, TOKENIZER)
+    player = Player("http://someone:hunter2@127.0.0.1:9/", environment_url, Lines(TOKENIZER))
     assert (player.engine_url, player._login) == ("http://127.0.0.1:9", "Basic c29tZW9uZTpodW50ZXIy")
 
     async def enter() -> None:
@@ -128,7 +129,7 @@ def test_an_error_of_vllm_is_told_with_its_url_and_text(environment_url: str) ->
 
 def test_a_vllm_that_is_not_there_is_named_with_what_to_start(environment_url: str) -> None:
     async def enter() -> None:
-        async with Player(NOWHERE, environment_url, TOKENIZER):
+        async with Player(NOWHERE, environment_url, Lines(TOKENIZER)):
             pass
 
     with pytest.raises(ServerError, match=r"127\.0\.0\.1:9/weight_info: .*vllm serve"):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from completions import TOKENIZER, Completions
-from examples.wordle.learner import as_batch
+from examples.wordle.learner import Learning, as_batch, optimize
 from examples.wordle.model import Recipe, build_model, write_checkpoint
 from examples.wordle.producer import Producer
 from examples.wordle.rollouts import Episode, Rollout, ServerError
@@ -32,7 +32,8 @@ TINY = Recipe(steps=2, batch=4, hidden=64, layers=1)
 
 def game(guess: str, reward: float) -> Episode:
     """An episode of one guess, as if the policy had chosen it with probability 1 in 34 a token."""
-    episode = Episode([TOKENIZER.bos_token_id])
+    episode = Episode()
+    episode.read([TOKENIZER.bos_token_id])
     episode.wrote(TOKENIZER.encode(guess + "\n"), [-3.5] * (len(guess) + 1))
     episode.read(TOKENIZER.encode("XXX\n"))
     episode.reward, episode.won = reward, reward == 1.0
@@ -121,6 +122,20 @@ def test_a_batch_pads_episodes_and_keeps_what_the_policy_chose() -> None:
     assert batch.mask.sum(dim=1).tolist() == [4.0, 8.0]
     assert batch.behaviour.sum(dim=1).tolist() == [-14.0, -18.0]
     assert batch.advantages[0] == -batch.advantages[1] > 0
+
+
+def test_a_step_in_parts_is_the_step_of_the_whole_batch() -> None:
+    long = game("cat", 0.3)
+    long.wrote(TOKENIZER.encode("sun\n"), [-1.0] * 4)
+    batch = as_batch(Rollout(((game("cat", 1.0), game("dog", 0.0), long),), "a", "a", 0.0))
+    whole, parts = build_model(TINY, TOKENIZER), build_model(TINY, TOKENIZER)
+    seen = [
+        optimize(model, torch.optim.SGD(model.parameters(), 0.1), batch, Learning(entropy_bonus=0.02, rows=rows))
+        for model, rows in ((whole, 3), (parts, 2))
+    ]
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_every_step_publishes_and_the_bucket_ends_with_the_models_weights_in_bf16() -> None:

@@ -8,30 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import deltawire
+from deltawire.demo.games import WORDLE, Game
 from deltawire.demo.processes import Command
 from deltawire.errors import DeltaWireError
 
-BUCKET = "hf://buckets/me/wordle"
 SERVED_NAME = "policy"
 NOTHING: Mapping[str, str] = {}
 
 
 class NoExamples(DeltaWireError):
     """The examples are not here: they are in the repository, not in the package."""
-
-
-@dataclass(frozen=True, slots=True)
-class Act:
-    """A stretch of training at one learning rate."""
-
-    name: str
-    learning_rate: float
-    steps: int
-
-
-FULL = (Act("learn", 5e-4, 80), Act("rl", 2e-6, 20))
-"""the first act's rate is one this toy visibly learns at, the second's is one real models are trained at"""
-QUICK = (Act("learn", 5e-4, 4), Act("rl", 2e-6, 4))
 
 
 def in_checkout() -> bool:
@@ -56,12 +42,12 @@ class Commands:
 
     checkout: Path
     folder: Path
-    acts: tuple[Act, ...] = FULL
+    game: Game = WORDLE
 
     @property
     def model_folder(self) -> Path:
         """The checkpoint all start from; made once for all runs."""
-        return self.checkout / "runs" / "model"
+        return self.checkout / self.game.model
 
     @property
     def buckets(self) -> Path:
@@ -84,8 +70,8 @@ class Commands:
         return self.folder / "materialized"
 
     def model(self) -> Command:
-        """Makes the warm-started checkpoint; ends by itself."""
-        return self._python("model", "-m", "examples.wordle.model", str(self.model_folder), lasting=False)
+        """Makes the checkpoint; ends by itself."""
+        return self._python("model", "-m", f"examples.{self.game.name}.model", str(self.model_folder), lasting=False)
 
     def server(self) -> Command:
         """The bucket server; says `ready` with its URL."""
@@ -93,8 +79,8 @@ class Commands:
         return self._python("bucket-server", "-m", "deltawire.cli", "serve", *root, "--port", "0", "--json")
 
     def environment(self) -> Command:
-        """The Wordle server; says `ready` with its URL."""
-        return self._python("environment", "-m", "examples.wordle.environment", "--port", "0")
+        """The game's server; says `ready` with its URL."""
+        return self._python("environment", "-m", f"examples.{self.game.name}.environment", "--port", "0")
 
     def vllm(self, engine: str, hub: str) -> Command:
         """vLLM with the deltawire engine, on the starting checkpoint; ready when /health answers."""
@@ -109,7 +95,8 @@ class Commands:
             "--model": str(model),
             "--served-model-name": SERVED_NAME,
             "--dtype": "bfloat16",
-            "--max-model-len": "64",
+            "--max-model-len": str(self.game.context),
+            "--gpu-memory-utilization": "0.3",  # where there is a GPU, two servers and the trainer share it
             "--host": "127.0.0.1",
             "--port": engine.rpartition(":")[2],
             "--weight-transfer-config": json.dumps({"backend": "deltawire"}),
@@ -120,7 +107,8 @@ class Commands:
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by itself every vLLM takes the first core: on a busy machine of 2
-            # cores that starts in 43 s; unbound with the one thread below, in 24 s
+            # cores that starts in 43 s; unbound with one thread, in 24 s
+            "OMP_NUM_THREADS": str(self.game.threads),
             "VLLM_NO_USAGE_STATS": "1",
         }
         module = "vllm.entrypoints.openai.api_server"
@@ -128,14 +116,14 @@ class Commands:
 
     def follower(self, engine: str, hub: str) -> Command:
         """Drives vLLM's updates; says `update` for each version that came to be served."""
-        arguments = ("follow", "--bucket", BUCKET, "--engine", engine, "--poll", "0.2", "--json")
+        arguments = ("follow", "--bucket", self.game.bucket, "--engine", engine, "--poll", "0.2", "--json")
         return self._python("follower", "-m", "deltawire.cli", *arguments, hub=hub)
 
     def trainer(self, engine: str, environment: str, hub: str) -> Command:
         """Trains and publishes; says `start`, `step` and `done` in `metrics`; ends by itself."""
         arguments = {
             "--model": str(self.model_folder),
-            "--bucket": BUCKET,
+            "--bucket": self.game.bucket,
             "--engine": engine,
             "--served-model-name": SERVED_NAME,
             "--environment": environment,
@@ -143,12 +131,23 @@ class Commands:
             "--digests": str(self.digests),
         }
         flat = [word for pair in arguments.items() for word in pair]
-        acts = [word for act in self.acts for word in ("--act", f"{act.name},{act.learning_rate},{act.steps}")]
-        return self._python("trainer", "-m", "examples.wordle.trainer", *flat, *acts, hub=hub, lasting=False)
+        acts = [word for act in self.game.acts for word in ("--act", f"{act.name},{act.learning_rate},{act.steps}")]
+        module, extra = f"examples.{self.game.name}.trainer", {"OMP_NUM_THREADS": str(self.game.threads)}
+        return self._python("trainer", "-m", module, *flat, *acts, hub=hub, extra=extra, lasting=False)
+
+    def exam(self, when: str, engine: str) -> Command:
+        """Has vLLM answer what nobody trained on; says `exam` with the answers; ends by itself."""
+        module = f"examples.{self.game.name}.exam"
+        return self._python(f"exam-{when}", "-m", module, "--engine", engine, lasting=False)
+
+    def page(self, hub: str) -> Command:
+        """The page of the run and its replica; says `page` with its URL."""
+        arguments = ("status", self.game.bucket, "--serve", "0", "--json")
+        return self._python("page", "-m", "deltawire.cli", *arguments, hub=hub)
 
     def materialize(self, hub: str) -> Command:
         """Writes the bucket's last version as a checkpoint; ends by itself."""
-        arguments = ("materialize", BUCKET, str(self.materialized), "--json")
+        arguments = ("materialize", self.game.bucket, str(self.materialized), "--json")
         return self._python("materialize", "-m", "deltawire.cli", *arguments, hub=hub, lasting=False)
 
     def _python(

@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from deltawire.demo.games import Patience
 from deltawire.demo.processes import Child, Children, Command, Tail
 from deltawire.demo.progress import Light, Progress
 from deltawire.demo.screen import Screen
@@ -15,14 +15,6 @@ TICK = 0.1
 """seconds between two looks at the processes; all timings shown are measured by the processes themselves"""
 CLEAN = {0, 128 + 2, 128 + 15}
 """exit codes of a process that was asked to end and did, in its own way or by the signal"""
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """Seconds a process may take to get ready, and go on without a word, before the demo gives up."""
-
-    start: float = 300.0
-    news: float = 120.0
 
 
 class Monitor:
@@ -111,7 +103,8 @@ class Monitor:
         starting = [self.children[name] for name, light in lights.items() if light == "starting"]
         waiting = [f"{child.name} is starting, {now - child.started:.0f} s" for child in starting]
         if awaited is not None and awaited.name not in lights:
-            waiting.append(f"{awaited.name} is at work, {now - awaited.started:.0f} s")
+            doing = self.progress.doing.get(awaited.name, "at work")
+            waiting.append(f"{awaited.name} is {doing}, {now - awaited.started:.0f} s")
         self._screen.draw(self.progress, "; ".join(waiting), self.seconds)
 
     def url(self, child: Child) -> str:

@@ -5,8 +5,8 @@ from typing import Literal
 
 import msgspec
 
-from deltawire.demo.commands import Act
-from deltawire.demo.summary import Served, Step
+from deltawire.demo.games import Game
+from deltawire.demo.summary import Exam, Served, Step
 from deltawire.errors import FormatError
 
 Light = Literal["waiting", "starting", "ready", "ended", "failed"]
@@ -17,12 +17,16 @@ PROCESSES = ("bucket-server", "environment", "vllm", "follower", "trainer")
 class Progress:
     """Grows by `hear`; the screens draw it."""
 
-    acts: tuple[Act, ...]
+    game: Game
     lights: dict[str, Light] = field(default_factory=lambda: dict.fromkeys(PROCESSES, "waiting"))
     steps: list[Step] = field(default_factory=list)
     served: list[Served] = field(default_factory=list)
     urls: dict[str, str] = field(default_factory=dict)
     """where the processes that said so are ready"""
+    doing: dict[str, str] = field(default_factory=dict)
+    """what the processes that said so are at"""
+    exams: list[Exam] = field(default_factory=list)
+    """what vLLM answered before the first step, and after the last"""
     published: int | None = None
     """the version the trainer published last"""
     finished: int | None = None
@@ -36,8 +40,12 @@ class Progress:
         """Take in one record of one process; events nobody draws are ignored. Raises FormatError."""
         try:
             match name, record.get("event"):
-                case _, "ready":
+                case _, "ready" | "page":
                     self.urls[name] = str(record.get("url"))
+                case _, "doing":
+                    self.doing[name] = str(record.get("what"))
+                case _, "exam":
+                    self.exams.append(msgspec.convert(record, Exam))
                 case "trainer", "start":
                     self.published = msgspec.convert(record["version"], int)
                 case "trainer", "done":
@@ -65,7 +73,7 @@ class Progress:
     @property
     def total_steps(self) -> int:
         """Steps of all acts together."""
-        return sum(act.steps for act in self.acts)
+        return sum(act.steps for act in self.game.acts)
 
     @property
     def served_version(self) -> int | None:

@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from deltawire.demo.progress import Light, Progress
-from deltawire.demo.summary import DemoSummary, Step
+from deltawire.demo.summary import Step
 
 PLAIN_STEPS = 5
-"""a plain line each so many steps"""
+"""a plain line each so many steps at the latest"""
 PLAIN_SECONDS = 10.0
-"""and one each so many seconds while something is waited for"""
+"""and one after so many seconds of silence, if there is a step to tell of or something is waited for"""
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 32
 LIGHTS: dict[Light, str] = {
@@ -60,11 +60,11 @@ class PlainScreen:
 
     def draw(self, progress: Progress, waiting: str, seconds: float) -> None:
         done = len(progress.steps)
-        due = done - self._steps >= PLAIN_STEPS or (done > self._steps and done == progress.total_steps)
-        if due:
+        new, quiet = done - self._steps, seconds - self._said_at >= PLAIN_SECONDS
+        if new >= PLAIN_STEPS or (new and (quiet or done == progress.total_steps)):
             self._steps = done
             self.tell(step_line(progress), seconds)
-        elif waiting and seconds - self._said_at >= PLAIN_SECONDS:
+        elif waiting and quiet:
             self.tell(waiting, seconds)
 
     def tell(self, text: str, seconds: float) -> None:
@@ -106,7 +106,7 @@ def step_line(progress: Progress) -> str:
     """The last step and the last update, on one line."""
     step = progress.steps[-1]
     parts = [
-        f"{where(progress, step)}: reward {step.reward:.3f}, win {step.win_rate:.0%}",
+        f"{where(progress, step)}: reward {step.reward:.3f}, {progress.game.won} {step.win_rate:.0%}",
         f"version {step.version} published, {_or_none(progress.served_version)} served",
         f"changed {step.changed_fraction:.2%}",
         f"delta {size(step.delta_bytes)} of {size(step.model_bytes)}",
@@ -121,12 +121,13 @@ def step_line(progress: Progress) -> str:
 
 
 def where(progress: Progress, step: Step) -> str:
-    """Act, learning rate and step: "act 1 of 2, learn at 1e-03, step 12/80"."""
-    number = next(i for i, act in enumerate(progress.acts) if act.name == step.act)
-    before = sum(act.steps for act in progress.acts[:number])
-    act = progress.acts[number]
-    place = f"act {number + 1} of {len(progress.acts)}, {act.name} at {act.learning_rate:g}"
-    return f"{place}, step {step.step - before}/{act.steps}"
+    """Act, learning rate and step: "act 1 of 2, learn at 1e-03, step 12/80"; an only act has no number."""
+    number = next(i for i, act in enumerate(progress.game.acts) if act.name == step.act)
+    before = sum(act.steps for act in progress.game.acts[:number])
+    act = progress.game.acts[number]
+    acts = len(progress.game.acts)
+    place = f"act {number + 1} of {acts}, " if acts > 1 else ""
+    return f"{place}{act.name} at {act.learning_rate:g}, step {step.step - before}/{act.steps}"
 
 
 def panel(progress: Progress, waiting: str, seconds: float) -> RenderableType:
@@ -137,6 +138,8 @@ def panel(progress: Progress, waiting: str, seconds: float) -> RenderableType:
     table.add_row("processes", _lights(progress))
     if progress.steps:
         _add_figures(table, progress)
+    if "page" in progress.urls:
+        table.add_row("page", progress.urls["page"])
     if progress.problem:
         table.add_row("problem", Text(progress.problem, style="red"))
     rows: list[RenderableType] = [table]
@@ -158,8 +161,9 @@ def _lights(progress: Progress) -> Text:
 def _add_figures(table: Table, progress: Progress) -> None:
     step = progress.steps[-1]
     rewards, wins = [s.reward for s in progress.steps], [s.win_rate for s in progress.steps]
+    densities = [s.changed_fraction for s in progress.steps]
     table.add_row("reward", f"{step.reward:6.3f}  {sparkline(rewards)}")
-    table.add_row("win rate", f"{step.win_rate:6.0%}  {sparkline(wins)}")
+    table.add_row(progress.game.won, f"{step.win_rate:6.0%}  {sparkline(wins)}")
     lag = f"staleness {step.staleness:g}"
     table.add_row("version", f"{step.version} published, {_or_none(progress.served_version)} served, {lag}")
     bar = Table.grid(padding=(0, 1))
@@ -169,35 +173,12 @@ def _add_figures(table: Table, progress: Progress) -> None:
         f"{size(step.delta_bytes)} of {size(step.model_bytes)}{upload}",
     )
     table.add_row("delta", bar)
-    table.add_row("changed", f"{step.changed_fraction:.2%} of the weights")
+    table.add_row("changed", f"{step.changed_fraction:6.2%} of the weights  {sparkline(densities)}")
     if progress.served:
         update = progress.served[-1]
         verified = Text("verified", style="green") if update.verified else Text("NOT VERIFIED", style="red")
         paused = f"pause {update.pause_ms:.1f} ms, {update.publish_to_served_s:.2f} s after publish, "
         table.add_row("served", Text(paused).append_text(verified))
-
-
-def final_table(summary: DemoSummary) -> Table:
-    """What the demo showed, act by act."""
-    table = Table("act", "rate", "versions", "reward", "win rate", "changed", "delta", title="deltawire demo")
-    for act in summary.acts:
-        table.add_row(
-            act.name,
-            f"{act.learning_rate:g}",
-            str(act.versions),
-            f"{act.reward_first:.3f} → {act.reward_last:.3f}",
-            f"{act.win_rate_first:.0%} → {act.win_rate_last:.0%}",
-            f"{act.changed_fraction:.2%}",
-            size(act.delta_bytes),
-        )
-    audit = summary.audit
-    equal = "equal" if audit.equal else "DIFFERENT"
-    table.caption = (
-        f"vLLM, bucket, fresh server and trainer at version {audit.version}: {equal}\n"
-        f"{audit.tensors} tensors, {size(summary.model_bytes)}; pause {summary.pause_ms:.1f} ms, "
-        f"published to served {summary.publish_to_served_s:.2f} s (medians)"
-    )
-    return table
 
 
 def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
@@ -211,9 +192,10 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: "312.5 KiB", "1.9 MiB"."""
-    kib = count / 1024
-    return f"{kib / 1024:.2f} MiB" if kib >= 1024 else f"{kib:.1f} KiB"
+    """Bytes for people: "312.5 KiB", "1.90 MiB", "7.52 GiB"."""
+    if count >= 1 << 30:
+        return f"{count / (1 << 30):.2f} GiB"
+    return f"{count / (1 << 20):.2f} MiB" if count >= 1 << 20 else f"{count / (1 << 10):.1f} KiB"
 
 
 def _or_none(version: int | None) -> str:

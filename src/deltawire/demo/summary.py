@@ -37,6 +37,27 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     verified: bool
 
 
+class Answered(msgspec.Struct, frozen=True, kw_only=True):
+    """A question, what the model said to it, and whether that is right."""
+
+    question: str
+    answer: str
+    right: bool
+
+
+class Exam(msgspec.Struct, frozen=True, kw_only=True):
+    """What vLLM answered at one version of its weights to questions that nobody trained on."""
+
+    weights: str
+    """its label of the version: RUN:VERSION, or "default" before its first update"""
+    answers: list[Answered]
+
+    @property
+    def right(self) -> int:
+        """How many of the answers are right."""
+        return sum(answered.right for answered in self.answers)
+
+
 class ActSummary(msgspec.Struct, frozen=True, kw_only=True):
     """An act: medians over its versions, means over its first and last steps."""
 
@@ -92,6 +113,8 @@ class DemoSummary(msgspec.Struct, frozen=True, kw_only=True):
     win_rate_last: float
     versions: int
     model_bytes: int
+    delta_bytes: int
+    """of all versions together"""
     acts: list[ActSummary]
     updates: int
     pause_ms: float
@@ -102,13 +125,21 @@ class DemoSummary(msgspec.Struct, frozen=True, kw_only=True):
     server_received_bytes: int
     server_deduplicated_bytes: int
     seconds: float
+    exams: list[Exam] = []
+    """before the first step and after the last, where the game has an exam"""
     trainer_connected_to_vllm_for_weights: bool = False
     """A constant, not a measurement: the trainer is started with the bucket's URL and the URL it reads rollouts from,
     and asks vLLM for nothing else; the process that asks for updates is the follower, which knows no trainer."""
 
 
 def summarize(
-    steps: Sequence[Step], served: Sequence[Served], audit: Audit, traffic: Traffic, *, seconds: float
+    steps: Sequence[Step],
+    served: Sequence[Served],
+    audit: Audit,
+    traffic: Traffic,
+    *,
+    seconds: float,
+    exams: Sequence[Exam] = (),
 ) -> DemoSummary:
     """The figures. Raises ValueError if no step was taken or no update served: there would be nothing to show."""
     if not steps or not served:
@@ -121,6 +152,7 @@ def summarize(
         win_rate_last=acts[0].win_rate_last,
         versions=len({step.version for step in steps}),
         model_bytes=steps[-1].model_bytes,
+        delta_bytes=sum({step.version: step.delta_bytes for step in steps}.values()),
         acts=acts,
         updates=len(served),
         pause_ms=median(update.pause_ms for update in served),
@@ -131,6 +163,7 @@ def summarize(
         server_received_bytes=traffic.received_bytes,
         server_deduplicated_bytes=traffic.deduplicated_bytes,
         seconds=seconds,
+        exams=list(exams),
     )
 
 
