@@ -28,7 +28,7 @@ NAMES = {
     "deltawire.live.answers": ("respond",),
     "deltawire.live.worker": ("LiveWorker",),
     "deltawire.runlog.records": ("CODECS", "_check", "read", "write"),
-    "deltawire.upkeep.retention": ("_ORDER", "_goes"),
+    "deltawire.upkeep.retention": ("_ORDER", "_within"),
     "deltawire.weights.kernels": ("warm_up",),
     "deltawire.weights.speed": ("why_no_numba",),
 }

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from deltawire.upkeep.proofs import cache_folder
+from deltawire.read.host_cache import cache_folder
 
 _CORES = len(os.sched_getaffinity(0))
 
