@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 
 from deltawire.buckets.atomic import file_system_errors
 
@@ -29,7 +28,7 @@ class TemporaryFolder:
             _sweep_once(tempfile.gettempdir())
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
             try:
-                self._lock = _locked_at(self.path / _IN_USE)
+                self._lock: int | None = _locked_at(self.path / _IN_USE)
             except BaseException:
                 shutil.rmtree(self.path, ignore_errors=True)
                 raise
@@ -43,7 +42,9 @@ class TemporaryFolder:
     def close(self) -> None:
         """Remove it with all that it holds; again is nothing."""
         shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def sweep(parent: Path) -> list[Path]:
@@ -74,14 +75,15 @@ def _ours(parent: Path) -> Iterator[Path]:
             yield Path(entry.path)
 
 
-def _locked_at(path: Path) -> BinaryIO:
-    """An open and locked file, which gets its name only once it is locked: a sweep must not find it in between."""
+def _locked_at(path: Path) -> int:
+    """The descriptor of an open and locked file, which gets its name only once it is locked: a sweep must not find it
+    in between."""
     aside = path.with_name(f"{path.name}.new")
-    file = open(aside, "wb")  # noqa: SIM115
+    file = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
         aside.rename(path)
     except BaseException:
-        file.close()
+        os.close(file)
         raise
     return file
