@@ -29,7 +29,7 @@ from typing import Self
 from deltawire.buckets.atomic import require_room
 from deltawire.buckets.base import Bucket
 from deltawire.buckets.verified import download_verified, get_verified, require_bytes
-from deltawire.errors import FormatError, OutOfSpace
+from deltawire.errors import BucketError, FormatError, NotFound, OutOfSpace
 from deltawire.read.entries import CONTENT, LOCK, Wait, delete, entries, is_shared, locked, size_of
 
 FOLDER, LIMIT = "DELTAWIRE_CACHE", "DELTAWIRE_CACHE_GIB"
@@ -108,17 +108,26 @@ class HostCache:
 
         None where the cache is of no use now: its disk is full or refuses, or who fills the entry stands still, or
         reads another bucket, which may be slower. Raises what `fill` raises, but for OutOfSpace and what the file
-        system refuses.
+        system says of the cache's own files.
         """
         try:
             self._require_own()
             return self._hold(self.folder / name, size, fill, source)
         except OutOfSpace:
             return None
+        except BucketError as error:
+            if not self._is_of_ours(error.__cause__):
+                raise
+            return None
         except OSError as error:
             if error.errno is None:  # a watchdog's TimeoutError, and no file's fault
                 raise
             return None
+
+    def _is_of_ours(self, error: BaseException | None) -> bool:
+        """Whether the file system said something of a file in here, and not the store of what it holds."""
+        named = error.filename if isinstance(error, OSError) else None
+        return isinstance(named, str | Path) and Path(named).is_relative_to(self.folder)
 
     def _require_own(self) -> None:
         """Raise PermissionError unless the folder is this user's alone; it is made if need be."""
@@ -137,7 +146,7 @@ class HostCache:
                     return None
                 continue
             try:
-                if not (entry / CONTENT).is_dir():
+                if not whole and not (entry / CONTENT).is_dir():  # one that was removed just now is not locked alone
                     (entry / LOCK).write_text(source)
                     self._fill(entry, size, fill)
                 if is_shared(lock) and (entry / CONTENT).is_dir():
