@@ -258,6 +258,23 @@ def test_the_environment_chooses_the_folder_and_the_limit_or_turns_it_off(tmp_pa
             host_cache({"DELTAWIRE_CACHE_GIB": wrong})
 
 
+def test_a_user_without_a_home_has_no_cache_and_every_module_is_imported():
+    """As in a container whose user is a number alone. `Path.home` is what fails there."""
+    code = """
+import os, pathlib
+for name in ("HOME", "XDG_CACHE_HOME", "DELTAWIRE_CACHE"):
+    os.environ.pop(name, None)
+os.path.expanduser = lambda path: path
+import deltawire.cli
+from deltawire.read.host_cache import host_cache
+from deltawire.upkeep.proofs import default_memory
+assert host_cache() is None
+assert default_memory() is None
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=LONG)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("above", [1, 2], ids=["an entry", "all of it"])
 def test_a_cache_that_somebody_removes_meanwhile_stops_no_reader(chain, cache, monkeypatch, above):
     bucket, versions = chain

@@ -45,13 +45,20 @@ _FILLING, _DATA = "filling", "data"
 
 
 def cache_folder() -> Path:
-    """Where this user's things that can be made again are kept, by the XDG base directories."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltawire"
+    """Where this user's things that can be made again are kept, by the XDG base directories. Raises NotFound for a user
+    without a home."""
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "deltawire"
+    try:
+        return Path.home() / ".cache" / "deltawire"
+    except RuntimeError:  # as of a container whose user is a number alone
+        raise NotFound("this user has no home folder: set HOME, or XDG_CACHE_HOME to a folder for caches") from None
 
 
 def host_cache(environ: Mapping[str, str] = os.environ) -> "HostCache | None":
     """The cache that the processes of this user on this host share: in the folder that DELTAWIRE_CACHE names, by
-    default `cache_folder()`, and None where that says `off`. DELTAWIRE_CACHE_GIB is its limit.
+    default `cache_folder()`, and None where that says `off`, or where there is no home. DELTAWIRE_CACHE_GIB is its
+    limit.
 
     Raises FormatError for a limit that is not a number.
     """
@@ -63,7 +70,10 @@ def host_cache(environ: Mapping[str, str] = os.environ) -> "HostCache | None":
         limit = int(float(size) * GIB) if size else None
     except (ValueError, OverflowError):
         raise FormatError(f"{LIMIT} is {size!r}: give a number of GiB, as 4 or 0.5") from None
-    return HostCache(Path(chosen).absolute() if chosen else cache_folder(), limit)
+    try:
+        return HostCache(Path(chosen).absolute() if chosen else cache_folder(), limit)
+    except NotFound:
+        return None
 
 
 class HostCache:
