@@ -1,5 +1,7 @@
 """Temporary folders: what a killed process left goes, what a living one uses stays."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -70,6 +72,43 @@ def test_one_that_another_process_removes_meanwhile_stops_nobody(parent, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", then_removed)
         assert sweep(parent) == []
+
+
+def left_behind(parent):
+    """A folder whose process was killed: nobody holds its lock."""
+    folder = TemporaryFolder()
+    os.close(folder._lock)
+    return folder.path
+
+
+def test_a_folder_of_another_host_stays_and_one_of_another_container_of_this_host_goes(parent, monkeypatch):
+    def left_by(*host):
+        monkeypatch.setattr(temporary, "_host", lambda: host)
+        return left_behind(parent)
+
+    beside, earlier = left_by("another-container", "boot"), left_by("name", "the-boot-before")
+    elsewhere = left_by("elsewhere", "another-boot")
+    monkeypatch.setattr(temporary, "_host", lambda: ("name", "boot"))
+    assert set(sweep(parent)) == {beside, earlier}
+    assert elsewhere.is_dir()
+
+
+def test_without_locks_or_a_list_of_what_is_there_a_folder_is_made_and_removed(parent, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def hidden(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    temporary._sweep_once.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refused)
+        patch.setattr(temporary, "_ours", hidden)
+        folder = TemporaryFolder()
+    (folder.path / "file").write_bytes(b"1")
+    assert sweep(parent) == [], "nobody knows whether it is in use"
+    folder.close()
+    assert list(parent.iterdir()) == []
 
 
 def test_a_folder_that_is_not_there_is_named_with_the_way_out(parent, monkeypatch):

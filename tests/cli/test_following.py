@@ -104,7 +104,7 @@ def test_one_port_answers_for_each_server_and_for_all(place, capsys):
         assert httpx.get(f"{port}health").status_code == 200
         names = {follower.replica for _, follower, _ in following._each}
         assert len(names) == 2
-        until(lambda: rows(port) == dict.fromkeys(names, 1), seconds=60)
+        until(lambda: rows(port) == dict.fromkeys(names, 1))
 
 
 def test_a_signal_ends_the_process_and_every_server_keeps_what_it_serves(place):
@@ -113,7 +113,7 @@ def test_a_signal_ends_the_process_and_every_server_keeps_what_it_serves(place):
     command = [sys.executable, "-m", "deltawire.cli", "follow", "--bucket", run.url, *names, "--all-or-nothing"]
     with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True) as process:
         try:
-            until(lambda: versions(engines) == ["1", "1"], seconds=60, unless=lambda: process.poll() is not None)
+            until(lambda: versions(engines) == ["1", "1"], unless=lambda: process.poll() is not None)
         finally:
             process.terminate()
         told, _ = process.communicate(timeout=60)

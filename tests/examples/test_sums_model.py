@@ -36,6 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
+@pytest.mark.nightly
 def test_the_model_of_the_wheel_is_made_once_and_has_no_zero_of_the_quantiser(checkpoint: Path) -> None:
     weights = Checkpoint(checkpoint)
     assert len(weights) == 272 and sum(bits.data.size for bits in weights.values()) == 134_515_008

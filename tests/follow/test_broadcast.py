@@ -180,9 +180,9 @@ def test_a_broadcast_follows_until_it_is_stopped(fleet, run):
     thread = threading.Thread(target=fleet.broadcast.run)
     thread.start()
     try:
-        until(lambda: [engine.reported[-1] for engine in fleet.engines] == ["1"] * 3, seconds=60)
+        until(lambda: [engine.reported[-1] for engine in fleet.engines] == ["1"] * 3)
         run.publish(a=1)
-        until(lambda: [engine.reported[-1] for engine in fleet.engines] == ["2"] * 3, seconds=60)
+        until(lambda: [engine.reported[-1] for engine in fleet.engines] == ["2"] * 3)
     finally:
         fleet.broadcast.stop()
         thread.join(60)

@@ -45,7 +45,7 @@ def test_a_broken_server_holds_up_no_other_and_is_followed_once_it_is_mended(fle
     thread.start()
     try:
         run.publish(a=1)
-        until(lambda: all(engine.reported[-2:] == ":1" for engine in fleet.engines if engine is not broken), seconds=60)
+        until(lambda: all(engine.reported[-2:] == ":1" for engine in fleet.engines if engine is not broken))
         until(lambda: fleet.problems["b"], seconds=LONG)
         assert [follower.health.why_unready() is None for follower in fleet.followers] == [True, False, True]
         assert "that no follower knows" in fleet.followers[1].health.problem

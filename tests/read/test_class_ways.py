@@ -6,7 +6,7 @@ import pytest
 import torch
 from blake3 import blake3
 from class_runs import class_run, require_exact
-from runs import fresh, position, read_weights, served
+from runs import PATIENCE, edit, fresh, model, position, publishing, read_weights, served
 from torch import nn
 from verbs import say
 
@@ -156,6 +156,23 @@ def test_a_reader_without_weights_takes_folds_forward_and_back(short, tmp_path):
         for start, end in ((0, 4), (4, 0)):
             change = subscriber.change(position(bucket, start), end, anchors=False)
             assert change.payloads == 1
+            assert equal(versions[start] + change.delta, versions[end])
+
+
+def test_a_delta_of_class_that_was_never_committed_closes_no_way():
+    """A publisher that was killed between a payload and its commit leaves it."""
+    bucket, weights, versions = fresh(), model(), {}
+    with publishing(bucket) as publisher:
+        for version in range(7):
+            publisher.publish(weights)
+            publisher.flush(PATIENCE)
+            versions[version] = served(weights)
+            edit(weights, version)
+    left = payload_key(position(bucket, 3).run, delta_key(3, "ab" * 32, by_class=True))
+    bucket.put(left, b"of an upload that was broken off")
+    with Subscriber(bucket) as subscriber:
+        for start, end in ((1, 6), (6, 1)):
+            change = subscriber.change(position(bucket, start), end, anchors=False)
             assert equal(versions[start] + change.delta, versions[end])
 
 

@@ -18,6 +18,7 @@ from small_s3 import small_s3
 from deltawire import Subscriber, digest, open_bucket
 from deltawire.buckets.wrappers import Counting
 from deltawire.errors import FormatError, Unavailable
+from deltawire.read import entries
 from deltawire.read.host_cache import GIB, HostCache, cache_folder, host_cache
 from deltawire.weights.tensors import equal
 
@@ -255,6 +256,84 @@ def test_the_environment_chooses_the_folder_and_the_limit_or_turns_it_off(tmp_pa
     for wrong in ("much", "inf", "nan"):
         with pytest.raises(FormatError, match="DELTAWIRE_CACHE_GIB"):
             host_cache({"DELTAWIRE_CACHE_GIB": wrong})
+
+
+def test_a_user_without_a_home_has_no_cache_and_every_module_is_imported():
+    """As in a container whose user is a number alone. `Path.home` is what fails there."""
+    code = """
+import os, pathlib
+for name in ("HOME", "XDG_CACHE_HOME", "DELTAWIRE_CACHE"):
+    os.environ.pop(name, None)
+os.path.expanduser = lambda path: path
+import deltawire.cli
+from deltawire.read.host_cache import host_cache
+from deltawire.upkeep.proofs import default_memory
+assert host_cache() is None
+assert default_memory() is None
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=LONG)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("above", [1, 2], ids=["an entry", "all of it"])
+def test_a_cache_that_somebody_removes_meanwhile_stops_no_reader(chain, cache, monkeypatch, above):
+    bucket, versions = chain
+    get_file = Fetched.get_file
+
+    def removed(self, key, path, *, limit):
+        get_file(self, key, path, limit=limit)
+        if path.is_relative_to(cache.folder):
+            shutil.rmtree(path.parents[above])
+
+    monkeypatch.setattr(Fetched, "get_file", removed)
+    assert equal(read(bucket, cache), versions[3])
+
+
+def test_an_entry_that_is_removed_under_the_eyes_of_a_reader_is_filled_by_one_alone(cache, monkeypatch):
+    put(cache, "entry", 3).close()
+    asked, lock = [], entries.locked
+
+    def locked(entry, *, alone, make=True):
+        if make:
+            asked.append(alone)
+            if len(asked) == 1:
+                assert cache.remove(entry)
+        return lock(entry, alone=alone, make=make)
+
+    monkeypatch.setattr("deltawire.read.host_cache.locked", locked)
+    with put(cache, "entry", 3) as held:
+        assert [path.name for path in held.path.iterdir()] == ["data"]
+    assert asked == [False, True]
+
+
+def test_a_file_of_somebody_else_in_the_cache_is_passed_over(chain, cache):
+    bucket, versions = chain
+    cache.folder.mkdir(parents=True, mode=0o700)
+    (cache.folder / "notes").write_text("mine")
+    for _ in range(2):
+        assert equal(read(bucket, cache), versions[3])
+    assert set(payloads(bucket).values()) == {1}
+    assert (cache.folder / "notes").read_text() == "mine"
+
+
+def test_a_sharded_anchor_of_one_that_was_killed_when_all_was_there_is_used(cache, tmp_path, monkeypatch):
+    shutil.unpack_archive(GOLDEN / "sharded.zip", tmp_path / "old")
+    bucket = Fetched(open_bucket((tmp_path / "old" / "bucket").as_uri()))
+    alone = read(bucket, None, until=0)
+    bucket.fetched.clear()
+    rename = Path.rename
+
+    def killed(self, target):
+        if Path(target).name == "content":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            read(bucket, cache, until=0)
+    assert equal(read(bucket, cache, until=0), alone)
+    assert set(payloads(bucket).values()) == {1}
 
 
 def test_a_name_is_the_hash_of_what_it_holds(chain, cache):

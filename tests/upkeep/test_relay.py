@@ -1,5 +1,6 @@
 """A bucket nearby: the same bytes in the order of a trainer, fetched once however many servers read it."""
 
+import time
 from collections import Counter
 
 import pytest
@@ -185,6 +186,14 @@ def test_heartbeats_are_passed_on_when_they_change_and_at_most_every_30_seconds(
     seen = beats_of(source)
     assert (seen["a"].version, seen["a"].at, seen["a"].every) == (3, 3.0, 60.0)
     assert (seen["b"].version, seen["b"].unready) == (1, "joining")
+
+
+def test_a_relay_that_is_started_again_makes_no_silent_replica_seem_alive():
+    source, target = fresh(), fresh()
+    heartbeats.beat(target, Heartbeat("a", "0" * 16, 1))
+    assert PassedOn(source, target, now=lambda: time.time() + 3600).step() == 0
+    assert beats_of(source) == {}
+    assert PassedOn(source, target).step() == 1
 
 
 def test_a_store_that_says_later_is_asked_again_and_one_that_refuses_is_told_of_once():

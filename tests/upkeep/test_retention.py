@@ -16,8 +16,9 @@ from deltawire.buckets.forwarding import Forwarding
 from deltawire.buckets.wrappers import Counting
 from deltawire.errors import FormatError, Gap, Unavailable
 from deltawire.format.checkpoint import Checkpoint
+from deltawire.read.mirror import MARKER
 from deltawire.read.naming import name_version, version_named
-from deltawire.runlog import heartbeats, log, signing
+from deltawire.runlog import heartbeats, log, pruning, signing
 from deltawire.runlog.heartbeats import Heartbeat
 from deltawire.runlog.invariants import every_version_is_reachable
 from deltawire.runlog.keys import HEAD_KEY, commit_key, derived_key
@@ -225,6 +226,34 @@ def test_a_tag_just_below_what_stays_joins_it(compacted, tmp_path, name):
     assert (found.floor, found.tagged) == ((8, ()) if name == 18 else (19, ((8, 17),)))
     carry_out(bucket, found)
     require_sound(bucket, run, steps, tmp_path)
+
+
+def test_what_a_broken_off_prune_announced_ends_with_the_next_that_finds_nothing(compacted):
+    bucket, run, _ = compacted
+    pruning.announce(bucket, run, 19, ())
+    found = find_prunable(bucket, run, Policy(hours=24.0))
+    assert not found.keys
+    assert not name_it(bucket, move=False)
+    carry_out(bucket, found)
+    assert pruning.announced(bucket, run) is None
+    assert name_it(bucket, move=False)
+
+
+def test_verify_holds_one_tagged_version_at_a_time(compacted, tmp_path, monkeypatch):
+    bucket, run, _ = compacted
+    tagged(bucket, early=10, first=0)
+    carry_out(bucket, find_prunable(bucket, run, SOON))
+    held, temporary = [], tmp_path / "temporary"
+    temporary.mkdir()
+
+    def watched(bucket, out, *given, **options):
+        held.append(len([*temporary.rglob(MARKER)]))
+        return materialize(bucket, out, *given, **options)
+
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.setattr("deltawire.upkeep.verify.materialize", watched)
+    assert verify(bucket).tagged == (0, 10)
+    assert held == [0, 0]
 
 
 def test_a_tag_of_a_version_that_is_not_there_keeps_nothing(compacted):

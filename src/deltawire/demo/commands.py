@@ -11,6 +11,7 @@ import deltawire
 from deltawire.demo.games import WORDLE, Game
 from deltawire.demo.processes import Command
 from deltawire.errors import DeltaWireError
+from deltawire.read.host_cache import cache_folder
 
 SERVED_NAME = "policy"
 NOTHING: Mapping[str, str] = {}
@@ -46,8 +47,9 @@ class Commands:
 
     @property
     def model_folder(self) -> Path:
-        """The checkpoint all start from; made once for all runs."""
-        return self.checkout / self.game.model
+        """The checkpoint all start from; made once for all runs. Raises NotFound where it lies in this user's cache and
+        the user has no home."""
+        return (cache_folder() if self.game.cached else self.checkout) / self.game.model
 
     @property
     def buckets(self) -> Path:

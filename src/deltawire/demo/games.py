@@ -1,12 +1,9 @@
 """What a demo plays, and with which model. The games themselves are in `examples/` of a checkout."""
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from deltawire.read.host_cache import cache_folder
-
-_CORES = len(os.sched_getaffinity(0))
+from deltawire.weights.threads import cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +27,9 @@ class Patience:
 class Game:
     """`examples.NAME` of a checkout has its `model`, `environment` and `trainer`, and with `exam` an exam.
 
-    `model` is where the checkpoint that all start from lies, made once for all runs; a path that is not absolute is the
-    checkout's. `won` says what is counted of the episodes that went well. `context` is vLLM's, in tokens, and `threads`
-    are the trainer's and vLLM's each.
+    `model` is the folder of the checkpoint that all start from, made once for all runs: below the checkout or, where it
+    is `cached`, below this user's cache folder. `won` says what is counted of the episodes that went well. `context` is
+    vLLM's, in tokens, and `threads` are the trainer's and vLLM's each.
     """
 
     name: str
@@ -42,6 +39,7 @@ class Game:
     won: str
     context: int
     threads: int = 1
+    cached: bool = False
     exam: bool = False
     patience: Patience = field(default_factory=Patience)
 
@@ -66,12 +64,13 @@ WORDLE = Game(
 """the first act's rate is one this toy visibly learns at, the second's is one real models are trained at"""
 SUMS = Game(
     name="sums",
-    model=cache_folder() / "smollm2-135m-instruct",
+    model=Path("smollm2-135m-instruct"),
     acts=(Act("learn", 2e-5, 40),),
     quick=(Act("learn", 2e-5, 3),),
     won="right answers",
     context=128,
-    threads=max(1, _CORES // 2),
+    threads=max(1, cores() // 2),
+    cached=True,
     exam=True,
     patience=Patience(start=900.0, news=600.0),
 )

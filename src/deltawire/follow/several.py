@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Generic, Self, TypeVar
 
 from deltawire.follow.loop import SAY_AGAIN, FollowLoop
@@ -63,7 +64,8 @@ class Several(Generic[F]):
             try:
                 follower.run()
             except Exception as error:  # whatever it is, it is this server's alone
-                follower.report(error)
+                with suppress(Exception):  # what cannot be told ends no follower, either
+                    follower.report(error)
                 follower.stopping.wait(SAY_AGAIN)
 
 

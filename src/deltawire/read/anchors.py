@@ -122,6 +122,8 @@ class Anchors:
     def _make(self, folder: Path, record: Commit | Derived, run: Run) -> list[Path]:
         """Download the files of an anchor that a folder lacks, and put them together where they are parts. The files
         that were downloaded, and verified on their way."""
+        if (folder / _WHOLE).is_dir():  # by one that was killed just then
+            return []
         downloaded = self._download(record, folder)
         files = sorted(folder.glob("*.safetensors"))
         parts = [path for path in files if delta_file.is_delta(checkpoint.metadata_of(path))]

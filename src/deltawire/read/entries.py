@@ -47,7 +47,7 @@ class Entry:
 
 def entries(folder: Path) -> Iterator[Entry]:
     for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # removed meanwhile
+        with suppress(FileNotFoundError, NotADirectoryError):  # removed meanwhile, or a file of somebody else's
             yield Entry(path, size_of(path), (path / LOCK).stat().st_mtime, (path / CONTENT).is_dir())
 
 

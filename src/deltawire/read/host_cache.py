@@ -29,7 +29,7 @@ from typing import Self
 from deltawire.buckets.atomic import require_room
 from deltawire.buckets.base import Bucket
 from deltawire.buckets.verified import download_verified, get_verified, require_bytes
-from deltawire.errors import FormatError, OutOfSpace
+from deltawire.errors import BucketError, FormatError, NotFound, OutOfSpace
 from deltawire.read.entries import CONTENT, LOCK, Wait, delete, entries, is_shared, locked, size_of
 
 FOLDER, LIMIT = "DELTAWIRE_CACHE", "DELTAWIRE_CACHE_GIB"
@@ -45,13 +45,20 @@ _FILLING, _DATA = "filling", "data"
 
 
 def cache_folder() -> Path:
-    """Where this user's things that can be made again are kept, by the XDG base directories."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltawire"
+    """Where this user's things that can be made again are kept, by the XDG base directories. Raises NotFound for a user
+    without a home."""
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "deltawire"
+    try:
+        return Path.home() / ".cache" / "deltawire"
+    except RuntimeError:  # as of a container whose user is a number alone
+        raise NotFound("this user has no home folder: set HOME, or XDG_CACHE_HOME to a folder for caches") from None
 
 
 def host_cache(environ: Mapping[str, str] = os.environ) -> "HostCache | None":
     """The cache that the processes of this user on this host share: in the folder that DELTAWIRE_CACHE names, by
-    default `cache_folder()`, and None where that says `off`. DELTAWIRE_CACHE_GIB is its limit.
+    default `cache_folder()`, and None where that says `off`, or where there is no home. DELTAWIRE_CACHE_GIB is its
+    limit.
 
     Raises FormatError for a limit that is not a number.
     """
@@ -63,7 +70,10 @@ def host_cache(environ: Mapping[str, str] = os.environ) -> "HostCache | None":
         limit = int(float(size) * GIB) if size else None
     except (ValueError, OverflowError):
         raise FormatError(f"{LIMIT} is {size!r}: give a number of GiB, as 4 or 0.5") from None
-    return HostCache(Path(chosen).absolute() if chosen else cache_folder(), limit)
+    try:
+        return HostCache(Path(chosen).absolute() if chosen else cache_folder(), limit)
+    except NotFound:
+        return None
 
 
 class HostCache:
@@ -108,17 +118,26 @@ class HostCache:
 
         None where the cache is of no use now: its disk is full or refuses, or who fills the entry stands still, or
         reads another bucket, which may be slower. Raises what `fill` raises, but for OutOfSpace and what the file
-        system refuses.
+        system says of the cache's own files.
         """
         try:
             self._require_own()
             return self._hold(self.folder / name, size, fill, source)
         except OutOfSpace:
             return None
+        except BucketError as error:
+            if not self._is_of_ours(error.__cause__):
+                raise
+            return None
         except OSError as error:
             if error.errno is None:  # a watchdog's TimeoutError, and no file's fault
                 raise
             return None
+
+    def _is_of_ours(self, error: BaseException | None) -> bool:
+        """Whether the file system said something of a file in here, and not the store of what it holds."""
+        named = error.filename if isinstance(error, OSError) else None
+        return isinstance(named, str | Path) and Path(named).is_relative_to(self.folder)
 
     def _require_own(self) -> None:
         """Raise PermissionError unless the folder is this user's alone; it is made if need be."""
@@ -137,7 +156,7 @@ class HostCache:
                     return None
                 continue
             try:
-                if not (entry / CONTENT).is_dir():
+                if not whole and not (entry / CONTENT).is_dir():  # one that was removed just now is not locked alone
                     (entry / LOCK).write_text(source)
                     self._fill(entry, size, fill)
                 if is_shared(lock) and (entry / CONTENT).is_dir():

@@ -81,8 +81,9 @@ class Ways(Commits):
         raise self._no_way(since, target)
 
     def edges(self, *, checked: bool = False) -> list[Edge]:
-        """Everything that leads somewhere, by a listing of the whole run. `checked` reads every commit, and leaves out
-        what lies among them and is none of the chain's."""
+        """Everything that leads somewhere, by a listing of the whole run. `checked` reads every commit, leaves out what
+        lies among them and is none of the chain's, and asks each whether it needs weights: a publisher that was killed
+        may have left a delta of codec `class` beside the one that was committed."""
         listed = [*self.bucket.list(run_prefix(self.run.run))]
         if checked:
             with suppress(*DAMAGE):
@@ -90,6 +91,8 @@ class Ways(Commits):
                 commits = commits_prefix(self.run.run)
                 listed = [stat for stat in listed if stat.key in on_chain or not stat.key.startswith(commits)]
         found = planner.survey(listed, self.run.run, whole=self._whole, on_chain=self._pick)
+        if checked:
+            found = [self._as_recorded(edge) for edge in found]
         anchored = {edge.end for edge in found if edge.start is None}
         return [edge for edge in found if not self._is_gap(edge, anchored)]
 
@@ -101,6 +104,13 @@ class Ways(Commits):
         with suppress(*DAMAGE):
             return self.commit(edge.end, edge.record).record.parent != edge.start
         return False
+
+    def _as_recorded(self, edge: Edge) -> Edge:
+        """An edge that needs weights where its record says so, and not where a listing alone does."""
+        if edge.needs_weights:
+            with suppress(*DAMAGE):
+                return replace(edge, needs_weights=_needs_weights(self.commit(edge.end, edge.record).record))
+        return edge
 
     def anchors(self) -> list[Edge]:
         """The edges that lead from nothing, by version; by a listing of the whole run."""

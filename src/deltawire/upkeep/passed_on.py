@@ -18,10 +18,20 @@ MOST = 500
 
 class PassedOn:
     """Writes the heartbeats of `target` to `source`, each when it changed, and at most every 30 seconds; less often in
-    a large fleet, as followers do. They say of themselves what they said, but for how soon the next one comes."""
+    a large fleet, as followers do. They say of themselves what they said, but for how soon the next one comes. Those of
+    silent replicas stay: a relay that was started again would write them as if they had just come.
 
-    def __init__(self, source: Bucket, target: Bucket, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._source, self._target, self._clock = source, target, clock
+    `clock` gives seconds of any kind, and `now` those since the epoch."""
+
+    def __init__(
+        self,
+        source: Bucket,
+        target: Bucket,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._source, self._target, self._clock, self._now = source, target, clock, now
         self._known: list[tuple[Stat, Heartbeat]] = []
         self._written: dict[str, tuple[str, float]] = {}
         self._may_write = True
@@ -34,9 +44,10 @@ class PassedOn:
         if not self._may_write:
             return 0
         self._known = heartbeats.read_all(self._target, self._known)
-        floor, passed = max(FLOOR, PER_REPLICA * len(self._known)), 0
+        floor, passed, now = max(FLOOR, PER_REPLICA * len(self._known)), 0, self._now()
+        heard = [(stat, beat) for stat, beat in self._known if not heartbeats.is_silent(stat, beat, now)]
         with suppress(Unavailable):
-            for stat, beat in self._known[:MOST]:
+            for stat, beat in heard[:MOST]:
                 tag, when = self._written.get(stat.key, ("", -floor))
                 if tag == stat.tag or self._clock() < when + floor:
                     continue

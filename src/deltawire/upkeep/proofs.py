@@ -29,9 +29,12 @@ REMEMBERED = 1000
 """anchors; the oldest are forgotten"""
 
 
-def default_memory() -> Path:
-    """Where this user's proofs are remembered."""
-    return cache_folder() / "anchors.json"
+def default_memory() -> Path | None:
+    """Where this user's proofs are remembered; None for a user without a home."""
+    try:
+        return cache_folder() / "anchors.json"
+    except NotFound:
+        return None
 
 
 class Proofs:

@@ -163,11 +163,13 @@ def prunable(
 
 def carry_out(bucket: Bucket, going: PruneList, *, on_step: Callable[[str], None] = lambda step: None) -> None:
     """Delete what a list holds, in its order; `on_step` hears each batch's last key. Interrupted, the next list holds
-    what is left. One prune of a run at a time.
+    what is left, and where that is nothing, what was said of it is taken back. One prune of a run at a time.
 
     Raises BucketError: Unavailable where a version on the list was given a tag since. Then nothing was deleted, and a
     new list is called for."""
     if not going.keys:
+        if going.run and pruning.announced(bucket, going.run) is not None:
+            pruning.done(bucket, going.run)
         return
     pruning.announce(bucket, going.run, going.floor, going.tagged)
     _require_untagged(bucket, going)

@@ -59,10 +59,11 @@ def verify(
 
     The deltas are applied one after another to a copy of that anchor. A delta must lead to the digests that its commit
     promises. A fold must lead back to those of the version it starts from. An anchor must have those of its version. At
-    the end the digests of all weights are recomputed. Takes twice the model's size in temporary files, and the memory
-    of a delta and its negative. A bucket that is pruned meanwhile is read again from its new start. An object under the
-    key of a fold or an anchor may not be its record, or not be signed by a trusted key. No reader follows it: it counts
-    as junk. A tagged version below that start is materialized, which checks all of it.
+    the end the digests of all weights are recomputed. Takes twice the model's size in temporary files, three times it
+    where tags keep older versions, and the memory of a delta and its negative. A bucket that is pruned meanwhile is
+    read again from its new start. An object under the key of a fold or an anchor may not be its record, or not be
+    signed by a trusted key. No reader follows it: it counts as junk. A tagged version below that start is materialized,
+    which checks all of it.
 
     `trusted` are public keys, or files of them, one of which must have signed every record. `on_read` hears of each
     delta, fold and anchor, and of how many there are.
@@ -80,7 +81,8 @@ def verify(
                 report = walk.whole(on_read)
                 tagged = _tagged_below(subscriber, report.first)
                 for version in tagged:
-                    materialize(bucket, Path(folder, f"tagged-{version}"), version, base=base, trusted=trusted)
+                    with TemporaryFolder() as own:
+                        materialize(bucket, own / "weights", version, base=base, trusted=trusted)
                 return replace(report, tagged=tagged)
             except (NotFound, Gap):
                 if not walk.is_outdated():
