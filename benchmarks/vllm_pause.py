@@ -20,13 +20,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+from servers import Server, save_checkpoint  # the tests' own way to a server
+
 import deltawire as dw
 from deltawire.follow.follower import Follower
 from deltawire.runlog.records import Position
 from deltawire.vllm.client import EngineClient
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests" / "vllm"))
 QWEN3_06B = {
     "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
@@ -48,7 +50,6 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a model of a million parameters")
     parser.add_argument("--seconds", type=int, default=60, help="of generation, of three kinds each (0: skip)")
     options = parser.parse_args()
-    from servers import Server, save_checkpoint  # the tests' own way to a server
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

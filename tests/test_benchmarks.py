@@ -1,4 +1,4 @@
-"""The benchmark of scale publishes, reads and compares what it says, at sizes that take a moment."""
+"""Benchmarks run where the tests are: what they import is there, and that of scale runs at sizes that take a moment."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "scale.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,15 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "scale.py"
         (["tensors", "--most", "200"], ["200 tensors", "publish and flush: the last costs 1.00 times"]),
     ],
 )
-def test_it_runs_from_end_to_end(arguments, says):
-    command = [sys.executable, str(SCRIPT), *arguments]
+def test_that_of_scale_runs_from_end_to_end(arguments, says):
+    command = [sys.executable, str(BENCHMARKS / "scale.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     assert [words for words in says if words not in done.stdout] == []
+
+
+@pytest.mark.parametrize("name", ["vllm_pause.py", "host_cache.py"])
+def test_one_that_uses_what_the_tests_share_finds_it(name):
+    command = [sys.executable, str(BENCHMARKS / name), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
