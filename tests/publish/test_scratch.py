@@ -13,7 +13,7 @@ import deltawire as dw
 from deltawire.errors import OutOfSpace
 from deltawire.format import checkpoint
 from deltawire.publish import scratch
-from deltawire.publish.scratch import Scratch
+from deltawire.publish.scratch import ScratchFiles
 from deltawire.weights.bits import Bits
 from deltawire.weights.tensors import equal
 
@@ -24,7 +24,7 @@ def bits(size, *, first=0):
 
 def test_copies_hold_what_they_were_made_of_wherever_a_segment_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(scratch, "SEGMENT", 8192)
-    scratch_files, sizes = Scratch(tmp_path), (1, 31, 0, 3000, 2000, 20_000, 7)
+    scratch_files, sizes = ScratchFiles(tmp_path), (1, 31, 0, 3000, 2000, 20_000, 7)
     given = [bits(size, first=number) for number, size in enumerate(sizes)]
     held = [scratch_files.copy(one) for one in given]
     assert held == given
@@ -37,7 +37,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    scratch_files = Scratch(tmp_path)
+    scratch_files = ScratchFiles(tmp_path)
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OutOfSpace, match="TMPDIR"):
         scratch_files.copy(bits(8))

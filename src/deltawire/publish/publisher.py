@@ -27,7 +27,7 @@ from deltawire.publish.receivers import Receivers
 from deltawire.publish.reports import PublishReport, UploadReport
 from deltawire.publish.requirements import LISTED, require_options
 from deltawire.publish.roles import Keys, open_roles
-from deltawire.publish.scratch import Scratch
+from deltawire.publish.scratch import ScratchFiles
 from deltawire.publish.uploader import Queued, Uploader
 from deltawire.runlog.records import Position
 from deltawire.weights.bits import Bits
@@ -116,7 +116,7 @@ class Publisher:
         receivers = Receivers(Typed(bucket), asked=codec == "class" and process_group is None, clock=clock)
         self._spool = TemporaryFolder()
         try:
-            own = Scratch(self._spool.path).copy if baseline == "file" else Bits.copy
+            own = ScratchFiles(self._spool.path).copy if baseline == "file" else Bits.copy
             options = CaptureOptions(base, dtype, folder, clock, run == "supersede", codecs=LISTED[codec], own=own)
             options = replace(options, by_class=receivers.read_class)
             keys = Keys(signing_key, tuple(compactors))

@@ -19,7 +19,7 @@ ALIGNMENT = 64
 """bytes"""
 
 
-class Scratch:
+class ScratchFiles:
     """Nameless files in `folder`, which fill with what is copied into them, and are freed with the last copy."""
 
     def __init__(self, folder: Path) -> None:
