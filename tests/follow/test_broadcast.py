@@ -6,19 +6,12 @@ import threading
 import msgspec
 import pytest
 from fleets import Fleet, Member
-from small import SmallRun
 from waiting import until
 
 import deltawire as dw
 from deltawire.errors import AnotherFollower, EngineUnavailable, NotServed
 from deltawire.follow.follower import Follower
 from deltawire.runlog import heartbeats
-
-
-@pytest.fixture
-def run():
-    with SmallRun() as run:
-        yield run
 
 
 @pytest.fixture

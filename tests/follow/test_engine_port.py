@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from memory_engine import MemoryEngine
-from small import Shard, SmallRun
+from small import Shard
 
 import deltawire as dw
 from deltawire.errors import EngineUnavailable
@@ -14,12 +14,6 @@ from deltawire.follow.follower import Follower
 from deltawire.follow.options import FollowOptions
 
 SOURCE = Path(dw.__file__).parent
-
-
-@pytest.fixture
-def run():
-    with SmallRun() as run:
-        yield run
 
 
 @pytest.fixture(params=[1, 2], ids=["one worker", "two"])

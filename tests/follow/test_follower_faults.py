@@ -41,12 +41,6 @@ from deltawire.vllm.client import EngineClient
 
 
 @pytest.fixture
-def run():
-    with SmallRun() as run:
-        yield run
-
-
-@pytest.fixture
 def engine(run):
     with StubEngine(run.model()) as engine:
         yield engine

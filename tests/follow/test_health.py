@@ -17,12 +17,6 @@ from deltawire.vllm.client import EngineClient
 
 
 @pytest.fixture
-def run():
-    with SmallRun() as run:
-        yield run
-
-
-@pytest.fixture
 def asked(run):
     """A follower of a server that stands on no version, and what its health endpoint says."""
     with (

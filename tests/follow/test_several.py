@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 from fleets import Fleet, Member
-from small import Fused, Shard, SmallRun, make_weights
+from small import Fused, Shard, make_weights
 from small_s3 import small_s3
 from waiting import until
 
@@ -17,12 +17,6 @@ from deltawire.follow.several import Several
 from deltawire.runlog import heartbeats
 
 LONG = 60.0
-
-
-@pytest.fixture
-def run():
-    with SmallRun() as run:
-        yield run
 
 
 @pytest.fixture

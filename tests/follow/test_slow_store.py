@@ -28,12 +28,6 @@ WORKER = "deltawire-stage"
 
 
 @pytest.fixture
-def run():
-    with SmallRun() as run:
-        yield run
-
-
-@pytest.fixture
 def engine(run):
     with StubEngine(run.model()) as engine:
         yield engine

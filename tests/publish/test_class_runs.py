@@ -27,6 +27,13 @@ def trained():
     return model(), Faulty(fresh())
 
 
+def sent(publisher, weights):
+    """Publish weights as a version of their own; what a server then holds."""
+    publisher.publish(weights)
+    publisher.flush(PATIENCE)
+    return served(weights)
+
+
 def test_every_delta_is_of_the_class_of_the_bits_before_it_and_a_listing_says_so():
     bucket, versions = class_run(6)
     assert codecs(bucket) == dict.fromkeys(range(1, 6), "class")
@@ -105,16 +112,12 @@ def test_a_failed_upload_is_tried_again_with_the_same_bytes(trained, where, afte
 def test_a_version_that_carries_the_change_of_a_failed_publish_is_read_against_the_version_before_both(trained):
     weights, bucket = trained
     with publishing(bucket, codec="class") as publisher:
-        versions = {0: served(weights)}
-        publisher.publish(weights)
-        publisher.flush(PATIENCE)
+        versions = {0: sent(publisher, weights)}
         edit(weights, 1)
         with pytest.raises(MissingTensor):
             publisher.publish({name: weights[name] for name in ("embed.weight", "norm")})
         edit(weights, 2)
-        versions[1] = served(weights)
-        publisher.publish(weights)
-        publisher.flush(PATIENCE)
+        versions[1] = sent(publisher, weights)
     require_exact(bucket, versions)
     assert equal(read_weights(bucket), versions[1])
 
@@ -129,17 +132,13 @@ def test_a_publish_that_fails_while_it_encodes_keeps_its_change_for_the_next(tra
         raise error
 
     with publishing(bucket, codec="class") as publisher:
-        versions = {0: served(weights)}
-        publisher.publish(weights)
-        publisher.flush(PATIENCE)
+        versions = {0: sent(publisher, weights)}
         edit(weights, 1)
         monkeypatch.setattr(delta_file, "encode", fail)
         with pytest.raises(type(error)):
             publisher.publish(weights)
         edit(weights, 2)
-        versions[1] = served(weights)
-        publisher.publish(weights)
-        publisher.flush(PATIENCE)
+        versions[1] = sent(publisher, weights)
     assert codecs(bucket) == {1: "subset"}  # what was found in two pieces was ranked in none
     require_exact(bucket, versions)
 
@@ -152,9 +151,7 @@ def test_after_an_interrupt_while_it_encodes_a_new_publisher_goes_on_from_the_la
         raise KeyboardInterrupt
 
     with publishing(bucket, codec="class") as publisher:
-        versions = {0: served(weights)}
-        publisher.publish(weights)
-        publisher.flush(PATIENCE)
+        versions = {0: sent(publisher, weights)}
         edit(weights, 1)
         monkeypatch.setattr(delta_file, "encode", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -163,13 +160,9 @@ def test_after_an_interrupt_while_it_encodes_a_new_publisher_goes_on_from_the_la
         with pytest.raises(DeltaWireError, match="interrupted"):
             publisher.publish(weights)
     with publishing(bucket, codec="class") as publisher:
-        versions[1] = served(weights)
-        publisher.publish(weights)
-        publisher.flush(PATIENCE)
+        versions[1] = sent(publisher, weights)
         edit(weights, 2)
-        versions[2] = served(weights)
-        publisher.publish(weights)
-        publisher.flush(PATIENCE)
+        versions[2] = sent(publisher, weights)
     assert codecs(bucket) == {1: "class", 2: "class"}
     require_exact(bucket, versions)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 from programs import program
-from runs import chain_of_four, edit, model, publish_all
+from runs import chain_of_four, edit, model, publish_all, read_weights
 from small_s3 import small_s3
 
-from deltawire import Subscriber, digest, open_bucket
+from deltawire import open_bucket
 from deltawire.buckets.wrappers import Counting
 from deltawire.errors import FormatError, Unavailable
 from deltawire.read import entries
@@ -60,18 +60,6 @@ def chain():
     return Fetched(bucket), versions
 
 
-def read(bucket, cache, *, until=None):
-    """What a fresh reader holds at a version, by default the newest; every digest compared."""
-    with Subscriber(bucket, cache=cache) as subscriber:
-        for update in subscriber.updates(until=until):
-            if update.anchor is not None:
-                held = {entry.name: update.anchor[entry.name].copy() for entry in subscriber.run.table}
-            else:
-                update.delta.apply_(held)
-            assert digest(held) == update.digests
-    return held
-
-
 def files(cache):
     return [path for path in cache.folder.rglob("*") if path.is_file() and path.name != "lock"]
 
@@ -109,38 +97,38 @@ def test_eight_processes_of_a_host_fetch_each_payload_once_though_one_was_killed
 def test_readers_in_one_process_share_as_well(chain, cache):
     bucket, versions = chain
     with ThreadPoolExecutor(4) as pool:
-        for held in pool.map(lambda _: read(bucket, cache), range(4)):
+        for held in pool.map(lambda _: read_weights(bucket, cache=cache), range(4)):
             assert equal(held, versions[3])
     assert set(payloads(bucket).values()) == {1}
 
 
 def test_a_damaged_file_is_fetched_again_and_the_next_reader_finds_it_whole(chain, cache):
     bucket, versions = chain
-    read(bucket, cache)
+    read_weights(bucket, cache=cache)
     for path in files(cache):
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert equal(read(bucket, cache), versions[3])
+    assert equal(read_weights(bucket, cache=cache), versions[3])
     assert set(payloads(bucket).values()) == {2}
     for path in files(cache):
         os.truncate(path, 3)
-    assert equal(read(bucket, cache), versions[3])
-    assert equal(read(bucket, cache), versions[3])
+    assert equal(read_weights(bucket, cache=cache), versions[3])
+    assert equal(read_weights(bucket, cache=cache), versions[3])
     assert set(payloads(bucket).values()) == {3}
 
 
 def test_what_was_put_together_of_a_sharded_anchor_is_shared_and_made_again_when_damaged(cache, tmp_path):
     shutil.unpack_archive(GOLDEN / "sharded.zip", tmp_path / "old")
     bucket = Fetched(open_bucket((tmp_path / "old" / "bucket").as_uri()))
-    alone = read(bucket, None, until=0)
+    alone = read_weights(bucket, 0)
     bucket.fetched.clear()
-    assert equal(read(bucket, cache, until=0), alone)
-    assert equal(read(bucket, cache, until=0), alone)
+    assert equal(read_weights(bucket, 0, cache=cache), alone)
+    assert equal(read_weights(bucket, 0, cache=cache), alone)
     assert set(payloads(bucket).values()) == {1}
     (whole,) = [path for path in files(cache) if path.parent.name == "whole" and path.suffix == ".safetensors"]
     data = whole.read_bytes()
     whole.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert equal(read(bucket, cache, until=0), alone)
+    assert equal(read_weights(bucket, 0, cache=cache), alone)
     assert max(payloads(bucket).values()) == 2
 
 
@@ -180,7 +168,7 @@ def test_on_a_full_disk_a_reader_fetches_for_itself(chain, cache, monkeypatch, l
         usage, usual = shutil.disk_usage("/")._replace(free=0), shutil.disk_usage
         near = str(cache.folder)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage if near in str(path) else usual(path))
-    assert equal(read(bucket, cache), versions[3])
+    assert equal(read_weights(bucket, cache=cache), versions[3])
     assert list(cache.folder.rglob("content")) == []
 
 
@@ -188,7 +176,7 @@ def test_a_folder_that_others_may_read_is_not_used(chain, cache):
     bucket, versions = chain
     cache.folder.mkdir(parents=True, mode=0o755)
     cache.folder.chmod(0o755)
-    assert equal(read(bucket, cache), versions[3])
+    assert equal(read_weights(bucket, cache=cache), versions[3])
     assert list(cache.folder.iterdir()) == []
 
 
@@ -286,7 +274,7 @@ def test_a_cache_that_somebody_removes_meanwhile_stops_no_reader(chain, cache, m
             shutil.rmtree(path.parents[above])
 
     monkeypatch.setattr(Fetched, "get_file", removed)
-    assert equal(read(bucket, cache), versions[3])
+    assert equal(read_weights(bucket, cache=cache), versions[3])
 
 
 def test_an_entry_that_is_removed_under_the_eyes_of_a_reader_is_filled_by_one_alone(cache, monkeypatch):
@@ -311,7 +299,7 @@ def test_a_file_of_somebody_else_in_the_cache_is_passed_over(chain, cache):
     cache.folder.mkdir(parents=True, mode=0o700)
     (cache.folder / "notes").write_text("mine")
     for _ in range(2):
-        assert equal(read(bucket, cache), versions[3])
+        assert equal(read_weights(bucket, cache=cache), versions[3])
     assert set(payloads(bucket).values()) == {1}
     assert (cache.folder / "notes").read_text() == "mine"
 
@@ -319,7 +307,7 @@ def test_a_file_of_somebody_else_in_the_cache_is_passed_over(chain, cache):
 def test_a_sharded_anchor_of_one_that_was_killed_when_all_was_there_is_used(cache, tmp_path, monkeypatch):
     shutil.unpack_archive(GOLDEN / "sharded.zip", tmp_path / "old")
     bucket = Fetched(open_bucket((tmp_path / "old" / "bucket").as_uri()))
-    alone = read(bucket, None, until=0)
+    alone = read_weights(bucket, 0)
     bucket.fetched.clear()
     rename = Path.rename
 
@@ -331,14 +319,14 @@ def test_a_sharded_anchor_of_one_that_was_killed_when_all_was_there_is_used(cach
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
-            read(bucket, cache, until=0)
-    assert equal(read(bucket, cache, until=0), alone)
+            read_weights(bucket, 0, cache=cache)
+    assert equal(read_weights(bucket, 0, cache=cache), alone)
     assert set(payloads(bucket).values()) == {1}
 
 
 def test_a_name_is_the_hash_of_what_it_holds(chain, cache):
     bucket, _ = chain
-    read(bucket, cache)
+    read_weights(bucket, cache=cache)
     for path in files(cache):
         if path.name == "data":
             assert path.parent.parent.name == blake3(path.read_bytes()).hexdigest()

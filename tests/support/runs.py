@@ -14,6 +14,7 @@ from waiting import PATIENCE
 from deltawire import Publisher, Subscriber, Update, digest, open_bucket
 from deltawire.buckets import Bucket
 from deltawire.errors import DeltaWireError
+from deltawire.read.host_cache import HostCache
 from deltawire.runlog.keys import commit_key
 from deltawire.runlog.log import list_versions, load_commit
 from deltawire.runlog.records import Commit, Position, hash_of, read, write
@@ -76,10 +77,12 @@ def publish_all(bucket: Any, *versions: Mapping[str, Any], **options: Any) -> No
             publisher.flush(timeout=PATIENCE)
 
 
-def read_weights(bucket: Bucket, version: int | None = None, *, base: Path | None = None) -> dict[str, Bits]:
+def read_weights(
+    bucket: Bucket, version: int | None = None, *, base: Path | None = None, cache: HostCache | None = None
+) -> dict[str, Bits]:
     """What a reader holds at a version, every digest on the way checked."""
     held: dict[str, Bits] = {}
-    with Subscriber(bucket, base=base) as subscriber:
+    with Subscriber(bucket, base=base, cache=cache) as subscriber:
         for update in subscriber.updates(until=version):
             if update.anchor is not None:
                 held = {entry.name: update.anchor[entry.name].copy() for entry in subscriber.run.table}
