@@ -32,6 +32,7 @@ from deltawire.publish.uploader import Queued, Uploader
 from deltawire.runlog.records import Position
 from deltawire.weights.bits import Bits
 from deltawire.weights.digest import root as root_of
+from deltawire.weights.interrupts import as_raised
 from deltawire.weights.tensors import named
 
 GOODBYE = 30.0
@@ -169,7 +170,8 @@ class Publisher:
         self._is_torn = self._is_torn or self._capturer.transition.unfinished
         cut = self._uploader.begin_capture()
         try:
-            capture = self._capturer.capture(self._pairs(tensors), step=step, metrics=metrics, cut=cut)
+            with as_raised():
+                capture = self._capturer.capture(self._pairs(tensors), step=step, metrics=metrics, cut=cut)
             jump = self._jump(capture)
             queued = self._uploader.add(capture.versions, cut=capture.cut)
             self._capturer.transition.end()
