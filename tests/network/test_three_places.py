@@ -25,7 +25,7 @@ from deltawire.demo.processes import Child
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(900)]
 BYTES_PER_SECOND = BITS_PER_SECOND / 8
-ELEMENTS = 12 * 2**20
+ELEMENTS = 24 * 2**20
 BUCKET = "hf://buckets/ada/wordle"
 VLLM = f"http://127.0.0.1:{WEIGHT_PORT}"
 TIMES = 3
