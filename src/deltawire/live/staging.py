@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from deltawire.errors import DtypeMismatch, EngineUnsupported
+from deltawire.live.at_hand import TensorsAtHand
 from deltawire.live.boxes import LiveBox
 from deltawire.live.live_weights import LiveWeights
 from deltawire.live.memory import Memory, digest_box
 from deltawire.live.transforms import Transform
-from deltawire.live.whole import whole_tensors
 from deltawire.live.writes import Fill, Scatter, Swap, SwappedAttribute, SwappedTensor, Write
 from deltawire.read.changes import Change
 from deltawire.read.subscriber import Subscriber
@@ -65,7 +65,7 @@ def stage(
     for a delta that is read against the live weights and cannot be of them.
     """
     started = time.monotonic()
-    weights = whole_tensors(live) if subscriber.run.needs_weights else None
+    weights = TensorsAtHand(live) if subscriber.run.needs_weights else None
     change = subscriber.change(since, version, weights=weights)
     fetched = time.monotonic()
     placed = (

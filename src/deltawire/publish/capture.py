@@ -1,18 +1,20 @@
 """Capturing in one process that holds every tensor whole: cast, compare, number."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deltawire.buckets.base import Bucket
 from deltawire.format.checkpoint import Checkpoint
+from deltawire.format.codecs.fused import Coding
 from deltawire.prepare.names import require_bare
 from deltawire.publish import ties
-from deltawire.publish.baseline import Baseline, FusedCodec
+from deltawire.publish.baseline import Baseline
 from deltawire.publish.capturer import About, Capture, CaptureOptions
-from deltawire.publish.comparing import Comparison
+from deltawire.publish.choice import SUBSET
+from deltawire.publish.comparing import Comparison, not_yet
 from deltawire.publish.current_run import holds_run, near_base, newest, newest_of, tip_at, weights_at
 from deltawire.publish.dtypes import Casting
 from deltawire.publish.first_anchor import write_anchor
@@ -20,6 +22,7 @@ from deltawire.publish.pending import Captured, encode
 from deltawire.publish.requirements import among, require_all, require_due, require_usable, warn_of_packed
 from deltawire.publish.resuming import require_same_adapter
 from deltawire.publish.sender import Tip
+from deltawire.publish.sharded.shards import Shard
 from deltawire.publish.tracker import ChangeTracker, Transition
 from deltawire.read.bases import open_base, resolve_base
 from deltawire.read.subscriber import Subscriber
@@ -100,19 +103,21 @@ class WholeCapturer:
     def close(self) -> None:
         """Nothing is held but memory."""
 
-    def _codec(self) -> FusedCodec | None:
-        """What each change is encoded in as it is found; None for a run of `gap`."""
+    def _coding(self) -> Callable[[str, Shard], Coding | None]:
+        """How each change is encoded as it is found; none is in a run of `gap`."""
         listed = self._run.may_use if self._run is not None else self._options.codecs
-        if "class" in listed and self._options.by_class():
-            return "class"
-        return "subset" if "subset" in listed else None
+        if "subset" not in listed:
+            return not_yet
+        choice = self._options.choose() if "class" in listed else SUBSET
+        return lambda name, shard: choice.coding(name, shard.whole)
 
     def _compare(self, pairs: Pairs, given: ties.Given) -> dict[str, str]:
         """Move the baseline to what is given; by its name in the run, the name under which each tensor was given."""
         trainable = {entry.name for entry in self._run.table if entry.trainable} if self._run else None
         held = self._tracker.baseline.as_mapping()
         tensors = ties.resolved(pairs, self._aliases or {}, held, given if self._run is None else None)
-        seen = Comparison(self._tracker, self._casting, held, trainable, codec=self._codec()).run(among(tensors, held))
+        comparison = Comparison(self._tracker, self._casting, held, trainable, coding=self._coding())
+        seen = comparison.run(among(tensors, held))
         self._casting.settle([*seen, *seen.values()])
         return seen
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deltawire.publish.baseline import Own
+from deltawire.publish.choice import Choice
 from deltawire.publish.pending import Captured
 from deltawire.publish.sender import Tip
 from deltawire.publish.tracker import Transition
@@ -24,8 +25,8 @@ class CaptureOptions:
 
     With `supersede` a new run begins whatever is there. `compactors` are public keys, `clock` gives seconds since 1970,
     and `new_run_id` the id of a run that begins: 16 hex digits. `codecs` are what such a run lists. `own` says
-    where the baseline lies, and `by_class` whether a version that is captured now may be of codec `class`, where its
-    run lists that.
+    where the baseline lies, and `choose` what a version that is captured now is encoded in, as far as its run lists
+    that.
     """
 
     base: str | Path | None
@@ -37,7 +38,7 @@ class CaptureOptions:
     new_run_id: Callable[[], str] = random_run_id
     codecs: tuple[str, ...] = ()
     own: Own = Bits.copy
-    by_class: Callable[[], bool] = lambda: False
+    choose: Callable[[], Choice] = Choice
 
 
 @dataclass(frozen=True, slots=True)

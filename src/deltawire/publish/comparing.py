@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from deltawire.publish.baseline import FusedCodec
+from deltawire.format.codecs.fused import Coding
 from deltawire.publish.dtypes import Casting
 from deltawire.publish.requirements import Table, require_all, require_due, require_shape
 from deltawire.publish.sharded.shards import Shard
@@ -21,13 +21,17 @@ def nothing_to_prepare(name: str, shard: Shard) -> None:
     """The baseline holds everything of a tensor already, so nothing is left to do."""
 
 
+def not_yet(name: str, shard: Shard) -> None:
+    """No change is encoded before its version is sent."""
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """How one publish is compared.
 
     `table` has the dtype and shape of each tensor of the run, and `trainable` the names that are due; None while the
     run begins. `hold` says what this process holds of a tensor. `prepare` is called before a tensor is compared.
-    With a `codec` each change is encoded as it is found.
+    `coding` says how a change is encoded as it is found, if it is.
     """
 
     tracker: ChangeTracker
@@ -36,7 +40,7 @@ class Comparison:
     trainable: set[str] | None
     hold: Callable[[GivenTensor], Shard] = hold_whole
     prepare: Callable[[str, Shard], None] = nothing_to_prepare
-    codec: FusedCodec | None = None
+    coding: Callable[[str, Shard], Coding | None] = not_yet
 
     def run(self, tensors: Iterable[GivenTensor]) -> dict[str, str]:
         """Move the baseline to the tensors given. By its name in the run, the name under which each was given.
@@ -53,7 +57,8 @@ class Comparison:
             require_shape(name, shard.whole, self.table)
             require_due(name, seen, self.trainable)
             self.prepare(name, shard)
-            self.tracker.take(name, self._bits(given, shard), owned=shard.owned, codec=self.codec)
+            coding = self.coding(name, shard) if shard.owned else None
+            self.tracker.take(name, self._bits(given, shard), owned=shard.owned, coding=coding)
             seen[name] = given.alias
         require_all(seen, self.trainable)
         return seen

@@ -118,7 +118,7 @@ class Publisher:
         try:
             own = ScratchFiles(self._spool.path).copy if baseline == "file" else Bits.copy
             options = CaptureOptions(base, dtype, folder, clock, run == "supersede", codecs=LISTED[codec], own=own)
-            options = replace(options, by_class=receivers.read_class)
+            options = replace(options, choose=receivers.choice)
             keys = Keys(signing_key, tuple(compactors))
             roles = open_roles(bucket, options, keys, self._spool.path, process_group, must_resume=self._must_resume)
         except BaseException:
