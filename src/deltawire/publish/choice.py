@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from deltawire.format.codecs import tiles
 from deltawire.format.codecs.fused import Coding
 from deltawire.runlog.cuts import Cuts, cut_at
-from deltawire.weights.boxes import Shape
+from deltawire.weights.blocks import WHOLE, Cut, block_of, cut_of, together
+from deltawire.weights.boxes import Box, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +19,20 @@ class Choice:
 
     def coding(self, name: str, shape: Shape) -> Coding:
         """How a tensor is encoded: one whose tiles cannot suit all is of `subset`, in a version of `class`, too."""
-        tile = tiles.choose_within(shape, cut_at(self.cuts, name)) if self.by_class else None
+        tile = self._tile(name, shape, WHOLE)
         return Coding(tile is not None, tile)
+
+    def coding_of(self, name: str, shape: Shape, box: Box) -> Coding | None:
+        """How a box of a tensor is encoded, in tiles none of which crosses its edges. None where it is encoded with
+        the others of the tensor, as `subset`."""
+        rows, columns = tiles.matrix(shape)
+        block = block_of(box, columns) if box.size else None
+        tile = self._tile(name, shape, cut_of([block], rows, columns)) if block is not None else None
+        return None if tile is None else Coding(True, tile)
+
+    def _tile(self, name: str, shape: Shape, own: Cut) -> tuple[int, int] | None:
+        """Tiles that suit all who receive a tensor, and its own cut; None where it is not of `class`."""
+        return tiles.choose_within(shape, together(cut_at(self.cuts, name), own)) if self.by_class else None
 
 
 SUBSET = Choice()

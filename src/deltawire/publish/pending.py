@@ -10,7 +10,7 @@ from deltawire.buckets.base import size_of
 from deltawire.buckets.verified import hash_file
 from deltawire.format import delta_file
 from deltawire.format.codecs.subset import Coded
-from deltawire.publish.sharded.shards import spread
+from deltawire.publish.sharded.shards import placed, spread
 from deltawire.runlog.keys import delta_key, needs_weights, part_key
 from deltawire.runlog.records import Commit, Payload, Run, hash_of, signed, write
 from deltawire.runlog.signing import SigningKey
@@ -131,14 +131,17 @@ def freeze(
 def encode(captured: Captured, coded: Mapping[str, Coded] | None = None) -> dict[str, bytes | Path]:
     """The delta's file under its key; nothing for a version in which nothing changed.
 
-    `coded` are changes of it that were encoded as they were found, against the weights of its parent. Where any of them
-    is ranked by these, the file is of codec `class`; else of what its run writes.
+    `coded` are changes of it that were encoded as they were found, against the weights of its parent, by the tiles of
+    a rank's boxes where a rank captured it. Where any of them is ranked by these weights, the file is of codec `class`;
+    else of what its run writes.
     """
     if not captured.delta:
         return {}
     delta, run = captured.delta, captured.run
     if captured.rank is not None:
-        delta = spread(delta, captured.boxes, {entry.name: entry for entry in run.table})
+        table, boxes = {entry.name: entry for entry in run.table}, captured.boxes
+        delta = spread(delta, boxes, table)
+        coded = {name: placed(own, boxes[name], table[name].shape) for name, own in (coded or {}).items()}
     by_class = any(coded[name].by_class for name in delta if name in coded) if coded else False
     codec = "class" if by_class else run.may_use[0]
     data = delta_file.encode(

@@ -28,6 +28,7 @@ from deltawire.publish.reports import PublishReport, UploadReport
 from deltawire.publish.requirements import LISTED, require_options
 from deltawire.publish.roles import Keys, open_roles
 from deltawire.publish.scratch import ScratchFiles
+from deltawire.publish.sharded.ranks import is_first
 from deltawire.publish.uploader import Queued, Uploader
 from deltawire.runlog.records import Position
 from deltawire.weights.bits import Bits
@@ -64,8 +65,9 @@ class Publisher:
     every commit, on the uploader's thread. Upload trouble is a warning of the logger "deltawire". `codec` is that of a
     run that begins here: "subset", "class" or "gap". The latter takes a tenth more bytes, and readers of any version
     know it. "class" takes a third fewer than "subset", and is read against the weights before it. So a version is of it
-    only where it is sent as it was captured, by one process, and while every replica's heartbeat says that it reads it;
-    others are of "subset". A run that is continued keeps the codecs it lists.
+    only where it is sent as it was captured, and while every replica's heartbeat says that it reads it; others are of
+    "subset". So is a tensor of which the parts that ranks or servers' workers hold are small. A run that is continued
+    keeps the codecs it lists.
 
     The baseline, a copy of the weights last captured, lies in host memory. With baseline="file" it lies in nameless
     files in the folder of temporary files (TMPDIR), which the kernel keeps in memory only while there is room.
@@ -113,7 +115,7 @@ class Publisher:
         self._on_publish, self._must_resume, self._is_torn = on_publish, resume == "require", False
         self._refused: DeltaWireError | None = None
         folder = Path(assets) if assets is not None else None
-        receivers = Receivers(Typed(bucket), asked=codec == "class" and process_group is None, clock=clock)
+        receivers = Receivers(Typed(bucket), asked=codec == "class" and is_first(process_group), clock=clock)
         self._spool = TemporaryFolder()
         try:
             own = ScratchFiles(self._spool.path).copy if baseline == "file" else Bits.copy
