@@ -222,7 +222,7 @@ def test_while_one_replica_does_not_read_class_versions_are_of_subset_and_the_lo
         publish_all(bucket, weights, codec="class")
         written.append(codecs(bucket)[len(written) + 1])
     assert written == ["class", "subset", "subset", "class"]
-    assert "versions are of codec subset until all replicas read class: 1 do not: a" in caplog.text
+    assert "versions are of codec subset until all replicas read class: 1 do not read class: a" in caplog.text
 
 
 def test_a_silent_replica_is_no_veto():
@@ -230,7 +230,7 @@ def test_a_silent_replica_is_no_veto():
     say(bucket, "a", "subset", at=now, every=10.0)
     for seconds, expected in ((0, False), (29, False), (4000, True)):
         receivers = Receivers(bucket, asked=True, clock=lambda ahead=seconds: now + ahead)
-        assert (receivers.cuts() is not None) == expected
+        assert (receivers.heard.cuts is not None) == expected
 
 
 def test_what_replicas_cut_is_put_together_and_a_silent_one_s_is_not():
@@ -244,10 +244,10 @@ def test_what_replicas_cut_is_put_together_and_a_silent_one_s_is_not():
     say(bucket, "whole", "class", at=now)
     [stat] = bucket.list("replicas/c")
     clock = stat.modified + 3600
-    assert Receivers(bucket, asked=True, clock=lambda: now).cuts() == {"w": (1, 1), "v": (0, 2)}
+    assert Receivers(bucket, asked=True, clock=lambda: now).heard.cuts == {"w": (1, 1), "v": (0, 2)}
     for name in "ab":
         heartbeats.beat(bucket, Heartbeat(name, at=clock, every=30.0, cuts={"w": (12 if name == "a" else 8, 0)}))
-    assert Receivers(bucket, asked=True, clock=lambda: clock).cuts() == {"w": (4, 0)}
+    assert Receivers(bucket, asked=True, clock=lambda: clock).heard.cuts == {"w": (4, 0)}
 
 
 class Blind(Forwarding):
@@ -262,8 +262,8 @@ def test_a_store_that_does_not_show_its_replicas_is_a_veto_and_is_not_asked_wher
         caplog.clear()
         receivers = Receivers(Blind(fresh()), asked=asked)
         receivers.look()
-        assert receivers.cuts() is None
-        assert caplog.text.count("their heartbeats cannot be read") == said
+        assert receivers.heard.cuts is None
+        assert caplog.text.count("heartbeats cannot be read") == said
 
 
 def test_replicas_are_looked_at_while_the_trainer_trains():

@@ -55,4 +55,4 @@ def test_a_heartbeat_whose_cuts_are_none_counts_as_none(wrong):
     bucket = fresh()
     bucket.put("replicas/a.json", json.dumps({"replica": "a", "cuts": wrong}).encode())
     assert heartbeats.read_all(bucket) == []
-    assert Receivers(bucket, asked=True).cuts() == {}
+    assert Receivers(bucket, asked=True).heard.cuts == {}

@@ -48,7 +48,7 @@ class WholeCapturer:
         self._base: BaseCheckpoint | None = None
         self._declared: ties.Ties = {}
         self._aliases: ties.Ties | None = None
-        self.next_version = 0
+        self.next_version, self._choice = 0, SUBSET
         if options.supersede:
             self._supersedes = newest(bucket)
         elif holds_run(bucket):
@@ -108,7 +108,7 @@ class WholeCapturer:
         listed = self._run.may_use if self._run is not None else self._options.codecs
         if "subset" not in listed:
             return not_yet
-        choice = self._options.choose() if "class" in listed else SUBSET
+        self._choice = choice = self._options.choose() if "class" in listed else SUBSET
         return lambda name, shard: choice.coding(name, shard.whole)
 
     def _compare(self, pairs: Pairs, given: ties.Given) -> dict[str, str]:
@@ -192,6 +192,7 @@ class WholeCapturer:
             step=about.step,
             metrics=about.metrics,
             payloads=payloads,
+            reason=self._choice.reason,
         )
 
     def _resume(self, bucket: Bucket) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from deltawire.format.codecs import tiles
 from deltawire.format.codecs.fused import Coding
+from deltawire.publish.sharded.shards import Shard
 from deltawire.runlog.cuts import Cuts, cut_at
 from deltawire.weights.blocks import WHOLE, Cut, block_of, cut_of, together
 from deltawire.weights.boxes import Box, Shape
@@ -12,15 +13,20 @@ from deltawire.weights.boxes import Box, Shape
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Codec `class`, or `subset`. `cuts` are where tiles of `class` must end, so that all who receive them can decode
-    what they hold of a tensor by itself."""
+    what they hold of a tensor by itself. `reason` says why, to people."""
 
     by_class: bool = False
     cuts: Cuts = field(default_factory=dict)
+    reason: str = ""
 
     def coding(self, name: str, shape: Shape) -> Coding:
         """How a tensor is encoded: one whose tiles cannot suit all is of `subset`, in a version of `class`, too."""
         tile = self._tile(name, shape, WHOLE)
         return Coding(tile is not None, tile)
+
+    def of_shard(self, name: str, shard: Shard) -> Coding | None:
+        """How what a rank holds of a tensor is encoded."""
+        return self.coding_of(name, shard.whole, shard.box)
 
     def coding_of(self, name: str, shape: Shape, box: Box) -> Coding | None:
         """How a box of a tensor is encoded, in tiles none of which crosses its edges. None where it is encoded with

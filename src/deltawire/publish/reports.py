@@ -12,8 +12,8 @@ class PublishReport:
 
     `wire_bytes` is the size of this version's own file (the anchor's, for a run's first version). Versions that wait
     for the network are folded, so fewer bytes may be sent. `compare_seconds` is part of `seconds`; the upload is in
-    neither, it goes on behind. `codec` is that of this version's file as it was captured; where "class" was asked for,
-    the log says why it is not. `waiting` versions were captured and are not committed yet. They take `waiting_bytes` of
+    neither, it goes on behind. `codec` is that of this version's file as it was captured, and `reason` why, where there
+    was a choice. `waiting` versions were captured and are not committed yet. They take `waiting_bytes` of
     memory, and never more than `waiting_bound`: an increment for every element, beside the upload under way. `problem`
     is the last upload error, None while all is well.
 
@@ -35,6 +35,7 @@ class PublishReport:
     waiting_bound: int
     problem: str | None
     codec: str = "subset"
+    reason: str = ""
 
     @property
     def density(self) -> float:

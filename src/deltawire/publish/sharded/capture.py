@@ -12,7 +12,6 @@ import msgspec
 
 from deltawire.buckets.base import Bucket
 from deltawire.errors import DeltaWireError
-from deltawire.format.codecs.fused import Coding
 from deltawire.prepare.names import require_bare
 from deltawire.publish import ties
 from deltawire.publish.baseline import Baseline
@@ -145,7 +144,7 @@ class ShardCapturer:
         noting = given if self._run is None and self._opening.ties.tied is not False else None
         tensors = ties.resolved(pairs, self._aliases or {}, None if begins else self._table, noting)
         facts = (self._tracker, self._casting, self._table, trainable)
-        comparison = Comparison(*facts, self._hold, self._prepare, not_yet if begins else self._coding)
+        comparison = Comparison(*facts, self._hold, self._prepare, not_yet if begins else self._choice.of_shard)
         seen = comparison.run(tensors if begins else among(tensors, self._table))
         self._casting.settle([*seen, *seen.values()], warn=self._ranks.rank == 0)
         if begins:
@@ -153,9 +152,6 @@ class ShardCapturer:
             if self._ranks.rank == 0:
                 warn_of_packed(self._table.values())
         return {*seen}
-
-    def _coding(self, name: str, shard: Shard) -> Coding | None:
-        return self._choice.coding_of(name, shard.whole, shard.box)
 
     def _hold(self, given: GivenTensor) -> Shard:
         """What this rank holds of a tensor, which enters the table of a run that begins from nothing."""
@@ -208,6 +204,7 @@ class ShardCapturer:
             step=found.about.step,
             metrics=found.about.metrics,
             payloads=None,
+            reason=self._choice.reason,
             rank=self._ranks.rank,
             boxes=self._tracker.baseline.boxes,
         )
