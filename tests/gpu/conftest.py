@@ -1,0 +1,26 @@
+"""Where these tests run: on CUDA, or with DELTAWIRE_TEST_DEVICE=cpu on a host without, to try the tests themselves."""
+
+import os
+
+import pytest
+
+DEVICE = os.environ.get("DELTAWIRE_TEST_DEVICE", "cuda")
+
+
+def pytest_collection_modifyitems(items):
+    """Without such a device one test of each module stays, and says in one line that all of them are skipped."""
+    import torch
+
+    own = [item for item in items if item.get_closest_marker("gpu")]
+    if not own or DEVICE == "cpu" or torch.cuda.is_available():
+        return
+    first = {item.path: item for item in reversed(own)}
+    for item in first.values():
+        item.add_marker(pytest.mark.skip(reason="no CUDA device here; `make test-gpu` needs a host that has one"))
+    items[:] = [item for item in items if item not in own or item is first[item.path]]
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The device of trainers and modules, and of vLLM."""
+    return DEVICE
