@@ -11,14 +11,16 @@ class PublishReport:
     """What one `publish` captured.
 
     `wire_bytes` is the size of this version's own file (the anchor's, for a run's first version). Versions that wait
-    for the network are folded, so fewer bytes may be sent. `compare_seconds` is part of `seconds`; the upload is in
-    neither, it goes on behind. `codec` is that of this version's file as it was captured; where "class" was asked for,
-    the log says why it is not. `waiting` versions were captured and are not committed yet. They take `waiting_bytes` of
-    memory, and never more than `waiting_bound`: an increment for every element, beside the upload under way. `problem`
-    is the last upload error, None while all is well.
+    for the network are folded, so fewer bytes may be sent. It is None where the uploader's thread makes the file, of a
+    change that was found on a device; the UploadReport then has the bytes. `compare_seconds` is part of `seconds`; the
+    upload is in neither, it goes on behind. `codec` is that of this version's file as it was captured; where "class"
+    was asked for, the log says why it is not. `waiting` versions were captured and are not committed yet. They take
+    `waiting_bytes` of memory, and never more than `waiting_bound`: an increment for every element, beside the upload
+    under way. `problem` is the last upload error, None while all is well. The `baseline` lies in "host", "file",
+    "device", or "device and host". It takes `baseline_bytes`, and `baseline_device_bytes` of these on devices.
 
     In a sharded job every rank gets one. `changed`, `total`, `wire_bytes` and `model_bytes` are of all ranks together,
-    and the same on each; seconds, what waits, and `problem` are the rank's own.
+    and the same on each; seconds, what waits, the baseline, and `problem` are the rank's own.
     """
 
     run: str
@@ -26,7 +28,7 @@ class PublishReport:
     step: int | None
     changed: int
     total: int
-    wire_bytes: int
+    wire_bytes: int | None
     model_bytes: int
     seconds: float
     compare_seconds: float
@@ -35,6 +37,9 @@ class PublishReport:
     waiting_bound: int
     problem: str | None
     codec: str = "subset"
+    baseline: str = "host"
+    baseline_bytes: int = 0
+    baseline_device_bytes: int = 0
 
     @property
     def density(self) -> float:
