@@ -12,6 +12,8 @@ from deltawire.errors import DtypeMismatch
 from deltawire.live.transforms import AfterLoading
 from deltawire.live.worker import LiveWorker
 
+pytestmark = pytest.mark.usefixtures("held_on")
+
 
 class Server:
     """A model of which `v` is held in a dtype, and its worker."""

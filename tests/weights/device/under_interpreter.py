@@ -143,3 +143,16 @@ def test_nothing_is_launched_for_nothing():
     assert triton_twin.digest([Part(empty), Part(empty)]) == [0, 0]
     assert triton_twin.digest_at([0], none, empty) == [0]
     assert triton_twin.compare([empty], [empty]).counts == (0,)
+
+
+@widths
+@given(seeds)
+@few
+def test_a_scatter_made_ready_writes_when_it_is_called_and_not_before(width, seed):
+    base, new = pair(seed, width)
+    found, before = torch_twin.compare(new, base), [flat.clone() for flat in base]
+    put = triton_twin.scattering(base, found.counts, found.positions.dtype)
+    assert all(map(torch.equal, base, before))
+    for bits, expected in ((found.bits, new), (found.bits - found.increments, before)):
+        put(found.positions, bits)
+        assert all(map(torch.equal, base, expected))
