@@ -24,3 +24,13 @@ def pytest_collection_modifyitems(items):
 def device():
     """The device of trainers and modules, and of vLLM."""
     return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def cpu_counts_as_a_device(monkeypatch):
+    """Where there is no GPU, what is done with a GPU's tensors is done with the CPU's, in plain torch."""
+    if DEVICE == "cpu":
+        from cpu_devices import CpuDevice
+
+        monkeypatch.setattr("deltawire.Publisher._devices", CpuDevice())
+        monkeypatch.setattr("deltawire.live.accelerator.ON_HOST", frozenset())

@@ -28,12 +28,19 @@ def saying(name):
     return say
 
 
+def give_back(device):
+    """Leave the device's memory that this process uses no more to the servers."""
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
 class Fleet:
     """The models, servers and outcomes of every scenario, by name."""
 
     def __init__(self, folder, device):
         self.folder, self.device = folder, device
         self.models = {name: make_model(one, folder / name, device) for name, one in SCENARIOS.items()}
+        give_back(device)
         self.servers = self.started({name: model.folder for name, model in self.models.items()}, "first")
         self.served, self._fresh = {}, None
 
@@ -56,8 +63,7 @@ class Fleet:
                 dw.materialize(self.served[name].bucket, folder, base=self.models[name].folder)
             for server in self.servers.values():
                 server.stop()
-            if self.device != "cpu":
-                torch.cuda.empty_cache()  # what the masters took
+            give_back(self.device)
             self._fresh = self.started(full, "fresh")
         return self._fresh
 

@@ -9,7 +9,7 @@ from servers import START_SECONDS, Server
 import deltawire as dw
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * START_SECONDS)]
-LIGHT = Load(streams=2, updates=2, cadence=0, window=0.5)
+LIGHT = Load(streams=1, updates=2, cadence=0, window=0.3)
 
 
 def test_updates_under_load_are_bit_for_bit_and_what_they_cost_is_said(server, checkpoint, tmp_path):
