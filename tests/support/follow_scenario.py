@@ -234,10 +234,11 @@ def _update(trainer: Trainer, publisher: dw.Publisher, follower: Watched, step: 
     served = time.perf_counter()
     follower.spans.append(Span("publish", started, published))
     say(
-        f"version {report.version}: {report.density:.2%} changed, {told_of['wire_bytes'] / 1e6:.2f} MB; publish "
-        f"{1e3 * (published - started):.1f} ms, fetch {1e3 * told_of['fetch_s']:.1f}, stage "
-        f"{1e3 * told_of['stage_s']:.1f}, write {told_of['write_ms']:.2f}, pause {told_of['pause_ms']:.1f}; served "
-        f"{1e3 * (served - published):.0f} ms after publish"
+        f"version {report.version}: {report.density:.2%} changed, {told_of['wire_bytes'] / 1e6:.2f} MB; "
+        f"publish {1e3 * (published - started):.1f} ms with its baseline on the {report.baseline}, "
+        f"fetch {1e3 * told_of['fetch_s']:.1f}, stage {1e3 * told_of['stage_s']:.1f}, "
+        f"write {told_of['write_ms']:.2f}, pause {told_of['pause_ms']:.1f}; "
+        f"served {1e3 * (served - published):.0f} ms after publish"
     )
     return told_of
 
