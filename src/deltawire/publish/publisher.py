@@ -34,6 +34,7 @@ from deltawire.publish.uploader import Queued, Uploader
 from deltawire.runlog.records import Position
 from deltawire.weights.bits import Bits
 from deltawire.weights.digest import root as root_of
+from deltawire.weights.interrupts import as_raised
 
 GOODBYE = 30.0
 """seconds that rank 0, when it closes, waits for the other ranks to hear of the last commit"""
@@ -174,7 +175,8 @@ class Publisher:
         cut = self._uploader.begin_capture()
         try:
             pairs, stay = self._pairs(tensors), given.stay(tensors, self._prepare)
-            capture = self._capturer.capture(pairs, step=step, metrics=metrics, cut=cut, stay=stay)
+            with as_raised():
+                capture = self._capturer.capture(pairs, step=step, metrics=metrics, cut=cut, stay=stay)
             jump = self._jump(capture)
             queued = self._uploader.add(capture.versions, cut=capture.cut)
             self._capturer.transition.end()
@@ -238,7 +240,8 @@ class Publisher:
             step=newest.step,
             changed=capture.changed,
             total=self._capturer.total,
-            wire_bytes=capture.wire_bytes,
+            wire_bytes=capture.wire_bytes or 0,
+            is_encoded=capture.wire_bytes is not None,
             model_bytes=self._capturer.model_bytes,
             seconds=time.perf_counter() - started,
             compare_seconds=capture.compare_seconds,
