@@ -88,7 +88,7 @@ def import_trl(
             source.get_file(file.stat.key, path, limit=file.stat.size)
             weights = _read_anchor(path) if file.anchor else _moved(weights, path, file, last)
             last = file.step
-            wire_bytes += publisher.publish(weights, step=file.step).wire_bytes or 0
+            wire_bytes += publisher.publish(weights, step=file.step).wire_bytes
             publisher.flush(timeout)
             on_step(file.step)
     assert publisher.position is not None
