@@ -32,7 +32,7 @@ _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def wanted_size() -> int:
-    """Bytes that the environment asks for. Raises EngineUnsupported for what is no size."""
+    """Bytes that the environment asks for. Raises EngineUnsupported for anything but a size."""
     text = os.environ.get(VARIABLE, "").strip()
     found = re.fullmatch(r"(\d+) ?(B|KiB|MiB|GiB|)", text)
     size = DEFAULT if not text else int(found[1]) * _UNITS[found[2]] if found else -1
