@@ -45,7 +45,7 @@ def device():
     return DEVICE
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def cpu_counts_as_a_device(monkeypatch):
     """Where there is no GPU, what is done with a GPU's tensors is done with the CPU's, in plain torch."""
     if DEVICE == "cpu":

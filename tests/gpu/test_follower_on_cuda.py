@@ -9,7 +9,7 @@ import deltawire as dw
 from deltawire.torch import follow
 from deltawire.weights.tensors import cast
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cpu_counts_as_a_device")]
 FREE = 1 << 30
 """bytes of device memory that vLLM leaves to others"""
 

@@ -10,7 +10,7 @@ import deltawire as dw
 from deltawire.weights.bits import Bits
 from deltawire.weights.tensors import cast
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cpu_counts_as_a_device")]
 SHAPES = {"embed.weight": (4096, 256), "layers.0.weight": (1000, 333), "layers.0.bias": (7,), "scale": ()}
 DTYPES = [torch.float32, torch.bfloat16]
 STEPS = 4

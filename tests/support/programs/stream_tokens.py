@@ -12,6 +12,7 @@ import json
 import sys
 import threading
 import time
+from contextlib import closing
 
 TELL = 0.1
 """seconds from one line to the next"""
@@ -30,14 +31,18 @@ class Clients:
     def stream(self, number: int) -> None:
         body = {"model": "policy", "prompt": [number + 3, 17, 9], "max_tokens": self._length, "temperature": 1,
                 "ignore_eos": True, "stream": True}  # fmt: skip
-        connection = http.client.HTTPConnection(*self._address, timeout=STALLED)
         try:
             while self.failed is None:
-                self._request(connection, json.dumps(body))
+                self._request(json.dumps(body))
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.failed = repr(error)
 
-    def _request(self, connection: http.client.HTTPConnection, body: str) -> None:
+    def _request(self, body: str) -> None:
+        """One answer, on a connection of its own: a server closes one that was idle for a while."""
+        with closing(http.client.HTTPConnection(*self._address, timeout=STALLED)) as connection:
+            self._read(connection, body)
+
+    def _read(self, connection: http.client.HTTPConnection, body: str) -> None:
         connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
         answer, last = connection.getresponse(), None
         if answer.status != 200:
