@@ -1,31 +1,33 @@
 """Beside the model an accelerator gives us one block of memory: what does not fit goes through it in pieces."""
 
+from contextlib import contextmanager
+
 import pytest
 import small
 import torch
 from small import Fused, Shard, SmallRun, make_weights
 from stub_engine import StubEngine
-from test_worker import attached, commit, fail_in_the_middle, mismatched, version_of
+from test_worker import attached, commit, fail_in_the_middle, mismatched, version_of, worker_of
 
 import deltawire as dw
 from deltawire.errors import EngineUnsupported
 from deltawire.follow.follower import Follower
 from deltawire.live import arena, changes
-from deltawire.live.accelerator import Accelerators
+from deltawire.live.accelerator import Accelerator, Accelerators
 from deltawire.live.arena import DEFAULT, VARIABLE, Arena, bytes_for, most_in, wanted_size
 from deltawire.live.writes import Fill, ScatterTogether
 from deltawire.vllm.client import EngineClient
 
 CPU = torch.device("cpu")
 TINY = arena.LEAST
-"""bytes; a sixtieth of the model"""
+"""bytes; a thirtieth of the model"""
 ENOUGH = 1 << 20
 
 
 @pytest.fixture
 def run(on_accelerator, monkeypatch):
-    """A run of a model of 64 KiB, which accelerators hold."""
-    monkeypatch.setattr(small, "COLUMNS", 2000)
+    """A run of a model of 32 KiB, which accelerators hold."""
+    monkeypatch.setattr(small, "COLUMNS", 1000)
     with SmallRun() as run:
         yield run
 
@@ -41,8 +43,8 @@ def staged(worker, run, version):
     return worker.live.staged.plan.writes
 
 
-def arena_of(worker) -> Arena:
-    return worker.live.attached.live.accelerators.of(CPU).arena
+def accelerator_of(worker) -> Accelerator:
+    return worker.live.accelerators.of(small.DEVICE)
 
 
 def test_rooms_never_overlap_nor_leave_the_block_and_are_free_again_when_dropped():
@@ -83,14 +85,16 @@ def test_what_is_no_size_is_refused_when_the_server_starts(text, monkeypatch):
         Accelerators()
 
 
-def test_no_more_is_taken_than_a_small_model_can_use_and_nothing_on_a_host(on_accelerator, monkeypatch):
+def test_no_more_is_taken_than_a_small_model_can_use(on_accelerator):
     taken = Accelerators()
-    taken.take_for([torch.zeros(1000, dtype=torch.bfloat16)])
-    assert taken.of(CPU).arena.size == 32_000
-    monkeypatch.undo()
+    taken.take_for([torch.zeros(1000, dtype=torch.bfloat16, device=on_accelerator)])
+    assert taken.of(on_accelerator).arena.size == 32_000
+
+
+def test_nothing_is_taken_for_what_host_memory_holds():
     host = Accelerators()
-    host.take_for([torch.zeros(1000, dtype=torch.bfloat16)])
-    assert host.of(CPU) is None
+    host.take_for([torch.zeros(1000), torch.zeros(1000, device="meta")])
+    assert (host.of(CPU), host._known) == (None, {})
 
 
 @pytest.mark.usefixtures("tiny")
@@ -100,8 +104,8 @@ def test_foreign_weights_join_through_an_arena_far_smaller_than_the_model(run):
     run.publish(a=1, v=1)
     worker = attached(run, model)
     writes = staged(worker, run, 1)
-    assert (arena_of(worker).size, {type(write) for write in writes}) == (TINY, {Fill})
-    assert max(write.new.nbytes for write in writes) <= arena_of(worker).window_bytes
+    assert (accelerator_of(worker).arena.size, {type(write) for write in writes}) == (TINY, {Fill})
+    assert max(write.new.nbytes for write in writes) <= accelerator_of(worker).arena.window_bytes
     assert dw.equal(model.served(), before)
     assert commit(worker, run, 1) is None
     assert dw.equal(model.served(), run.versions[1])
@@ -169,8 +173,8 @@ def test_a_write_that_fails_in_the_middle_is_put_back_bit_for_bit(run, since, si
 
 def test_rooms_are_free_again_once_an_update_is_confirmed(run, monkeypatch):
     worker = attached(run, run.model())
-    block = arena_of(worker)
-    monkeypatch.setattr(block, "_free", [(block.size - 40_000, block.size)])  # two updates of 16,000 B and no third
+    block = accelerator_of(worker).arena
+    monkeypatch.setattr(block, "_free", [(block.size - 20_000, block.size)])  # two updates of 8,000 B and no third
     for version in range(1, 6):
         run.publish(a=1)
         (write,) = staged(worker, run, version)
@@ -189,3 +193,68 @@ def test_two_workers_join_and_follow_through_tiny_arenas(run):
             run.publish(a=1, b=-1, v=1)
         with EngineClient(engine.url) as client:
             assert (client.audit().mismatched, client.status().torn) == ([], False)
+
+
+class Stream:
+    """A stream that notes what it waits for."""
+
+    def __init__(self, name, notes):
+        self.name, self._notes = name, notes
+
+    def wait_stream(self, other):
+        self._notes.append(f"{self.name} waits for {other.name}")
+
+    def synchronize(self):
+        self._notes.append(f"the host waits for {self.name}")
+
+
+def test_staging_waits_for_the_models_stream_and_that_never_for_staging(run, monkeypatch):
+    notes, current = [], []
+    models, ours = Stream("the model's", notes), Stream("ours", notes)
+
+    @contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1] if current else models)
+    worker = attached(run, run.model())
+    accelerator_of(worker)._stream = ours
+    run.publish(a=1)
+    staged(worker, run, 1)
+    assert set(notes) == {"ours waits for the model's", "the host waits for ours"}
+    assert notes[-1] == "the host waits for ours"
+    notes.clear()
+    assert commit(worker, run, 1) is None
+    assert notes == []  # nobody waits for anybody within the pause
+
+
+def test_the_block_is_taken_before_a_server_measures_what_is_left_for_requests(run):
+    assert list(worker_of(run.model()).live.accelerators._known) == [
+        small.DEVICE
+    ]  # vLLM makes its worker when it has loaded
+
+
+def test_nobody_uses_the_window_while_another_thread_may(run, monkeypatch):
+    """A job that was left to itself goes on when its store answers, perhaps while another update is written."""
+    monkeypatch.setenv(VARIABLE, str(TINY))
+    monkeypatch.setattr(changes, "FEW", 0)
+    model, used, window = Fused(make_weights(seed=9)), [], Arena.window
+    worker = attached(run, model)
+    accelerator = accelerator_of(worker)
+
+    def watched(block):
+        used.append(accelerator._window_is_mine._is_owned())
+        return window(block)
+
+    monkeypatch.setattr(Arena, "window", watched)
+    for version in range(3):
+        assert commit(worker, run, version) is None
+        run.weights["b"] += 1
+        run.publish(a=1)
+    assert worker.live.take_back()
+    assert mismatched(worker) == []
+    assert len(used) > 100
+    assert all(used)

@@ -17,7 +17,7 @@ from deltawire.live.messages import Accepted, Request, Stage, WorkerStatus
 from deltawire.live.transforms import AfterLoading
 from deltawire.live.worker import LiveWorker
 from deltawire.vllm.hooks import worker_method
-from deltawire.weights.device import torch_twin
+from deltawire.weights.device import sweeps
 from deltawire.weights.digest import root
 
 pytestmark = pytest.mark.usefixtures("held_on")
@@ -224,8 +224,8 @@ def test_a_plan_made_for_another_place_is_not_written(run):
 
 
 def fail_in_the_middle(monkeypatch) -> None:
-    """The second write of host memory fails, and the one of an accelerator's has written a part of it."""
-    original, scatter, count = writes.Scatter.write, torch_twin.scatter, [0]
+    """The second write of host memory fails, and the first of an accelerator's when it has written a part."""
+    original, scattering, count = writes.Scatter.write, sweeps.scattering, [0]
 
     def failing(self):
         count[0] += 1
@@ -233,16 +233,20 @@ def fail_in_the_middle(monkeypatch) -> None:
         if count[0] == 2:
             raise RuntimeError("the device is out of order")
 
-    def halting(flats, counts, offsets, bits):
-        count[0] += 1
-        first = slice(0, counts[0])
-        scatter(flats[:1], counts[:1], offsets[first], bits[first])
-        if count[0] == 1:
-            raise RuntimeError("the device is out of order")
-        scatter(flats, counts, offsets, bits)
+    def made_ready(flats, counts, kind):
+        put = scattering(flats, counts, kind)
+
+        def halting(offsets, bits):
+            count[0] += 1
+            if count[0] == 1:
+                sweeps.scatter(flats[:1], counts[:1], offsets[: counts[0]], bits[: counts[0]])
+                raise RuntimeError("the device is out of order")
+            put(offsets, bits)
+
+        return halting
 
     monkeypatch.setattr(writes.Scatter, "write", failing)
-    monkeypatch.setattr(torch_twin, "scatter", halting)
+    monkeypatch.setattr(sweeps, "scattering", made_ready)
 
 
 def test_a_write_that_fails_in_the_middle_leaves_weights_digests_and_version(run, monkeypatch):

@@ -53,7 +53,7 @@ def assert_served(run, engine, shards, version):
     with EngineClient(engine.url) as client:
         report, status = client.audit(), client.status()
     assert dw.equal(Shard.served(shards), run.versions[version])
-    assert torch.equal(shards[1].v, run.versions[version]["v"])
+    assert torch.equal(shards[1].v.cpu(), run.versions[version]["v"])
     assert (report.position.version, report.mismatched, report.workers) == (version, [], 2)
     assert report.digests == {name: f"{value:016x}" for name, value in dw.digest(run.versions[version]).items()}
     assert (status.position.version, status.torn, status.quarantined) == (version, False, False)

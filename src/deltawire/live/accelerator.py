@@ -1,11 +1,12 @@
 """An accelerator beside the model that it serves: memory of ours there, a stream of our own, and what crosses to it."""
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 
-from deltawire.live.arena import LEAST, Arena, wanted_size
+from deltawire.live.arena import LEAST, Arena, Room, wanted_size
 
 ON_HOST = frozenset({"cpu"})
 """the kinds of devices whose memory the host's threads read and write. Tests take "cpu" out: then torch does it all."""
@@ -16,13 +17,18 @@ MOST_A_BYTE = 16
 
 
 class Accelerator:
-    """One device. What is queued `beside` the model runs on a stream of its own, and the model's never waits for it."""
+    """One device. What is queued `beside` the model runs on a stream of its own, and the model's never waits for it.
+
+    The arena's window is used only within `beside` and `crossing`, by one thread at a time: a job that was abandoned
+    may come to life while another update is written.
+    """
 
     def __init__(self, device: torch.device, arena_size: int) -> None:
         self.device = device
         self.arena = Arena(device, arena_size)
         self.pinned_bytes = 0
         """host memory that was pinned since torch was last asked to give back what nobody uses"""
+        self._window_is_mine = threading.RLock()
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device, priority=0)  # the lowest that there is
@@ -31,13 +37,22 @@ class Accelerator:
     def beside(self) -> Iterator[None]:
         """Have what the block queues run beside the model, after all that the model's stream has been given so far.
         It is done when the block ends: what is staged is there before anyone asks for a pause."""
-        if self._stream is None or torch.cuda.current_stream(self.device) == self._stream:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            yield
-            self._stream.synchronize()
+        with self._window_is_mine:
+            if self._stream is None or torch.cuda.current_stream(self.device) == self._stream:
+                yield
+                return
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                yield
+                self._stream.synchronize()
+
+    @contextmanager
+    def crossing(self) -> Iterator[Room]:
+        """The window, for what a write queues on the current stream. It is done when the block ends."""
+        with self._window_is_mine:
+            yield self.arena.window()
+            if self._stream is not None:
+                torch.cuda.current_stream(self.device).synchronize()
 
     def pinned(self, count: int, kind: torch.dtype) -> torch.Tensor:
         """So many elements of host memory, of any value, that cross at full speed and while others compute."""

@@ -69,9 +69,10 @@ class Memory:
         if (accelerator := self.accelerator) is None or view.is_contiguous():
             view.copy_(bits.view(box.shape), non_blocking=True)
             return
-        across = accelerator.arena.window().take(box.size, self.flat.dtype)
-        across.copy_(bits, non_blocking=True)
-        view.copy_(across.view(box.shape))
+        with accelerator.crossing() as window:
+            across = window.take(box.size, self.flat.dtype)
+            across.copy_(bits, non_blocking=True)
+            view.copy_(across.view(box.shape))
 
     def gather(self, offsets: Positions) -> UInts:
         """The bits at these offsets, as they lie there, on the host."""

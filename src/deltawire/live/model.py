@@ -71,8 +71,8 @@ class LiveModel:
         self, model: torch.nn.Module, serving: Serving, background: Background, before: Callable[[Moment], None]
     ) -> None:
         self._model, self._serving, self._background, self._before = model, serving, background, before
-        self._accelerators = Accelerators()
-        self._accelerators.take_for(tensors_of(model).values())
+        self.accelerators = Accelerators()
+        self.accelerators.take_for(tensors_of(model).values())
         self.settings: dict[str, str] = {}
         """of the environment, that a follower gave: where the bucket's store is"""
         self.trust = Trust()
@@ -248,7 +248,7 @@ class LiveModel:
         loading = self._require_provable()
         subscriber = Subscriber(self._open_bucket(url), base=self.base, trusted=self.trust, cache=host_cache())
         between = self._background.between_passes
-        opened = attach(url, subscriber, self._model, loading, between_passes=between, accelerators=self._accelerators)
+        opened = attach(url, subscriber, self._model, loading, between_passes=between, accelerators=self.accelerators)
         if self._serving.compiled and any(transform.hidden for transform in opened.live.remade()):
             raise EngineUnsupported(
                 "a compiled model keeps the packed weights it was traced with: start the server with --enforce-eager, "

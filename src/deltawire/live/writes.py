@@ -111,11 +111,12 @@ class ScatterTogether:
                     self._put(put, run.offsets[own], run.new[own])
 
     def _put(self, scattering: sweeps.Put, offsets: torch.Tensor, bits: torch.Tensor) -> None:
-        if self.room is None:
-            window = self.accelerator.arena.window()
-            offsets = window.take(offsets.numel(), offsets.dtype).copy_(offsets, non_blocking=True)
-            bits = window.take(bits.numel(), bits.dtype).copy_(bits, non_blocking=True)
-        scattering(offsets, bits)
+        if self.room is not None:
+            scattering(offsets, bits)
+            return
+        with self.accelerator.crossing() as window:
+            there = window.take(offsets.numel(), offsets.dtype).copy_(offsets, non_blocking=True)
+            scattering(there, window.take(bits.numel(), bits.dtype).copy_(bits, non_blocking=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -43,10 +43,11 @@ class _Waiting:
         self._held: list[tuple[GivenTensor, Shard]] = []
         self.copies = 0
 
-    def append(self, given: GivenTensor, shard: Shard) -> None:
-        """One more tensor."""
+    def append(self, given: GivenTensor, shard: Shard, dtype: str) -> None:
+        """One more tensor, which the run has as `dtype`."""
         self._held.append((given, shard))
-        if not shard.tensor.is_contiguous():
+        is_read_in_place = (dtype_of(shard.tensor), dtype) == ("F32", "BF16") or dtype_of(shard.tensor) == dtype
+        if not is_read_in_place or not shard.tensor.is_contiguous():
             self.copies += shard.tensor.nbytes
 
     def take(self) -> Batch:
@@ -92,7 +93,7 @@ class Comparison:
             require_due(name, seen, self.trainable)
             self.prepare(name, shard)
             if self.place.takes(shard.tensor, self.tracker.baseline):
-                self._batch.append(given, shard)
+                self._batch.append(given, shard, self.table[name].dtype)
                 if not self.stay or self._batch.copies > AT_ONCE:
                     self._compare_batch()
             else:
