@@ -188,6 +188,25 @@ def test_weights_that_change_once_publish_has_returned_are_in_the_next_version()
     assert equal(read_weights(bucket, 1), seen[1])
 
 
+@pytest.mark.parametrize("baseline", ["device", "host"])
+def test_a_trainers_inference_mode_gradients_and_default_device_do_not_matter(baseline):
+    bucket = fresh()
+    with publishing(bucket, baseline=baseline, cls=DevicePublisher) as pub:
+        with torch.inference_mode():
+            weights = {"made.in.inference": torch.randn(40, 8)}
+            pub.publish(weights)
+            step(weights, 1)
+            pub.publish(weights)
+            step(weights, 2)
+        weights["made.in.inference"] = weights["made.in.inference"].clone().requires_grad_()
+        with torch.device("meta"):
+            pub.publish(weights)
+        with torch.no_grad():
+            step(weights, 3)
+        pub.publish(weights)
+    assert equal(read_weights(bucket), bits_of(weights))
+
+
 def test_a_module_is_published_by_its_parameters():
     bucket, model = fresh(), torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5))
     with publishing(bucket, baseline="device", cls=DevicePublisher) as pub:
