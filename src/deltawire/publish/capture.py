@@ -8,6 +8,7 @@ from typing import Any
 
 from deltawire.buckets.base import Bucket
 from deltawire.format.checkpoint import Checkpoint
+from deltawire.format.codecs import fused
 from deltawire.prepare.names import require_bare
 from deltawire.publish import ties
 from deltawire.publish.baseline import Baseline, FusedCodec
@@ -52,6 +53,7 @@ class WholeCapturer:
             self._resume(bucket)
         if self.resumed is None:
             self._open_base()
+        self._warm_up()
 
     @property
     def total(self) -> int:
@@ -102,10 +104,20 @@ class WholeCapturer:
 
     def _codec(self) -> FusedCodec | None:
         """What each change is encoded in as it is found; None for a run of `gap`."""
-        listed = self._run.may_use if self._run is not None else self._options.codecs
+        listed = self._listed()
         if "class" in listed and self._options.by_class():
             return "class"
         return "subset" if "subset" in listed else None
+
+    def _listed(self) -> tuple[str, ...]:
+        """The codecs that the run may use."""
+        return self._run.may_use if self._run is not None else self._options.codecs
+
+    def _warm_up(self) -> None:
+        """Compile what the next publish runs, for the dtypes that are held: it is to be as short as all others."""
+        dtypes = {bits.dtype for bits in self._tracker.baseline.as_mapping().values()}
+        if "subset" in self._listed():
+            fused.warm_up(dtypes, by_class="class" in self._listed())
 
     def _compare(self, pairs: Pairs, given: ties.Given) -> dict[str, str]:
         """Move the baseline to what is given; by its name in the run, the name under which each tensor was given."""
@@ -130,6 +142,7 @@ class WholeCapturer:
         self.transition.begin()
         self._tracker, self._run = ChangeTracker(self.transition, baseline), run
         self.next_version, self._aliases = 1, aliases
+        self._warm_up()
         return captured
 
     def _seeded(self, pairs: Pairs, given: ties.Given | None) -> Baseline:
