@@ -193,7 +193,7 @@ def encode_change(change: TileChange, ranked: Ranked, twin: Twin) -> tuple[TileE
     those in which nothing does."""
     rows = change.tile.rows
     every = _pack(ranked, rows, None, twin)
-    live = few_live_rows(change.tile, change.positions, twin)
+    live = few_live_rows(change.tile, change.positions, every[1].size, twin)
     if live is None:
         return every
     some = _pack(change.of_rows(live).ranked(twin), rows, live, twin)
