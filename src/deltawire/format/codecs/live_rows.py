@@ -39,15 +39,15 @@ class LiveRows:
 
 
 def few_live_rows(tile: Tile, positions: Positions, nbytes: int, twin: Twin) -> Positions | None:
-    """The rows that hold a change, where it is worth a try to list them and leave the others out of a payload that has
-    so many bytes with all rows."""
+    """The rows that hold a change, where it is worth a try to leave the others out of a payload that has so many bytes
+    with all rows."""
     limit = int(FEW_ROWS * tile.rows)
     live = twin.live_rows(positions, tile.width, limit)
     return live if live.size <= limit and _saved(tile.rows, live.size, positions.size) > WORTH * 8 * nbytes else None
 
 
 def _saved(rows: int, live: int, changed: int) -> float:
-    """Bits by which changes that are told among the live rows alone are shorter, less those of the list of live rows."""
+    """Bits by which changes among the live rows alone are shorter to write, less those of the list of live rows."""
     share = live / rows
     listed = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
     return -changed * math.log2(share) - rows * listed
