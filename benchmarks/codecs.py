@@ -12,8 +12,8 @@ Each codec is measured on the first step, in a process of its own, in turn with 
 and GiB of memory, and where that does not do, the table says so. A share of 0.30 says: as long as 3.3 compare passes.
 `publish` compares and encodes, from old and new weights to the file. One core; CPU time, medians of all rounds.
 
-`--threads` measures one core against all that this process may use, in turn, by the clock on the wall; it says how
-busy the machine was. `benchmarks/codecs_plot.py` draws what `--json` wrote.
+`--threads` measures one core against all that this process may use, in turn, by the clock on the wall, in rounds
+during which the machine did little else. `benchmarks/codecs_plot.py` draws what `--json` wrote.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compare_pass import count_changed
+from compare_pass import count_changed, count_often
 from deltawire.format import delta_file
 from deltawire.format.codecs import fused
 from deltawire.weights import kernels, threads
@@ -40,6 +40,8 @@ from steps import RANDOM, Step, steps_of
 
 FUSED = ("subset", "class")
 OWN = "deltawire "
+NEAR = 1 << 15
+"""elements of two arrays that a core's own cache holds"""
 PATIENCE = 1 / 4
 """share of a codec's time after which no further round of it begins"""
 
@@ -149,29 +151,56 @@ def show(found: dict[str, Any]) -> None:
             print(f"{best} takes {others[best] / mine['bytes']:.2f} times the bytes of {codec}")
 
 
-def compare_cores(step: Step, rounds: int) -> None:
-    """Print how many times as fast all cores are as one, in turn, by the clock on the wall. A bare compare pass in four
-    parts says what the machine had to give."""
+def compare_cores(step: Step, options: argparse.Namespace) -> None:
+    """Print how many times as fast all cores are as one, in turn, by the clock on the wall. Rounds in which others had
+    more than a tenth of the cores are left out. Two compare passes say what the machine had to give: one of the whole
+    weights, which wait for memory, and one again and again of what a core's own cache holds."""
     every, one = os.sched_getaffinity(0), {min(os.sched_getaffinity(0))}
+    works, quiet, began = works_of(step), 0, time.perf_counter()
+    timers, dropped = {"one": Timer(time.perf_counter), "all": Timer(time.perf_counter)}, 0
+    while quiet < options.rounds and time.perf_counter() - began < options.seconds:
+        round_of = {"one": Timer(time.perf_counter), "all": Timer(time.perf_counter)}
+        started, busy, own_time = time.perf_counter(), busy_seconds(), time.process_time()
+        for way, usable in (("one", one), ("all", every)):
+            os.sched_setaffinity(0, usable)
+            for name, work in works.items():
+                round_of[way].time(name, work)
+        others = busy_seconds() - busy - (time.process_time() - own_time)
+        if others > (time.perf_counter() - started) * len(every) / 10:
+            dropped += 1
+            continue
+        quiet += 1
+        for way, timer in timers.items():
+            timer.add(round_of[way])
+    print(f"{len(every)} cores against one, medians of {quiet} quiet rounds in turn, {dropped} were not quiet")
+    print(f"load {os.getloadavg()[0]:.1f}")
+    for name in works if quiet else ():
+        one_s, all_s = (timers[way].middle(name) for way in ("one", "all"))
+        print(f"{name:20} {1e3 * one_s:7.1f} ms on one, {1e3 * all_s:7.1f} ms on all: {one_s / all_s:.2f} times")
+
+
+def works_of(step: Step) -> dict[str, Callable[[], Any]]:
+    """What is measured on one core and on all."""
     files = {codec: delta_file.encode(step.delta, codec=codec, base=step.old) for codec in FUSED}
     quarter = -(-step.flat_old.size // 4)
     starts = range(0, step.flat_old.size, quarter)
     parts = [(step.flat_old[at : at + quarter], step.flat_new[at : at + quarter]) for at in starts]
-    works = {"compare pass": lambda: list(threads.run(lambda pair: count_changed(*pair), parts))}
+    near = [(step.flat_old[at : at + NEAR].copy(), step.flat_new[at : at + NEAR].copy()) for at in starts]
+    works: dict[str, Callable[[], Any]] = {
+        "compare in cache": lambda: list(threads.run(lambda pair: count_often(*pair, 4 * quarter // NEAR), near)),
+        "compare pass": lambda: list(threads.run(lambda pair: count_changed(*pair), parts)),
+    }
     for codec in FUSED:
         works[f"encode {codec}"] = partial(delta_file.encode, step.delta, codec=codec, base=step.old)
         works[f"decode {codec}"] = partial(delta_file.decode, files[codec], base=step.old)
         works[f"publish {codec}"] = partial(publish, step, codec)
-    timers = {"one": Timer(time.perf_counter), "all": Timer(time.perf_counter)}
-    for _ in range(rounds):
-        for way, usable in (("one", one), ("all", every)):
-            os.sched_setaffinity(0, usable)
-            for name, work in works.items():
-                timers[way].time(name, work)
-    print(f"{len(every)} cores against one, medians of {rounds} rounds in turn; load {os.getloadavg()[0]:.1f}")
-    for name in works:
-        one_s, all_s = (timers[way].middle(name) for way in ("one", "all"))
-        print(f"{name:15} {1e3 * one_s:7.1f} ms on one, {1e3 * all_s:7.1f} ms on all: {one_s / all_s:.2f} times")
+    return works
+
+
+def busy_seconds() -> float:
+    """What all processes of this machine have had of its cores."""
+    user, nice, system, _, _, interrupts, soft, *_ = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -188,7 +217,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         kernels.warm_up()
-        compare_cores(next(steps_of(options.traces[0])), options.rounds)
+        compare_cores(next(steps_of(options.traces[0])), options)
         return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     if options.only:

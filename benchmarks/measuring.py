@@ -38,6 +38,11 @@ class Timer:
         self._seconds.setdefault(name, []).append(self._clock() - started)
         return result
 
+    def add(self, other: "Timer") -> None:
+        """Take the rounds of another."""
+        for name, seconds in other._seconds.items():
+            self._seconds.setdefault(name, []).extend(seconds)
+
     def middle(self, name: str) -> float:
         """The median of the rounds."""
         return statistics.median(self._seconds[name])
