@@ -21,6 +21,7 @@ test: setup      ## every test but the nightly ones, on a real vLLM server too, 
 
 nightly: setup   ## what takes too long for every change: the tests marked nightly
 	@.venv/bin/python -m pytest -m nightly
+	@DELTAWIRE_FUZZ_SECONDS=60 .venv/bin/python -m pytest tests/attacks/test_fuzz.py
 
 soak: setup      ## a thousand versions under faults, kills, compaction and pruning
 	@DELTAWIRE_SOAK_VERSIONS=1000 .venv/bin/python -m pytest tests/test_soak.py tests/test_soak_writers.py --log-cli-level=INFO

@@ -5,12 +5,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from deltawire.errors import NeedsBase
-from deltawire.live.boxes import LiveBox
+from deltawire.live.digests import Place
 from deltawire.live.live_weights import LiveWeights
-from deltawire.live.memory import Memory
 from deltawire.weights.bits import Bits, count, zeros
-
-Place = tuple[Memory, LiveBox]
 
 
 def whole_tensors(live: LiveWeights) -> "WholeTensors | None":
@@ -54,9 +51,9 @@ class WholeTensors(Mapping[str, Bits]):
 
     def _places(self, name: str) -> list[Place]:
         """Places that hold each element of a tensor once; none where some are not here."""
-        places = {box.part: (memory, box) for memory, box in self._live.places(name)}
+        places = {place.box.part: place for place in self._live.places(name)}
         size = count(self._live.table[name].shape)
         for place in places.values():
-            if place[1].size == size:
+            if place.box.size == size:
                 return [place]
-        return [*places.values()] if sum(box.size for _, box in places.values()) == size else []
+        return [*places.values()] if sum(place.box.size for place in places.values()) == size else []

@@ -1,5 +1,6 @@
 """Capturing in one process that holds every tensor whole: cast, compare, number."""
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ from deltawire.publish.baseline import Baseline, FusedCodec
 from deltawire.publish.capturer import About, Capture, CaptureOptions
 from deltawire.publish.comparing import Comparison
 from deltawire.publish.current_run import holds_run, near_base, newest, newest_of, tip_at, weights_at
+from deltawire.publish.devices import Lies, Place
 from deltawire.publish.dtypes import Casting
 from deltawire.publish.first_anchor import write_anchor
 from deltawire.publish.pending import Captured, encode
@@ -25,10 +27,11 @@ from deltawire.publish.tracker import ChangeTracker, Transition
 from deltawire.read.bases import open_base, resolve_base
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.records import BaseCheckpoint, Position, Run, in_its_format
-from deltawire.weights.bits import count
+from deltawire.weights.bits import Bits, count
 from deltawire.weights.delta import Delta
 from deltawire.weights.table import TensorEntry, aliases_of, with_aliases
 
+LOG = logging.getLogger("deltawire")
 Pairs = Iterable[tuple[str, Any]]
 
 
@@ -41,6 +44,8 @@ class WholeCapturer:
         self.transition = Transition()
         self._tracker = ChangeTracker(self.transition, Baseline(options.own))
         self.resumed: Tip | None = None
+        self._url, self._is_veto_said = bucket.url, False
+        self._place = Place(options.baseline, options.devices)
         self._supersedes: Position | None = None
         self._run: Run | None = None
         self._base: BaseCheckpoint | None = None
@@ -71,20 +76,34 @@ class WholeCapturer:
         return self._tracker
 
     @property
+    def baseline(self) -> Lies:
+        """Where the baseline lies."""
+        return self._place.describe(self._tracker.baseline)
+
+    @property
     def held_bytes(self) -> int:
         """The most memory that waiting changes can take, once folded: an increment for every element."""
         return self.model_bytes
 
-    def capture(self, pairs: Pairs, *, step: int | None, metrics: Mapping[str, float] | None, cut: int = -1) -> Capture:
+    def capture(
+        self,
+        pairs: Pairs,
+        *,
+        step: int | None,
+        metrics: Mapping[str, float] | None,
+        cut: int = -1,
+        stay: bool = False,
+    ) -> Capture:
         """The next version. Only the last statement moves the numbers on, so an error keeps them and the change."""
         started = time.perf_counter()
         about = About.of(step, metrics)
         self._casting.begin()
+        self._place.begin()
         if self._run is None and self._base is None:
             first = self._begin(pairs, about)
             return Capture((first,), time.perf_counter() - started, self.total, first.payload_bytes)
         given = ties.Given()
-        seen = self._compare(pairs, given)
+        seen = self._compare(pairs, given, stay=stay)
         seconds = time.perf_counter() - started
         run = self._run or self._begin_on_base({*seen}, given)
         seeded = self._tracker.seeded
@@ -92,20 +111,28 @@ class WholeCapturer:
         delta = Delta(self._tracker.uncovered)
         if delta or not versions:
             captured = self._describe(run, self.next_version + len(versions), about, delta=delta)
-            versions.append(replace(captured, payloads=encode(captured, self._tracker.coded)))
+            if not self._may_encode_later():
+                captured = replace(captured, payloads=encode(captured, self._tracker.coded))
+            versions.append(captured)
         changed = delta.changed if versions[-1].parent is not None else sum(count(entry.shape) for entry in run.table)
         self.transition.begin()
         self._tracker.cover()
         self._run, self.next_version = run, versions[-1].version + 1
-        return Capture(tuple(versions), seconds, changed, versions[-1].payload_bytes)
+        newest = versions[-1]
+        return Capture(tuple(versions), seconds, changed, None if newest.payloads is None else newest.payload_bytes)
 
     def close(self) -> None:
         """Nothing is held but memory."""
 
+    def _may_encode_later(self) -> bool:
+        """Whether the uploader's thread makes the file: a change found on a device is here in a hundredth of the time
+        that takes. A first publish is encoded at once, for its bytes say whether it continues a run."""
+        return self._tracker.baseline.device_bytes > 0 and not self._place.is_first
+
     def _codec(self) -> FusedCodec | None:
         """What each change is encoded in as it is found; None for a run of `gap`."""
         listed = self._listed()
-        if "class" in listed and self._options.by_class():
+        if "class" in listed and self._options.by_class() and not self._is_on_device():
             return "class"
         return "subset" if "subset" in listed else None
 
@@ -114,17 +141,27 @@ class WholeCapturer:
         return self._run.may_use if self._run is not None else self._options.codecs
 
     def _warm_up(self) -> None:
-        """Compile what the next publish runs, for the dtypes that are held: it is to be as short as all others."""
-        dtypes = {bits.dtype for bits in self._tracker.baseline.as_mapping().values()}
+        """Compile what the next publish runs of what the host holds: it is to be as short as all others."""
+        dtypes = {held.dtype for held in self._tracker.baseline.held.values() if isinstance(held, Bits)}
         if "subset" in self._listed():
             fused.warm_up(dtypes, by_class="class" in self._listed())
 
-    def _compare(self, pairs: Pairs, given: ties.Given) -> dict[str, str]:
+    def _is_on_device(self) -> bool:
+        """Whether any of the baseline lies on a device, where nothing is ranked by class. Says so once."""
+        found = self._tracker.baseline.device_bytes > 0
+        if found and not self._is_veto_said:
+            LOG.warning("%s: versions are of codec subset, not class, while the baseline lies on a device", self._url)
+        self._is_veto_said = self._is_veto_said or found
+        return found
+
+    def _compare(self, pairs: Pairs, given: ties.Given, *, stay: bool) -> dict[str, str]:
         """Move the baseline to what is given; by its name in the run, the name under which each tensor was given."""
         trainable = {entry.name for entry in self._run.table if entry.trainable} if self._run else None
-        held = self._tracker.baseline.as_mapping()
+        held = self._tracker.baseline.held
         tensors = ties.resolved(pairs, self._aliases or {}, held, given if self._run is None else None)
-        seen = Comparison(self._tracker, self._casting, held, trainable, codec=self._codec()).run(among(tensors, held))
+        seen = Comparison(
+            self._tracker, self._casting, held, trainable, self._place, codec=self._codec(), stay=stay
+        ).run(among(tensors, held))
         self._casting.settle([*seen, *seen.values()])
         return seen
 

@@ -17,6 +17,7 @@ from deltawire.publish import ties
 from deltawire.publish.baseline import Baseline
 from deltawire.publish.capturer import About, Capture, CaptureOptions
 from deltawire.publish.comparing import Comparison
+from deltawire.publish.devices import Lies, Place
 from deltawire.publish.dtypes import Casting
 from deltawire.publish.first_anchor import asset_payloads
 from deltawire.publish.pending import Captured, encode
@@ -62,6 +63,7 @@ class ShardCapturer:
         self.next_version = self.resumed.position.version + 1 if self.resumed is not None else 0
         self.transition = Transition()
         self._tracker = ChangeTracker(self.transition, Baseline(options.own))
+        self._place = Place(options.baseline, options.devices)
         self._known = self._opening.digests
         self._digests = dict(self._known)
         self._aliases = aliases_of(self._run.table) if self._run is not None else None
@@ -77,6 +79,11 @@ class ShardCapturer:
         return sum(entry.nbytes for entry in self._table.values())
 
     @property
+    def baseline(self) -> Lies:
+        """Where this rank's baseline lies."""
+        return self._place.describe(self._tracker.baseline)
+
+    @property
     def held_bytes(self) -> int:
         """The most memory that waiting changes can take, once folded: an increment for every element we own."""
         owned = {name: shard.shape for name, shard in self._tracker.shards.items() if shard.owned}
@@ -87,7 +94,15 @@ class ShardCapturer:
         """Whether the next version begins a run from all-zero bits."""
         return self._decision.empty and self._run is None
 
-    def capture(self, pairs: Pairs, *, step: int | None, metrics: Mapping[str, float] | None, cut: int = -1) -> Capture:
+    def capture(
+        self,
+        pairs: Pairs,
+        *,
+        step: int | None,
+        metrics: Mapping[str, float] | None,
+        cut: int = -1,
+        stay: bool = False,
+    ) -> Capture:
         """This rank's part of the next version. Every rank joins, whatever went wrong on it, so none waits in vain.
 
         Raises what a one-process capture raises on the rank that has the trouble, and RankFailed on the others.
@@ -99,7 +114,7 @@ class ShardCapturer:
         found, captured = _Found(self._aliases or {}), None
         problem: BaseException | None = None
         try:
-            found = self._find(pairs, step, metrics)
+            found = self._find(pairs, step, metrics, stay=stay)
         except BaseException as error:  # an interrupt, too: the other ranks wait for this one's sum
             problem = error
         try:
@@ -126,21 +141,24 @@ class ShardCapturer:
 
     # On this rank
 
-    def _find(self, pairs: Pairs, step: int | None, metrics: Mapping[str, float] | None) -> "_Found":
+    def _find(self, pairs: Pairs, step: int | None, metrics: Mapping[str, float] | None, *, stay: bool) -> "_Found":
         """Compare what this rank holds of the tensors given."""
         started = time.perf_counter()
         about, given = About.of(step, metrics), Given()
         self._casting.begin()
-        names = self._compare(pairs, given)
+        self._place.begin()
+        names = self._compare(pairs, given, stay=stay)
         return _Found(self._settle(names, given), names, about, time.perf_counter() - started)
 
-    def _compare(self, pairs: Pairs, given: Given) -> set[str]:
+    def _compare(self, pairs: Pairs, given: Given, *, stay: bool) -> set[str]:
         """Move the baseline to what is given; the names in the run."""
         trainable = {entry.name for entry in self._table.values() if entry.trainable} if self._run else None
         begins = self._begins_empty
         noting = given if self._run is None and self._opening.ties.tied is not False else None
         tensors = ties.resolved(pairs, self._aliases or {}, None if begins else self._table, noting)
-        comparison = Comparison(self._tracker, self._casting, self._table, trainable, self._hold, self._prepare)
+        comparison = Comparison(
+            self._tracker, self._casting, self._table, trainable, self._place, self._hold, self._prepare, stay=stay
+        )
         seen = comparison.run(tensors if begins else among(tensors, self._table))
         self._casting.settle([*seen, *seen.values()], warn=self._ranks.rank == 0)
         if begins:
