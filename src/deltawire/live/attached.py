@@ -8,13 +8,15 @@ import torch
 
 from deltawire.errors import BadDigest, Forked, Gap, WrongBase, some
 from deltawire.live import staging, writes
+from deltawire.live.accelerator import Accelerators
+from deltawire.live.at_hand import cuts_of
 from deltawire.live.coverage import Coverage, disagreement
 from deltawire.live.live_weights import BetweenPasses, LiveWeights, at_once
 from deltawire.live.messages import Audited, Digested, HeldParts
 from deltawire.live.staging import PartDigests, Plan
 from deltawire.live.transforms import AfterLoading
-from deltawire.live.whole import whole_tensors
 from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.cuts import Cuts
 from deltawire.runlog.records import CODECS, NEED_WEIGHTS, Position
 from deltawire.weights.digest import root as root_of
 
@@ -50,9 +52,13 @@ class Attached:
 
     @cached_property
     def codecs(self) -> tuple[str, ...]:
-        """Codecs of runs that these weights can be moved by."""
-        all_here = whole_tensors(self.live) is not None
-        return tuple(codec for codec in CODECS if all_here or codec not in NEED_WEIGHTS)
+        """Codecs of runs that these weights can be moved by, however their tensors are tiled."""
+        return tuple(codec for codec in CODECS if self.cuts == {} or codec not in NEED_WEIGHTS)
+
+    @cached_property
+    def cuts(self) -> Cuts | None:
+        """Where tiles must end for deltas that are read against these weights; None where none can be."""
+        return cuts_of(self.live)
 
     def find_version(self) -> None:
         """Find the version of a worker that is the only one, by its digests. It is at none when it holds a tensor twice
@@ -87,7 +93,7 @@ class Attached:
 
     def drifted(self, names: Iterable[str]) -> list[str]:
         """Which of these tensors hold something else than the last update left there."""
-        return [name for name in names if self.live.digest(name) != self.digests[name]]
+        return [name for name, value in self.live.digests(names).items() if value != self.digests[name]]
 
     def plan(self, version: int) -> Plan:
         """The plan that leads to a version, newer or older, from where these weights are. It starts from an anchor when
@@ -172,14 +178,17 @@ def attach(
     subscriber: Subscriber,
     model: torch.nn.Module,
     loading: AfterLoading,
+    *,
     between_passes: BetweenPasses = at_once,
+    accelerators: Accelerators | None = None,
 ) -> Attached:
     """Put a worker's weights beside the run that a bucket's HEAD names, at no version yet; `url` asked for it.
-    `between_passes` does what must not meet a forward pass.
+    `between_passes` does what must not meet a forward pass. The model's tensors are on the `accelerators`, or the host.
 
     Raises BucketError, FormatError, ChainError; EngineUnsupported for a model that cannot be patched.
     """
-    live = LiveWeights(model, subscriber.run.table, loading=loading, between_passes=between_passes)
+    table = subscriber.run.table
+    live = LiveWeights(model, table, loading=loading, between_passes=between_passes, accelerators=accelerators)
     absent = live.absent
     committed = subscriber.digests_at(subscriber.latest().version) if absent else {}
     return Attached(url, subscriber, live, None, live.digests(), {name: committed[name] for name in absent})

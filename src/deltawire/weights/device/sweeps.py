@@ -5,7 +5,7 @@ and those of ROCm, are swept by the twin in plain torch, tensor by tensor. Resul
 queued on the current stream; what returns numbers of the host waits for that stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 
@@ -15,9 +15,11 @@ from deltawire.errors import ShapeMismatch
 from deltawire.weights.device import torch_twin
 from deltawire.weights.device.carriers import CARRIERS, WHOLE, Changes, Part, Strip
 
-__all__ = ["WHOLE", "Changes", "Part", "Strip", "compare", "digest", "digest_at", "gather", "scatter"]
+__all__ = ["WHOLE", "Changes", "Part", "Strip", "compare", "digest", "digest_at", "gather", "scatter", "scattering"]
 
 Tensors = Sequence[torch.Tensor]
+Put = Callable[[torch.Tensor, torch.Tensor], None]
+"""writes bits to offsets"""
 
 
 def digest(parts: Sequence[Part]) -> list[int]:
@@ -68,13 +70,20 @@ def compare(new: Tensors, base: Tensors) -> Changes:
     return _twin(base[0]).compare(new, base)
 
 
-def gather(flats: Tensors, counts: Sequence[int], offsets: torch.Tensor) -> torch.Tensor:
+def gather(
+    flats: Tensors, counts: Sequence[int], offsets: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """The elements of carriers of one width at `offsets` (int32 or int64): of each tensor so many as `counts` says.
 
-    One launch for all tensors. An offset beyond its tensor gives 0 under Triton, and IndexError in plain torch.
+    One launch for all tensors. An offset beyond its tensor gives 0 under Triton, and IndexError in plain torch. They
+    are put into the carrier `out`, where it is given.
     """
     _require_flats(flats, counts, offsets)
-    return _twin(flats[0]).gather(flats, counts, offsets)
+    if out is not None:
+        _require_counts(counts, out)
+        if out.dtype != flats[0].dtype:
+            raise ShapeMismatch(f"{out.dtype} for elements of {flats[0].dtype}")
+    return _twin(flats[0]).gather(flats, counts, offsets, out)
 
 
 def scatter(flats: Tensors, counts: Sequence[int], offsets: torch.Tensor, bits: torch.Tensor) -> None:
@@ -88,6 +97,13 @@ def scatter(flats: Tensors, counts: Sequence[int], offsets: torch.Tensor, bits: 
     if bits.dtype != flats[0].dtype:
         raise ShapeMismatch(f"{bits.dtype} for tensors of {flats[0].dtype}")
     _twin(flats[0]).scatter(flats, counts, offsets, bits)
+
+
+def scattering(flats: Tensors, counts: Sequence[int], kind: torch.dtype) -> Put:
+    """A `scatter` to these carriers, made ready. What is returned is called with `offsets`, of that kind, and `bits`,
+    any number of times. It copies no table and compiles nothing."""
+    _require_flats(flats, counts)
+    return _twin(flats[0]).scattering(flats, counts, kind)
 
 
 @cache
@@ -112,11 +128,11 @@ def _require_carriers(flats: Tensors) -> None:
             raise ShapeMismatch(f"a carrier is flat and of integers, not {list(flat.shape)} of {flat.dtype}")
 
 
-def _require_flats(flats: Tensors, counts: Sequence[int], offsets: torch.Tensor) -> None:
+def _require_flats(flats: Tensors, counts: Sequence[int], *listed: torch.Tensor) -> None:
     _require_carriers(flats)
     if len(flats) != len(counts) or len({flat.dtype for flat in flats}) != 1:
         raise ShapeMismatch("one count a tensor, and all tensors of one width")
-    _require_counts(counts, offsets)
+    _require_counts(counts, *listed)
 
 
 def _require_counts(counts: Sequence[int], *listed: torch.Tensor) -> None:

@@ -3,7 +3,8 @@
 They work in chunks, so that their temporary memory stays below 128 MiB whatever a tensor's size.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -16,6 +17,7 @@ NAN = 0x7FC0
 """what every NaN is as bf16"""
 _MODULUS = 1 << 64
 Tensors = Sequence[torch.Tensor]
+Put = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 def digest(parts: Sequence[Part]) -> list[int]:
@@ -41,9 +43,15 @@ def compare(new: Tensors, base: Tensors) -> Changes:
     return Changes(counts, positions, increments, bits)
 
 
-def gather(flats: Tensors, counts: Sequence[int], offsets: torch.Tensor) -> torch.Tensor:
+def gather(
+    flats: Tensors, counts: Sequence[int], offsets: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """As `sweeps.gather`."""
-    return torch.cat([flat[own] for flat, own in zip(flats, offsets.split(list(counts)), strict=True)])
+    bits = torch.empty_like(offsets, dtype=flats[0].dtype) if out is None else out
+    sizes = list(counts)
+    for flat, own, values in zip(flats, offsets.split(sizes), bits.split(sizes), strict=True):
+        values.copy_(flat[own])
+    return bits
 
 
 def scatter(flats: Tensors, counts: Sequence[int], offsets: torch.Tensor, bits: torch.Tensor) -> None:
@@ -51,6 +59,11 @@ def scatter(flats: Tensors, counts: Sequence[int], offsets: torch.Tensor, bits: 
     sizes = list(counts)
     for flat, own, values in zip(flats, offsets.split(sizes), bits.split(sizes), strict=True):
         flat[own] = values
+
+
+def scattering(flats: Tensors, counts: Sequence[int], kind: torch.dtype) -> Put:
+    """As `sweeps.scattering`; there is nothing to make ready."""
+    return functools.partial(scatter, flats, counts)
 
 
 def bf16_bits(wide: torch.Tensor) -> torch.Tensor:

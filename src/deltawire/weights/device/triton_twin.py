@@ -5,7 +5,8 @@ their order. bf16 is rounded with integers: Triton's interpreter would cut. Ever
 counted.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ KINDS = {torch.uint8: tl.uint8, torch.int16: tl.uint16, torch.int32: tl.uint32, 
 """elements of a carrier, as the kernels read them"""
 _MODULUS = 1 << 64
 Tensors = Sequence[torch.Tensor]
+Put = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @triton.jit
@@ -174,9 +176,11 @@ def compare(new: Tensors, base: Tensors) -> Changes:
     return Changes(tuple(changed), positions, increments, bits)
 
 
-def gather(flats: Tensors, counts: Sequence[int], offsets: torch.Tensor) -> torch.Tensor:
+def gather(
+    flats: Tensors, counts: Sequence[int], offsets: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """As `sweeps.gather`."""
-    bits = torch.empty_like(offsets, dtype=flats[0].dtype)
+    bits = torch.empty_like(offsets, dtype=flats[0].dtype) if out is None else out
     _over_flats(flats, counts).run(_gather, offsets, bits)
     return bits
 
@@ -184,6 +188,13 @@ def gather(flats: Tensors, counts: Sequence[int], offsets: torch.Tensor) -> torc
 def scatter(flats: Tensors, counts: Sequence[int], offsets: torch.Tensor, bits: torch.Tensor) -> None:
     """As `sweeps.scatter`."""
     _over_flats(flats, counts).run(_scatter, offsets, bits)
+
+
+def scattering(flats: Tensors, counts: Sequence[int], kind: torch.dtype) -> Put:
+    """As `sweeps.scattering`. An offset that is nowhere is put to each tensor: that compiles and loads the kernel."""
+    nowhere = torch.full((len(flats),), -1, dtype=kind, device=flats[0].device)
+    scatter(flats, [1] * len(flats), nowhere, torch.zeros_like(nowhere, dtype=flats[0].dtype))
+    return functools.partial(_over_flats(flats, counts).run, _scatter)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
