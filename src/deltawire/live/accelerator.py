@@ -38,21 +38,26 @@ class Accelerator:
         """Have what the block queues run beside the model, after all that the model's stream has been given so far.
         It is done when the block ends: what is staged is there before anyone asks for a pause."""
         with self._window_is_mine:
-            if self._stream is None or torch.cuda.current_stream(self.device) == self._stream:
+            if self._stream is None:
                 yield
                 return
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            if (current := torch.cuda.current_stream(self.device)) != self._stream:
+                self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
-                yield
-                self._stream.synchronize()
+                try:
+                    yield
+                finally:  # a failure, too, leaves nothing behind that still uses the window
+                    self._stream.synchronize()
 
     @contextmanager
     def crossing(self) -> Iterator[Room]:
         """The window, for what a write queues on the current stream. It is done when the block ends."""
         with self._window_is_mine:
-            yield self.arena.window()
-            if self._stream is not None:
-                torch.cuda.current_stream(self.device).synchronize()
+            try:
+                yield self.arena.window()
+            finally:
+                if self._stream is not None:
+                    torch.cuda.current_stream(self.device).synchronize()
 
     def pinned(self, count: int, kind: torch.dtype) -> torch.Tensor:
         """So many elements of host memory, of any value, that cross at full speed and while others compute."""
