@@ -76,7 +76,7 @@ class _Crossing:
 
     def _buffer(self) -> torch.Tensor:
         kind = CARRIERS[self.held.data.itemsize]
-        return torch.empty(min(PIECE, self.flat.numel()), dtype=kind, pin_memory=self.flat.is_cuda)
+        return torch.empty(min(PIECE, self.flat.numel()), dtype=kind, device="cpu", pin_memory=self.flat.is_cuda)
 
     def _send(self, start: int, buffer: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Queue a piece's copy; where it will be, and the event that says so."""
