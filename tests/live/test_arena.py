@@ -279,3 +279,20 @@ def test_nobody_uses_the_window_while_another_thread_may(run, monkeypatch):
     assert mismatched(worker) == []
     assert len(used) > 100
     assert all(used)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_worker_made_in_inference_mode_updates_outside_of_it_and_the_other_way_round(run):
+    model = Fused(make_weights(seed=9))
+    with torch.inference_mode():
+        worker = attached(run, model)
+    assert commit(worker, run, 0) is None
+    run.publish(a=1)
+    with torch.inference_mode():
+        assert commit(worker, run, 1) is None
+    run.publish(b=1)
+    worker.live.make_ready(run.url, 2)
+    with torch.inference_mode():
+        assert commit(worker, run, 2) is None
+    assert worker.live.take_back()
+    assert (version_of(worker), mismatched(worker)) == (1, [])
