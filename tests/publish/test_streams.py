@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deltawire.publish import streams
+from deltawire.weights.device.landing import landing
 
 CUDA = torch.device("cuda", 0)
 
@@ -67,4 +68,4 @@ def test_what_cannot_be_pinned_lands_in_plain_memory(monkeypatch):
         return real(*sizes, **how)
 
     monkeypatch.setattr(torch, "empty", no_pages)
-    assert streams.landing(5, torch.int16, CUDA).numel() == 5
+    assert landing(5, torch.int16, CUDA).numel() == 5

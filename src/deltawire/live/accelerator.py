@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from deltawire.live.arena import LEAST, Arena, Room, wanted_size
+from deltawire.weights.device.landing import landing
 
 ON_HOST = frozenset({"cpu"})
 """the kinds of devices whose memory the host's threads read and write. Tests take "cpu" out: then torch does it all."""
@@ -72,7 +73,7 @@ class Accelerator:
     def pinned(self, count: int, kind: torch.dtype) -> torch.Tensor:
         """So many elements of host memory, of any value, that cross at full speed and while others compute."""
         self.pinned_bytes += count * kind.itemsize
-        return torch.empty(count, dtype=kind, device="cpu", pin_memory=self.device.type == "cuda")
+        return landing(count, kind, self.device)
 
 
 class Accelerators:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltawire.publish.streams import beside_trainer, landing
+from deltawire.publish.streams import beside_trainer
 from deltawire.weights import threads
 from deltawire.weights.bits import Bits, Positions, UInts
 from deltawire.weights.delta import TensorDelta, settle
 from deltawire.weights.device.carriers import CARRIERS
+from deltawire.weights.device.landing import landing
 from deltawire.weights.device.torch_twin import bf16_bits
 from deltawire.weights.tensors import cast_by_torch
 

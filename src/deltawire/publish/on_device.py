@@ -14,12 +14,13 @@ import torch
 
 from deltawire.publish import crossing
 from deltawire.publish.baseline import Baseline
-from deltawire.publish.streams import beside_trainer, landing, own_stream
+from deltawire.publish.streams import beside_trainer, own_stream
 from deltawire.weights.bits import Bits, UInts, unsigned
 from deltawire.weights.boxes import Box, Shape
 from deltawire.weights.delta import TensorDelta, cheaper
 from deltawire.weights.device import sweeps
 from deltawire.weights.device.carriers import CARRIERS, Changes
+from deltawire.weights.device.landing import landing
 from deltawire.weights.tensors import as_torch, naming
 
 PINNED = 256 << 20
