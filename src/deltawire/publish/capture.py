@@ -13,7 +13,7 @@ from deltawire.prepare.names import require_bare
 from deltawire.publish import ties
 from deltawire.publish.baseline import Baseline
 from deltawire.publish.capturer import About, Capture, CaptureOptions
-from deltawire.publish.choice import SUBSET
+from deltawire.publish.choice import SUBSET, share_of
 from deltawire.publish.comparing import Comparison, not_yet
 from deltawire.publish.current_run import holds_run, near_base, newest, newest_of, tip_at, weights_at
 from deltawire.publish.dtypes import Casting
@@ -49,6 +49,7 @@ class WholeCapturer:
         self._declared: ties.Ties = {}
         self._aliases: ties.Ties | None = None
         self.next_version, self._choice = 0, SUBSET
+        self._shares: dict[str, float] = {}
         if options.supersede:
             self._supersedes = newest(bucket)
         elif holds_run(bucket):
@@ -93,7 +94,10 @@ class WholeCapturer:
         delta = Delta(self._tracker.uncovered)
         if delta or not versions:
             captured = self._describe(run, self.next_version + len(versions), about, delta=delta)
-            versions.append(replace(captured, payloads=encode(captured, self._tracker.coded)))
+            coded = self._tracker.coded
+            stored = self._choice.stored(delta, coded)
+            versions.append(replace(captured, payloads=encode(captured, coded, stored)))
+            self._shares = {name: share_of(change) for name, change in delta.items()}
         changed = delta.changed if versions[-1].parent is not None else sum(count(entry.shape) for entry in run.table)
         self.transition.begin()
         self._tracker.cover()
@@ -109,7 +113,7 @@ class WholeCapturer:
         if "subset" not in listed:
             return not_yet
         self._choice = choice = self._options.choose() if "class" in listed else SUBSET
-        return lambda name, shard: choice.coding(name, shard.whole)
+        return lambda name, shard: choice.coding(name, shard.whole, self._shares.get(name, 0.0))
 
     def _compare(self, pairs: Pairs, given: ties.Given) -> dict[str, str]:
         """Move the baseline to what is given; by its name in the run, the name under which each tensor was given."""
