@@ -27,6 +27,7 @@ DeltaWireError
     ShapeMismatch     another shape than the table's
     DtypeMismatch     another dtype than the table's, and no exact cast
     CopiesDiffer      ranks that hold the same elements, or names of one tied tensor, hold different bits
+    ConcurrentWrite   the weights were written while they were read
     WrongBase         the weights are not the version this delta continues from
     NoView            a checkpoint tensor is no rectangle of the trainer's
   RankFailed        another rank of a sharded job failed, or is gone
@@ -154,6 +155,10 @@ class DtypeMismatch(ApplyError):
 
 class CopiesDiffer(ApplyError):
     """Ranks that hold copies of the same elements, or the names of one tied tensor, hold different bits."""
+
+
+class ConcurrentWrite(ApplyError):
+    """Another stream or thread wrote the weights while they were read."""
 
 
 class WrongBase(ApplyError):

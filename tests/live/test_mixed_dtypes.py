@@ -1,6 +1,7 @@
 """A run whose tensors have several dtypes, on servers that hold them in those, in wider ones or in narrower ones."""
 
 import pytest
+import small
 import torch
 from runs import publishing
 from safetensors.torch import save_file
@@ -12,13 +13,15 @@ from deltawire.errors import DtypeMismatch
 from deltawire.live.transforms import AfterLoading
 from deltawire.live.worker import LiveWorker
 
+pytestmark = pytest.mark.usefixtures("held_on")
+
 
 class Server:
     """A model of which `v` is held in a dtype, and its worker."""
 
     def __init__(self, weights, dtype):
         self.model = Fused(weights)
-        self.model.v = nn.Parameter(weights["v"].to(dtype, copy=True), requires_grad=False)
+        self.model.v = nn.Parameter(weights["v"].to(small.DEVICE, dtype, copy=True), requires_grad=False)
         self.worker = LiveWorker(self.model, loading=AfterLoading())
 
     def bring(self, url, version, base=None):
@@ -48,7 +51,7 @@ def test_an_fp32_tensor_of_the_run_is_served_exactly_in_either_dtype_while_bf16_
             weights["a"][0] += 1
             version = publish(publisher, weights)
             assert server.bring(url, version) == (version, None)
-            assert torch.equal(server.model.v.float(), weights["v"])
+            assert torch.equal(server.model.v.float().cpu(), weights["v"])
         assert server.worker.live.audit(None).drifted == []
         before = server.model.v.clone()
         weights["v"][3] = 1 + 2**-20

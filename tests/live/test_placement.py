@@ -11,10 +11,12 @@ from torch import nn
 
 import deltawire as dw
 from deltawire.errors import EngineUnsupported
+from deltawire.live.accelerator import Accelerators
 from deltawire.live.boxes import LiveBox, Placement
 from deltawire.live.coverage import Coverage
+from deltawire.live.digests import fingerprints
 from deltawire.live.live_weights import LiveWeights, changes_between, tensors_of, watch_loading
-from deltawire.live.memory import Memory, fingerprint
+from deltawire.live.memory import Memory
 from deltawire.live.placement import probe
 from deltawire.live.transforms import AfterLoading
 from deltawire.weights.table import TensorEntry
@@ -69,7 +71,7 @@ def assert_found(model: Model, placement: Placement, **shapes) -> None:
         for box in placement.boxes[name]:
             memory = Memory(live[box.parameter])
             inside, offsets = box.locate(positions)
-            found[inside] = memory.from_device(memory.gather(memory.on_device(offsets)))
+            found[inside] = memory.as_checkpoint(memory.gather(offsets))
             hits[inside] += 1
         assert (hits == 1).all()
         assert np.array_equal(found, bits)
@@ -435,7 +437,7 @@ def test_weights_from_which_a_module_derived_others_after_loading_are_refused():
 
     model = Outer()
     before = tensors_of(model)
-    known = {name: fingerprint(tensor) for name, tensor in before.items()}
+    known = fingerprints(before, Accelerators())
     assert changes_between(before, tensors_of(model), known) == {}
     model.attention.after_loading()
     transformed = changes_between(before, tensors_of(model), known)
@@ -448,7 +450,7 @@ def test_weights_from_which_a_module_derived_others_after_loading_are_refused():
 def test_what_a_step_after_loading_changes_is_told_by_how():
     model = Model(None, a=(2, 2), b=(2, 2), c=(2, 2), d=(2, 2))
     before = tensors_of(model)
-    known = {name: fingerprint(tensor) for name, tensor in before.items()}
+    known = fingerprints(before, Accelerators())
     model.a.data.fill_(1)
     model.b.data = torch.ones(2, 2, dtype=torch.bfloat16)
     model.c = nn.Parameter(torch.zeros(0, dtype=torch.bfloat16), requires_grad=False)

@@ -252,6 +252,7 @@ def test_what_any_other_step_made_of_new_weights_is_what_it_makes_of_them_when_l
         assert torch.equal(shadow.linear(inputs), fresh.layer.linear(inputs))
 
 
+@pytest.mark.usefixtures("held_on")
 @pytest.mark.parametrize("method", [Method, Strided, Blocks, Halves, Padded, Rounded, Scaled, Hidden, Derived])
 def test_an_update_leaves_a_module_as_one_that_loaded_the_new_weights_and_so_does_the_way_back(method):
     assert_updated_as_loaded(method, (8, 6) if method in (Scaled, Hidden, Derived) else SHAPE)

@@ -11,7 +11,7 @@ from small import SmallRun
 from test_staging import plan_for
 
 import deltawire as dw
-from deltawire.live import staging, threads, writes
+from deltawire.live import changes, threads, writes
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_where_no_thread_can_be_started_one_does_all(two_threads, monkeypatch):
 
 
 def test_an_update_written_by_two_threads_is_the_published_one_and_one_that_fails_is_put_back(two_threads, monkeypatch):
-    monkeypatch.setattr(staging, "PIECE", 3)
+    monkeypatch.setattr(changes, "PIECE", 3)
     with SmallRun() as run:
         model = run.model()
         run.weights["v"] += 1

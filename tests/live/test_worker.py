@@ -17,7 +17,10 @@ from deltawire.live.messages import Accepted, Request, Stage, WorkerStatus
 from deltawire.live.transforms import AfterLoading
 from deltawire.live.worker import LiveWorker
 from deltawire.vllm.hooks import worker_method
+from deltawire.weights.device import sweeps
 from deltawire.weights.digest import root
+
+pytestmark = pytest.mark.usefixtures("held_on")
 
 
 @pytest.fixture
@@ -220,8 +223,9 @@ def test_a_plan_made_for_another_place_is_not_written(run):
     assert dw.equal(model.served(), run.versions[2])
 
 
-def fail_the_second_write(monkeypatch) -> None:
-    original, count = writes.Scatter.write, [0]
+def fail_in_the_middle(monkeypatch) -> None:
+    """The second write of host memory fails, and the first of an accelerator's when it has written a part."""
+    original, scattering, count = writes.Scatter.write, sweeps.scattering, [0]
 
     def failing(self):
         count[0] += 1
@@ -229,7 +233,20 @@ def fail_the_second_write(monkeypatch) -> None:
         if count[0] == 2:
             raise RuntimeError("the device is out of order")
 
+    def made_ready(flats, counts, kind):
+        put = scattering(flats, counts, kind)
+
+        def halting(offsets, bits):
+            count[0] += 1
+            if count[0] == 1:
+                sweeps.scatter(flats[:1], counts[:1], offsets[: counts[0]], bits[: counts[0]])
+                raise RuntimeError("the device is out of order")
+            put(offsets, bits)
+
+        return halting
+
     monkeypatch.setattr(writes.Scatter, "write", failing)
+    monkeypatch.setattr(sweeps, "scattering", made_ready)
 
 
 def test_a_write_that_fails_in_the_middle_leaves_weights_digests_and_version(run, monkeypatch):
@@ -237,7 +254,7 @@ def test_a_write_that_fails_in_the_middle_leaves_weights_digests_and_version(run
     worker = attached(run, model)
     run.publish(a=1, b=1)
     with monkeypatch.context() as broken:
-        fail_the_second_write(broken)
+        fail_in_the_middle(broken)
         assert commit(worker, run, 1) == "RuntimeError"
     assert dw.equal(model.served(), run.versions[0])
     assert (version_of(worker), status(worker).quarantined) == (0, False)
@@ -250,8 +267,9 @@ def test_a_write_that_fails_and_cannot_be_taken_back_quarantines_the_worker(run,
     worker = attached(run, run.model())
     run.publish(a=1, b=1)
     with monkeypatch.context() as broken:
-        fail_the_second_write(broken)
-        broken.setattr(writes.Scatter, "undo", lambda self: None)
+        fail_in_the_middle(broken)
+        for kind in (writes.Scatter, writes.ScatterTogether):
+            broken.setattr(kind, "undo", lambda self: None)
         assert commit(worker, run, 1) == "RuntimeError"
     assert status(worker).quarantined
     assert version_of(worker) is None
@@ -263,7 +281,7 @@ def test_an_anchor_that_does_not_read_back_is_put_back(run, monkeypatch):
     before = model.served()
     worker = attached(run, model)
     with monkeypatch.context() as broken:
-        broken.setattr(writes.Fill, "write", lambda self: self.put(self.memory, self.new ^ 1))
+        broken.setattr(writes.Fill, "write", lambda self: self.memory.put(self.box, self.new ^ 1))
         assert commit(worker, run, 0) == "WrongBase"
     assert dw.equal(model.served(), before)
     assert (version_of(worker), status(worker).quarantined) == (None, False)

@@ -55,7 +55,7 @@ def assert_served(run, engine, shards, version):
     with EngineClient(engine.url) as client:
         report, status = client.audit(), client.status()
     assert dw.equal(Shard.served(shards), run.versions[version])
-    assert torch.equal(shards[1].v, run.versions[version]["v"])
+    assert torch.equal(shards[1].v.cpu(), run.versions[version]["v"])
     assert (report.position.version, report.mismatched, report.workers) == (version, [], 2)
     assert report.digests == {name: f"{value:016x}" for name, value in dw.digest(run.versions[version]).items()}
     assert (status.position.version, status.torn, status.quarantined) == (version, False, False)
@@ -63,6 +63,7 @@ def assert_served(run, engine, shards, version):
     assert (engine.paused, engine.session_open) == (False, False)
 
 
+@pytest.mark.usefixtures("held_on")
 def test_workers_are_brought_from_version_to_version_together(run, engine, shards, follower):
     assert follower.step() is None
     assert_served(run, engine, shards, 0)
@@ -126,6 +127,7 @@ def test_a_worker_that_holds_a_tensor_in_two_places_reads_class_by_both_together
         worker.close()
 
 
+@pytest.mark.usefixtures("held_on")
 def test_workers_that_stand_on_no_version_start_from_the_anchor(run, engine, shards, follower):
     run.publish(a=1)
     shards[0].ab.data[0, 0] = shards[1].v.data[3] = 42.0
@@ -133,6 +135,7 @@ def test_workers_that_stand_on_no_version_start_from_the_anchor(run, engine, sha
     assert_served(run, engine, shards, 1)
 
 
+@pytest.mark.usefixtures("held_on")
 @pytest.mark.parametrize("broken", [0, 1])
 @pytest.mark.parametrize("where", ["write", "stage"])
 def test_when_one_worker_fails_none_serves_the_new_version_and_the_next_update_works(
@@ -199,6 +202,7 @@ def test_a_failure_to_attach_on_one_worker_is_told_and_the_next_step_attaches_bo
 
 
 @pytest.mark.parametrize("worker", [0, 1])
+@pytest.mark.usefixtures("held_on")
 def test_weights_that_drifted_on_one_worker_are_found_before_a_write_and_repaired(
     run, engine, shards, follower, worker
 ):

@@ -253,7 +253,7 @@ def test_what_prepares_the_pairs_is_applied_in_order():
 @pytest.mark.parametrize(
     ("given", "kind", "says"),
     [
-        (torch.nn.Linear(2, 2), UnknownTensor, r"Linear is not .* pass model.named_parameters\(\)"),
+        (7, UnknownTensor, r"int is not .* pass model.named_parameters\(\)"),
         (list(torch.nn.Linear(2, 2).parameters()), UnknownTensor, r"got Parameter: pass model.named_parameters\(\)"),
         ({7: torch.zeros(2)}, UnknownTensor, "pairs"),
         ({"a\0b": torch.zeros(2)}, UnknownTensor, "cannot be the name"),

@@ -184,6 +184,7 @@ def test_what_waits_for_the_store_is_never_more_than_one_step_per_weight_and_wha
         frozen = pub.publish(weights).waiting_bytes
         assert asked.wait(PATIENCE)  # from here on version 1 is frozen
         pub.publish(weights)
+        gc.freeze()  # else each collection looks through all that other tests have loaded
         tracemalloc.start()
         try:
             for step in range(2, 40):
@@ -194,6 +195,7 @@ def test_what_waits_for_the_store_is_never_more_than_one_step_per_weight_and_wha
                 assert tracemalloc.get_traced_memory()[0] < model_bytes + frozen + (64 << 10)
         finally:
             tracemalloc.stop()
+            gc.unfreeze()
         assert report.waiting_bytes > model_bytes  # the bound was reached, not only kept
         bucket.plan = never
         pub.flush(timeout=PATIENCE)

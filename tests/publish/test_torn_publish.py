@@ -81,8 +81,20 @@ def a_base(folder):
 
 
 def test_a_real_signal_at_many_moments_of_a_publish_leaves_true_weights_too(quick_retries):
+    interrupt(Alarm(PATIENCE), 2, None)  # compiles
     started = time.perf_counter()
     interrupt(Alarm(PATIENCE), 2, None)
     whole = time.perf_counter() - started  # an upper bound of the publish in it
     raised = [interrupt(Alarm(whole * number / 300), 2, None)[0] for number in range(1, 60)]
     assert True in raised
+
+
+def test_what_a_signal_raises_while_numba_makes_arrays_arrives_as_it_was_raised(quick_retries):
+    serialize = pytest.importorskip("numba.core.serialize")
+    came = []
+    for number in itertools.count(1):
+        raised, _ = interrupt(Watchdog(number, {serialize.__file__}), 2, None)
+        if not raised:
+            break
+        came.append(raised)
+    assert came

@@ -172,12 +172,13 @@ def test_on_a_full_disk_a_reader_fetches_for_itself(chain, cache, monkeypatch, l
     assert list(cache.folder.rglob("content")) == []
 
 
-def test_a_folder_that_others_may_read_is_not_used(chain, cache):
+def test_a_folder_that_others_may_read_is_not_used_and_a_warning_says_so_once(chain, cache, caplog):
     bucket, versions = chain
     cache.folder.mkdir(parents=True, mode=0o755)
     cache.folder.chmod(0o755)
     assert equal(read_weights(bucket, cache=cache), versions[3])
     assert list(cache.folder.iterdir()) == []
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == ["chmod 700 it"]
 
 
 def put(cache, name, size, source="a bucket"):

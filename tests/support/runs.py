@@ -56,9 +56,9 @@ def table(weights: Mapping[str, Bits]) -> tuple[TensorEntry, ...]:
 
 
 @contextmanager
-def publishing(bucket: Any, **options: Any) -> Iterator[Publisher]:
+def publishing(bucket: Any, *, cls: type[Publisher] = Publisher, **options: Any) -> Iterator[Publisher]:
     """A publisher that cannot outlive its test, whatever the bucket does."""
-    publisher = Publisher(bucket, **options)
+    publisher = cls(bucket, **options)
     try:
         yield publisher
     except BaseException:

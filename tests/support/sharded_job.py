@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from cpu_devices import DevicePublisher
 from faults import Fault, Faulty, never, on_key
 from runs import read_weights
 from torch import nn
@@ -211,6 +212,28 @@ def hsdp(folder):
     with pytest.raises(BadSignature, match="no signing_key was given"):  # on every rank, though rank 0 alone has it
         dw.Publisher(dw.open_bucket(f"file://{folder}/bucket"), process_group=dist.group.WORLD)
     follow(dw.open_bucket(f"file://{folder}/bucket"), folder, pairs, [4], **options)
+
+
+def on_device(folder):
+    """The same with every rank's baseline on a device, here the CPU in its place: without a base, then resumed."""
+    model = tiny()
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    pairs = [*model.named_parameters(), ("scale", model.scale)]
+    bucket, version = dw.open_bucket(f"file://{folder}/bucket"), 0
+    options = {"baseline": "device", "process_group": dist.group.WORLD}
+    for steps in (range(1, 4), range(4, 6)):
+        with DevicePublisher(bucket, **options) as pub:
+            for number in steps:
+                step(pairs, number)
+                given = dict(pairs) if number % 2 else iter(pairs)
+                report = publish(pub, given)
+                pub.flush(timeout=PATIENCE)
+                assert (report.version, report.baseline) == (version, "device")
+                assert report.wire_bytes, "ranks encode at once, for the report counts the bytes of all"
+                save(folder, f"version-{version}", pairs)
+                version += 1
 
 
 def tp_fsdp(folder):
@@ -560,7 +583,22 @@ def tied(folder):
 
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (fsdp, hsdp, tp_fsdp, mixed, captures, uploads, train, apart, damaged, tied, closes, stops, gone)
+    for scenario in (
+        fsdp,
+        hsdp,
+        tp_fsdp,
+        on_device,
+        mixed,
+        captures,
+        uploads,
+        train,
+        apart,
+        damaged,
+        tied,
+        closes,
+        stops,
+        gone,
+    )
 }
 
 

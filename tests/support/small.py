@@ -11,6 +11,8 @@ from torch import nn
 import deltawire as dw
 
 ROWS, COLUMNS = 8, 100
+DEVICE = torch.device("cpu")
+"""where models are put"""
 
 
 class Fused(nn.Module):
@@ -20,6 +22,7 @@ class Fused(nn.Module):
         super().__init__()
         self.ab = nn.Parameter(torch.cat([weights["a"], weights["b"]]).bfloat16(), requires_grad=False)
         self.v = nn.Parameter(weights["v"].bfloat16(), requires_grad=False)
+        self.to(DEVICE)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         for name, tensor in weights:
@@ -42,6 +45,7 @@ class Shard(nn.Module):
         parts = [weights["a"][self._rows], weights["b"][self._rows]]
         self.ab = nn.Parameter(torch.cat(parts).bfloat16(), requires_grad=False)
         self.v = nn.Parameter(weights["v"].bfloat16(), requires_grad=False)
+        self.to(DEVICE)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         for name, tensor in weights:

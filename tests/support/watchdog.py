@@ -45,7 +45,7 @@ def leaves_a_block(frame):
     exception there would keep the publisher's lock, and its uploader from ending for five seconds."""
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
     next_up = frame.f_code.co_code[frame.f_lasti]
-    return line.startswith("with ") and dis.opname[next_up] == "LOAD_CONST"
+    return line.startswith("with ") and dis.opname[next_up] in {"LOAD_CONST", "SWAP"}  # at its end, or by a `return`
 
 
 def publish(pub, weights):

@@ -91,13 +91,21 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """Everything that four ranks are asked to do, done once."""
-    return run("fsdp,hsdp,tp_fsdp,tied", 4, tmp_path_factory.mktemp("four"))
+    return run("fsdp,hsdp,tp_fsdp,on_device,tied", 4, tmp_path_factory.mktemp("four"))
 
 
 CASES = [
     *(("pair", scenario) for scenario in ("captures", "uploads", "fsdp", "hsdp")),
     *(("four", scenario) for scenario in ("fsdp", "hsdp", "tp_fsdp")),
 ]
+
+
+def test_readers_get_the_same_of_ranks_whose_baseline_lies_on_a_device(four):
+    bucket = dw.open_bucket(f"file://{four / 'on_device'}/bucket")
+    versions = expected(four / "on_device")
+    assert list(versions) == [0, 1, 2, 3, 4]
+    for version, bits in versions.items():
+        assert equal(read_weights(bucket, version), bits), version
 
 
 @pytest.mark.parametrize(("job", "scenario"), CASES)

@@ -42,8 +42,15 @@ def test_two_workers_and_a_kv_head_that_both_hold_serve_every_version(place):
     walk(chain, server)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("moment", ["attach", "stage", "write"])
+@pytest.mark.parametrize(
+    ("moment", "rank"),
+    [
+        ("attach", 1),
+        ("stage", 0),
+        ("write", 1),
+        *(pytest.param(*other, marks=pytest.mark.nightly) for other in [("attach", 0), ("stage", 1), ("write", 0)]),
+    ],
+)
 def test_a_failure_in_one_worker_leaves_both_in_step_and_the_next_update_works(place, rank, moment):
     chain, server, fault = place
     with EngineClient(server.url) as engine, Follower(chain.url, engine) as follower:

@@ -20,6 +20,7 @@ from deltawire.cli.upkeep import compact, keygen, prune, relay
 from deltawire.cli.watching import doctor, status
 from deltawire.demo.commands import in_checkout
 from deltawire.errors import DeltaWireError, error_text
+from deltawire.weights.interrupts import as_raised
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,7 +84,8 @@ app.add_typer(spaces, name="spaces", hidden=not in_checkout())
 def main() -> None:
     """Run the command; a typed error becomes one line on stderr and exit code 1."""
     try:
-        app()
+        with as_raised():
+            app()
     except (DeltaWireError, ImportError, OSError) as error:
         print(f"deltawire: {plain(error_text(error).replace(chr(10), ' '), None)}", file=sys.stderr)
         sys.exit(1)

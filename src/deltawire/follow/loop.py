@@ -27,6 +27,7 @@ from deltawire.follow.options import FollowOptions
 from deltawire.follow.source import Source
 from deltawire.runlog.keys import HEAD_KEY
 from deltawire.runlog.records import Position
+from deltawire.weights.interrupts import as_raised
 
 LOOK_ANYWAY = 5.0
 """seconds after which the server is looked at even if the bucket did not change: it may have been restarted"""
@@ -183,7 +184,7 @@ class FollowLoop(ABC, Generic[R]):
         return True
 
     def _step(self, pin: int | None) -> R | None:
-        with self._stepping:
+        with self._stepping, as_raised():
             if self.stopping.is_set():
                 return None
             self._greet()

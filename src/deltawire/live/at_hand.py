@@ -7,14 +7,12 @@ import numpy as np
 
 from deltawire.format.codecs.tiles import matrix
 from deltawire.live.boxes import LiveBox
+from deltawire.live.digests import Place
 from deltawire.live.live_weights import LiveWeights
-from deltawire.live.memory import Memory
 from deltawire.runlog import cuts
 from deltawire.runlog.cuts import Cuts
 from deltawire.weights.bits import Bits, UInts, count, zeros
 from deltawire.weights.blocks import FINEST, WHOLE, Cut, block_of, cut_of, part_of
-
-Place = tuple[Memory, LiveBox]
 
 
 def cuts_of(live: LiveWeights) -> Cuts | None:
@@ -33,7 +31,7 @@ class TensorsAtHand(Mapping[str, Bits]):
 
     def __getitem__(self, name: str) -> Bits:
         entry, places = self._live.table[name], _places(self._live, name)
-        if len(places) == 1 and places[0][1].size == count(entry.shape):
+        if len(places) == 1 and places[0].box.size == count(entry.shape):
             memory, box = places[0]
             return Bits(entry.dtype, entry.shape, memory.read(box))
         bits = zeros(entry.dtype, entry.shape)
@@ -41,7 +39,7 @@ class TensorsAtHand(Mapping[str, Bits]):
             _lay(memory.read(box), box, bits.data)
         if _are_whole(places, entry.shape):
             return bits
-        return part_of(bits, [box.part for _, box in places], matrix(entry.shape)[1])
+        return part_of(bits, [place.box.part for place in places], matrix(entry.shape)[1])
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, entry in self._live.table.items() if entry.trainable)
@@ -58,16 +56,16 @@ def _lay(part: UInts, box: LiveBox, whole: UInts) -> None:
 
 def _places(live: LiveWeights, name: str) -> list[Place]:
     """Places that hold each element that is here once."""
-    places = {box.part: (memory, box) for memory, box in live.places(name)}
+    places = {place.box.part: place for place in live.places(name)}
     size = count(live.table[name].shape)
     for place in places.values():
-        if place[1].size == size:
+        if place.box.size == size:
             return [place]
     return [*places.values()]
 
 
 def _are_whole(places: list[Place], shape: tuple[int, ...]) -> bool:
-    return sum(box.size for _, box in places) == count(shape)
+    return sum(place.box.size for place in places) == count(shape)
 
 
 def _cut(live: LiveWeights, name: str) -> Cut:
@@ -76,5 +74,5 @@ def _cut(live: LiveWeights, name: str) -> Cut:
     if not places or not prod(shape) or _are_whole(places, shape):
         return WHOLE
     rows, columns = matrix(shape)
-    blocks = [block for _, box in places if (block := block_of(box.part, columns)) is not None]
+    blocks = [block for place in places if (block := block_of(place.box.part, columns)) is not None]
     return cut_of(blocks, rows, columns) if len(blocks) == len(places) else FINEST

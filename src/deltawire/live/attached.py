@@ -8,6 +8,7 @@ import torch
 
 from deltawire.errors import BadDigest, Forked, Gap, WrongBase, some
 from deltawire.live import staging, writes
+from deltawire.live.accelerator import Accelerators
 from deltawire.live.at_hand import cuts_of
 from deltawire.live.coverage import Coverage, disagreement
 from deltawire.live.live_weights import BetweenPasses, LiveWeights, at_once
@@ -92,7 +93,7 @@ class Attached:
 
     def drifted(self, names: Iterable[str]) -> list[str]:
         """Which of these tensors hold something else than the last update left there."""
-        return [name for name in names if self.live.digest(name) != self.digests[name]]
+        return [name for name, value in self.live.digests(names).items() if value != self.digests[name]]
 
     def plan(self, version: int) -> Plan:
         """The plan that leads to a version, newer or older, from where these weights are. It starts from an anchor when
@@ -177,14 +178,17 @@ def attach(
     subscriber: Subscriber,
     model: torch.nn.Module,
     loading: AfterLoading,
+    *,
     between_passes: BetweenPasses = at_once,
+    accelerators: Accelerators | None = None,
 ) -> Attached:
     """Put a worker's weights beside the run that a bucket's HEAD names, at no version yet; `url` asked for it.
-    `between_passes` does what must not meet a forward pass.
+    `between_passes` does what must not meet a forward pass. The model's tensors are on the `accelerators`, or the host.
 
     Raises BucketError, FormatError, ChainError; EngineUnsupported for a model that cannot be patched.
     """
-    live = LiveWeights(model, subscriber.run.table, loading=loading, between_passes=between_passes)
+    table = subscriber.run.table
+    live = LiveWeights(model, table, loading=loading, between_passes=between_passes, accelerators=accelerators)
     absent = live.absent
     committed = subscriber.digests_at(subscriber.latest().version) if absent else {}
     return Attached(url, subscriber, live, None, live.digests(), {name: committed[name] for name in absent})

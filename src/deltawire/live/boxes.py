@@ -4,8 +4,8 @@ Pure values over sizes and strides: how they are learned is in `placement`.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -14,6 +14,9 @@ import numpy as np
 from deltawire.errors import EngineUnsupported, some
 from deltawire.weights.bits import Positions, UInts
 from deltawire.weights.boxes import Box, Shape
+
+TILE = 1 << 15
+"""positions that are located at a time: what is computed of them stays in a core's cache"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +70,53 @@ class LiveBox:
             first, end = np.searchsorted(positions, (self.source_offset, self.source_offset + self.size))
             here, moved = positions[first:end], self.target_offset - self.source_offset
             return slice(first, end), here + moved if moved else here
+        inside, offsets = np.empty(positions.size, bool), np.empty(positions.size, np.int64)
+        for start in range(0, positions.size, TILE):
+            tile = slice(start, start + TILE)
+            inside[tile], offsets[tile] = self._located(positions[tile])
+        return inside, offsets[inside]
+
+    def _located(self, positions: Positions) -> tuple[np.ndarray, Positions]:
+        """Whether each of these positions lies in the box, and where."""
         rest = positions - self.source_offset
         inside = rest >= 0
         offsets = np.full(positions.size, self.target_offset, np.int64)
-        order = sorted(range(len(self.shape)), key=lambda dim: -self.source_strides[dim])
-        for dim in order:
-            at, rest = np.divmod(rest, self.source_strides[dim])
-            inside &= at < self.shape[dim]
-            offsets += at * self.target_strides[dim]
-        inside &= rest == 0
-        return inside, offsets[inside]
+        dims = zip(self.shape, self.source_strides, self.target_strides, strict=True)
+        for length, source, target in sorted(dims, key=lambda dim: -dim[1]):
+            at = rest // source  # numpy divides by one number nine times as fast as divmod does
+            rest = rest - at * source
+            inside &= at < length
+            offsets += at * target
+        return inside & (rest == 0), offsets
+
+    def pieces(self, most: int) -> "Iterator[LiveBox]":
+        """The box in pieces of at most so many elements, in row-major order."""
+        if self.size <= most:
+            yield self
+        elif (row := self.size // self.shape[0]) > most:
+            for inner in self.rows():
+                yield from inner.pieces(most)
+        else:
+            rows = most // row
+            for start in range(0, self.shape[0], rows):
+                yield self._from(start, (min(rows, self.shape[0] - start), *self.shape[1:]))
+
+    def rows(self) -> "Iterator[LiveBox]":
+        """The boxes of one dimension less that the box consists of, in row-major order."""
+        for start in range(self.shape[0]):
+            yield self._from(start, self.shape[1:])
+
+    def _from(self, row: int, shape: Shape) -> "LiveBox":
+        """The box of such a shape, of as many dimensions or one less, that begins at a row."""
+        first = len(self.shape) - len(shape)
+        return replace(
+            self,
+            shape=shape,
+            source_offset=self.source_offset + row * self.source_strides[0],
+            source_strides=self.source_strides[first:],
+            target_offset=self.target_offset + row * self.target_strides[0],
+            target_strides=self.target_strides[first:],
+        )
 
     @property
     def extent(self) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """One worker's live weights seen as checkpoint tensors: read them, digest them, find where an element lives."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,8 +9,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from deltawire.errors import EngineUnsupported, some
+from deltawire.live.accelerator import Accelerators
 from deltawire.live.boxes import LiveBox, Placement
-from deltawire.live.memory import Memory, digest_box, fingerprint
+from deltawire.live.digests import Place, digests_of, fingerprints
+from deltawire.live.memory import Memory
 from deltawire.live.placement import probe
 from deltawire.live.post_load import Watch
 from deltawire.live.transforms import AfterLoading, Transform, as_loaded, held
@@ -39,8 +42,8 @@ class LiveWeights:
     the server changed after loading. Its `transforms` are followed or repeated; what else changed makes its module
     unfit.
 
-    Digesting takes seconds for a large model, and disturbs no forward pass. Probing does, and takes moments: it is done
-    by `between_passes`.
+    What its tensors are on is in `accelerators`, or the host. Digesting takes seconds for a large model there, and
+    disturbs no forward pass. Probing does, and takes moments: it is done by `between_passes`.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class LiveWeights:
         loading: AfterLoading,
         load_weights: Callable[[Iterator[tuple[str, torch.Tensor]]], object] | None = None,
         between_passes: BetweenPasses = at_once,
+        accelerators: Accelerators | None = None,
     ) -> None:
+        self.accelerators = accelerators or Accelerators()
         self.table = {entry.name: entry for entry in table}
 
         def see() -> dict[str, torch.Tensor]:
@@ -63,7 +68,8 @@ class LiveWeights:
                 return probe(self.table.values(), load_weights or model.load_weights, loaded)
 
         loaded = between_passes(see)
-        with _unchanged(loaded):
+        self.accelerators.take_for(loaded.values())
+        with _unchanged(loaded, self.accelerators):
             placement = between_passes(watch)
         self.transforms: dict[str, list[Transform]] = {}
         self._memory: dict[tuple[str, int], Memory] = {}
@@ -96,18 +102,16 @@ class LiveWeights:
         """Which rectangles of each checkpoint tensor are here."""
         return self.placement.parts
 
-    def places(self, name: str) -> Iterator[tuple[Memory, LiveBox]]:
+    def places(self, name: str) -> Iterator[Place]:
         """Where the parts of a tensor live."""
         for box in self.placement.boxes.get(name, []):
-            yield self._memory[box.parameter, box.shift], box
+            yield Place(self._memory[box.parameter, box.shift], box)
 
-    def digest(self, name: str) -> tuple[int, ...]:
-        """The digest of each part of one tensor, from live memory."""
-        return tuple(digest_box(memory.read(box), box) for memory, box in self.places(name))
-
-    def digests(self) -> dict[str, tuple[int, ...]]:
-        """The digest of every part of every tensor, from live memory: the full audit."""
-        return {name: self.digest(name) for name in self.table}
+    def digests(self, names: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
+        """The digest of every part of these tensors, by default of all, from live memory: the full audit."""
+        places = {name: list(self.places(name)) for name in (self.table if names is None else names)}
+        totals = iter(digests_of([place for own in places.values() for place in own]))
+        return {name: tuple(itertools.islice(totals, len(own))) for name, own in places.items()}
 
     def remade(self) -> list[Transform]:
         """The transforms that are repeated when what they work on changes."""
@@ -135,7 +139,9 @@ class LiveWeights:
             memory, boxes = live, [replace(part, target_offset=part.target_offset + start) for part in carried]
         elif transform is not None and transform not in self.transforms.setdefault(name, []):
             self.transforms[name].append(transform)
-        self._memory.setdefault((box.parameter, box.shift), Memory(memory, box.shift))
+        self._memory.setdefault(
+            (box.parameter, box.shift), Memory(memory, box.shift, self.accelerators.of(memory.device))
+        )
         return boxes
 
 
@@ -156,7 +162,8 @@ def changes_between(
 ) -> dict[str, str]:
     """Which tensors were changed after loading, and how; `known` holds the fingerprints from before. A name that
     was tied to another tensor of before is no change: it is one more name of that one."""
-    changed = {}
+    changed: dict[str, str] = {}
+    same: dict[str, torch.Tensor] = {}
     tensors = {id(tensor) for tensor in before.values()}
     for name, tensor in after.items():
         old = before.get(name)
@@ -166,7 +173,10 @@ def changes_between(
             changed[name] = "made after loading"
         elif old is not tensor or old.shape != tensor.shape or old.data_ptr() != tensor.data_ptr():
             changed[name] = "replaced after loading"
-        elif known[name] != fingerprint(tensor):
+        else:
+            same[name] = tensor
+    for name, value in fingerprints(same, Accelerators(0)).items():
+        if known[name] != value:
             changed[name] = "rewritten after loading"
     return changed
 
@@ -175,7 +185,7 @@ def watch_loading(model: torch.nn.Module, process: Callable[[], Any]) -> tuple[A
     """Run what a server does to a model after loading it. Each module's own transform is watched by itself; what else
     changed is not explained."""
     before = tensors_of(model)
-    known = {name: fingerprint(tensor) for name, tensor in before.items()}
+    known = fingerprints(before, Accelerators(0))
     watch = Watch(model)
     with watch.modules():
         result = process()
@@ -189,13 +199,14 @@ def watch_loading(model: torch.nn.Module, process: Callable[[], Any]) -> tuple[A
 
 
 @contextmanager
-def _unchanged(live: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def _unchanged(live: Mapping[str, torch.Tensor], accelerators: Accelerators) -> Iterator[None]:
     """Prove by digests that a block leaves the bits of every live tensor as they were, or raise EngineUnsupported."""
-    before = {name: fingerprint(tensor) for name, tensor in live.items()}
+    before = fingerprints(live, accelerators)
     try:
         yield
     finally:
-        if touched := [name for name, tensor in live.items() if fingerprint(tensor) != before[name]]:
+        after = fingerprints(live, accelerators)
+        if touched := [name for name in live if after[name] != before[name]]:
             raise EngineUnsupported(f"this model's loader wrote to its weights ({some(touched)}): restart the server")
 
 

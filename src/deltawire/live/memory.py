@@ -1,103 +1,140 @@
-"""Live parameters as flat integers: gather, scatter and digest bits where they lie, on whichever device they are."""
-
-from collections.abc import Iterator
+"""Live parameters as flat integers: read, gather and write bits where they lie, in host memory or on an accelerator."""
 
 import numpy as np
 import torch
 
 from deltawire.errors import DtypeMismatch
+from deltawire.live.accelerator import Accelerator
+from deltawire.live.arena import most_in
 from deltawire.live.boxes import LiveBox
 from deltawire.weights.bits import Positions, UInts
-from deltawire.weights.digest import MODULUS, digest_at, digest_bits
-
-CARRIER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""the integer dtype that carries bits through torch, by width in bytes"""
-SHORT = 16
-"""elements that lie in a row, below which positions are computed for each"""
-CHUNK = 1 << 24
-"""elements copied from an accelerator at a time for a digest"""
+from deltawire.weights.device import sweeps
+from deltawire.weights.device.carriers import CARRIERS
 
 
 class Memory:
     """The whole storage behind one live tensor, as a flat vector of integers as wide as its dtype.
 
-    Bits go in and out as the checkpoint has them. Where live elements are wider, `shift` zero bits are added at the low
-    end or taken off; where they are narrower (a `shift` below 0), the other way. Writing goes through the storage
-    itself and never rebinds it: captured CUDA graphs hold its address.
+    Bits come out and go in on the host. Where live elements are wider than the checkpoint's, `shift` zero bits were
+    added at the low end; where they are narrower (a `shift` below 0), taken off. Writing goes through the storage
+    itself and never rebinds it: captured CUDA graphs hold its address. `accelerator` is None for the host's memory.
     """
 
-    def __init__(self, tensor: torch.Tensor, shift: int = 0) -> None:
-        carrier = CARRIER[tensor.element_size()]
-        storage = tensor.untyped_storage()
-        size = storage.nbytes() // tensor.element_size()
-        self.flat = torch.empty(0, dtype=carrier, device=tensor.device).set_(storage, 0, (size,), (1,))
-        self.shift = shift
+    def __init__(self, tensor: torch.Tensor, shift: int = 0, accelerator: Accelerator | None = None) -> None:
+        self.flat = flat_of(tensor)
+        self.shift, self.accelerator = shift, accelerator
         self._live = np.dtype(f"<u{tensor.element_size()}")
-        self._host = self.flat.numpy().view(self._live) if self.flat.device.type == "cpu" else None
+        self._host = self.flat.numpy().view(self._live) if accelerator is None else None
         self._shipped = np.dtype(f"<u{tensor.element_size() - shift // 8}")
 
     @property
-    def is_on_host(self) -> bool:
-        """Whether it is written without torch, by threads that release the interpreter's lock."""
-        return self._host is not None
+    def address(self) -> int:
+        """Where the storage begins."""
+        return self.flat.data_ptr()
 
-    def on_device(self, offsets: Positions) -> torch.Tensor:
-        """Offsets as this device wants them."""
-        return torch.from_numpy(offsets).to(self.flat.device)
+    def like(self, other: torch.Tensor) -> "Memory":
+        """Another tensor's storage, seen the same way."""
+        return Memory(other, self.shift, self.accelerator)
 
-    def bits_on_device(self, bits: UInts) -> torch.Tensor:
-        """Bits as this device wants them. Raises DtypeMismatch for values that need more bits than live ones have."""
-        if self.shift < 0 and (lost := int(np.count_nonzero(bits & ((1 << -self.shift) - 1)))):
-            raise DtypeMismatch(
-                f"{lost} values need more than the {8 * self._live.itemsize} bits that the server holds; publish it "
-                'rounded to those, by Publisher(dtype={"NAME": "BF16"})'
-            )
-        return _carried(np.ascontiguousarray(self._as_live(bits))).to(self.flat.device)
+    def pieces(self, box: LiveBox) -> list[LiveBox]:
+        """A box in pieces that can each cross at once, in row-major order; on the host the box itself."""
+        if self.accelerator is None:
+            return [box]
+        return list(box.pieces(most_in(self.accelerator.arena.window_bytes, self.flat.dtype)))
 
-    def from_device(self, bits: torch.Tensor) -> UInts:
-        """What `gather` brought, on the host, as the checkpoint has it."""
-        return self._as_checkpoint(bits.cpu().numpy().view(self._live))
-
-    def gather(self, offsets: torch.Tensor) -> torch.Tensor:
-        """The bits at these offsets, as they lie there, on the device."""
-        if self._host is None:
-            return self.flat[offsets]
-        from deltawire.weights import kernels
-
-        return _carried(kernels.gather(self._host, offsets.numpy()))
-
-    def scatter(self, offsets: torch.Tensor, bits: torch.Tensor) -> None:
-        """Write bits, as `bits_on_device` made them, to these offsets."""
-        if self._host is None:
-            self.flat[offsets] = bits
-            return
-        from deltawire.weights import kernels
-
-        kernels.scatter(self._host, offsets.numpy(), bits.numpy().view(self._live))
+    def lying(self, box: LiveBox) -> UInts:
+        """A box's bits on the host as they lie there, in row-major order; perhaps live memory itself, to look at
+        now."""
+        if (accelerator := self.accelerator) is None:
+            return to_host(self.view(box))
+        found, start = accelerator.pinned(box.size, self.flat.dtype), 0
+        with accelerator.beside():
+            for piece in self.pieces(box):
+                view, end = self.view(piece), start + piece.size
+                if not view.is_contiguous():
+                    across = accelerator.arena.window().take(piece.size, self.flat.dtype)
+                    across.view(piece.shape).copy_(view)
+                    view = across
+                found[start:end].copy_(view.view(-1), non_blocking=True)
+                start = end
+        return found.numpy().view(self._live)
 
     def read(self, box: LiveBox) -> UInts:
-        """A box's bits on the host, in row-major order; perhaps live memory itself, to look at now."""
-        return self._as_checkpoint(to_host(self.view(box)))
+        """A box's bits as the checkpoint has them, on the host in row-major order; perhaps live memory itself."""
+        return self.as_checkpoint(self.lying(box))
 
-    def differing(self, box: LiveBox, bits: UInts) -> Positions:
-        """Row-major indices of a box's elements that are not these, in every bit of the live dtype."""
+    def put(self, box: LiveBox, bits: torch.Tensor) -> None:
+        """Write a box's bits, as they lie there: a flat carrier on the host, in row-major order."""
+        view = self.view(box)
+        if (accelerator := self.accelerator) is None or view.is_contiguous():
+            view.copy_(bits.view(box.shape), non_blocking=True)
+            return
+        with accelerator.crossing() as window:
+            across = window.take(box.size, self.flat.dtype)
+            across.copy_(bits, non_blocking=True)
+            view.copy_(across.view(box.shape))
+
+    def gather(self, offsets: Positions) -> UInts:
+        """The bits at these offsets, as they lie there, on the host."""
+        if self._host is not None:
+            from deltawire.weights import kernels
+
+            return kernels.gather(self._host, offsets)
+        accelerator = self.accelerator
+        assert accelerator is not None
+        most, kind = most_in(accelerator.arena.window_bytes, torch.int64, self.flat.dtype), self.flat.dtype
+        wanted, found = torch.from_numpy(offsets), accelerator.pinned(offsets.size, kind)
+        with accelerator.beside():
+            for start in range(0, offsets.size, most):
+                own, part = wanted[start : start + most], accelerator.arena.window()
+                places, bits = part.take(own.numel(), torch.int64), part.take(own.numel(), kind)
+                places.copy_(own)
+                sweeps.gather([self.flat], [own.numel()], places, out=bits)
+                found[start : start + most].copy_(bits, non_blocking=True)
+        return found.numpy().view(self._live)
+
+    def scatter(self, offsets: Positions, bits: UInts) -> None:
+        """Write bits, as they lie there, to these offsets of host memory."""
+        from deltawire.weights import kernels
+
+        assert self._host is not None
+        kernels.scatter(self._host, offsets, bits)
+
+    def kept(self, bits: UInts) -> torch.Tensor:
+        """Bits for `put`, in host memory from where they cross fast."""
+        carried = torch.from_numpy(bits).view(self.flat.dtype)
+        return carried if self.accelerator is None else self.accelerator.pinned(bits.size, carried.dtype).copy_(carried)
+
+    def owned(self, there: UInts) -> torch.Tensor:
+        """What `lying` gave, for `put`, in memory that no write changes."""
+        carried = torch.from_numpy(there).view(self.flat.dtype)
+        return carried.clone() if self.accelerator is None else carried
+
+    def differing(self, there: UInts, bits: UInts) -> Positions:
+        """Numbers of the elements that are not these, in every bit of the live dtype; `there` is what lies there."""
         if self.shift < 0:
-            return np.flatnonzero(self.read(box) != bits)
-        return np.flatnonzero(to_host(self.view(box)) != self._as_live(bits))
+            return np.flatnonzero(self.as_checkpoint(there) != bits)
+        return np.flatnonzero(there != self._widened(bits))
 
     def view(self, box: LiveBox) -> torch.Tensor:
         """A box of the storage, writable, with its bits as they lie there."""
         return self.flat.as_strided(box.shape, box.target_strides, box.target_offset)
 
-    def _as_live(self, bits: UInts) -> UInts:
-        """Bits as they lie here, of values that fit."""
-        if self.shift < 0:
-            return (bits >> -self.shift).astype(self._live)
-        return _shifted(bits.astype(self._live), self.shift) if self.shift else bits
+    def as_live(self, bits: UInts) -> UInts:
+        """The checkpoint's bits as they are to lie here. Raises DtypeMismatch for values that need more bits than live
+        ones have."""
+        if self.shift >= 0:
+            return np.ascontiguousarray(self._widened(bits))
+        if lost := int(np.count_nonzero(bits & ((1 << -self.shift) - 1))):
+            raise DtypeMismatch(
+                f"{lost} values need more than the {8 * self._live.itemsize} bits that the server holds; publish it "
+                'rounded to those, by Publisher(dtype={"NAME": "BF16"})'
+            )
+        return (bits >> -self.shift).astype(self._live)
 
-    def _as_checkpoint(self, bits: UInts) -> UInts:
-        """Bits as the checkpoint has them. A value that its dtype cannot hold comes out wrong by its highest exponent
-        bit, so that no digest takes it for the one it nearly is."""
+    def as_checkpoint(self, bits: UInts) -> UInts:
+        """Bits that lie here as the checkpoint has them. A value that its dtype cannot hold comes out wrong by its
+        highest exponent bit, so that no digest takes it for the one it nearly is."""
         if not self.shift:
             return bits
         if self.shift < 0:
@@ -107,56 +144,35 @@ class Memory:
         narrow[foreign] ^= narrow.dtype.type(1 << (8 * narrow.itemsize - 2))
         return narrow
 
-
-def _shifted(bits: UInts, by: int) -> UInts:
-    """Bits moved towards the high end."""
-    return np.left_shift(bits, by, dtype=bits.dtype)
+    def _widened(self, bits: UInts) -> UInts:
+        return _shifted(bits.astype(self._live), self.shift) if self.shift else bits
 
 
-def _carried(bits: UInts) -> torch.Tensor:
-    """Bits as torch carries them; shares their memory."""
-    return torch.from_numpy(bits).view(CARRIER[bits.itemsize])
+def flat_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole storage behind a tensor as a flat carrier; shares its memory."""
+    storage, width = tensor.untyped_storage(), tensor.element_size()
+    whole = torch.empty(0, dtype=CARRIERS[width], device=tensor.device)
+    return whole.set_(storage, 0, (storage.nbytes() // width,), (1,))
 
 
-def digest_box(bits: UInts, box: LiveBox) -> int:
-    """The part of a tensor's digest that a box makes; `bits` are its elements in row-major order."""
-    run = 1
-    for length, stride in reversed(list(zip(box.shape, box.source_strides, strict=True))):
-        if stride != run:
-            break
-        run *= length
-    starts = box.at(np.arange(0, box.size, run))[0]
-    if starts.size * SHORT > box.size:
-        return digest_at(box.at(np.arange(box.size))[0], bits)
-    return sum(digest_bits(bits[n * run : (n + 1) * run], int(at)) for n, at in enumerate(starts)) % MODULUS
+def carrier_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's elements as a flat carrier, in row-major order; shares the memory of a contiguous one."""
+    return tensor.detach().contiguous().reshape(-1).view(CARRIERS[tensor.element_size()])
 
 
 def to_host(view: torch.Tensor) -> UInts:
     """A view's bits as a flat array on the host, in row-major order."""
-    width = view.element_size()
-    flat = view.detach().contiguous().reshape(-1).view(CARRIER[width])
-    bits: UInts = flat.cpu().numpy().view(np.dtype(f"<u{width}"))
+    bits: UInts = carrier_of(view).cpu().numpy().view(np.dtype(f"<u{view.element_size()}"))
     return bits
-
-
-def fingerprint(tensor: torch.Tensor) -> int:
-    """The digest of a live tensor's bits, in row-major order; the host sees one chunk of an accelerator at a time."""
-    flat = tensor.detach().contiguous().reshape(-1).view(CARRIER[tensor.element_size()])
-    total = 0
-    for start, chunk in _chunks(flat):
-        total += digest_bits(to_host(chunk), start)
-    return total % MODULUS
-
-
-def _chunks(flat: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    length = max(flat.numel(), 1) if flat.device.type == "cpu" else CHUNK
-    for start in range(0, flat.numel(), length):
-        yield start, flat[start : start + length]
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bits; NaN equals itself."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    carrier = CARRIER[one.element_size()]
-    return torch.equal(one.detach().contiguous().view(carrier), other.detach().contiguous().view(carrier))
+    return torch.equal(carrier_of(one), carrier_of(other))
+
+
+def _shifted(bits: UInts, by: int) -> UInts:
+    """Bits moved towards the high end."""
+    return np.left_shift(bits, by, dtype=bits.dtype)

@@ -15,8 +15,10 @@ import torch
 from deltawire.buckets import Bucket, environment, open_bucket
 from deltawire.errors import ChainError, EngineUnsupported, FormatError, WrongBase
 from deltawire.live import writes
+from deltawire.live.accelerator import Accelerators
 from deltawire.live.attached import Attached, attach
 from deltawire.live.background import Background
+from deltawire.live.live_weights import tensors_of
 from deltawire.live.messages import Applied, Attach, Audited, Update
 from deltawire.live.staging import Plan
 from deltawire.live.transforms import AfterLoading
@@ -69,6 +71,8 @@ class LiveModel:
         self, model: torch.nn.Module, serving: Serving, background: Background, before: Callable[[Moment], None]
     ) -> None:
         self._model, self._serving, self._background, self._before = model, serving, background, before
+        self.accelerators = Accelerators()
+        self.accelerators.take_for(tensors_of(model).values())
         self.settings: dict[str, str] = {}
         """of the environment, that a follower gave: where the bucket's store is"""
         self.trust = Trust()
@@ -243,7 +247,8 @@ class LiveModel:
         self._before("attach")
         loading = self._require_provable()
         subscriber = Subscriber(self._open_bucket(url), base=self.base, trusted=self.trust, cache=host_cache())
-        opened = attach(url, subscriber, self._model, loading, self._background.between_passes)
+        between = self._background.between_passes
+        opened = attach(url, subscriber, self._model, loading, between_passes=between, accelerators=self.accelerators)
         if self._serving.compiled and any(transform.hidden for transform in opened.live.remade()):
             raise EngineUnsupported(
                 "a compiled model keeps the packed weights it was traced with: start the server with --enforce-eager, "

@@ -16,8 +16,9 @@ from torch import nn
 
 from deltawire.errors import EngineUnsupported
 from deltawire.live.layouts import Layout, fit
-from deltawire.live.memory import CARRIER, same_bits, to_host
+from deltawire.live.memory import carrier_of, same_bits, to_host
 from deltawire.live.transforms import Transform, copied, held, parameter_like, plain_attributes, state_before
+from deltawire.weights.device.carriers import CARRIERS
 
 _HARMLESS = (int, float, str, type(None), type, types.FunctionType, types.ModuleType, torch.dtype)
 
@@ -108,7 +109,7 @@ def learn(transform: Transform) -> dict[str, Layout]:
         start, values = 1, {}
         for leaf, old in transform.loaded.items():
             numbers = torch.arange(start, start + sizes[leaf]) >> shift & ((1 << width) - 1)
-            carrier = numbers.to(CARRIER[old.element_size()]).reshape(old.shape)
+            carrier = numbers.to(CARRIERS[old.element_size()]).reshape(old.shape)
             values[leaf] = carrier.view(old.dtype).to(old.device)
             start += sizes[leaf]
         made = transform.shadow(values)
@@ -116,8 +117,7 @@ def learn(transform: Transform) -> dict[str, Layout]:
             return {}
         for leaf, tensor in held(made).items():
             if leaf in made._parameters or leaf not in transform.before:
-                flat = tensor.detach().contiguous().reshape(-1).view(CARRIER[tensor.element_size()])
-                part = flat.cpu().numpy().astype(np.int64) & ((1 << width) - 1)
+                part = carrier_of(tensor).cpu().numpy().astype(np.int64) & ((1 << width) - 1)
                 seen[leaf] = seen.get(leaf, np.zeros(part.size, np.int64)) | part << shift
     return _layouts_of(sizes, seen)
 

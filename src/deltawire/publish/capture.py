@@ -8,14 +8,16 @@ from typing import Any
 
 from deltawire.buckets.base import Bucket
 from deltawire.format.checkpoint import Checkpoint
+from deltawire.format.codecs import fused
 from deltawire.format.codecs.fused import Coding
 from deltawire.prepare.names import require_bare
 from deltawire.publish import ties
 from deltawire.publish.baseline import Baseline
 from deltawire.publish.capturer import About, Capture, CaptureOptions
-from deltawire.publish.choice import SUBSET, share_of
+from deltawire.publish.choice import SUBSET, UNRANKED, Choice, share_of
 from deltawire.publish.comparing import Comparison, not_yet
 from deltawire.publish.current_run import holds_run, near_base, newest, newest_of, tip_at, weights_at
+from deltawire.publish.devices import Lies, Place
 from deltawire.publish.dtypes import Casting
 from deltawire.publish.first_anchor import write_anchor
 from deltawire.publish.pending import Captured, encode
@@ -27,7 +29,7 @@ from deltawire.publish.tracker import ChangeTracker, Transition
 from deltawire.read.bases import open_base, resolve_base
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.records import BaseCheckpoint, Position, Run, in_its_format
-from deltawire.weights.bits import count
+from deltawire.weights.bits import Bits, count
 from deltawire.weights.delta import Delta
 from deltawire.weights.table import TensorEntry, aliases_of, with_aliases
 
@@ -43,6 +45,7 @@ class WholeCapturer:
         self.transition = Transition()
         self._tracker = ChangeTracker(self.transition, Baseline(options.own))
         self.resumed: Tip | None = None
+        self._place = Place(options.baseline, options.devices)
         self._supersedes: Position | None = None
         self._run: Run | None = None
         self._base: BaseCheckpoint | None = None
@@ -56,6 +59,7 @@ class WholeCapturer:
             self._resume(bucket)
         if self.resumed is None:
             self._open_base()
+        self._warm_up()
 
     @property
     def total(self) -> int:
@@ -73,20 +77,34 @@ class WholeCapturer:
         return self._tracker
 
     @property
+    def baseline(self) -> Lies:
+        """Where the baseline lies."""
+        return self._place.describe(self._tracker.baseline)
+
+    @property
     def held_bytes(self) -> int:
         """The most memory that waiting changes can take, once folded: an increment for every element."""
         return self.model_bytes
 
-    def capture(self, pairs: Pairs, *, step: int | None, metrics: Mapping[str, float] | None, cut: int = -1) -> Capture:
+    def capture(
+        self,
+        pairs: Pairs,
+        *,
+        step: int | None,
+        metrics: Mapping[str, float] | None,
+        cut: int = -1,
+        stay: bool = False,
+    ) -> Capture:
         """The next version. Only the last statement moves the numbers on, so an error keeps them and the change."""
         started = time.perf_counter()
         about = About.of(step, metrics)
         self._casting.begin()
+        self._place.begin()
         if self._run is None and self._base is None:
             first = self._begin(pairs, about)
             return Capture((first,), time.perf_counter() - started, self.total, first.payload_bytes)
         given = ties.Given()
-        seen = self._compare(pairs, given)
+        seen = self._compare(pairs, given, stay=stay)
         seconds = time.perf_counter() - started
         run = self._run or self._begin_on_base({*seen}, given)
         seeded = self._tracker.seeded
@@ -94,33 +112,66 @@ class WholeCapturer:
         delta = Delta(self._tracker.uncovered)
         if delta or not versions:
             captured = self._describe(run, self.next_version + len(versions), about, delta=delta)
-            coded = self._tracker.coded
-            stored = self._choice.stored(delta, coded)
-            versions.append(replace(captured, payloads=encode(captured, coded, stored)))
+            if not self._may_encode_later():
+                captured = replace(captured, payloads=self._encode(captured))
+            versions.append(captured)
             self._shares = {name: share_of(change) for name, change in delta.items()}
         changed = delta.changed if versions[-1].parent is not None else sum(count(entry.shape) for entry in run.table)
         self.transition.begin()
         self._tracker.cover()
         self._run, self.next_version = run, versions[-1].version + 1
-        return Capture(tuple(versions), seconds, changed, versions[-1].payload_bytes)
+        newest = versions[-1]
+        return Capture(tuple(versions), seconds, changed, None if newest.payloads is None else newest.payload_bytes)
 
     def close(self) -> None:
         """Nothing is held but memory."""
 
+    def _may_encode_later(self) -> bool:
+        """Whether the uploader's thread makes the file: a change found on a device is here in a hundredth of the time
+        that takes. A first publish is encoded at once, for its bytes say whether it continues a run."""
+        return self._is_on_device and not self._place.is_first
+
+    def _encode(self, captured: Captured) -> dict[str, bytes | Path]:
+        """A version's file, with what was encoded as it was found."""
+        coded = self._tracker.coded
+        return encode(captured, coded, self._choice.stored(captured.delta, coded))
+
     def _coding(self) -> Callable[[str, Shard], Coding | None]:
         """How each change is encoded as it is found; none is in a run of `gap`."""
-        listed = self._run.may_use if self._run is not None else self._options.codecs
-        if "subset" not in listed:
+        if "subset" not in self._listed:
             return not_yet
-        self._choice = choice = self._options.choose() if "class" in listed else SUBSET
+        self._choice = choice = self._choose() if "class" in self._listed else SUBSET
         return lambda name, shard: choice.coding(name, shard.whole, self._shares.get(name, 0.0))
 
-    def _compare(self, pairs: Pairs, given: ties.Given) -> dict[str, str]:
+    def _choose(self) -> Choice:
+        """What this version is encoded in, where there is a choice."""
+        chosen = self._options.choose()
+        return UNRANKED if (chosen.by_class or chosen.whole) and self._is_on_device else chosen
+
+    def _warm_up(self) -> None:
+        """Compile what the next publish runs of what the host holds: it is to be as short as all others."""
+        dtypes = {held.dtype for held in self._tracker.baseline.held.values() if isinstance(held, Bits)}
+        if "subset" in self._listed:
+            fused.warm_up(dtypes, by_class="class" in self._listed)
+
+    @property
+    def _listed(self) -> tuple[str, ...]:
+        """The codecs that the run may use."""
+        return self._run.may_use if self._run is not None else self._options.codecs
+
+    @property
+    def _is_on_device(self) -> bool:
+        """Whether any of the baseline lies on a device."""
+        return self._tracker.baseline.device_bytes > 0
+
+    def _compare(self, pairs: Pairs, given: ties.Given, *, stay: bool) -> dict[str, str]:
         """Move the baseline to what is given; by its name in the run, the name under which each tensor was given."""
         trainable = {entry.name for entry in self._run.table if entry.trainable} if self._run else None
-        held = self._tracker.baseline.as_mapping()
+        held = self._tracker.baseline.held
         tensors = ties.resolved(pairs, self._aliases or {}, held, given if self._run is None else None)
-        comparison = Comparison(self._tracker, self._casting, held, trainable, coding=self._coding())
+        comparison = Comparison(
+            self._tracker, self._casting, held, trainable, self._place, coding=self._coding(), stay=stay
+        )
         seen = comparison.run(among(tensors, held))
         self._casting.settle([*seen, *seen.values()])
         return seen
@@ -139,6 +190,7 @@ class WholeCapturer:
         self.transition.begin()
         self._tracker, self._run = ChangeTracker(self.transition, baseline), run
         self.next_version, self._aliases = 1, aliases
+        self._warm_up()
         return captured
 
     def _seeded(self, pairs: Pairs, given: ties.Given | None) -> Baseline:

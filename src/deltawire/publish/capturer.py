@@ -2,12 +2,13 @@
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from deltawire.publish.baseline import Own
 from deltawire.publish.choice import Choice
+from deltawire.publish.devices import Asked, Cuda, Devices, Lies
 from deltawire.publish.pending import Captured
 from deltawire.publish.sender import Tip
 from deltawire.publish.tracker import Transition
@@ -25,8 +26,8 @@ class CaptureOptions:
 
     With `supersede` a new run begins whatever is there. `compactors` are public keys, `clock` gives seconds since 1970,
     and `new_run_id` the id of a run that begins: 16 hex digits. `codecs` are what such a run lists. `own` says
-    where the baseline lies, and `choose` what a version that is captured now is encoded in, as far as its run lists
-    that.
+    where a baseline on the host lies, `baseline` whether it lies there, and `devices` which tensors lie on a device.
+    `choose` says what a version that is captured now is encoded in, as far as its run lists that.
     """
 
     base: str | Path | None
@@ -38,6 +39,8 @@ class CaptureOptions:
     new_run_id: Callable[[], str] = random_run_id
     codecs: tuple[str, ...] = ()
     own: Own = Bits.copy
+    baseline: Asked = "auto"
+    devices: Devices = field(default_factory=Cuda)
     choose: Callable[[], Choice] = Choice
 
 
@@ -61,7 +64,7 @@ class Capture:
 
     `versions` holds the next version; a run's first capture on a base can make two. `compare_seconds` were spent
     comparing, and encoding what was found. `changed` elements changed, and the newest version's files have
-    `wire_bytes`, on all ranks together.
+    `wire_bytes`, on all ranks together; None while they are to be made.
 
     Of a sharded job's capture, `cut` is the newest version that rank 0 has begun to send, as all ranks know it by now.
     Nothing folds into it any more.
@@ -70,7 +73,7 @@ class Capture:
     versions: tuple[Captured, ...]
     compare_seconds: float
     changed: int
-    wire_bytes: int
+    wire_bytes: int | None
     cut: int = -1
 
 
@@ -103,10 +106,21 @@ class Capturer(Protocol):
     def held_bytes(self) -> int:
         """The most memory that waiting changes can take, once folded: an increment for every element that is ours."""
 
+    @property
+    def baseline(self) -> Lies:
+        """Where the baseline lies."""
+
     def capture(
-        self, pairs: Iterable[tuple[str, Any]], *, step: int | None, metrics: Mapping[str, float] | None, cut: int = -1
+        self,
+        pairs: Iterable[tuple[str, Any]],
+        *,
+        step: int | None,
+        metrics: Mapping[str, float] | None,
+        cut: int = -1,
+        stay: bool = False,
     ) -> Capture:
-        """Compare, and number what changed. `cut` is the newest version that nothing folds into, as known here.
+        """Compare, and number what changed. `cut` is the newest version that nothing folds into, as known here. `stay`
+        says that tensors keep their values when the next is asked for, so that many are compared at once.
 
         The `transition` that it begins is the caller's to end, once it has what was captured. Raises UnknownTensor,
         MissingTensor, ShapeMismatch, DtypeMismatch, OutOfSpace. A change captured before the error stays in the

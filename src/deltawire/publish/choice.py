@@ -64,3 +64,4 @@ def share_of(change: TensorDelta) -> float:
 
 
 SUBSET = Choice()
+UNRANKED = Choice(reason="the baseline lies on a device, where nothing is ranked by class")

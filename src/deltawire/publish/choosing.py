@@ -83,7 +83,8 @@ class Chooser:
         """`on_publish`, whose reports tell what a codec takes."""
 
         def heard(report: PublishReport) -> None:
-            if report.version and report.changed and report.codec in CODECS:  # version 0 is no delta
+            is_delta = report.version and report.changed and report.is_encoded  # version 0 is none
+            if is_delta and report.codec in CODECS:
                 self._size = Size(report.total, report.changed, report.model_bytes)
                 measured = Measured(report.seconds / report.total, report.wire_bytes / report.changed)
                 self._measured[WHOLE if self._is_whole else report.codec].append(measured)

@@ -58,11 +58,20 @@ class Casting:
     def cast(self, name: str, tensor: Any, held: str, *, shard: Any = None) -> Bits:
         """A tensor, or the `shard` of it that is here, as `held`, the dtype in the run's table.
 
-        A pattern may ask for fewer bits than the table has: values are rounded to those, and widened. Raises
-        DtypeMismatch, naming the tensor, for dtypes that do not convert, and where a pattern asks for more than the
-        table can hold.
+        Raises DtypeMismatch, naming the tensor, for dtypes that do not convert, and as `through` does.
         """
-        own, here = dtype_of(tensor), tensor if shard is None else shard
+        asked, here = self.through(name, tensor, held), tensor if shard is None else shard
+        with naming(name):
+            return cast(here if asked is None else cast(here, asked), held)
+
+    def through(self, name: str, tensor: Any, held: str) -> str | None:
+        """The dtype by way of which a tensor becomes `held`, the dtype in the run's table; None where it is cast to
+        that at once.
+
+        A pattern may ask for fewer bits than the table has: values are rounded to those, and widened. Raises
+        DtypeMismatch, naming the tensor, where a pattern asks for more than the table can hold.
+        """
+        own = dtype_of(tensor)
         asked = self._asked(name, own)
         if asked is None and own in WIDE and held in NARROW:
             self._rounded[name] = mark_of(tensor) is not None
@@ -72,8 +81,7 @@ class Casting:
                 f"{name}: dtype= asks for {asked}, and this run has it in {held}, as its base or its first publish had "
                 'it. Leave the pattern out, or begin another run: without that base, or Publisher(run="supersede")'
             )
-        with naming(name):
-            return cast(here if asked is None else cast(here, asked), held)
+        return asked
 
     def settle(self, names: Iterable[str], *, warn: bool = True) -> None:
         """Check the rule once the first publish has given all its tensors, `names`.

@@ -20,10 +20,12 @@ from deltawire.buckets.base import Bucket
 from deltawire.buckets.temporary import TemporaryFolder
 from deltawire.buckets.wrappers import Typed
 from deltawire.errors import DeltaWireError, Unavailable, WrongBase
-from deltawire.publish import fsdp, resuming
+from deltawire.publish import given, resuming
 from deltawire.publish.beats import TrainerBeats
 from deltawire.publish.capturer import Capture, CaptureOptions
 from deltawire.publish.choosing import chooser_of
+from deltawire.publish.devices import Asked, Cuda, Devices
+from deltawire.publish.given import Pairs, Prepare
 from deltawire.publish.reports import PublishReport, UploadReport
 from deltawire.publish.requirements import LISTED, require_options
 from deltawire.publish.roles import Keys, open_roles
@@ -32,7 +34,7 @@ from deltawire.publish.uploader import Queued, Uploader
 from deltawire.runlog.records import Position
 from deltawire.weights.bits import Bits
 from deltawire.weights.digest import root as root_of
-from deltawire.weights.tensors import named
+from deltawire.weights.interrupts import as_raised
 
 GOODBYE = 30.0
 """seconds that rank 0, when it closes, waits for the other ranks to hear of the last commit"""
@@ -40,9 +42,6 @@ AT_EXIT = 30.0
 """seconds that a process which ends without closing its publisher waits for what is on its way"""
 AFTER_ERROR = 10.0
 """seconds that it waits, and leaving a `with`, when an error ends it"""
-Pairs = Iterable[tuple[str, Any]]
-"""(name, tensor)"""
-Prepare = Callable[[Pairs], Pairs]
 
 
 class Publisher:
@@ -68,7 +67,9 @@ class Publisher:
     are of "subset". So is a tensor of which the parts that ranks or servers' workers hold are small. "auto" chooses for
     each version what is served sooner. A run that is continued keeps the codecs it lists.
 
-    The baseline, a copy of the weights last captured, lies in host memory. With baseline="file" it lies in nameless
+    The baseline is a copy of the weights last captured. That of CUDA tensors lies beside them from the second publish
+    on, if a tenth of the device then stays free; with "device" from the first comparison on. It goes back to the host
+    when memory runs out. All else lies in host memory, as everything does with "host". With "file" it lies in nameless
     files in the folder of temporary files (TMPDIR), which the kernel keeps in memory only while there is room.
 
     A bucket that already holds a run continues it: the baseline is rebuilt from the last commit, and the first publish
@@ -90,6 +91,8 @@ class Publisher:
     ChainError on opening; TypeError and ValueError for options that it does not take.
     """
 
+    _devices: Devices = Cuda()
+
     def __init__(
         self,
         bucket: Bucket,
@@ -103,7 +106,7 @@ class Publisher:
         resume: Literal["warn", "require"] = "warn",
         signing_key: str | Path | None = None,
         compactors: Iterable[str | Path] = (),
-        baseline: Literal["host", "file"] = "host",
+        baseline: Asked = "auto",
         process_group: Any = None,
         on_publish: Callable[[PublishReport], None] = lambda report: None,
         on_upload: Callable[[UploadReport], None] = lambda report: None,
@@ -119,7 +122,7 @@ class Publisher:
         try:
             own = ScratchFiles(self._spool.path).copy if baseline == "file" else Bits.copy
             options = CaptureOptions(base, dtype, folder, clock, run == "supersede", codecs=LISTED[codec], own=own)
-            options = replace(options, choose=chooser.choose)
+            options = replace(options, choose=chooser.choose, baseline=baseline, devices=self._devices)
             keys = Keys(signing_key, tuple(compactors))
             roles = open_roles(bucket, options, keys, self._spool.path, process_group, must_resume=self._must_resume)
         except BaseException:
@@ -156,21 +159,25 @@ class Publisher:
     ) -> PublishReport:
         """Capture the weights as the next version and return; the upload goes on behind.
 
-        `tensors`: (checkpoint name, tensor) pairs, or a mapping; torch or numpy, any float dtype, CPU or CUDA. Taken
-        one at a time, so memory grows by one tensor and one delta. The first call fixes the set of names, and which
-        are tied; later calls give exactly that set, a tied tensor by any of its names or by all. `metrics` go into the
-        commit as numbers.
+        `tensors`: (checkpoint name, tensor) pairs, a mapping, or a module, whose parameters are taken; torch or numpy,
+        any float dtype, CPU or CUDA. Pairs are taken one at a time, so memory grows by one tensor and one delta. Those
+        of a mapping or a module whose baseline lies on a device are compared together, which is fastest. The first call
+        fixes the set of names, and which are tied; later calls give exactly that set, a tied tensor by any of its names
+        or by all. `metrics` go into the commit as numbers.
 
-        Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch, and CopiesDiffer for a tied tensor whose
-        names have different bits. What was captured before the error goes with the next good call. Raises ChainError
-        once another writer has taken the run. In a sharded job all ranks raise together, those without trouble of
-        their own RankFailed. Only a new publisher goes on after WrongBase, an interrupt, or a watchdog's exception.
+        Raises UnknownTensor, MissingTensor, ShapeMismatch, DtypeMismatch; CopiesDiffer for a tied tensor whose names
+        have different bits; ConcurrentWrite for weights that are written while a device compares them. What was
+        captured before the error goes with the next good call. Raises ChainError once another writer has taken the
+        run. In a sharded job all ranks raise together, those without trouble of their own RankFailed. Only a new
+        publisher goes on after WrongBase, an interrupt, or a watchdog's exception.
         """
         started = time.perf_counter()
         self._is_torn = self._is_torn or self._capturer.transition.unfinished
         cut = self._uploader.begin_capture()
         try:
-            capture = self._capturer.capture(self._pairs(tensors), step=step, metrics=metrics, cut=cut)
+            pairs, stay = self._pairs(tensors), given.stay(tensors, self._prepare)
+            with as_raised():
+                capture = self._capturer.capture(pairs, step=step, metrics=metrics, cut=cut, stay=stay)
             jump = self._jump(capture)
             queued = self._uploader.add(capture.versions, cut=capture.cut)
             self._capturer.transition.end()
@@ -196,12 +203,7 @@ class Publisher:
                 f"{self.bucket.url}: a publish was interrupted, so what it captured is not known; close this publisher "
                 "and open a new one, which publishes the difference from the last commit"
             )
-        pairs: Pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-        if isinstance(pairs, Iterable):
-            pairs = fsdp.owned(pairs)  # before `prepare`, which may compute from them
-        for prepare in self._prepare:
-            pairs = prepare(pairs)
-        yield from named(pairs)
+        yield from given.prepared(tensors, self._prepare)
 
     def _jump(self, capture: Capture) -> str | None:
         """What makes a run's first publish after it was resumed no continuation; the same on every rank. Raises
@@ -216,7 +218,7 @@ class Publisher:
             step=newest.step,
             changed=capture.changed,
             total=self._capturer.total,
-            wire_bytes=capture.wire_bytes,
+            wire_bytes=capture.wire_bytes or 0,
         )
         if said is not None and self._must_resume:
             self._refused = WrongBase(f"{self.bucket.url}: {said}. Nothing was published")
@@ -232,14 +234,15 @@ class Publisher:
             )
 
     def _report(self, capture: Capture, queued: Queued, started: float) -> PublishReport:
-        newest, backlog = capture.versions[-1], queued.backlog
+        newest, backlog, baseline = capture.versions[-1], queued.backlog, self._capturer.baseline
         return PublishReport(
             run=newest.run.run,
             version=newest.version,
             step=newest.step,
             changed=capture.changed,
             total=self._capturer.total,
-            wire_bytes=capture.wire_bytes,
+            wire_bytes=capture.wire_bytes or 0,
+            is_encoded=capture.wire_bytes is not None,
             model_bytes=self._capturer.model_bytes,
             seconds=time.perf_counter() - started,
             compare_seconds=capture.compare_seconds,
@@ -248,6 +251,9 @@ class Publisher:
             waiting_bound=self._capturer.held_bytes + backlog.closed_bytes,
             problem=str(queued.problem) if queued.problem else None,
             codec=newest.codec,
+            baseline=baseline.where,
+            baseline_bytes=baseline.nbytes,
+            baseline_device_bytes=baseline.device_bytes,
             reason=newest.reason,
         )
 

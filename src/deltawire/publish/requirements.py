@@ -6,10 +6,12 @@ Errors that say what is wrong.
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import get_args
 
 from deltawire.errors import MissingTensor, ShapeMismatch, UnknownTensor, UnknownVersion, some
 from deltawire.format import checkpoint
 from deltawire.prepare.names import bare, closest, is_adapters, require_bare
+from deltawire.publish.devices import Asked, Lent
 from deltawire.publish.ties import GivenTensor
 from deltawire.runlog.bounds import require_assets
 from deltawire.weights.bits import Bits
@@ -24,7 +26,7 @@ LISTED: Mapping[str, tuple[str, ...]] = {
 """`codec` of a publisher -> the codecs that a run which begins with it lists"""
 PACKED = ("U8", "I8", "I32")
 """dtypes that quantized weights are packed in"""
-Table = Mapping[str, Bits] | Mapping[str, TensorEntry]
+Table = Mapping[str, Bits | Lent] | Mapping[str, TensorEntry]
 """dtypes and shapes of a run's tensors, by name"""
 
 
@@ -113,5 +115,5 @@ def require_options(bucket: object, *, codec: str, run: str, resume: str, baseli
         raise ValueError(f'run={run!r}: "continue" or "supersede"')
     if resume not in ("warn", "require") or (resume, run) == ("require", "supersede"):
         raise ValueError(f'resume={resume!r}: "warn", or "require", which goes with run="continue"')
-    if baseline not in ("host", "file"):
-        raise ValueError(f'baseline={baseline!r}: "host" or "file"')
+    if baseline not in get_args(Asked):
+        raise ValueError(f"baseline={baseline!r}: {', '.join(map(repr, get_args(Asked)))}")

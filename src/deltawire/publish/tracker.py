@@ -3,7 +3,9 @@
 committed + frozen + waiting + uncovered == baseline
 """
 
+from collections.abc import Container
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from deltawire.format.codecs.fused import Coding
 from deltawire.format.codecs.subset import Coded
@@ -12,6 +14,9 @@ from deltawire.publish.sharded.shards import Shard
 from deltawire.publish.ties import Ties
 from deltawire.weights.bits import Bits
 from deltawire.weights.delta import TensorDelta
+
+if TYPE_CHECKING:
+    from deltawire.publish.on_device import Swept
 
 
 class Transition:
@@ -71,16 +76,36 @@ class ChangeTracker:
 
         Raises UnknownTensor, ShapeMismatch, DtypeMismatch.
         """
-        left, coded = self.uncovered.get(name), None
-        if coding is None or left is not None:
+        coded = None
+        if coding is None or name in self.uncovered:
             change = self.baseline.compare(name, bits)
         else:
             change, coded = self.baseline.compare_and_encode(name, bits, coding)
+        self.take_change(name, change, coded, owned=owned)
+
+    def take_change(self, name: str, change: TensorDelta, coded: Coded | None, *, owned: bool) -> None:
+        """Move the baseline by a change that was found, and maybe encoded, against it; keep it if it is ours."""
+        left = self.uncovered.get(name)
         with self._transition:
             if owned:
                 self.uncovered[name] = change if left is None else left + change
                 self._code(name, coded)
             self.baseline.advance(name, change)
+
+    def take_swept(self, swept: "Swept", owned: Container[str]) -> bool:
+        """Move baselines on devices by what a comparison there found, and keep the changes that are ours to publish.
+        Whether all baselines are still there: one without memory for the changes lies on the host then."""
+        with self._transition:
+            for name, moved in swept.moved.items():
+                if name in owned:
+                    left = self.uncovered.get(name)
+                    self.uncovered[name] = moved.change if left is None else left + moved.change
+                    self._code(name, None)
+                self.baseline.move(name, moved.before, moved.after)
+            home = swept.advance()
+            for name, bits in home.items():
+                self.baseline.lend(name, bits)
+        return not home
 
     def take_back(self, name: str) -> None:
         """Undo what no version covers of a tensor."""

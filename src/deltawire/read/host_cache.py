@@ -17,12 +17,14 @@ Why this is safe:
   stands still, a reader fetches for itself.
 """
 
+import logging
 import os
 import shutil
 import stat
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -144,6 +146,7 @@ class HostCache:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = self.folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            _say_once(f"{self.folder} is not this user's alone, so each process fetches for itself: chmod 700 it")
             raise PermissionError(1, f"{self.folder} is not this user's alone")
 
     def _hold(self, entry: Path, size: int, fill: Callable[[Path], None], source: str) -> "Held | None":
@@ -238,6 +241,11 @@ class Held:
         self.close()
         with suppress(OSError):
             self._cache.remove(self._entry)
+
+
+@cache
+def _say_once(text: str) -> None:
+    logging.getLogger("deltawire").warning(text)
 
 
 def _read(path: Path, size: int) -> bytes:

@@ -48,10 +48,10 @@ def publish_after_step(publisher: Publisher, model: nn.Module, optimizer: Any, *
         nonlocal done
         done += 1
         if is_first_process():
-            publisher.publish(checkpoint_tensors(model), step=done, metrics=watch.after_step(inner))
+            publisher.publish(dict(checkpoint_tensors(model)), step=done, metrics=watch.after_step(inner))
 
     if is_first_process():
-        publisher.publish(checkpoint_tensors(model), step=step)
+        publisher.publish(dict(checkpoint_tensors(model)), step=step)
     return inner.register_step_post_hook(publish)
 
 

@@ -22,6 +22,8 @@ ASK = {"return_weight_versions": True}
 """passed over by vLLM before 0.33"""
 SEAMS = ("_post", "_generate_one", "_score_group")
 """what TRL's rollout loop is asked by: one request, one conversation, and the samples of a group"""
+_MADE_BY = "_deltawire_made_by"
+"""on TRL's record of a sequence, which goes with it wherever TRL drops it: the oldest and the newest version"""
 
 
 def record_policies(trainer: Any, run: str) -> None:
@@ -63,7 +65,6 @@ class PolicyNotes:
         self._run = run
         self._labels: ContextVar[set[str] | None] = ContextVar("labels", default=None)
         self._headers: ContextVar[list[str] | None] = ContextVar("headers", default=None)
-        self._of_rollout: dict[str, tuple[int, int]] = {}
         self._warned = False
 
     def attach(self, loop: Any) -> None:
@@ -98,16 +99,15 @@ class PolicyNotes:
         self._labels.set(labels)
         made = await generate(*given, **named)
         if (span := span_of(labels, self._run)) is not None:
-            self._of_rollout.update((sequence.rollout_id, span) for sequence in made[2])
+            for sequence in made[2]:
+                setattr(sequence, _MADE_BY, span)
         return made
 
     async def _score_group(self, score: Callable[..., Awaitable[list[Any]]], group: Any) -> list[Any]:
         """The samples of a group, in the order of its conversations' sequences."""
         samples = await score(group)
         sequences = [sequence for each in group.completions_sequences for sequence in each]
-        spans = [self._of_rollout.get(sequence.rollout_id) for sequence in sequences]
-        for sequence in sequences:
-            self._of_rollout.pop(sequence.rollout_id, None)
+        spans = [getattr(sequence, _MADE_BY, None) for sequence in sequences]
         if len(samples) == len(spans):  # a loop that leaves some out does not say which
             for sample, span in zip(samples, spans, strict=True):
                 if span is not None:

@@ -156,7 +156,8 @@ class DeltaWeightSyncCallback(TrainerCallback):
                 f"{self._url}: this callback was closed, by you or by another training that ended meanwhile; give each "
                 "trainer a callback of its own"
             )
-        self.report = self._publisher.publish(checkpoint_tensors(model), step=state.global_step, metrics=metrics)
+        weights = dict(checkpoint_tensors(model))  # a mapping: on a device many tensors are compared at once
+        self.report = self._publisher.publish(weights, step=state.global_step, metrics=metrics)
 
     def _let_go(self) -> Publisher | None:
         """The open Publisher if it is ours, which from here on is the caller's to close."""

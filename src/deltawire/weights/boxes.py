@@ -7,6 +7,7 @@ counted in the box becomes a change of the whole tensor when its positions are m
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -68,11 +69,15 @@ class Box:
 
     def positions(self, inside: Positions) -> Positions:
         """Flat positions in the whole tensor, for row-major positions in the box."""
-        found: Positions = np.full(inside.size, self.offset, np.int64)
-        rest = inside
+        found: Positions = self.spots(inside)
+        return found
+
+    def spots(self, inside: Any) -> Any:
+        """The same, of an array or of a torch tensor of int64."""
+        found, rest = inside * 0 + self.offset, inside
         axes = [*zip(self.joined.shape, self.joined.strides, strict=True)]
         for number, (length, stride) in reversed([*enumerate(axes)]):
-            rest, digit = np.divmod(rest, length) if number else (rest, rest)
+            rest, digit = (rest // length, rest % length) if number else (rest, rest)
             found += digit * stride
         return found
 

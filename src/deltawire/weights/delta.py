@@ -112,7 +112,12 @@ def settle(dtype: str, shape: tuple[int, ...], positions: Positions | None, incr
     kept = increments != 0
     if not kept.all():
         positions, increments = positions[kept], increments[kept]
-    delta = TensorDelta(dtype, shape, positions, increments)
+    return cheaper(dtype, shape, positions, increments)
+
+
+def cheaper(dtype: str, shape: tuple[int, ...], positions: Positions, increments: UInts) -> TensorDelta:
+    """The same of increments none of which is zero."""
+    total, delta = count(shape), TensorDelta(dtype, shape, positions, increments)
     if total and _is_dense(positions.size, total, increments):
         return TensorDelta(dtype, shape, None, _dense(delta))
     return delta

@@ -198,16 +198,39 @@ def cast(tensor: Any, dtype: str) -> Bits:
     """A tensor's bits after a cast to `dtype` as the server would cast it: round to nearest even, on the tensor's own
     device. Shares memory when there is nothing to cast. Raises DtypeMismatch between dtypes that are not floats."""
     _require_whole(tensor)
-    own = dtype_of(tensor)
-    if own == dtype:
-        return as_bits(tensor)
-    if own not in FLOATS or dtype not in FLOATS:
-        raise DtypeMismatch(f"{own} cannot be cast to {dtype}: only {', '.join(FLOATS)} convert")
+    require_castable(tensor, dtype)
     if is_torch(tensor):
-        return as_bits(tensor.detach().to(getattr(sys.modules["torch"], NAMES[dtype])))
+        try:
+            return as_bits(cast_by_torch(tensor.detach(), dtype))
+        except sys.modules["torch"].OutOfMemoryError:
+            pass
+        return as_bits(cast_by_torch(tensor.detach().cpu(), dtype))  # the device has no room for a copy
+    if dtype_of(tensor) == dtype:
+        return as_bits(tensor)
     array = _floats(tensor) if isinstance(tensor, Bits) else np.asarray(tensor)
     data = _round_to_bf16(array) if dtype == "BF16" else array.astype(NAMES[dtype]).reshape(-1).view(unsigned(dtype))
     return Bits(dtype, tuple(array.shape), data)
+
+
+def require_castable(tensor: Any, dtype: str) -> None:
+    """Raise DtypeMismatch unless a tensor is of this dtype, or both are floats."""
+    own = dtype_of(tensor)
+    if own != dtype and not {own, dtype} <= {*FLOATS}:
+        raise DtypeMismatch(f"{own} cannot be cast to {dtype}: only {', '.join(FLOATS)} convert")
+
+
+QUIET = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000, "F64": 0x7FF8 << 48}
+"""what every NaN becomes that is cast on a device: torch's own bits differ by device, and on a CPU by layout"""
+
+
+def cast_by_torch(tensor: Any, dtype: str) -> Any:
+    """A torch tensor cast to `dtype` where it lies; the tensor itself where there is nothing to cast."""
+    torch = sys.modules["torch"]
+    made = tensor.to(getattr(torch, NAMES[dtype]))
+    if made.dtype != tensor.dtype and made.device.type != "cpu":
+        words = made.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[made.element_size()])
+        words.masked_fill_(made.isnan(), QUIET[dtype])
+    return made
 
 
 def as_float32(tensor: Any) -> Any:

@@ -18,11 +18,12 @@ from deltawire.publish.baseline import Baseline
 from deltawire.publish.capturer import About, Capture, CaptureOptions
 from deltawire.publish.choice import SUBSET, Choice
 from deltawire.publish.comparing import Comparison, not_yet
+from deltawire.publish.devices import Lies, Place
 from deltawire.publish.dtypes import Casting
 from deltawire.publish.first_anchor import asset_payloads
 from deltawire.publish.pending import Captured, encode
 from deltawire.publish.requirements import among, warn_of_packed
-from deltawire.publish.sharded.ballot import Ballot, mark, marks_of, numbers, require_alike
+from deltawire.publish.sharded.ballot import Ballot, digests_of, mark, marks_of, require_alike
 from deltawire.publish.sharded.opening import Opening
 from deltawire.publish.sharded.ranks import Ranks
 from deltawire.publish.sharded.shards import Shard, moved
@@ -57,16 +58,14 @@ class ShardCapturer:
         self._ranks, self._options, self._casting = ranks, options, Casting(options.dtype)
         self._assets = options.assets if ranks.rank == 0 else None
         self._opening = Opening(bucket, ranks, replace(options, assets=self._assets))
-        self._decision = self._opening.decision
-        self.resumed = self._decision.resumed
+        self._decision, self.resumed = self._opening.decision, self._opening.decision.resumed
         self._run, self._table = self._opening.run, dict(self._opening.table)
         self.next_version = self.resumed.position.version + 1 if self.resumed is not None else 0
         self.transition = Transition()
         self._tracker = ChangeTracker(self.transition, Baseline(options.own))
-        self._known = self._opening.digests
-        self._digests = dict(self._known)
+        self._choice, self._place = SUBSET, Place(options.baseline, options.devices)
+        self._known, self._digests = self._opening.digests, dict(self._opening.digests)
         self._aliases = aliases_of(self._run.table) if self._run is not None else None
-        self._choice = SUBSET
 
     @property
     def total(self) -> int:
@@ -79,6 +78,11 @@ class ShardCapturer:
         return sum(entry.nbytes for entry in self._table.values())
 
     @property
+    def baseline(self) -> Lies:
+        """Where this rank's baseline lies."""
+        return self._place.describe(self._tracker.baseline)
+
+    @property
     def held_bytes(self) -> int:
         """The most memory that waiting changes can take, once folded: an increment for every element we own."""
         owned = {name: shard.shape for name, shard in self._tracker.shards.items() if shard.owned}
@@ -89,7 +93,15 @@ class ShardCapturer:
         """Whether the next version begins a run from all-zero bits."""
         return self._decision.empty and self._run is None
 
-    def capture(self, pairs: Pairs, *, step: int | None, metrics: Mapping[str, float] | None, cut: int = -1) -> Capture:
+    def capture(
+        self,
+        pairs: Pairs,
+        *,
+        step: int | None,
+        metrics: Mapping[str, float] | None,
+        cut: int = -1,
+        stay: bool = False,
+    ) -> Capture:
         """This rank's part of the next version. Every rank joins, whatever went wrong on it, so none waits in vain.
 
         Raises what a one-process capture raises on the rank that has the trouble, and RankFailed on the others.
@@ -102,7 +114,7 @@ class ShardCapturer:
         found, captured = _Found(self._aliases or {}), None
         problem: BaseException | None = None
         try:
-            found = self._find(pairs, step, metrics)
+            found = self._find(pairs, step, metrics, stay=stay)
         except BaseException as error:  # an interrupt, too: the other ranks wait for this one's sum
             problem = error
         try:
@@ -129,22 +141,24 @@ class ShardCapturer:
 
     # On this rank
 
-    def _find(self, pairs: Pairs, step: int | None, metrics: Mapping[str, float] | None) -> "_Found":
+    def _find(self, pairs: Pairs, step: int | None, metrics: Mapping[str, float] | None, *, stay: bool) -> "_Found":
         """Compare what this rank holds of the tensors given."""
         started = time.perf_counter()
         about, given = About.of(step, metrics), Given()
         self._casting.begin()
-        names = self._compare(pairs, given)
+        self._place.begin()
+        names = self._compare(pairs, given, stay=stay)
         return _Found(self._settle(names, given), names, about, time.perf_counter() - started)
 
-    def _compare(self, pairs: Pairs, given: Given) -> set[str]:
+    def _compare(self, pairs: Pairs, given: Given, *, stay: bool) -> set[str]:
         """Move the baseline to what is given; the names in the run."""
         trainable = {entry.name for entry in self._table.values() if entry.trainable} if self._run else None
         begins = self._begins_empty
         noting = given if self._run is None and self._opening.ties.tied is not False else None
         tensors = ties.resolved(pairs, self._aliases or {}, None if begins else self._table, noting)
-        facts = (self._tracker, self._casting, self._table, trainable)
-        comparison = Comparison(*facts, self._hold, self._prepare, not_yet if begins else self._choice.of_shard)
+        facts = (self._tracker, self._casting, self._table, trainable, self._place)
+        coding = not_yet if begins else self._choice.of_shard
+        comparison = Comparison(*facts, self._hold, self._prepare, coding, stay=stay)
         seen = comparison.run(tensors if begins else among(tensors, self._table))
         self._casting.settle([*seen, *seen.values()], warn=self._ranks.rank == 0)
         if begins:
@@ -264,27 +278,15 @@ class ShardCapturer:
 
     def _ballot(self, names: set[str], captured: Captured, cut: int) -> Ballot:
         """What this rank says of the version that it captured."""
-        digests, shards = self._tracker.baseline.digests, self._tracker.shards
-        given = [name in names for name in self._table]
-        owned = [name in names and shards[name].owned for name in self._table]
-        seeded = self._tracker.seeded
-        return Ballot(
-            marks=marks_of(self._ranks.rank, self._ranks.size, mark(self._table, names, {}, captured.step)),
-            changed=captured.delta.changed,
-            wire_bytes=captured.payload_bytes,
-            cut=cut if self._ranks.rank == 0 else -1,
-            seeded=numbers(seeded[name] if is_ours else 0 for name, is_ours in zip(self._table, owned, strict=True)),
-            owned=numbers(digests[name] if is_ours else 0 for name, is_ours in zip(self._table, owned, strict=True)),
-            copies=numbers(digests[name] if is_here else 0 for name, is_here in zip(self._table, given, strict=True)),
-        )
+        marks = marks_of(self._ranks.rank, self._ranks.size, mark(self._table, names, {}, captured.step))
+        facts = captured.delta.changed, captured.payload_bytes, cut if self._ranks.rank == 0 else -1
+        return Ballot(marks, *facts, *digests_of(self._tracker, self._table, names))
 
     def _move_on(self, captured: Captured, sums: Ballot, seconds: float) -> Capture:
         """Every rank has captured the version: number it, and let go of the change. Nothing here can fail."""
         before, run = dict(self._known), captured.run
-        digests = dict(self._digests or before)
-        for number, entry in enumerate(run.table):
-            if entry.trainable:
-                digests[entry.name] = int(sums.owned[number])
+        owned = zip(run.table, sums.owned.tolist(), strict=True)
+        digests = dict(self._digests or before) | {entry.name: value for entry, value in owned if entry.trainable}
         versions = [replace(captured, digests=digests)]
         if self._run is None and self._decision.base is not None:
             zero = replace(versions[0], version=0, parent=None, delta=Delta(), digests=before, payloads={}, boxes={})

@@ -1,0 +1,49 @@
+"""The kernels compile for a GPU that is not here, down to its machine code."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from deltawire.weights.device import triton_twin
+
+HOPPER = GPUTarget("cuda", 90, 32)
+NUMBERS = {"tensors": "*i64", "table": "*i64", "n": "i32"}
+POINTERS = {1: "*u8", 2: "*i16", 4: "*i32", 8: "*i64"}
+KINDS = dict(zip(POINTERS, triton_twin.KINDS.values(), strict=True))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compiled(kernel, *constants, block, **arguments):
+    """The kernel's assembly."""
+    values = {**dict(constants), "BLOCK": block}
+    signature = {**NUMBERS, **arguments, **dict.fromkeys(values, "constexpr")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+    return triton.compile(source, target=HOPPER, options={"enable_fp_fusion": False}).asm
+
+
+@pytest.mark.parametrize(("width", "rounds", "positions"), [(1, False, "*i32"), (2, True, "*i32"), (8, False, "*i64")])
+def test_compare(width, rounds, positions):
+    how = (("KIND", KINDS[width]), ("ROUND", rounds))
+    found = {"positions": positions, "increments": POINTERS[width], "bits": POINTERS[width], "found": "*i64"}
+    count = compiled(triton_twin._count, *how, block=triton_twin.BLOCK, counts="*i64")
+    emit = compiled(triton_twin._emit, *how, block=triton_twin.BLOCK, counts="*i64", ends="*i64", **found)
+    assert count["cubin"]
+    assert emit["cubin"]
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_digest_gather_and_scatter(width):
+    kind, flat = ("KIND", KINDS[width]), POINTERS[width]
+    assert compiled(triton_twin._digest, kind, block=triton_twin.BLOCK, sums="*i64")["cubin"]
+    listed = {"positions": "*i32", "bits": flat, "sums": "*i64"}
+    assert compiled(triton_twin._digest_at, kind, block=triton_twin.FEW, **listed)["cubin"]
+    for kernel in (triton_twin._gather, triton_twin._scatter):
+        assert compiled(kernel, block=triton_twin.FEW, offsets="*i32", bits=flat)["cubin"]
