@@ -141,7 +141,7 @@ def test_memory_that_runs_out_while_encoding_loses_neither_the_change_nor_a_numb
         captured(capturer, weights)
     edit(weights, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(capture, "encode", lambda captured, coded=None: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(capture, "encode", lambda captured, coded=None, stored=(): (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             captured(capturer, weights)
     versions = captured(capturer, weights)

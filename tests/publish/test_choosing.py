@@ -1,15 +1,18 @@
 """`codec="auto"`: class or subset, by what takes less until it is served; never one that somebody cannot read."""
 
+import itertools
 import time
 from dataclasses import replace
 
 import pytest
-from class_runs import codecs, say
+from class_runs import codecs, deltas, say
 from runs import PATIENCE, commits, edit, fresh, model, publishing, read_weights, served
 from verbs import say as told
 
 from deltawire.errors import UnknownVersion
+from deltawire.format import delta_file
 from deltawire.publish import choosing
+from deltawire.publish.choice import Choice
 from deltawire.publish.choosing import Chooser, Measured, Size, until_served
 from deltawire.publish.receivers import Heard
 from deltawire.publish.reports import PublishReport, UploadReport
@@ -30,18 +33,65 @@ class Fleet:
         self.heard = Heard(replicas, dict(cuts))
 
 
-def run(chooser, versions, *, link, speed=SPEED):
+def run(chooser, versions, *, link, speed=SPEED, changed=CHANGED):
     """So many versions over a link of so many bytes per second; the codec and the reason of each."""
     published, uploaded, made = chooser.hear(lambda report: None), chooser.hear_upload(lambda report: None), []
     for version in range(versions):
         choice = chooser.choose()
         codec = "class" if choice.by_class else "subset"
-        seconds, share = speed[codec]
-        size = int(CHANGED * share)
-        published(replace(REPORT, codec=codec, compare_seconds=seconds, wire_bytes=size))
+        seconds, share = speed["whole" if choice.whole else codec]
+        size = int(changed * share)
+        published(replace(REPORT, codec=codec, seconds=seconds, wire_bytes=size, changed=changed))
         uploaded(UploadReport(Position("0" * 16, version, "0" * 64), None, 1, size, size / link, 1))
-        made.append((codec, choice.reason))
+        made.append(("whole" if choice.whole else codec, choice.reason))
     return made
+
+
+QUARTER = MODEL // 4
+DENSE = {"class": (1.0, 0.6), "subset": (0.6, 0.62), "whole": (0.15, 2 * MODEL / QUARTER)}
+"""a quarter changes, on a slow core: lists take 15 MB, and whole tensors 200 MB"""
+
+
+@pytest.mark.parametrize(("link", "best"), [(1e7, "subset"), (2e8, "subset"), (2e9, "whole"), (1e11, "whole")])
+def test_where_much_changes_a_fast_link_makes_it_whole_tensors_and_a_slow_one_never_tries_them(link, best):
+    made = run(Chooser(Fleet(), "auto", whole=True), 20, link=link, speed=DENSE, changed=QUARTER)
+    assert {way for way, _ in made[6:]} == {best}
+    assert ("whole" in {way for way, _ in made}) == (best == "whole")
+    if best == "whole":
+        assert made[-1][1].startswith("whole tensors: until served 0.")
+        assert " MB/s" in made[-1][1]
+
+
+def test_whole_tensors_that_take_longer_than_was_thought_are_given_up_and_so_where_little_changes():
+    chooser = Chooser(Fleet(), "auto", whole=True)
+    slow = DENSE | {"whole": (5.0, 8.0)}
+    made = [way for way, _ in run(chooser, 20, link=1e10, speed=slow, changed=QUARTER)]
+    assert made.count("whole") == choosing.TRIES
+    assert made[-1] == "subset"
+    for asked, whole in (("auto", False), ("class", True)):
+        made = run(Chooser(Fleet(), asked, whole=whole), 9, link=1e11, speed=DENSE, changed=QUARTER)
+        assert "whole" not in {way for way, _ in made}
+    assert "whole" not in {way for way, _ in run(Chooser(Fleet(), "auto", whole=True), 9, link=1e11)}
+
+
+def test_whole_tensors_go_into_a_file_that_every_reader_of_subset_reads(monkeypatch):
+    bucket, weights, choices = fresh(), model(), itertools.count()
+    monkeypatch.setattr(Chooser, "choose", lambda self: Choice(whole=next(choices) > 0, reason="said so"))
+    with publishing(bucket, codec="auto") as publisher:
+        for version in range(4):
+            publisher.publish(weights)
+            publisher.flush(PATIENCE)
+            kept = served(weights)
+            edit(weights, version, share=0.01)
+            weights["embed.weight"] = -weights["embed.weight"]
+    written = {version: delta_file.read_header(data) for version, data in deltas(bucket).items()}
+    sizes = {version: len(data) for version, data in deltas(bucket).items()}
+    encodings = {spec.name: how for spec, how in zip(written[3].tensors, written[3].encodings, strict=True)}
+    assert encodings["embed.weight"] == "dense"
+    assert {how for name, how in encodings.items() if name != "embed.weight"} <= {"subset", "dense"}
+    assert sizes[3] > 2 * 60 * 8  # nothing of it is compressed
+    assert commits(bucket)[-1].choice == "subset: said so"
+    assert equal(read_weights(bucket), kept)
 
 
 @pytest.mark.parametrize(("link", "best"), [(1e6, "class"), (1e7, "class"), (1e8, "subset"), (5e9, "subset")])
@@ -76,7 +126,7 @@ def test_nobody_who_reads_class_or_somebody_who_does_not_makes_it_subset():
     ):
         if reason.startswith("2"):
             fleet.heard = Heard(3, None, reason)
-        assert set(run(Chooser(fleet, "auto"), 5, link=1.0)) == {("subset", reason)}
+        assert {*run(Chooser(fleet, "auto"), 5, link=1.0)} == {("subset", reason)}
     chooser = Chooser(Fleet(replicas=0), "class")
     assert run(chooser, 1, link=1.0) == [("class", "asked for, and every replica reads it")]
 

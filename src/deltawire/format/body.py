@@ -3,7 +3,7 @@
 Tiles are coded one by one, so threads share them: two cores encode and decode nearly twice as fast as one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TypeVar
 
@@ -33,10 +33,13 @@ _Job = TypeVar("_Job")
 _Done = TypeVar("_Done")
 
 
-def encode(delta: Delta, olds: Mapping[str, UInts], coded: Mapping[str, Coded]) -> dict[str, Bits]:
-    """The streams; a tensor is as in `coded`, else ranked by the classes of its old bits where `olds` has them."""
+def encode(
+    delta: Delta, olds: Mapping[str, UInts], coded: Mapping[str, Coded], stored: Collection[str] = ()
+) -> dict[str, Bits]:
+    """The streams; a tensor is as in `coded`, else ranked by the classes of its old bits where `olds` has them. Those
+    `stored` are dense, and not compressed."""
     names = sorted(delta)
-    todo = [name for name in names if name not in coded]
+    todo = [name for name in names if name not in coded and name not in stored]
     shapes = {name: tiles.choose(delta[name].shape) for name in todo}
     jobs = {name: subset.to_encode(delta[name], olds.get(name), shapes[name]) for name in todo}
     changed = sum(delta[name].changed for name in todo)
@@ -46,7 +49,10 @@ def encode(delta: Delta, olds: Mapping[str, UInts], coded: Mapping[str, Coded]) 
     listed, payloads = [], []
     for name in names:
         tensor = delta[name]
-        encoding, part = _shorter(tensor, coded[name] if name in coded else made[name])
+        if name in stored:
+            encoding, part = _dense(dense.encode(tensor, stored=True)["dense"])
+        else:
+            encoding, part = _shorter(tensor, coded[name] if name in coded else made[name])
         spec = TensorSpec(name, tensor.dtype, tensor.shape, tensor.changed)
         listed.append(Listed(spec, encoding, part.tile, part.entries))
         payloads.append(part.payload)
@@ -109,8 +115,12 @@ def _shorter(tensor: TensorDelta, coded: Coded) -> tuple[str, Coded]:
     if tensor.changed >= DENSE_TRY_FROM * tensor.total or tensor.total <= DENSE_TRY_TINY:
         frame = dense.encode(tensor)["dense"]
         if frame.size < coded.payload.size:
-            return "dense", Coded((0, 0), (TileEntry(frame.size, 0, ()),), frame)
+            return _dense(frame)
     return "class" if coded.by_class else "subset", coded
+
+
+def _dense(frame: UInts) -> tuple[str, Coded]:
+    return "dense", Coded((0, 0), (TileEntry(frame.size, 0, ()),), frame)
 
 
 def _encode_tile(job: ToEncode) -> tuple[TileEntry, UInts]:

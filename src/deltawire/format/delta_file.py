@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,6 +70,7 @@ def encode(
     codec: str = "subset",
     base: Mapping[str, Any] | None = None,
     coded: Mapping[str, Coded] | None = None,
+    stored: Collection[str] = (),
     run: str | None = None,
     parent: int | None = None,
     version: int | None = None,
@@ -78,7 +79,7 @@ def encode(
 
     `base` (name -> old tensor) is needed by codecs "raw" and "class" alone. `coded` (name -> what `fused.compare` made
     of the tensor's change) is for codecs "subset" and "class". With it "class" needs no base: a tensor that it does not
-    have is then written as in "subset".
+    have is then written as in "subset". Tensors `stored` are written an increment an element, uncompressed.
 
     Raises UnknownVersion for another codec, NeedsBase, for a base that is not the delta's UnknownTensor, DtypeMismatch
     or ShapeMismatch, and FormatError for `coded` that is not of this change, or not for this codec.
@@ -98,7 +99,7 @@ def encode(
     metadata["range"] = json.dumps([run, parent, version], separators=(",", ":"))
     if number == "2":
         data = {name: old.data for name, old in olds.items()}
-        return _seal(container.write(body.encode(delta, data, coded or {}), metadata))
+        return _seal(container.write(body.encode(delta, data, coded or {}, stored), metadata))
     parts: dict[str, Bits] = {}
     facts = []
     for name in sorted(delta):

@@ -14,7 +14,7 @@ from deltawire.prepare.names import require_bare
 from deltawire.publish import ties
 from deltawire.publish.baseline import Baseline
 from deltawire.publish.capturer import About, Capture, CaptureOptions
-from deltawire.publish.choice import SUBSET, UNRANKED, Choice
+from deltawire.publish.choice import SUBSET, UNRANKED, Choice, share_of
 from deltawire.publish.comparing import Comparison, not_yet
 from deltawire.publish.current_run import holds_run, near_base, newest, newest_of, tip_at, weights_at
 from deltawire.publish.devices import Lies, Place
@@ -52,6 +52,7 @@ class WholeCapturer:
         self._declared: ties.Ties = {}
         self._aliases: ties.Ties | None = None
         self.next_version, self._choice = 0, SUBSET
+        self._shares: dict[str, float] = {}
         if options.supersede:
             self._supersedes = newest(bucket)
         elif holds_run(bucket):
@@ -112,8 +113,9 @@ class WholeCapturer:
         if delta or not versions:
             captured = self._describe(run, self.next_version + len(versions), about, delta=delta)
             if not self._may_encode_later():
-                captured = replace(captured, payloads=encode(captured, self._tracker.coded))
+                captured = replace(captured, payloads=self._encode(captured))
             versions.append(captured)
+            self._shares = {name: share_of(change) for name, change in delta.items()}
         changed = delta.changed if versions[-1].parent is not None else sum(count(entry.shape) for entry in run.table)
         self.transition.begin()
         self._tracker.cover()
@@ -129,17 +131,22 @@ class WholeCapturer:
         that takes. A first publish is encoded at once, for its bytes say whether it continues a run."""
         return self._is_on_device and not self._place.is_first
 
+    def _encode(self, captured: Captured) -> dict[str, bytes | Path]:
+        """A version's file, with what was encoded as it was found."""
+        coded = self._tracker.coded
+        return encode(captured, coded, self._choice.stored(captured.delta, coded))
+
     def _coding(self) -> Callable[[str, Shard], Coding | None]:
         """How each change is encoded as it is found; none is in a run of `gap`."""
         if "subset" not in self._listed:
             return not_yet
         self._choice = choice = self._choose() if "class" in self._listed else SUBSET
-        return lambda name, shard: choice.coding(name, shard.whole)
+        return lambda name, shard: choice.coding(name, shard.whole, self._shares.get(name, 0.0))
 
     def _choose(self) -> Choice:
         """What this version is encoded in, where there is a choice."""
         chosen = self._options.choose()
-        return UNRANKED if chosen.by_class and self._is_on_device else chosen
+        return UNRANKED if (chosen.by_class or chosen.whole) and self._is_on_device else chosen
 
     def _warm_up(self) -> None:
         """Compile what the next publish runs of what the host holds: it is to be as short as all others."""

@@ -1,28 +1,45 @@
 """What the tensors of one version are encoded in: a value that one capture holds to."""
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
+from deltawire.format.body import DENSE_TRY_FROM
 from deltawire.format.codecs import tiles
 from deltawire.format.codecs.fused import Coding
 from deltawire.publish.sharded.shards import Shard
 from deltawire.runlog.cuts import Cuts, cut_at
 from deltawire.weights.blocks import WHOLE, Cut, block_of, cut_of, together
 from deltawire.weights.boxes import Box, Shape
+from deltawire.weights.delta import Delta, TensorDelta
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Codec `class`, or `subset`. `cuts` are where tiles of `class` must end, so that all who receive them can decode
-    what they hold of a tensor by itself. `reason` says why, to people."""
+    what they hold of a tensor by itself. With `whole` a tensor of which much changes is sent as an increment for each
+    element, not compressed. `reason` says why, to people.
+    """
 
     by_class: bool = False
     cuts: Cuts = field(default_factory=dict)
+    whole: bool = False
     reason: str = ""
 
-    def coding(self, name: str, shape: Shape) -> Coding:
-        """How a tensor is encoded: one whose tiles cannot suit all is of `subset`, in a version of `class`, too."""
+    def coding(self, name: str, shape: Shape, share: float = 0.0) -> Coding | None:
+        """How a tensor is encoded, of which lately this share changed: one whose tiles cannot suit all is of `subset`,
+        in a version of `class`, too. None for one that is expected to be sent `whole`."""
+        if self.whole and share >= DENSE_TRY_FROM:
+            return None
         tile = self._tile(name, shape, WHOLE)
         return Coding(tile is not None, tile)
+
+    def stored(self, delta: Delta, coded: Container[str]) -> frozenset[str]:
+        """Which tensors of a change are sent whole, of those that were not encoded as they were found."""
+        if not self.whole:
+            return frozenset()
+        return frozenset(
+            name for name, change in delta.items() if name not in coded and share_of(change) >= DENSE_TRY_FROM
+        )
 
     def of_shard(self, name: str, shard: Shard) -> Coding | None:
         """How what a rank holds of a tensor is encoded."""
@@ -39,6 +56,11 @@ class Choice:
     def _tile(self, name: str, shape: Shape, own: Cut) -> tuple[int, int] | None:
         """Tiles that suit all who receive a tensor, and its own cut; None where it is not of `class`."""
         return tiles.choose_within(shape, together(cut_at(self.cuts, name), own)) if self.by_class else None
+
+
+def share_of(change: TensorDelta) -> float:
+    """Share of a tensor's elements that a change changes."""
+    return change.changed / max(change.total, 1)
 
 
 SUBSET = Choice()

@@ -1,6 +1,6 @@
 """A change that no commit covers yet: folded while it waits, frozen to exact bytes once it is sent."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -140,12 +140,14 @@ def _choice(captured: Captured, payloads: Sequence[Payload]) -> str:
     return f"{codec}: {captured.reason if captured.payloads is not None else 'it waited for the store'}"
 
 
-def encode(captured: Captured, coded: Mapping[str, Coded] | None = None) -> dict[str, bytes | Path]:
+def encode(
+    captured: Captured, coded: Mapping[str, Coded] | None = None, stored: Collection[str] = ()
+) -> dict[str, bytes | Path]:
     """The delta's file under its key; nothing for a version in which nothing changed.
 
     `coded` are changes of it that were encoded as they were found, against the weights of its parent, by the tiles of
     a rank's boxes where a rank captured it. Where any of them is ranked by these weights, the file is of codec `class`;
-    else of what its run writes.
+    else of what its run writes. Tensors `stored` are written whole.
     """
     if not captured.delta:
         return {}
@@ -157,7 +159,13 @@ def encode(captured: Captured, coded: Mapping[str, Coded] | None = None) -> dict
     by_class = any(coded[name].by_class for name in delta if name in coded) if coded else False
     codec = "class" if by_class else run.may_use[0]
     data = delta_file.encode(
-        delta, codec=codec, coded=coded or None, run=run.run, parent=captured.parent, version=captured.version
+        delta,
+        codec=codec,
+        coded=coded or None,
+        stored=stored,
+        run=run.run,
+        parent=captured.parent,
+        version=captured.version,
     )
     sealed = blake3(data).hexdigest()
     if captured.parent is None and captured.rank is not None:

@@ -23,15 +23,13 @@ from deltawire.errors import DeltaWireError, Unavailable, WrongBase
 from deltawire.publish import given, resuming
 from deltawire.publish.beats import TrainerBeats
 from deltawire.publish.capturer import Capture, CaptureOptions
-from deltawire.publish.choosing import Chooser
+from deltawire.publish.choosing import chooser_of
 from deltawire.publish.devices import Asked, Cuda, Devices
 from deltawire.publish.given import Pairs, Prepare
-from deltawire.publish.receivers import Receivers
 from deltawire.publish.reports import PublishReport, UploadReport
 from deltawire.publish.requirements import LISTED, require_options
 from deltawire.publish.roles import Keys, open_roles
 from deltawire.publish.scratch import ScratchFiles
-from deltawire.publish.sharded.ranks import is_first
 from deltawire.publish.uploader import Queued, Uploader
 from deltawire.runlog.records import Position
 from deltawire.weights.bits import Bits
@@ -119,9 +117,7 @@ class Publisher:
         self._must_resume, self._is_torn = resume == "require", False
         self._refused: DeltaWireError | None = None
         folder = Path(assets) if assets is not None else None
-        asked = "class" in LISTED[codec] and is_first(process_group)
-        receivers = Receivers(Typed(bucket), asked=asked, clock=clock)
-        chooser = Chooser(receivers, codec)
+        chooser = chooser_of(Typed(bucket), codec, process_group, clock)
         self._spool = TemporaryFolder()
         try:
             own = ScratchFiles(self._spool.path).copy if baseline == "file" else Bits.copy
@@ -132,11 +128,10 @@ class Publisher:
         except BaseException:
             self._spool.close()
             raise
-        self._capturer, self._before = roles.capturer, roles.before
-        tip, adds_up = roles.capturer.resumed, process_group is not None
-        self._on_publish, heard = chooser.hear(on_publish), chooser.hear_upload(on_upload)
+        self._capturer, self._before, adds_up = roles.capturer, roles.before, process_group is not None
+        self._on_publish, heard, tip = chooser.hear(on_publish), chooser.hear_upload(on_upload), roles.capturer.resumed
         self._uploader = Uploader(roles.sender, where=bucket.url, tip=tip, adds_up=adds_up, on_upload=heard)
-        self._beats = TrainerBeats(Typed(bucket), self._uploader.beat, receivers.look) if roles.leads else None
+        self._beats = TrainerBeats(Typed(bucket), self._uploader.beat, chooser.look) if roles.leads else None
         atexit.register(self._close_at_exit)
 
     def __enter__(self) -> "Publisher":

@@ -8,7 +8,7 @@ from strategies import dtypes, pairs, random_bits, seeds, shapes
 
 from deltawire.errors import FormatError, TooLarge, Truncated
 from deltawire.format.codecs import dense
-from deltawire.format.codecs.base import compress
+from deltawire.format.codecs.base import compress, decompress, store
 from deltawire.weights.bits import zeros
 from deltawire.weights.delta import TensorDelta, between_bits
 from deltawire.weights.table import TensorSpec
@@ -60,3 +60,21 @@ def test_a_stream_that_is_not_the_tensors_is_refused(planes, error):
     spec = TensorSpec("w", "BF16", (4,), 4)
     with pytest.raises(error, match="w"):
         dense.decode({"dense": compress(planes)}, spec)
+
+
+@pytest.mark.parametrize("size", [0, 1, (128 << 10) - 1, 128 << 10, (128 << 10) + 1, 400_000])
+def test_a_frame_that_holds_bytes_as_they_are_is_read_as_any_other(size):
+    data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    frame = store(data)
+    assert decompress(frame, limit=size, what="it").tobytes() == data.tobytes()
+    assert frame.size <= size + 13 + 3 * (1 + size // (128 << 10))
+    for end in range(max(0, frame.size - 3), frame.size):
+        with pytest.raises(FormatError):
+            decompress(frame[:end], limit=size, what="it")
+
+
+@given(pairs())
+def test_steps_that_are_stored_are_those_that_are_compressed(pair):
+    change = between_bits(*pair)
+    spec = TensorSpec("w", change.dtype, change.shape, change.changed)
+    assert dense.decode(dense.encode(change, stored=True), spec) == change

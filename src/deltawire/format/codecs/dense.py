@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from deltawire.errors import FormatError, Truncated
-from deltawire.format.codecs.base import compress, decompress, unzigzag, zigzag
+from deltawire.format.codecs.base import compress, decompress, store, unzigzag, zigzag
 from deltawire.weights.bits import UInts, unsigned
 from deltawire.weights.delta import TensorDelta, settle
 from deltawire.weights.table import TensorSpec
@@ -16,15 +16,15 @@ from deltawire.weights.table import TensorSpec
 SUFFIXES = ("dense",)
 
 
-def encode(delta: TensorDelta) -> dict[str, UInts]:
-    """One tensor's steps as byte streams."""
+def encode(delta: TensorDelta, *, stored: bool = False) -> dict[str, UInts]:
+    """One tensor's steps as byte streams; `stored` as they are, which takes no time to speak of."""
     if delta.positions is None:
         steps = delta.steps
     else:
         steps = np.zeros(delta.total, delta.steps.dtype)
         steps[delta.positions] = delta.steps
     planes = zigzag(steps).view(np.uint8).reshape(-1, steps.itemsize).T
-    return {"dense": compress(planes)}
+    return {"dense": store(planes) if stored else compress(planes)}
 
 
 def decode(streams: Mapping[str, UInts], spec: TensorSpec) -> TensorDelta:

@@ -10,6 +10,7 @@ from deltawire.errors import BadDigest, CopiesDiffer, MissingTensor
 from deltawire.publish.sharded.ranks import Sums
 from deltawire.publish.sharded.shards import Shard
 from deltawire.publish.ties import Ties
+from deltawire.publish.tracker import ChangeTracker
 from deltawire.weights.digest import MODULUS
 from deltawire.weights.table import TensorEntry
 
@@ -71,6 +72,18 @@ class Ballot:
 def numbers(values: Iterable[int]) -> Sums:
     """Numbers below 2^64 as an array that adds up over ranks."""
     return np.array([*values], np.uint64)
+
+
+def digests_of(tracker: ChangeTracker, table: Iterable[str], names: set[str]) -> tuple[Sums, Sums, Sums]:
+    """For each tensor of a table, the digests of what a rank publishes of it, at the opening and now, and of all that
+    it holds; 0 for one that is not among these names."""
+    order, digests = [*table], tracker.baseline.digests
+    ours = {name for name in names if tracker.shards[name].owned}
+    return (
+        numbers(tracker.seeded[name] if name in ours else 0 for name in order),
+        numbers(digests[name] if name in ours else 0 for name in order),
+        numbers(digests[name] if name in names else 0 for name in order),
+    )
 
 
 def mark(table: Mapping[str, TensorEntry], given: set[str], aliases: Ties, step: int | None) -> int:

@@ -23,7 +23,7 @@ from deltawire.publish.dtypes import Casting
 from deltawire.publish.first_anchor import asset_payloads
 from deltawire.publish.pending import Captured, encode
 from deltawire.publish.requirements import among, warn_of_packed
-from deltawire.publish.sharded.ballot import Ballot, mark, marks_of, numbers, require_alike
+from deltawire.publish.sharded.ballot import Ballot, digests_of, mark, marks_of, require_alike
 from deltawire.publish.sharded.opening import Opening
 from deltawire.publish.sharded.ranks import Ranks
 from deltawire.publish.sharded.shards import Shard, moved
@@ -58,17 +58,14 @@ class ShardCapturer:
         self._ranks, self._options, self._casting = ranks, options, Casting(options.dtype)
         self._assets = options.assets if ranks.rank == 0 else None
         self._opening = Opening(bucket, ranks, replace(options, assets=self._assets))
-        self._decision = self._opening.decision
-        self.resumed = self._decision.resumed
+        self._decision, self.resumed = self._opening.decision, self._opening.decision.resumed
         self._run, self._table = self._opening.run, dict(self._opening.table)
         self.next_version = self.resumed.position.version + 1 if self.resumed is not None else 0
         self.transition = Transition()
         self._tracker = ChangeTracker(self.transition, Baseline(options.own))
-        self._place = Place(options.baseline, options.devices)
-        self._known = self._opening.digests
-        self._digests = dict(self._known)
+        self._choice, self._place = SUBSET, Place(options.baseline, options.devices)
+        self._known, self._digests = self._opening.digests, dict(self._opening.digests)
         self._aliases = aliases_of(self._run.table) if self._run is not None else None
-        self._choice = SUBSET
 
     @property
     def total(self) -> int:
@@ -281,27 +278,15 @@ class ShardCapturer:
 
     def _ballot(self, names: set[str], captured: Captured, cut: int) -> Ballot:
         """What this rank says of the version that it captured."""
-        digests, shards = self._tracker.baseline.digests, self._tracker.shards
-        given = [name in names for name in self._table]
-        owned = [name in names and shards[name].owned for name in self._table]
-        seeded = self._tracker.seeded
-        return Ballot(
-            marks=marks_of(self._ranks.rank, self._ranks.size, mark(self._table, names, {}, captured.step)),
-            changed=captured.delta.changed,
-            wire_bytes=captured.payload_bytes,
-            cut=cut if self._ranks.rank == 0 else -1,
-            seeded=numbers(seeded[name] if is_ours else 0 for name, is_ours in zip(self._table, owned, strict=True)),
-            owned=numbers(digests[name] if is_ours else 0 for name, is_ours in zip(self._table, owned, strict=True)),
-            copies=numbers(digests[name] if is_here else 0 for name, is_here in zip(self._table, given, strict=True)),
-        )
+        marks = marks_of(self._ranks.rank, self._ranks.size, mark(self._table, names, {}, captured.step))
+        facts = captured.delta.changed, captured.payload_bytes, cut if self._ranks.rank == 0 else -1
+        return Ballot(marks, *facts, *digests_of(self._tracker, self._table, names))
 
     def _move_on(self, captured: Captured, sums: Ballot, seconds: float) -> Capture:
         """Every rank has captured the version: number it, and let go of the change. Nothing here can fail."""
         before, run = dict(self._known), captured.run
-        digests = dict(self._digests or before)
-        for number, entry in enumerate(run.table):
-            if entry.trainable:
-                digests[entry.name] = int(sums.owned[number])
+        owned = zip(run.table, sums.owned.tolist(), strict=True)
+        digests = dict(self._digests or before) | {entry.name: value for entry, value in owned if entry.trainable}
         versions = [replace(captured, digests=digests)]
         if self._run is None and self._decision.base is not None:
             zero = replace(versions[0], version=0, parent=None, delta=Delta(), digests=before, payloads={}, boxes={})
