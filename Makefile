@@ -1,5 +1,5 @@
 # What people do here. `make demo` and `make test` set up what they need on a fresh machine.
-.PHONY: help setup demo demo-real example-trl test nightly test-vllm bench bench-vllm soak lint types check docs
+.PHONY: help setup demo demo-real example-trl test nightly test-vllm test-gpu bench bench-vllm soak lint types check docs
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ soak: setup      ## a thousand versions under faults, kills, compaction and prun
 
 test-vllm: setup ## every model and parallel layout on real vLLM servers, about 35 minutes
 	@DELTAWIRE_TEST_VLLM=all .venv/bin/python -m pytest tests/live tests/follow tests/vllm
+
+test-gpu:        ## on a host with CUDA, in the environment that has vLLM: PYTHON=path/to/python, SCENARIOS="fp8 8b" or all
+	@DELTAWIRE_TEST_GPU="$(SCENARIOS)" $(or $(PYTHON),$(wildcard .venv/bin/python),python3) -m pytest -m gpu -s tests/gpu
 
 bench: setup     ## bytes and speed of every codec, and what more parameters, versions and tensors cost
 	@.venv/bin/python benchmarks/codecs.py

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+from random_models import SHAPES
 from servers import Server, save_checkpoint  # the tests' own way to a server
 
 import deltawire as dw
@@ -29,10 +30,6 @@ from deltawire.runlog.records import Position
 from deltawire.vllm.client import EngineClient
 
 HERE = Path(__file__).parent
-QWEN3_06B = {
-    "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-}  # fmt: skip
 MILLION = {
     "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -54,8 +51,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         torch.manual_seed(0)
-        shape = MILLION if options.small else QWEN3_06B
-        config = Qwen3Config(**shape, max_position_embeddings=2048, tie_word_embeddings=True)
+        shape = MILLION if options.small else SHAPES["0.6b"]
+        config = Qwen3Config(**{**shape, "max_position_embeddings": 2048, "tie_word_embeddings": True})
         model = Qwen3ForCausalLM(config)
         print(f"model: {sum(p.numel() for p in model.parameters()):,} random parameters; {os.cpu_count()} cores")
         save_checkpoint(folder / "model", model)

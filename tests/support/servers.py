@@ -138,8 +138,13 @@ def save_checkpoint(folder: Path, model=None) -> None:
         if name.endswith("e_score_correction_bias"):
             saved.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias.clone()
     saved.save_pretrained(folder)
-    words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def save_tokenizer(folder: Path, words: int = VOCABULARY) -> None:
+    """A tokenizer of one word per token, "w17", for the first tokens of a vocabulary."""
+    known = Tokenizer(WordLevel({f"w{number}": number for number in range(words)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=known, unk_token="w0").save_pretrained(folder)
 
 
 def repeat_head(folder: Path) -> None:
@@ -150,10 +155,13 @@ def repeat_head(folder: Path) -> None:
 
 
 RUNNING = "vllm:num_requests_running{"
+EAGER = ("--enforce-eager",)
+"""how vLLM runs its passes on a host without a GPU: no CUDA graphs, no torch.compile"""
 
 
 class Server:
-    """One vLLM server under a supervisor. It ends with its workers even when the tests are killed; `url`, `stop()`."""
+    """One vLLM server under a supervisor. It ends with its workers even when the tests are killed; `url`, `stop()`.
+    `mode` are the options that say how it runs its passes."""
 
     def __init__(
         self,
@@ -161,6 +169,7 @@ class Server:
         log: Path,
         *,
         backend: str | None = "deltawire",
+        mode: tuple[str, ...] = EAGER,
         options: tuple[str, ...] = (),
         port: int = 0,
         **environ: str,
@@ -175,7 +184,8 @@ class Server:
         self.command = command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
             *("--served-model-name", "policy", "--dtype", "bfloat16", "--max-model-len", str(LONGEST)),
-            *("--enforce-eager", "--host", "127.0.0.1", "--port", str(port)),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            *mode,
             *options,
             *(("--weight-transfer-config", f'{{"backend":"{backend}"}}') if backend else ()),
         ]
@@ -251,9 +261,15 @@ class Server:
         metrics = httpx.get(f"{self.url}/metrics", timeout=60).text
         return sum(int(float(line.split()[-1])) for line in metrics.splitlines() if line.startswith(RUNNING))
 
-    def logprobs(self, prompt: list[int], length: int = 8) -> list[float]:
-        """Greedy generation: the log-probability of each token it chose."""
-        body = {"model": "policy", "prompt": prompt, "max_tokens": length, "temperature": 0, "logprobs": 0}
+    def greedy(self, prompt: list[int], length: int = 8, model: str = "policy") -> list[tuple[str, float]]:
+        """Greedy generation: each token that it chose, as "token_id:17", and its log-probability."""
+        body = {"model": model, "prompt": prompt, "max_tokens": length, "temperature": 0, "logprobs": 0,
+                "return_tokens_as_token_ids": True}  # fmt: skip
         answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
         assert answer.status_code == 200, answer.text
-        return answer.json()["choices"][0]["logprobs"]["token_logprobs"]
+        chosen = answer.json()["choices"][0]["logprobs"]
+        return list(zip(chosen["tokens"], chosen["token_logprobs"], strict=True))
+
+    def logprobs(self, prompt: list[int], length: int = 8) -> list[float]:
+        """Greedy generation: the log-probability of each token it chose."""
+        return [logprob for _, logprob in self.greedy(prompt, length)]

@@ -12,11 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from adapters import Learner, load, logprobs
+from adapters import AdapterRun
 from programs import program
 from safetensors.torch import load_file
 from servers import Server, save_checkpoint
-from transformers import AutoModelForCausalLM
 
 import deltawire as dw
 from deltawire.errors import BadDigest, EngineError, EngineUnsupported
@@ -50,35 +49,6 @@ def servers(base, tmp_path_factory):
     running = [start(base, tmp_path_factory.mktemp("vllm") / "vllm.log").wait()]
     yield running
     running[0].stop()
-
-
-class AdapterRun:
-    """An adapter on the base that trains fast enough for versions to differ, published to a folder bucket."""
-
-    def __init__(self, base: Path, folder: Path) -> None:
-        self.base, self.folder = base, folder
-        self.url = (folder / "bucket").as_uri()
-        self.learner = Learner(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), rate=1e-2)
-        assets = lora.save_config(self.learner.model, folder / "config")
-        self.publisher = dw.Publisher(dw.open_bucket(self.url, create=True), assets=assets)
-        self.versions = 0
-
-    def publish(self) -> dw.PublishReport:
-        """The next version, a few steps of training after the one before."""
-        if self.versions:
-            self.learner.train(5)
-        self.versions += 1
-        report = self.publisher.publish(lora.adapter_tensors(self.learner.model))
-        self.publisher.flush(60)
-        return report
-
-    def follower(self, server: Server, **options) -> AdapterFollower:
-        return AdapterFollower(self.url, server.url, "lora", folder=self.folder / "cache", **options)
-
-    def expected(self, version: int, tokens: list[int]) -> torch.Tensor:
-        """What PEFT alone says of a version as anyone may materialise it."""
-        folder = dw.materialize(dw.open_bucket(self.url), self.folder / f"v{version}", version).folder
-        return logprobs(load(self.base, folder), tokens)
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ was started on, to be compared with that. `make test-vllm` runs all of them, and
 version of each.
 """
 
-import json
 import os
 
 import httpx
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from random_models import quantise
+from safetensors.torch import load_file
 from servers import START_SECONDS, VOCABULARY, Server, build, repeat_head, save_checkpoint
 
 import deltawire as dw
@@ -20,7 +20,6 @@ from deltawire.prepare.fp8 import Fp8
 from deltawire.trainers.conversion import name_map
 from deltawire.trainers.state import checkpoint_tensors
 from deltawire.vllm.client import EngineClient
-from deltawire.weights.tensors import as_bits, as_torch
 
 TP2 = ("--tensor-parallel-size", "2")
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -85,14 +84,7 @@ class Chain:
         """The model as a checkpoint for vLLM: what transformers writes, and where it is quantised our fp8 instead."""
         save_checkpoint(folder, self.model)
         for fp8 in self.prepare[1:]:
-            plain = dict(self.prepare[0](checkpoint_tensors(self.model)))
-            made = {name: tensor for name, tensor in fp8(plain.items()) if tensor is not plain.get(name)}
-            weights = load_file(folder / "model.safetensors")
-            weights |= {name: as_torch(as_bits(tensor)) for name, tensor in made.items()}
-            save_file(weights, folder / "model.safetensors")
-            config = json.loads((folder / "config.json").read_text())
-            config["quantization_config"] = fp8.quantization_config(plain.items())
-            (folder / "config.json").write_text(json.dumps(config))
+            quantise(folder, fp8, dict(self.prepare[0](checkpoint_tensors(self.model))))
 
 
 @pytest.mark.parametrize("combination", [*ALWAYS, *(OFTEN if every else [])], ids=" ".join)

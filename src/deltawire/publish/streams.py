@@ -1,11 +1,23 @@
-"""A stream of our own on each device. On the CPU, which has none, all is done at once."""
+"""A stream of our own on each device. On the CPU, which has none, all is done at once.
+
+Neither a trainer's inference mode nor its gradients reach what is done there: a tensor that was made in inference mode
+could not be written outside of it.
+"""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import torch
+
+
+def landing(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory of the host for what crosses from a device: pinned, unless the host has no more to pin."""
+    if device.type == "cuda":
+        with suppress(RuntimeError):  # of no kind of its own
+            return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=True)
+    return torch.empty(elements, dtype=dtype, device="cpu")
 
 
 @cache
@@ -16,23 +28,22 @@ def _stream_on(device: torch.device) -> Any:
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
     """Queue on the stream of our own: for memory of our own."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.stream(_stream_on(device)):
-        yield
+    with torch.inference_mode(False), torch.no_grad():
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.stream(_stream_on(device)):
+            yield
 
 
 @contextmanager
 def beside_trainer(device: torch.device) -> Iterator[None]:
     """The same, after all that the trainer has queued; what it queues next waits for us."""
-    if device.type != "cuda":
-        yield
-        return
-    trainers, stream = torch.cuda.current_stream(device), _stream_on(device)
-    stream.wait_stream(trainers)
+    if device.type == "cuda":
+        _stream_on(device).wait_stream(torch.cuda.current_stream(device))
     try:
-        with torch.cuda.stream(stream):
+        with own_stream(device):
             yield
     finally:
-        trainers.wait_stream(stream)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).wait_stream(_stream_on(device))

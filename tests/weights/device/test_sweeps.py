@@ -22,14 +22,17 @@ from deltawire.weights.tensors import cast
 
 DTYPES = ["U8", "BF16", "F32", "F64"]
 HERE = Path(__file__).parent
+DEVICE = os.environ.get("DELTAWIRE_TEST_DEVICE", "cpu")
+"""where what is compared with the host's loops lies: on a GPU in tests/gpu/test_kernels_on_cuda.py"""
 
 
 def carrier(bits: Bits) -> torch.Tensor:
-    return torch.from_numpy(bits.data.view(f"{'u' if bits.data.itemsize == 1 else 'i'}{bits.data.itemsize}"))
+    signed = bits.data.view(f"{'u' if bits.data.itemsize == 1 else 'i'}{bits.data.itemsize}")
+    return torch.from_numpy(signed).to(DEVICE)
 
 
 def unsigned(flat: torch.Tensor) -> np.ndarray:
-    return flat.numpy().view(f"u{flat.element_size()}")
+    return flat.cpu().numpy().view(f"u{flat.element_size()}")
 
 
 def tensors(seed: int, dtype: str, count: int = 5) -> tuple[list[Bits], list[Bits]]:
@@ -64,7 +67,7 @@ def test_compare_finds_what_the_host_finds_and_scatter_takes_it_to_the_baseline(
     found = sweeps.compare([carrier(bits) for bits in new], base)
     expected = [plain.compare_and_collect(was.data, own.data) for was, own in zip(old, new, strict=True)]
     assert found.counts == tuple(positions.size for positions, _ in expected)
-    assert np.array_equal(found.positions.numpy(), np.concatenate([positions for positions, _ in expected]))
+    assert np.array_equal(found.positions.cpu().numpy(), np.concatenate([positions for positions, _ in expected]))
     assert np.array_equal(unsigned(found.increments), np.concatenate([steps for _, steps in expected]))
 
     before = sweeps.digest_at(found.counts, found.positions, found.bits - found.increments)
@@ -89,7 +92,7 @@ def test_fp32_is_compared_as_the_bf16_that_the_host_rounds_it_to(seed):
     found = sweeps.compare([*new, carrier(kept)], [carrier(bits) for bits in old])
     expected = [plain.compare_and_collect(was.data, own.data) for was, own in zip(old, (*rounded, kept), strict=True)]
     assert found.counts == tuple(positions.size for positions, _ in expected)
-    assert np.array_equal(found.positions.numpy(), np.concatenate([positions for positions, _ in expected]))
+    assert np.array_equal(found.positions.cpu().numpy(), np.concatenate([positions for positions, _ in expected]))
     assert np.array_equal(unsigned(found.increments), np.concatenate([steps for _, steps in expected]))
 
 
@@ -97,7 +100,8 @@ def test_bf16_is_rounded_as_the_host_rounds_at_every_limit():
     words = np.arange(1 << 16, dtype=np.uint32) << 16
     for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         wide = (words | low).view(np.float32)
-        assert np.array_equal(unsigned(torch_twin.bf16_bits(torch.from_numpy(wide))), cast(wide, "BF16").data)
+        rounded = torch_twin.bf16_bits(torch.from_numpy(wide).to(DEVICE))
+        assert np.array_equal(unsigned(rounded), cast(wide, "BF16").data)
 
 
 def test_what_needs_more_than_a_chunk_is_the_same(monkeypatch):

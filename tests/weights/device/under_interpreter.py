@@ -1,19 +1,34 @@
-"""The Triton twin gives what the torch twin gives. `test_sweeps.py` runs this under TRITON_INTERPRET=1."""
+"""The Triton twin gives what the torch twin gives. `test_sweeps.py` runs this under TRITON_INTERPRET=1, and
+tests/gpu/test_kernels_on_cuda.py on a GPU."""
+
+import os
 
 import numpy as np
 import pytest
 import torch
+from cpu_devices import DevicePublisher
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import fresh, read_weights
 from strategies import changed, random_bits, seeds
 
 from deltawire.errors import ConcurrentWrite
-from deltawire.weights.device import torch_twin, triton_twin
+from deltawire.weights.device import sweeps, torch_twin, triton_twin
 from deltawire.weights.device.carriers import CARRIERS, Part, Strip
+from deltawire.weights.tensors import cast, equal
 
+DEVICE = os.environ.get("DELTAWIRE_TEST_DEVICE", "cpu")
 DTYPES = {1: "U8", 2: "BF16", 4: "F32", 8: "F64"}
+KEPT = (("b", "BF16"), ("c", "F16"))
 few = settings(max_examples=3)
 widths = pytest.mark.parametrize("width", DTYPES)
+
+
+@pytest.fixture(autouse=True)
+def on_the_device():
+    """Every tensor that a test makes is there."""
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -31,7 +46,7 @@ def pair(seed: int, width: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]
     old = [random_bits(rng, DTYPES[width], (int(rng.choice([0, 1, 64, 65, 300])),)) for _ in range(4)]
     new = [changed(rng, bits, str(rng.choice(["nothing", "a few by one", "half", "everything"]))) for bits in old]
     kind = "u1" if width == 1 else f"i{width}"
-    first, second = ([torch.from_numpy(bits.data.view(kind)) for bits in each] for each in (old, new))
+    first, second = ([torch.from_numpy(bits.data.view(kind)).to(DEVICE) for bits in each] for each in (old, new))
     return first, second
 
 
@@ -74,7 +89,7 @@ def test_compare_digest_at_gather_and_scatter(width, seed):
 @few
 def test_fp32_is_rounded_to_bf16_beside_what_is_bf16(seed):
     rng = np.random.default_rng(seed)
-    wide = torch.from_numpy(random_bits(rng, "F32", (300,)).data.view(np.float32))
+    wide = torch.from_numpy(random_bits(rng, "F32", (300,)).data.view(np.float32)).to(DEVICE)
     base, new = pair(seed, 2)
     rounded = torch_twin.bf16_bits(wide)
     rounded[::7] += 1
@@ -84,7 +99,7 @@ def test_fp32_is_rounded_to_bf16_beside_what_is_bf16(seed):
 def test_bf16_at_every_limit():
     words = np.arange(1 << 8, dtype=np.uint32) << 24
     lows = np.array([0, 0x8000, 0x18000, 0x17FFF, 0x7F8000, 0x7FFFFF, 0x800000, 0x800001, 0xFFFFFF], np.uint32)
-    wide = torch.from_numpy((words[:, None] | lows).reshape(-1).view(np.float32))
+    wide = torch.from_numpy((words[:, None] | lows).reshape(-1).view(np.float32)).to(DEVICE)
     zeros = torch.zeros(wide.numel(), dtype=torch.int16)
     same(triton_twin.compare([wide], [zeros]), torch_twin.compare([wide], [zeros]))
 
@@ -125,6 +140,20 @@ def test_an_offset_beyond_its_tensor_reads_nothing_and_writes_nothing(kind):
     assert triton_twin.gather(flats, [2, 2], offsets).tolist() == [3, 0, 0, 0]
     triton_twin.scatter(flats, [2, 2], offsets, torch.full((4,), 99, dtype=kind))
     assert [at for at, value in enumerate(memory.tolist()) if value == 99] == [3]
+
+
+def test_a_run_is_published_from_a_device_by_these_kernels(monkeypatch):
+    monkeypatch.setattr(sweeps, "_twin", lambda tensor: triton_twin)
+    bucket = fresh()
+    weights = {"a": torch.randn(30, 8), "b": torch.randn(17).bfloat16(), "c": torch.randn(9, 5).t().half()}
+    with DevicePublisher(bucket, baseline="device", dtype={"c": "F16", "a": "BF16"}) as publisher:
+        for _ in range(3):
+            for tensor in weights.values():
+                tensor.mul_(1 + 0.1 * (torch.rand_like(tensor) < 0.3))
+            report = publisher.publish(weights)
+    assert report.baseline == "device"
+    assert 0 < report.changed < report.total
+    assert equal(read_weights(bucket), {"a": cast(weights["a"], "BF16"), **{n: cast(weights[n], k) for n, k in KEPT}})
 
 
 def test_nothing_is_launched_for_nothing():

@@ -211,7 +211,7 @@ class _Launch:
     @classmethod
     def over(cls, sizes: Sequence[int], block: int, device: torch.device, *rows: Sequence[int]) -> "_Launch":
         blocks = [-(-size // block) for size in sizes]
-        numbers = torch.tensor([[*sizes], _starts(blocks), *map(list, rows), blocks])
+        numbers = torch.tensor([[*sizes], _starts(blocks), *map(list, rows), blocks], device="cpu")
         table = (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
         owners = torch.arange(len(blocks), device=device)
         tensors = torch.repeat_interleave(owners, table[-1], output_size=sum(blocks))
