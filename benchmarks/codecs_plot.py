@@ -15,7 +15,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-OURS, OTHERS = ("#1b6ca8", "#5aa9e6", "#a9d6f5"), ("#6b6b6b", "#9c9c9c", "#cdcdcd")
+OURS, OTHERS = ("#12507f", "#2f86c6", "#74b8ea", "#b5dcf7"), ("#555555", "#828282", "#aeaeae", "#d6d6d6")
 """a colour a trace"""
 TOO_LONG = 7
 """bytes a change, beyond which a bar is cut off and says its length"""
@@ -23,20 +23,20 @@ TOO_LONG = 7
 
 def draw(tables: list[dict[str, Any]]) -> Any:
     """The figure: a bar for each codec and trace."""
-    names = [row["codec"] for row in tables[0]["rows"]][::-1]
-    figure, (sizes, speeds) = plt.subplots(1, 2, figsize=(11, 0.45 * len(names) + 1.6), sharey=True)
-    thick = 0.8 / len(tables)
+    names = list(dict.fromkeys(row["codec"] for table in tables for row in table["rows"]))[::-1]
+    figure, (sizes, speeds) = plt.subplots(1, 2, figsize=(11, 0.6 * len(names) + 1.6), sharey=True)
+    thick = 0.84 / len(tables)
     for number, table in enumerate(tables):
-        rows = {row["codec"]: row for row in table["rows"]}
-        places = [place + 0.4 - thick * (number + 0.5) for place in range(len(names))]
-        shades = [(OURS if name.startswith("deltawire") else OTHERS)[number % 3] for name in names]
-        lengths = [rows[name]["bytes"] for name in names]
+        rows = sorted(table["rows"], key=lambda row: names.index(row["codec"]))  # what was not measured has no bar
+        places = [names.index(row["codec"]) + 0.42 - thick * (number + 0.5) for row in rows]
+        shades = [(OURS if row["codec"].startswith("deltawire") else OTHERS)[number % len(OURS)] for row in rows]
+        lengths = [row["bytes"] for row in rows]
         label = f"{table['trace']}, {table['density']:.2%}"
         sizes.barh(places, [min(length, TOO_LONG) for length in lengths], thick, color=shades, label=label)
         for place, length in zip(places, lengths, strict=True):
-            sizes.text(min(length, TOO_LONG) + 0.08, place, f"{length:.2f}", va="center", fontsize=7)
-        speeds.scatter([rows[name]["publish"] for name in names], places, marker="o", s=18, color=shades)
-        speeds.scatter([rows[name]["decode"] for name in names], places, marker="x", s=18, color=shades)
+            sizes.text(min(length, TOO_LONG) + 0.08, place, f"{length:.2f}", va="center", fontsize=6)
+        speeds.scatter([row["publish"] for row in rows], places, marker="o", s=18, color=shades)
+        speeds.scatter([row["decode"] for row in rows], places, marker="x", s=18, color=shades)
     sizes.set(xlim=(0, TOO_LONG + 1), xlabel="bytes a changed weight", yticks=range(len(names)))
     sizes.set_yticklabels(names)
     speeds.set(xscale="log", xlabel="speed, as a share of one compare pass: o publish, x decode")
