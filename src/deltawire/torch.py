@@ -99,7 +99,8 @@ class ModelFollower(FollowLoop[Position]):
     def _attach(self) -> None:
         self._worker.attach(self.bucket.url, self.source.trust.keys, self.source.base)
         self._check()
-        self.beats.codecs = self._worker.status().codecs
+        status = self._worker.status()
+        self.beats.codecs, self.beats.cuts = status.codecs, status.cuts
 
     def _check(self) -> None:
         if (problem := self._worker.status().error) is not None:

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from class_runs import deltas
 from failing import failing
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from waiting import await_staging
 import deltawire as dw
 from deltawire.errors import BadDigest, EngineError, EngineUnsupported, WrongBase
 from deltawire.follow.follower import Follower
+from deltawire.format import delta_file
 from deltawire.live import answers, staging
 from deltawire.live.coverage import Coverage
 from deltawire.live.messages import Stage
@@ -71,12 +73,12 @@ def test_workers_are_brought_from_version_to_version_together(run, engine, shard
         assert_served(run, engine, shards, version)
 
 
-def test_workers_that_hold_parts_reach_a_delta_of_class_another_way_and_have_the_trainer_write_subset():
+def test_workers_that_hold_parts_of_tiles_reach_a_delta_another_way_and_have_the_trainer_write_what_they_read():
     with SmallRun(codec="class") as run:
         shards = [Shard(run.versions[0], rank) for rank in range(2)]
         with StubEngine(*shards) as engine, Follower(run.url, EngineClient(engine.url)) as follower:
             follower.step()
-            assert follower.beats.codecs == ("subset", "gap")
+            assert (follower.beats.codecs, follower.beats.cuts) == (("subset", "gap"), {"a": (4, 0), "b": (4, 0)})
             run.publish(a=1, b=-1, v=1)
             assert follower.step().from_version is None
             assert_served(run, engine, shards, 1)
@@ -86,8 +88,8 @@ def test_workers_that_hold_parts_reach_a_delta_of_class_another_way_and_have_the
             run.publish(a=1, b=-1, v=1)
             assert follower.step().from_version == 1
             assert_served(run, engine, shards, 2)
-        keys = [stat.key for stat in run.publisher.bucket.list("runs/") if "/deltas/" in stat.key]
-        assert [key.endswith(".class.safetensors") for key in sorted(keys)] == [True, False]
+        found = [delta_file.read_header(data).encodings for _, data in sorted(deltas(run.publisher.bucket).items())]
+        assert found == [("class", "class", "class"), ("subset", "subset", "class")]
 
 
 class Halves(nn.Module):

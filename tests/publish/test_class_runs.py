@@ -15,7 +15,8 @@ from deltawire.errors import BadDigest, DeltaWireError, MissingTensor, Unavailab
 from deltawire.format import checkpoint, delta_file
 from deltawire.publish.beats import TrainerBeats
 from deltawire.publish.receivers import Receivers
-from deltawire.runlog import log
+from deltawire.runlog import heartbeats, log
+from deltawire.runlog.heartbeats import Heartbeat
 from deltawire.upkeep.verify import verify
 from deltawire.weights.bits import Bits, unsigned
 from deltawire.weights.tensors import equal
@@ -221,7 +222,7 @@ def test_while_one_replica_does_not_read_class_versions_are_of_subset_and_the_lo
         publish_all(bucket, weights, codec="class")
         written.append(codecs(bucket)[len(written) + 1])
     assert written == ["class", "subset", "subset", "class"]
-    assert "versions are of codec subset until all replicas read class: 1 do not: a" in caplog.text
+    assert "versions are of codec subset until all replicas read class: 1 do not read class: a" in caplog.text
 
 
 def test_a_silent_replica_is_no_veto():
@@ -229,7 +230,24 @@ def test_a_silent_replica_is_no_veto():
     say(bucket, "a", "subset", at=now, every=10.0)
     for seconds, expected in ((0, False), (29, False), (4000, True)):
         receivers = Receivers(bucket, asked=True, clock=lambda ahead=seconds: now + ahead)
-        assert receivers.read_class() == expected
+        assert (receivers.heard.cuts is not None) == expected
+
+
+def test_what_replicas_cut_is_put_together_and_a_silent_one_s_is_not():
+    bucket, now = fresh(), time.time()
+    for name, at, cuts in (
+        ("a", now, {"w": (12, 0)}),
+        ("b", now, {"w": (8, 64), "v": (0, 2)}),
+        ("c", 0, {"w": (1, 1)}),
+    ):
+        heartbeats.beat(bucket, Heartbeat(name, at=at, every=30.0, codecs=("subset", "gap"), cuts=cuts))
+    say(bucket, "whole", "class", at=now)
+    [stat] = bucket.list("replicas/c")
+    clock = stat.modified + 3600
+    assert Receivers(bucket, asked=True, clock=lambda: now).heard.cuts == {"w": (1, 1), "v": (0, 2)}
+    for name in "ab":
+        heartbeats.beat(bucket, Heartbeat(name, at=clock, every=30.0, cuts={"w": (12 if name == "a" else 8, 0)}))
+    assert Receivers(bucket, asked=True, clock=lambda: clock).heard.cuts == {"w": (4, 0)}
 
 
 class Blind(Forwarding):
@@ -244,8 +262,8 @@ def test_a_store_that_does_not_show_its_replicas_is_a_veto_and_is_not_asked_wher
         caplog.clear()
         receivers = Receivers(Blind(fresh()), asked=asked)
         receivers.look()
-        assert not receivers.read_class()
-        assert caplog.text.count("their heartbeats cannot be read") == said
+        assert receivers.heard.cuts is None
+        assert caplog.text.count("heartbeats cannot be read") == said
 
 
 def test_replicas_are_looked_at_while_the_trainer_trains():

@@ -20,6 +20,7 @@ from deltawire.prepare.names import View
 from deltawire.publish import comparing, crossing, on_device
 from deltawire.publish.capture import WholeCapturer
 from deltawire.publish.capturer import CaptureOptions
+from deltawire.publish.choice import Choice
 from deltawire.publish.devices import Place
 from deltawire.publish.pending import ship
 from deltawire.publish.requirements import LISTED
@@ -252,8 +253,8 @@ def test_a_tensor_crosses_to_a_baseline_on_the_host_in_pieces(codec, monkeypatch
     monkeypatch.setattr(crossing, "PIECE", 1000)
     monkeypatch.setattr(crossing, "WORTH", 300)
     monkeypatch.setattr(crossing.threads, "cores", lambda: 3)
-    host = opened(tmp_path / "host", codec=codec, by_class=lambda: True)
-    device = opened(tmp_path / "device", codec=codec, devices=CpuDevice(), by_class=lambda: True)
+    host = opened(tmp_path / "host", codec=codec, choose=lambda: Choice(by_class=True))
+    device = opened(tmp_path / "device", codec=codec, devices=CpuDevice(), choose=lambda: Choice(by_class=True))
     weights = {
         "turned": torch.randn(71, 30).t(),
         "even": torch.randn(3000),
@@ -424,19 +425,20 @@ def test_a_run_on_a_base_moves_to_the_device_with_its_first_publish(tmp_path):
     assert equal({name: read[name] for name in given_there}, bits_of(given_there))
 
 
-def test_a_run_of_codec_class_writes_subset_from_a_device(caplog):
+def test_a_run_of_codec_class_writes_subset_from_a_device_and_says_why():
     bucket, weights = fresh(), fp32()
     with publishing(bucket, codec="class", cls=DevicePublisher) as pub:
-        codecs = []
+        codecs, reasons = [], []
         for seed in range(3):
-            codecs.append(pub.publish(weights).codec)
+            report = pub.publish(weights)
+            codecs.append(report.codec)
+            reasons.append(report.reason)
             pub.flush(timeout=PATIENCE)
             step(weights, seed)
         pub.publish(weights)
     assert codecs[1:] == ["subset", "subset"]
     assert equal(read_weights(bucket), bits_of(weights))
-    said = f"{bucket.url}: versions are of codec subset, not class, while the baseline lies on a device"
-    assert [record.message for record in caplog.records].count(said) == 1
+    assert reasons[-1] == "the baseline lies on a device, where nothing is ranked by class"
 
 
 WATCHED = FILES | {on_device.__file__}

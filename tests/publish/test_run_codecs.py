@@ -101,5 +101,8 @@ def test_a_run_that_supersedes_another_may_be_of_another_codec():
 
 
 def test_a_codec_that_no_run_may_list_cannot_be_published():
-    with pytest.raises(UnknownVersion, match='use "subset", "class" or "gap"'), publishing(fresh(), codec="raw"):
+    with (
+        pytest.raises(UnknownVersion, match='use "subset", "class", "auto" or "gap"'),
+        publishing(fresh(), codec="raw"),
+    ):
         pass

@@ -102,9 +102,9 @@ def one_look_at_the_newest_commit(patch):
 
 
 def class_is_ranked_by_the_bits_after_it(patch):
-    def wrong(old, new, *, by_class):
+    def wrong(old, new, *, by_class, tile=None):
         change = between_bits(old, new)
-        return change, subset.encode(change, new.data if by_class else None)
+        return change, subset.encode(change, new.data if by_class else None, tile=tile)
 
     patch.setattr(fused, "compare", wrong)
 

@@ -10,16 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import commits, read_weights
+from runs import commits, position, read_weights
 from waiting import until
 
 import deltawire as dw
 from deltawire.demo.processes import free_port
+from deltawire.format import delta_file
 from deltawire.format.checkpoint import Checkpoint
 from deltawire.runlog.signing import read_key
 from deltawire.upkeep.compactor import Compactor
 from deltawire.upkeep.retention import Policy, carry_out, find_prunable
-from deltawire.weights.bits import Bits
+from deltawire.weights.bits import Bits, zeros
+from deltawire.weights.blocks import part_of
+from deltawire.weights.boxes import Box
 from deltawire.weights.delta import Delta
 from deltawire.weights.tensors import equal
 
@@ -123,7 +126,12 @@ def test_the_files_of_all_ranks_add_up_to_the_change_of_the_whole_tensors(job, s
     place = request.getfixturevalue(job) / scenario
     bucket = dw.open_bucket(f"file://{place}/bucket")
     versions = expected(place)
-    changes = [update for update in dw.Subscriber(bucket, base=place / "base").updates() if update.delta is not None]
+    weights = {name: bits.copy() for name, bits in next(iter(versions.values())).items()}
+    found = dw.Subscriber(bucket, base=place / "base").updates(position(bucket, min(versions)), weights=weights)
+    changes = []
+    for update in found:
+        changes.append(update)
+        update.delta.apply_(weights)
     for before, after in zip(list(versions), list(versions)[1:], strict=False):
         (update,) = [update for update in changes if update.position.version == after]
         assert dict(update.delta) == dict(Delta.between(versions[before], versions[after]))
@@ -134,10 +142,41 @@ def test_the_files_of_all_ranks_add_up_to_the_change_of_the_whole_tensors(job, s
             f".r{rank:03d}-" in payload.key for rank, payload in enumerate(update.commit.payloads) if owners == size
         )
         parts = [
-            dw.decode(bucket.get(f"runs/{update.commit.run}/{p.key}", limit=p.size)) for p in update.commit.payloads
+            dw.decode(bucket.get(f"runs/{update.commit.run}/{p.key}", limit=p.size), base=versions[before])
+            for p in update.commit.payloads
         ]
         assert sum(part.changed for part in parts) == update.delta.changed
     assert all(commit.parent is None or commit.payloads for commit in commits(bucket))
+
+
+@pytest.mark.parametrize("job", ["pair", "four"])
+def test_ranks_write_class_in_tiles_of_their_own_part_and_of_each_receiver_s(job, request):
+    place = request.getfixturevalue(job) / "fsdp"
+    bucket, versions = dw.open_bucket(f"file://{place}/bucket"), expected(place)
+    for commit in commits(bucket)[2:]:
+        before, after = versions[commit.parent], versions[commit.version]
+        files = [
+            delta_file.open_file(bucket.get(f"runs/{commit.run}/{part.key}", limit=part.size))
+            for part in commit.payloads
+        ]
+        assert all("embed.weight" in file.needs for file in files if "embed.weight" in file)
+        assert not any("down.weight" in file.needs for file in files)  # no tiles of eight elements suit its receivers
+        change = Delta.between(before, after)["embed.weight"]
+        for box in (Box(0, (31, 4), (8, 1)), Box(4, (31, 4), (8, 1))):
+            mine = zeros("BF16", (31, 8))
+            here = box.positions(np.arange(box.size))
+            mine.data[here] = before["embed.weight"].data[here]
+            part, found = part_of(mine, [box], 8), Delta()
+            for file in files:
+                found += Delta({"embed.weight": file.tensor("embed.weight", part)} if "embed.weight" in file else {})
+            assert found["embed.weight"] == box.spread(box.restrict(change), (31, 8))
+
+
+def test_copies_of_shards_are_of_class_too_where_rank_0_asks_for_it(pair):
+    found = commits(dw.open_bucket(f"file://{pair / 'hsdp'}/bucket"))
+    written = [[part.key.endswith(".class.safetensors") for part in commit.payloads] for commit in found]
+    assert written[0] == [False] * len(written[0])  # a run's first version
+    assert written[1:3] == [[True], [True]]
 
 
 def test_a_run_that_began_from_zeros_is_compacted_and_pruned_as_any_other(pair, tmp_path):

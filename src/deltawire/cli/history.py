@@ -14,6 +14,7 @@ from deltawire.cli.options import AsJson, BucketOption, BucketWord, Trusted, buc
 from deltawire.cli.printing import Sheet, duration, emit, plain, show, size
 from deltawire.errors import some
 from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.keys import needs_weights
 from deltawire.runlog.records import Commit
 from deltawire.runlog.tags import read_tags
 
@@ -66,7 +67,7 @@ def log(
 
     A row has bytes, step, age, metrics, tags and writer. It reads the commits that it lists, and checks that they are a
     chain. With -n 0 it checks their roots, too. The row of bars below the table is each delta's size beside that of a
-    checkpoint.
+    checkpoint. Where the trainer chose between codecs, a line says which it chose for the newest version, and why.
     """
     most = number if number is not None else 0 if json or since else LISTED
     after = None if since is None else _moment(since, time.time())
@@ -164,10 +165,13 @@ def _lines(listing: Listing, chosen: Sequence[str] | None) -> Iterator[str]:
 
 
 def _show_table(listing: Listing, chosen: Sequence[str] | None) -> None:
-    """Print the table, and below it a row of bars."""
+    """Print the table, and below it a row of bars, and why the newest version is of its codec."""
     show(_table(listing, chosen))
     if bars := sparkline([share for commit in listing.commits if (share := listing.share(commit)) is not None]):
         print(bars)
+    if chosen_codecs := [commit for commit in listing.commits if isinstance(commit.choice, str)]:
+        newest = chosen_codecs[-1]
+        print(plain(f"version {newest.version} is of {newest.choice}"))
 
 
 def _table(listing: Listing, chosen: Sequence[str] | None) -> Sheet:
@@ -181,6 +185,7 @@ def _table(listing: Listing, chosen: Sequence[str] | None) -> Sheet:
         "bytes",
         "share",
         "tensors",
+        "codec",
         *metrics,
         "tags",
         "writer",
@@ -205,6 +210,7 @@ def _row(listing: Listing, commit: Commit, metrics: Sequence[str]) -> tuple[str,
         size(commit.wire_bytes),
         "" if share is None else f"{share:.2%}",
         str(len(commit.digests)),
+        "class" if any(needs_weights(payload.key) for payload in commit.payloads) else "",
         *(_number(commit.metrics.get(name)) for name in metrics),
         " ".join(listing.tags.get(commit.version, ())),
         commit.writer or "",

@@ -15,6 +15,7 @@ from deltawire.runlog import heartbeats
 from deltawire.runlog.heartbeats import Heartbeat
 from deltawire.runlog.pace import Pace
 from deltawire.runlog.records import CODECS, Position
+from deltawire.weights.blocks import Cut
 
 KEPT = 100
 """updates whose pauses are remembered"""
@@ -23,7 +24,8 @@ R = TypeVar("R")
 
 class Beats:
     """One replica's heartbeats, by its health. `unready` says why no request should be sent to it: set it
-    where other limits hold than the health's own. `codecs` are those that it reads: set them where it learns of fewer.
+    where other limits hold than the health's own. `codecs` are those that it reads: set them where it learns of fewer,
+    and `cuts` where it reads `class` by tiles that end there.
     """
 
     def __init__(self, bucket: Bucket, replica: str, health: Health, *, clock: Callable[[], float] = time.time) -> None:
@@ -37,6 +39,7 @@ class Beats:
         self.pace = Pace(bucket.poll_seconds)
         self.unready: Callable[[], str | None] = health.why_unready
         self.codecs: tuple[str, ...] = CODECS
+        self.cuts: dict[str, Cut] | None = None
 
     def hear(self, on_update: Callable[[R], None]) -> Callable[[R], None]:
         """`on_update`, whose reports' pauses and bytes go into the next heartbeats."""
@@ -84,6 +87,7 @@ class Beats:
             wire_bytes=self._newest,
             fetched_bytes=self._fetched,
             codecs=self.codecs,
+            cuts=None if "class" in self.codecs else self.cuts,
             unready=self.unready(),
         )
 

@@ -140,7 +140,7 @@ class Follower(FollowLoop[UpdateReport]):
         if (status := self._ready(found, target.run)) is None:
             return False
         health.server_says(status.position)
-        self.beats.codecs = status.codecs
+        self.beats.codecs, self.beats.cuts = status.codecs, status.cuts
         if status.position == target:
             self.server.label(target)
             health.is_current(target)

@@ -18,14 +18,17 @@ from deltawire.live.messages import (
     WorkerStatus,
     require_digests,
 )
+from deltawire.runlog import cuts
 from deltawire.runlog.records import Position
+from deltawire.weights.blocks import Cut
 
 T = TypeVar("T")
 
 
 class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What the workers of a server say of themselves, as one: the fields of a WorkerStatus. A fact that they disagree
-    on is None; `torn` when they serve different versions. `lease` is worker 0's; `codecs` are what all of them read."""
+    on is None; `torn` when they serve different versions. `lease` is worker 0's; `codecs` are what all of them read,
+    and `cuts` suit all of them."""
 
     attached: str | None
     run: str | None
@@ -47,6 +50,7 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
     reading: str | None = None
     doing_s: float = 0.0
     codecs: tuple[str, ...] = ()
+    cuts: dict[str, Cut] | None = None
 
 
 def as_one(workers: Sequence[WorkerStatus]) -> ServerStatus:
@@ -76,7 +80,14 @@ def as_one(workers: Sequence[WorkerStatus]) -> ServerStatus:
         reading=busy.reading,
         doing_s=busy.doing_s,
         codecs=tuple(codec for codec in first.codecs if all(codec in worker.codecs for worker in workers)),
+        cuts=_cuts(workers),
     )
+
+
+def _cuts(workers: Sequence[WorkerStatus]) -> dict[str, Cut] | None:
+    """What suits all workers; None where one of them reads no codec by tiles."""
+    said = [worker.cuts for worker in workers if worker.cuts is not None]
+    return dict(cuts.merged(said)) if len(said) == len(workers) else None
 
 
 def _problem(workers: Sequence[WorkerStatus]) -> Problem | None:

@@ -9,13 +9,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from deltawire.errors import FormatError
+from deltawire.errors import FormatError, NeedsBase
 from deltawire.format import container
 from deltawire.format.codecs import dense, directory, subset, tiles, twins
 from deltawire.format.codecs.directory import Listed
 from deltawire.format.codecs.subset import Coded, TileEntry, ToEncode
+from deltawire.format.codecs.tiles import Tile
 from deltawire.weights import threads
 from deltawire.weights.bits import Bits, UInts
+from deltawire.weights.blocks import PartBits
 from deltawire.weights.delta import Delta, TensorDelta
 from deltawire.weights.speed import slow
 from deltawire.weights.table import TensorSpec
@@ -60,10 +62,12 @@ def read(data: bytes, box: container.Header, codec: str) -> list[Listed]:
     return directory.read(frame.data, codec=codec, payload=payload.data.size)
 
 
-def decode(payload: UInts, listed: Sequence[Listed], olds: Mapping[str, UInts]) -> Delta:
-    """The change that a file holds. `olds` has the old bits of every tensor whose encoding is `class`.
+def decode(payload: UInts, listed: Sequence[Listed], olds: Mapping[str, Bits]) -> dict[str, TensorDelta]:
+    """The change of each tensor that a file lists. `olds` has the old bits of those whose encoding is `class`. Of one
+    that is there in parts (`PartBits`), the change is that of the tiles that are in these.
 
-    Raises FormatError, and WrongBase for old bits that cannot be those of the delta.
+    Raises FormatError, NeedsBase where only a part of a tile is there, and WrongBase for old bits that cannot be those
+    of the delta.
     """
     at, jobs, found = 0, {}, {}
     for tensor in listed:
@@ -72,15 +76,32 @@ def decode(payload: UInts, listed: Sequence[Listed], olds: Mapping[str, UInts]) 
         if tensor.encoding == "dense":
             found[name] = dense.decode({"dense": part}, tensor.spec)
         else:
-            old = olds[name] if tensor.encoding == "class" else None
-            jobs[name] = subset.to_decode(Coded(tensor.tile, tensor.entries, part, old is not None), tensor.spec, old)
+            coded = Coded(tensor.tile, tensor.entries, part, tensor.encoding == "class")
+            jobs[name] = _to_decode(coded, tensor.spec, olds[name] if coded.by_class else None)
     changed = sum(tensor.spec.changed for tensor in listed)
     slow(changed)
-    done = _run(_decode_tile, jobs, changed, olds)
+    done = _run(_decode_tile, jobs, changed, {name: old.data for name, old in olds.items()})
     for tensor in listed:
-        if own := jobs.get(tensor.spec.name):
+        if (own := jobs.get(tensor.spec.name)) is not None:
             found[tensor.spec.name] = subset.decoded(tensor.spec, tensor.tile, list(islice(done, len(own))))
-    return Delta(found)
+    return found
+
+
+def _to_decode(coded: Coded, spec: TensorSpec, old: Bits | None) -> list[subset.ToDecode]:
+    """The jobs of a tensor, of the tiles whose old bits are at hand."""
+    if not isinstance(old, PartBits):
+        return subset.to_decode(coded, spec, None if old is None else old.data)
+
+    def is_here(tile: Tile) -> bool:
+        held = old.held_of(tile.row, tile.column, tile.rows, tile.width)
+        if held not in (0, tile.size):
+            raise NeedsBase(
+                f'{spec.name}: deltas of codec "class" are read tile by tile, and of a tile this worker holds a part: '
+                'publish with codec="subset", or run `deltawire compact`, whose folds and anchors need no weights'
+            )
+        return held == tile.size
+
+    return subset.to_decode(coded, spec, old.data, is_here)
 
 
 def _shorter(tensor: TensorDelta, coded: Coded) -> tuple[str, Coded]:

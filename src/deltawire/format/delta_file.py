@@ -177,13 +177,12 @@ class DeltaFile:
         header = self.header
         olds = {spec.name: _old(spec, base, header.sealed) for spec in header.tensors if spec.name in self.needs}
         if self._listed is not None:
-            bits = {name: old.data for name, old in olds.items()}
-            return body.decode(container.tensor(self._data, self._box, "payload").data, self._listed, bits)
+            return Delta(body.decode(container.tensor(self._data, self._box, "payload").data, self._listed, olds))
         return Delta({name: self._streams(name, olds.get(name)) for name in self.names})
 
     def tensor(self, name: str, old: Bits | None = None) -> TensorDelta:
-        """The change of one tensor; `old` are its bits before it, of a tensor that `needs` them. Raises what `decode`
-        does."""
+        """The change of one tensor; `old` are its bits before it, of a tensor that `needs` them, or those of them that
+        are at hand (`PartBits`), which the change then is of. Raises what `decode` does."""
         number, start = self._places[name]
         if old is not None:
             old = _old(self.header.tensors[number], {name: old}, self.header.sealed)
@@ -191,7 +190,7 @@ class DeltaFile:
             return self._streams(name, old)
         listed = self._listed[number]
         part = container.tensor(self._data, self._box, "payload").data[start : start + listed.nbytes]
-        return body.decode(part, [listed], {} if old is None else {name: old.data})[name]
+        return body.decode(part, [listed], {} if old is None else {name: old})[name]
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:

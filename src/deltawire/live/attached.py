@@ -9,13 +9,14 @@ import torch
 from deltawire.errors import BadDigest, Forked, Gap, WrongBase, some
 from deltawire.live import staging, writes
 from deltawire.live.accelerator import Accelerators
+from deltawire.live.at_hand import cuts_of
 from deltawire.live.coverage import Coverage, disagreement
 from deltawire.live.live_weights import BetweenPasses, LiveWeights, at_once
 from deltawire.live.messages import Audited, Digested, HeldParts
 from deltawire.live.staging import PartDigests, Plan
 from deltawire.live.transforms import AfterLoading
-from deltawire.live.whole import whole_tensors
 from deltawire.read.subscriber import Subscriber
+from deltawire.runlog.cuts import Cuts
 from deltawire.runlog.records import CODECS, NEED_WEIGHTS, Position
 from deltawire.weights.digest import root as root_of
 
@@ -51,9 +52,13 @@ class Attached:
 
     @cached_property
     def codecs(self) -> tuple[str, ...]:
-        """Codecs of runs that these weights can be moved by."""
-        all_here = whole_tensors(self.live) is not None
-        return tuple(codec for codec in CODECS if all_here or codec not in NEED_WEIGHTS)
+        """Codecs of runs that these weights can be moved by, however their tensors are tiled."""
+        return tuple(codec for codec in CODECS if self.cuts == {} or codec not in NEED_WEIGHTS)
+
+    @cached_property
+    def cuts(self) -> Cuts | None:
+        """Where tiles must end for deltas that are read against these weights; None where none can be."""
+        return cuts_of(self.live)
 
     def find_version(self) -> None:
         """Find the version of a worker that is the only one, by its digests. It is at none when it holds a tensor twice

@@ -15,6 +15,8 @@ from deltawire.weights.boxes import Box
 
 Hex = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{1,16}$")]
 """a digest"""
+Size = Annotated[int, msgspec.Meta(ge=0)]
+"""rows or columns"""
 
 
 # What is asked.
@@ -162,8 +164,9 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     `reading` is the bucket that this reads for a follower. `trusted` are public keys, and `base` a folder with the
     run's base checkpoint, that some follower gave. They are kept until another gives others or the server ends.
 
-    `codecs` are those of runs that it can be moved by; none while it is attached to no bucket. `rank` and
-    `session_open` are its server's to say.
+    `codecs` are those of runs that it can be moved by; none while it is attached to no bucket. `class` is among them
+    where it holds tensors whole. Where it does not, `cuts` say which tiles it reads `class` by (`runlog.cuts`); None
+    for no tiles. `rank` and `session_open` are its server's to say.
     """
 
     attached: str | None
@@ -185,6 +188,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     reading: str | None = None
     doing_s: float = 0.0
     codecs: tuple[str, ...] = ()
+    cuts: dict[str, tuple[Size, Size]] | None = None
 
 
 class Accepted(msgspec.Struct, frozen=True):

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from deltawire.errors import DtypeMismatch, EngineUnsupported
+from deltawire.live.at_hand import TensorsAtHand
 from deltawire.live.changes import LiveChanges
 from deltawire.live.live_weights import LiveWeights
 from deltawire.live.transforms import Transform
-from deltawire.live.whole import whole_tensors
 from deltawire.live.writes import Patch, Swap, SwappedAttribute, SwappedTensor, Write
 from deltawire.read.changes import Change
 from deltawire.read.subscriber import Subscriber
@@ -59,7 +59,7 @@ def stage(
     """
     started = time.monotonic()
     live.accelerators.give_back_pinned()
-    weights = whole_tensors(live) if subscriber.run.needs_weights else None
+    weights = TensorsAtHand(live) if subscriber.run.needs_weights else None
     change = subscriber.change(since, version, weights=weights)
     fetched = time.monotonic()
     placed = (

@@ -182,6 +182,7 @@ class LiveWorker:
             trusted=tuple(sorted(live.trust.keys)),
             base=live.base,
             codecs=attached.codecs if attached else (),
+            cuts=dict(attached.cuts) if attached and attached.cuts is not None else None,
         )
 
     def take_lease(self, turn: int | None, token: str, holder: Holder) -> bool:

@@ -5,10 +5,10 @@ It is scratch: after a crash it is rebuilt from the last commit, never trusted.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
 
 from deltawire.errors import CopiesDiffer
 from deltawire.format.codecs import fused
+from deltawire.format.codecs.fused import Coding
 from deltawire.format.codecs.subset import Coded
 from deltawire.publish.devices import Lent
 from deltawire.publish.requirements import require_shape
@@ -20,8 +20,6 @@ from deltawire.weights.table import TensorEntry
 
 Own = Callable[[Bits], Bits]
 """the same bits in memory that nothing else writes"""
-FusedCodec = Literal["subset", "class"]
-"""codecs in which a change is encoded as it is found"""
 
 
 class Baseline:
@@ -114,10 +112,10 @@ class Baseline:
         require_shape(name, new.shape, self._weights)
         return between_bits(self.at_home(name), new)
 
-    def compare_and_encode(self, name: str, new: Bits, codec: FusedCodec) -> tuple[TensorDelta, Coded]:
+    def compare_and_encode(self, name: str, new: Bits, coding: Coding) -> tuple[TensorDelta, Coded]:
         """The same, and its encoding against the last capture, made in one pass. Raises as `compare` does."""
         require_shape(name, new.shape, self._weights)
-        return fused.compare(self.at_home(name), new, by_class=codec == "class")
+        return fused.compare(self.at_home(name), new, by_class=coding.by_class, tile=coding.tile)
 
     def advance(self, name: str, change: TensorDelta) -> None:
         """Move the baseline and its digest by a change, which from here on only the caller holds."""

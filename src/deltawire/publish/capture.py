@@ -1,19 +1,20 @@
 """Capturing in one process that holds every tensor whole: cast, compare, number."""
 
-import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deltawire.buckets.base import Bucket
 from deltawire.format.checkpoint import Checkpoint
+from deltawire.format.codecs.fused import Coding
 from deltawire.prepare.names import require_bare
 from deltawire.publish import ties
-from deltawire.publish.baseline import Baseline, FusedCodec
+from deltawire.publish.baseline import Baseline
 from deltawire.publish.capturer import About, Capture, CaptureOptions
-from deltawire.publish.comparing import Comparison
+from deltawire.publish.choice import SUBSET, UNRANKED, Choice
+from deltawire.publish.comparing import Comparison, not_yet
 from deltawire.publish.current_run import holds_run, near_base, newest, newest_of, tip_at, weights_at
 from deltawire.publish.devices import Lies, Place
 from deltawire.publish.dtypes import Casting
@@ -22,6 +23,7 @@ from deltawire.publish.pending import Captured, encode
 from deltawire.publish.requirements import among, require_all, require_due, require_usable, warn_of_packed
 from deltawire.publish.resuming import require_same_adapter
 from deltawire.publish.sender import Tip
+from deltawire.publish.sharded.shards import Shard
 from deltawire.publish.tracker import ChangeTracker, Transition
 from deltawire.read.bases import open_base, resolve_base
 from deltawire.read.subscriber import Subscriber
@@ -30,7 +32,6 @@ from deltawire.weights.bits import count
 from deltawire.weights.delta import Delta
 from deltawire.weights.table import TensorEntry, aliases_of, with_aliases
 
-LOG = logging.getLogger("deltawire")
 Pairs = Iterable[tuple[str, Any]]
 
 
@@ -43,14 +44,13 @@ class WholeCapturer:
         self.transition = Transition()
         self._tracker = ChangeTracker(self.transition, Baseline(options.own))
         self.resumed: Tip | None = None
-        self._url, self._is_veto_said = bucket.url, False
         self._place = Place(options.baseline, options.devices)
         self._supersedes: Position | None = None
         self._run: Run | None = None
         self._base: BaseCheckpoint | None = None
         self._declared: ties.Ties = {}
         self._aliases: ties.Ties | None = None
-        self.next_version = 0
+        self.next_version, self._choice = 0, SUBSET
         if options.supersede:
             self._supersedes = newest(bucket)
         elif holds_run(bucket):
@@ -125,31 +125,35 @@ class WholeCapturer:
     def _may_encode_later(self) -> bool:
         """Whether the uploader's thread makes the file: a change found on a device is here in a hundredth of the time
         that takes. A first publish is encoded at once, for its bytes say whether it continues a run."""
-        return self._tracker.baseline.device_bytes > 0 and not self._place.is_first
+        return self._is_on_device and not self._place.is_first
 
-    def _codec(self) -> FusedCodec | None:
-        """What each change is encoded in as it is found; None for a run of `gap`."""
+    def _coding(self) -> Callable[[str, Shard], Coding | None]:
+        """How each change is encoded as it is found; none is in a run of `gap`."""
         listed = self._run.may_use if self._run is not None else self._options.codecs
-        if "class" in listed and self._options.by_class() and not self._is_on_device():
-            return "class"
-        return "subset" if "subset" in listed else None
+        if "subset" not in listed:
+            return not_yet
+        self._choice = choice = self._choose() if "class" in listed else SUBSET
+        return lambda name, shard: choice.coding(name, shard.whole)
 
+    def _choose(self) -> Choice:
+        """What this version is encoded in, where there is a choice."""
+        chosen = self._options.choose()
+        return UNRANKED if chosen.by_class and self._is_on_device else chosen
+
+    @property
     def _is_on_device(self) -> bool:
-        """Whether any of the baseline lies on a device, where nothing is ranked by class. Says so once."""
-        found = self._tracker.baseline.device_bytes > 0
-        if found and not self._is_veto_said:
-            LOG.warning("%s: versions are of codec subset, not class, while the baseline lies on a device", self._url)
-        self._is_veto_said = self._is_veto_said or found
-        return found
+        """Whether any of the baseline lies on a device."""
+        return self._tracker.baseline.device_bytes > 0
 
     def _compare(self, pairs: Pairs, given: ties.Given, *, stay: bool) -> dict[str, str]:
         """Move the baseline to what is given; by its name in the run, the name under which each tensor was given."""
         trainable = {entry.name for entry in self._run.table if entry.trainable} if self._run else None
         held = self._tracker.baseline.held
         tensors = ties.resolved(pairs, self._aliases or {}, held, given if self._run is None else None)
-        seen = Comparison(
-            self._tracker, self._casting, held, trainable, self._place, codec=self._codec(), stay=stay
-        ).run(among(tensors, held))
+        comparison = Comparison(
+            self._tracker, self._casting, held, trainable, self._place, coding=self._coding(), stay=stay
+        )
+        seen = comparison.run(among(tensors, held))
         self._casting.settle([*seen, *seen.values()])
         return seen
 
@@ -224,6 +228,7 @@ class WholeCapturer:
             step=about.step,
             metrics=about.metrics,
             payloads=payloads,
+            reason=self._choice.reason,
         )
 
     def _resume(self, bucket: Bucket) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deltawire.publish.baseline import Own
+from deltawire.publish.choice import Choice
 from deltawire.publish.devices import Asked, Cuda, Devices, Lies
 from deltawire.publish.pending import Captured
 from deltawire.publish.sender import Tip
@@ -26,8 +27,7 @@ class CaptureOptions:
     With `supersede` a new run begins whatever is there. `compactors` are public keys, `clock` gives seconds since 1970,
     and `new_run_id` the id of a run that begins: 16 hex digits. `codecs` are what such a run lists. `own` says
     where a baseline on the host lies, `baseline` whether it lies there, and `devices` which tensors lie on a device.
-    `by_class` says whether a version that is captured now may be of codec `class`, where its
-    run lists that.
+    `choose` says what a version that is captured now is encoded in, as far as its run lists that.
     """
 
     base: str | Path | None
@@ -41,7 +41,7 @@ class CaptureOptions:
     own: Own = Bits.copy
     baseline: Asked = "auto"
     devices: Devices = field(default_factory=Cuda)
-    by_class: Callable[[], bool] = lambda: False
+    choose: Callable[[], Choice] = Choice
 
 
 @dataclass(frozen=True, slots=True)

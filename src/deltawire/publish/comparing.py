@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from deltawire.format.codecs import subset
-from deltawire.publish.baseline import FusedCodec
+from deltawire.format.codecs.fused import Coding
 from deltawire.publish.devices import Place
 from deltawire.publish.dtypes import Casting
 from deltawire.publish.requirements import Table, require_all, require_due, require_shape
@@ -34,6 +34,10 @@ def hold_whole(given: GivenTensor) -> Shard:
 
 def nothing_to_prepare(name: str, shard: Shard) -> None:
     """The baseline holds everything of a tensor already, so nothing is left to do."""
+
+
+def not_yet(name: str, shard: Shard) -> None:
+    """No change is encoded before its version is sent."""
 
 
 class _Waiting:
@@ -62,8 +66,8 @@ class Comparison:
 
     `table` has the dtype and shape of each tensor of the run, and `trainable` the names that are due; None while the
     run begins. `place` says where each baseline lies. `hold` says what this process holds of a tensor. `prepare` is
-    called before a tensor is compared. With a `codec` each change that is found on the host is encoded as it is found.
-    Tensors that `stay` keep their values when the next is asked for.
+    called before a tensor is compared. `coding` says how a change that is found on the host is encoded as it is found,
+    if it is. Tensors that `stay` keep their values when the next is asked for.
     """
 
     tracker: ChangeTracker
@@ -73,7 +77,7 @@ class Comparison:
     place: Place
     hold: Callable[[GivenTensor], Shard] = hold_whole
     prepare: Callable[[str, Shard], None] = nothing_to_prepare
-    codec: FusedCodec | None = None
+    coding: Callable[[str, Shard], Coding | None] = not_yet
     stay: bool = False
     _batch: _Waiting = field(default_factory=_Waiting, init=False)
 
@@ -107,7 +111,8 @@ class Comparison:
         if self.place.crosses(shard.tensor):
             self._take_crossing(given, shard)
         else:
-            self.tracker.take(given.name, self._bits(given, shard), owned=shard.owned, codec=self.codec)
+            coding = self._coding_of(given.name, shard)
+            self.tracker.take(given.name, self._bits(given, shard), owned=shard.owned, coding=coding)
 
     def _take_crossing(self, given: GivenTensor, shard: Shard) -> None:
         """Take a tensor of a device, whose baseline lies on the host, piece by piece."""
@@ -117,9 +122,13 @@ class Comparison:
         held = self.tracker.baseline.at_home(name)
         with naming(name):
             change = crossing.compare(shard.tensor, through, held)
-        ranks = self.codec == "class" and name not in self.tracker.uncovered
-        coded = subset.encode(change, held.data) if ranks else None
+        coding = self._coding_of(name, shard)
+        ranks = coding is not None and coding.by_class and name not in self.tracker.uncovered
+        coded = subset.encode(change, held.data, tile=coding.tile) if coding is not None and ranks else None
         self.tracker.take_change(name, change, coded, owned=shard.owned)
+
+    def _coding_of(self, name: str, shard: Shard) -> Coding | None:
+        return self.coding(name, shard) if shard.owned else None
 
     def _through(self, given: GivenTensor) -> str | None:
         """The dtype by way of which a tensor is cast. Raises DtypeMismatch, as a cast does."""

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from blake3 import blake3
+from msgspec import UNSET
 
 from deltawire.buckets.base import size_of
 from deltawire.buckets.verified import hash_file
 from deltawire.format import delta_file
 from deltawire.format.codecs.subset import Coded
-from deltawire.publish.sharded.shards import spread
+from deltawire.publish.sharded.shards import placed, spread
 from deltawire.runlog.keys import delta_key, needs_weights, part_key
 from deltawire.runlog.records import Commit, Payload, Run, hash_of, signed, write
 from deltawire.runlog.signing import SigningKey
@@ -29,7 +30,7 @@ class Captured:
     in a codec that needs no weights, for those before it are gone.
 
     In a sharded job, `rank` captured what it owns, and its delta counts positions inside its `boxes`. The digests are
-    those of whole tensors all the same.
+    those of whole tensors all the same. `reason` is why the delta was encoded as it was, where there was a choice.
     """
 
     run: Run
@@ -44,6 +45,7 @@ class Captured:
     payloads: Mapping[str, bytes | Path] | None
     rank: int | None = None
     boxes: Mapping[str, Box] = field(default_factory=dict)
+    reason: str = ""
 
     @property
     def codec(self) -> str:
@@ -111,6 +113,7 @@ def freeze(
     run, first = signed(captured.run, key), captured.parent is None
     own, *others = shipments or (ship(captured),)
     names = {name for shipment in (own, *others) for name in shipment.names}
+    payloads = tuple(record for shipment in (own, *others) for record in shipment.records)
     changed = [entry.name for entry in run.table if first or entry.name in names]
     commit = Commit(
         run=run.run,
@@ -118,27 +121,39 @@ def freeze(
         parent=captured.parent,
         root=root_of(run.table, captured.digests),
         digests={name: f"{captured.digests[name]:016x}" for name in changed},
-        payloads=tuple(record for shipment in (own, *others) for record in shipment.records),
+        payloads=payloads,
         created=captured.created,
         step=captured.step,
         metrics=dict(captured.metrics),
         parent_hash=hash_of(write(run)) if first else parent_hash,
         writer=writer,
+        choice=_choice(captured, payloads) or UNSET,
     )
     return Attempt(run, signed(commit, key), own.payloads)
+
+
+def _choice(captured: Captured, payloads: Sequence[Payload]) -> str:
+    """What a commit says of its codec: which, and why; nothing where there was no choice."""
+    if not captured.reason or not payloads or captured.parent is None:
+        return ""
+    codec = "class" if any(needs_weights(payload.key) for payload in payloads) else captured.run.may_use[0]
+    return f"{codec}: {captured.reason if captured.payloads is not None else 'it waited for the store'}"
 
 
 def encode(captured: Captured, coded: Mapping[str, Coded] | None = None) -> dict[str, bytes | Path]:
     """The delta's file under its key; nothing for a version in which nothing changed.
 
-    `coded` are changes of it that were encoded as they were found, against the weights of its parent. Where any of them
-    is ranked by these, the file is of codec `class`; else of what its run writes.
+    `coded` are changes of it that were encoded as they were found, against the weights of its parent, by the tiles of
+    a rank's boxes where a rank captured it. Where any of them is ranked by these weights, the file is of codec `class`;
+    else of what its run writes.
     """
     if not captured.delta:
         return {}
     delta, run = captured.delta, captured.run
     if captured.rank is not None:
-        delta = spread(delta, captured.boxes, {entry.name: entry for entry in run.table})
+        table, boxes = {entry.name: entry for entry in run.table}, captured.boxes
+        delta = spread(delta, boxes, table)
+        coded = {name: placed(own, boxes[name], table[name].shape) for name, own in (coded or {}).items()}
     by_class = any(coded[name].by_class for name in delta if name in coded) if coded else False
     codec = "class" if by_class else run.may_use[0]
     data = delta_file.encode(

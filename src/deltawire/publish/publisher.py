@@ -23,6 +23,7 @@ from deltawire.errors import DeltaWireError, Unavailable, WrongBase
 from deltawire.publish import given, resuming
 from deltawire.publish.beats import TrainerBeats
 from deltawire.publish.capturer import Capture, CaptureOptions
+from deltawire.publish.choosing import Chooser
 from deltawire.publish.devices import Asked, Cuda, Devices
 from deltawire.publish.given import Pairs, Prepare
 from deltawire.publish.receivers import Receivers
@@ -30,6 +31,7 @@ from deltawire.publish.reports import PublishReport, UploadReport
 from deltawire.publish.requirements import LISTED, require_options
 from deltawire.publish.roles import Keys, open_roles
 from deltawire.publish.scratch import ScratchFiles
+from deltawire.publish.sharded.ranks import is_first
 from deltawire.publish.uploader import Queued, Uploader
 from deltawire.runlog.records import Position
 from deltawire.weights.bits import Bits
@@ -61,10 +63,11 @@ class Publisher:
     `prepare` are functions over the (name, tensor) pairs of a publish, applied in order. They give the checkpoint's
     names, shapes and dtypes where the trainer's differ. `on_publish` gets a report of every publish, and `on_upload` of
     every commit, on the uploader's thread. Upload trouble is a warning of the logger "deltawire". `codec` is that of a
-    run that begins here: "subset", "class" or "gap". The latter takes a tenth more bytes, and readers of any version
-    know it. "class" takes a third fewer than "subset", and is read against the weights before it. So a version is of it
-    only where it is sent as it was captured, by one process, and while every replica's heartbeat says that it reads it;
-    others are of "subset". A run that is continued keeps the codecs it lists.
+    run that begins here: "subset", "class", "auto" or "gap". The latter takes a tenth more bytes, and readers of any
+    version know it. "class" takes a third fewer than "subset", and is read against the weights before it. So a version
+    is of it only where it is sent as it was captured, and while every replica's heartbeat says that it reads it; others
+    are of "subset". So is a tensor of which the parts that ranks or servers' workers hold are small. "auto" chooses for
+    each version what is served sooner. A run that is continued keeps the codecs it lists.
 
     The baseline is a copy of the weights last captured. That of CUDA tensors lies beside them from the second publish
     on, if a tenth of the device then stays free; with "device" from the first comparison on. It goes back to the host
@@ -113,15 +116,17 @@ class Publisher:
     ) -> None:
         require_options(bucket, codec=codec, run=run, resume=resume, baseline=baseline)
         self.bucket, self._owner, self._prepare = bucket, os.getpid(), tuple(prepare)
-        self._on_publish, self._must_resume, self._is_torn = on_publish, resume == "require", False
+        self._must_resume, self._is_torn = resume == "require", False
         self._refused: DeltaWireError | None = None
         folder = Path(assets) if assets is not None else None
-        receivers = Receivers(Typed(bucket), asked=codec == "class" and process_group is None, clock=clock)
+        asked = "class" in LISTED[codec] and is_first(process_group)
+        receivers = Receivers(Typed(bucket), asked=asked, clock=clock)
+        chooser = Chooser(receivers, codec)
         self._spool = TemporaryFolder()
         try:
             own = ScratchFiles(self._spool.path).copy if baseline == "file" else Bits.copy
             options = CaptureOptions(base, dtype, folder, clock, run == "supersede", codecs=LISTED[codec], own=own)
-            options = replace(options, by_class=receivers.read_class, baseline=baseline, devices=self._devices)
+            options = replace(options, choose=chooser.choose, baseline=baseline, devices=self._devices)
             keys = Keys(signing_key, tuple(compactors))
             roles = open_roles(bucket, options, keys, self._spool.path, process_group, must_resume=self._must_resume)
         except BaseException:
@@ -129,7 +134,8 @@ class Publisher:
             raise
         self._capturer, self._before = roles.capturer, roles.before
         tip, adds_up = roles.capturer.resumed, process_group is not None
-        self._uploader = Uploader(roles.sender, where=bucket.url, tip=tip, adds_up=adds_up, on_upload=on_upload)
+        self._on_publish, heard = chooser.hear(on_publish), chooser.hear_upload(on_upload)
+        self._uploader = Uploader(roles.sender, where=bucket.url, tip=tip, adds_up=adds_up, on_upload=heard)
         self._beats = TrainerBeats(Typed(bucket), self._uploader.beat, receivers.look) if roles.leads else None
         atexit.register(self._close_at_exit)
 
@@ -253,6 +259,7 @@ class Publisher:
             baseline=baseline.where,
             baseline_bytes=baseline.nbytes,
             baseline_device_bytes=baseline.device_bytes,
+            reason=newest.reason,
         )
 
     def flush(self, timeout: float | None = None) -> Position | None:

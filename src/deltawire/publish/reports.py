@@ -14,11 +14,10 @@ class PublishReport:
     for the network are folded, so fewer bytes may be sent. Of a change that was found on a device the uploader's thread
     makes the file: then `is_encoded` is False, `wire_bytes` is 0, and the UploadReport has the bytes. `compare_seconds`
     is part of `seconds`; the upload is in neither, it goes on behind. `codec` is that of this version's file as it was
-    captured; where "class" was asked for, the log says why it is not. `waiting` versions were captured and are not
-    committed yet. They take `waiting_bytes` of memory, and never more than `waiting_bound`: an increment for every
-    element, beside the upload under way. `problem` is the last upload error, None while all is well. The `baseline`
-    lies in "host", "file", "device", or "device and host". It takes `baseline_bytes`, and `baseline_device_bytes` of
-    these on devices.
+    captured, and `reason` why, where there was a choice. `waiting` versions were captured and are not committed yet.
+    They take `waiting_bytes` of memory, and never more than `waiting_bound`: an increment for every element, beside the
+    upload under way. `problem` is the last upload error, None while all is well. The `baseline` lies in "host", "file",
+    "device", or "device and host". It takes `baseline_bytes`, and `baseline_device_bytes` of these on devices.
 
     In a sharded job every rank gets one. `changed`, `total`, `wire_bytes` and `model_bytes` are of all ranks together,
     and the same on each; seconds, what waits, the baseline, and `problem` are the rank's own.
@@ -42,6 +41,7 @@ class PublishReport:
     baseline: str = "host"
     baseline_bytes: int = 0
     baseline_device_bytes: int = 0
+    reason: str = ""
 
     @property
     def density(self) -> float:

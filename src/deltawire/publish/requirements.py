@@ -17,7 +17,12 @@ from deltawire.runlog.bounds import require_assets
 from deltawire.weights.bits import Bits
 from deltawire.weights.table import TensorEntry
 
-LISTED: Mapping[str, tuple[str, ...]] = {"subset": ("subset",), "class": ("subset", "class"), "gap": ()}
+LISTED: Mapping[str, tuple[str, ...]] = {
+    "subset": ("subset",),
+    "class": ("subset", "class"),
+    "auto": ("subset", "class"),
+    "gap": (),
+}
 """`codec` of a publisher -> the codecs that a run which begins with it lists"""
 PACKED = ("U8", "I8", "I32")
 """dtypes that quantized weights are packed in"""
@@ -103,7 +108,7 @@ def require_usable(assets: Path) -> None:
 def require_options(bucket: object, *, codec: str, run: str, resume: str, baseline: str) -> None:
     """Raise UnknownVersion, TypeError or ValueError for options that no publisher takes."""
     if codec not in LISTED:
-        raise UnknownVersion(f'codec {codec!r} cannot be published; use "subset", "class" or "gap"')
+        raise UnknownVersion(f'codec {codec!r} cannot be published; use "subset", "class", "auto" or "gap"')
     if isinstance(bucket, str):
         raise TypeError("a Publisher takes an opened bucket, not its address: pass deltawire.open_bucket(address)")
     if run not in ("continue", "supersede"):

@@ -7,8 +7,9 @@ from collections.abc import Container
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from deltawire.format.codecs.fused import Coding
 from deltawire.format.codecs.subset import Coded
-from deltawire.publish.baseline import Baseline, FusedCodec
+from deltawire.publish.baseline import Baseline
 from deltawire.publish.sharded.shards import Shard
 from deltawire.publish.ties import Ties
 from deltawire.weights.bits import Bits
@@ -69,17 +70,17 @@ class ChangeTracker:
         self.seeded[name] = self.baseline.digests[name]
         self.shards[name] = replace(shard, tensor=None)
 
-    def take(self, name: str, bits: Bits, *, owned: bool, codec: FusedCodec | None = None) -> None:
+    def take(self, name: str, bits: Bits, *, owned: bool, coding: Coding | None = None) -> None:
         """Move the baseline to these bits, and keep the change if it is ours to publish. It is encoded, too, where a
-        `codec` is named, unless some of it was left by a publish that failed.
+        `coding` says how, unless some of it was left by a publish that failed.
 
         Raises UnknownTensor, ShapeMismatch, DtypeMismatch.
         """
         coded = None
-        if codec is None or name in self.uncovered:
+        if coding is None or name in self.uncovered:
             change = self.baseline.compare(name, bits)
         else:
-            change, coded = self.baseline.compare_and_encode(name, bits, codec)
+            change, coded = self.baseline.compare_and_encode(name, bits, coding)
         self.take_change(name, change, coded, owned=owned)
 
     def take_change(self, name: str, change: TensorDelta, coded: Coded | None, *, owned: bool) -> None:

@@ -8,6 +8,7 @@ import msgspec
 
 from deltawire.buckets.base import Bucket, Stat
 from deltawire.errors import NotFound, TooLarge
+from deltawire.runlog.cuts import Cuts
 from deltawire.runlog.keys import REPLICAS, replica_key, trainer_key
 
 MAX_HEARTBEAT = 64 << 10
@@ -36,7 +37,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
 
     `pause_p50_ms` and `pause_p99_ms` are over its last hundred updates, `wire_bytes` of the last one, `fetched_bytes`
     of all since the follower began. `codecs` are those that it reads, and where there are none it reads all but
-    `class`; `unready` says why no request should be sent.
+    `class`. Where that is not among them and there are `cuts`, it reads `class`, too, by tiles that end where its parts
+    of tensors do (`runlog.cuts`). `unready` says why no request should be sent.
     """
 
     replica: str
@@ -55,6 +57,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
     wire_bytes: Count | None = None
     fetched_bytes: Count | None = None
     codecs: tuple[str, ...] = ()
+    cuts: dict[str, tuple[Count, Count]] | None = None
     unready: str | None = None
     format: int = 1
 
@@ -77,6 +80,11 @@ class TrainerBeat(msgspec.Struct, frozen=True):
     at: float | None = None
     every: float | None = None
     format: int = 1
+
+
+def reads_class(heartbeat: Heartbeat) -> Cuts | None:
+    """Where tiles must end for a replica that reads codec `class`; None for one that does not."""
+    return {} if "class" in heartbeat.codecs else heartbeat.cuts
 
 
 def beat(bucket: Bucket, heartbeat: Heartbeat) -> None:

@@ -122,7 +122,8 @@ class Commit(Covering, frozen=True):
     `digests` are those of the tensors that changed since the parent, as 16 hex digits; `root` hashes all of them.
     `created` is seconds since the epoch by the publisher's clock, `step` the trainer's own counter. A metric that was
     not finite is read as None: JSON has no NaN. `parent_hash` is the BLAKE3 of the parent's record (of run.json, for
-    the first commit), None only in buckets older than the links. `writer` names the process that holds the run.
+    the first commit), None only in buckets older than the links. `writer` names the process that holds the run, and
+    `choice` says to people which codec was chosen, and why.
     """
 
     created: float
@@ -130,6 +131,7 @@ class Commit(Covering, frozen=True):
     metrics: dict[str, float | None] = {}
     parent_hash: str | None = None
     writer: str | None = None
+    choice: str | msgspec.UnsetType = msgspec.UNSET
     signer: str | None = None
     signature: str | None = None
     format: int = FORMAT

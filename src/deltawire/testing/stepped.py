@@ -10,6 +10,7 @@ from deltawire.buckets.wrappers import Typed
 from deltawire.publish import pending
 from deltawire.publish.capture import WholeCapturer
 from deltawire.publish.capturer import CaptureOptions
+from deltawire.publish.choice import Choice
 from deltawire.publish.invariants import changes_add_up, digests_agree, nothing_is_forgotten
 from deltawire.publish.pending import Shipment
 from deltawire.publish.queue import Queue
@@ -43,7 +44,7 @@ class SteppedPublisher:
             supersede=supersede,
             new_run_id=new_run_id,
             codecs=LISTED[codec],
-            by_class=lambda: codec == "class",
+            choose=lambda: Choice(codec == "class"),
         )
         self._spool = Path(tempfile.mkdtemp(prefix="deltawire-"))
         try:

@@ -7,6 +7,7 @@ and packed while they are near. Threads share the tiles of a large tensor.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,17 +22,28 @@ from deltawire.weights.delta import TensorDelta, check_same, settle
 from deltawire.weights.found import Found, Scratch
 
 
-def compare(old: Bits, new: Bits, *, by_class: bool, twin: Twin | None = None) -> tuple[TensorDelta, Coded]:
-    """The change from one version of a tensor to the next, and its encoding: by the classes of the old bits, where
-    `by_class` is asked and its dtype has any. Another thread may write `new` meanwhile: each element is read once.
+class Coding(NamedTuple):
+    """How a tensor's change is to be encoded: by the classes of its old bits, where its dtype has any, and in tiles of
+    so many rows and columns (None: what `tiles.choose` gives)."""
+
+    by_class: bool
+    tile: tuple[int, int] | None = None
+
+
+def compare(
+    old: Bits, new: Bits, *, by_class: bool, tile: tuple[int, int] | None = None, twin: Twin | None = None
+) -> tuple[TensorDelta, Coded]:
+    """The change from one version of a tensor to the next, and its encoding, as a `Coding` says. Another thread may
+    write `new` meanwhile: each element is read once.
 
     Raises DtypeMismatch, ShapeMismatch.
     """
     check_same("a tensor", old, new)
-    shape = tiles.choose(old.shape)
+    shape = tile or tiles.choose(old.shape)
     pair = _Pair(old.data, new.data, SCHEMES.get(old.dtype) if by_class else None, twin or twins.fast())
     done = list(threads.run(pair.compare, _spans(list(tiles.grid(old.shape, shape)), threads.cores())))
     positions, steps = _all_of([found for found, _ in done])
+    positions, steps = tiles.in_order(shape, old.shape, positions, steps)
     coded = [tile for _, own in done for tile in own]
     return settle(old.dtype, old.shape, positions, steps), joined(shape, coded, by_class=pair.scheme is not None)
 
@@ -64,7 +76,10 @@ class _Pair:
         positions = found.positions[first : found.count]
         change = TileChange(tile, positions, found.steps[first : found.count], old, self.scheme)
         coded = encode_change(change, ranked or change.ranked(self.twin), self.twin)
-        positions += tile.start
+        if tile.contiguous:
+            positions += tile.start
+        else:
+            positions[:] = tile.outside(positions)
         return coded
 
 

@@ -8,7 +8,7 @@ exponent, which takes a third less. Both cut a tensor into tile jobs, which any 
 docs/FORMAT.md §5.6, docs/FORMAT.md §5.7
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -155,28 +155,34 @@ def joined(tile: tuple[int, int], done: Sequence[tuple[TileEntry, UInts]], *, by
     return Coded(tile, tuple(entry for entry, _ in done), payload, by_class)
 
 
-def to_decode(found: Coded, spec: TensorSpec, old: UInts | None) -> list[ToDecode]:
-    """A job for each tile in which anything changes. Raises FormatError for entries that are not all of the tensor."""
+def everywhere(tile: Tile) -> bool:
+    """Whether the old bits of a tile are at hand, where all are."""
+    return True
+
+
+def to_decode(
+    found: Coded, spec: TensorSpec, old: UInts | None, at_hand: Callable[[Tile], bool] = everywhere
+) -> list[ToDecode]:
+    """A job for each tile in which anything changes, of those that are `at_hand`. Raises FormatError for entries that
+    are not all of the tensor."""
     scheme = SCHEMES.get(spec.dtype) if old is not None else None
     at, jobs = 0, []
     for part, entry in zip(tiles.grid(spec.shape, found.tile), found.entries, strict=True):
         payload = found.payload[at : at + entry.nbytes]
         at += entry.nbytes
-        if entry.nbytes:
+        if entry.nbytes and at_hand(part):
             bits = part.cut(old) if scheme is not None and old is not None else None
             jobs.append(ToDecode(spec, part, entry, payload, bits, scheme))
-    if at != found.payload.size or sum(job.entry.changed for job in jobs) != spec.changed:
+    if at != found.payload.size or found.changed != spec.changed:
         raise FormatError(f"{spec.name}: its tiles are not what the directory says of it")
     return jobs
 
 
 def decoded(spec: TensorSpec, tile: tuple[int, int], done: list[tuple[Positions, UInts]]) -> TensorDelta:
     """The jobs' results as one tensor's change."""
+    done = done or [(np.empty(0, np.int64), np.empty(0, unsigned(spec.dtype)))]
     positions, steps = done[0] if len(done) == 1 else (np.concatenate(parts) for parts in zip(*done, strict=True))
-    if tile[0] > 1 and tile[1] < tiles.matrix(spec.shape)[1]:  # tiles side by side: their elements take turns
-        order = np.argsort(positions, kind="stable")
-        positions, steps = positions[order], steps[order]
-    return settle(spec.dtype, spec.shape, positions, steps)
+    return settle(spec.dtype, spec.shape, *tiles.in_order(tile, spec.shape, positions, steps))
 
 
 def encode_tile(job: ToEncode, twin: Twin) -> tuple[TileEntry, UInts]:

@@ -11,12 +11,13 @@ from typing import Any
 import msgspec
 
 from deltawire.buckets.base import Bucket
-from deltawire.errors import DeltaWireError, ShapeMismatch
+from deltawire.errors import DeltaWireError
 from deltawire.prepare.names import require_bare
 from deltawire.publish import ties
 from deltawire.publish.baseline import Baseline
 from deltawire.publish.capturer import About, Capture, CaptureOptions
-from deltawire.publish.comparing import Comparison
+from deltawire.publish.choice import SUBSET, Choice
+from deltawire.publish.comparing import Comparison, not_yet
 from deltawire.publish.devices import Lies, Place
 from deltawire.publish.dtypes import Casting
 from deltawire.publish.first_anchor import asset_payloads
@@ -25,7 +26,7 @@ from deltawire.publish.requirements import among, warn_of_packed
 from deltawire.publish.sharded.ballot import Ballot, mark, marks_of, numbers, require_alike
 from deltawire.publish.sharded.opening import Opening
 from deltawire.publish.sharded.ranks import Ranks
-from deltawire.publish.sharded.shards import Shard
+from deltawire.publish.sharded.shards import Shard, moved
 from deltawire.publish.ties import Given, GivenTensor, Ties
 from deltawire.publish.tracker import ChangeTracker, Transition
 from deltawire.runlog.records import Run, in_its_format
@@ -67,6 +68,7 @@ class ShardCapturer:
         self._known = self._opening.digests
         self._digests = dict(self._known)
         self._aliases = aliases_of(self._run.table) if self._run is not None else None
+        self._choice = SUBSET
 
     @property
     def total(self) -> int:
@@ -110,6 +112,7 @@ class ShardCapturer:
         each captured goes with the next good call. The `transition` stays unfinished after anything else, when the
         other ranks may have moved on.
         """
+        self._choice = self._choose()
         self.transition.begin()
         found, captured = _Found(self._aliases or {}), None
         problem: BaseException | None = None
@@ -156,9 +159,9 @@ class ShardCapturer:
         begins = self._begins_empty
         noting = given if self._run is None and self._opening.ties.tied is not False else None
         tensors = ties.resolved(pairs, self._aliases or {}, None if begins else self._table, noting)
-        comparison = Comparison(
-            self._tracker, self._casting, self._table, trainable, self._place, self._hold, self._prepare, stay=stay
-        )
+        facts = (self._tracker, self._casting, self._table, trainable, self._place)
+        coding = not_yet if begins else self._choice.of_shard
+        comparison = Comparison(*facts, self._hold, self._prepare, coding, stay=stay)
         seen = comparison.run(tensors if begins else among(tensors, self._table))
         self._casting.settle([*seen, *seen.values()], warn=self._ranks.rank == 0)
         if begins:
@@ -183,25 +186,12 @@ class ShardCapturer:
             self._tracker.seed(name, self._opening.bits(self._table[name], shard), shard)
 
     def _keep_place(self, name: str, known: Shard, shard: Shard) -> None:
-        """Raise ShapeMismatch for another part of a tensor than this rank gave before.
-
-        Raised too for a whole tensor where it gave a DTensor. On one rank, or where ranks hold copies, the two are one
-        box, and FSDP2's copy may be an old one. While the weights at the opening are at hand, another part begins from
-        them again.
-        """
-        if known.sharded and not shard.sharded:
-            before, now = "a DTensor", "a whole tensor"
-        elif not known.is_placed_as(shard):
-            before, now = (f"{list(part.shape)} at {list(part.offset)}" for part in (known, shard))
-        else:
+        """Raise ShapeMismatch for another part of a tensor than this rank gave before. While the weights at the opening
+        are at hand, another part begins from them again."""
+        if not known.is_moved_to(shard):
             return
         if not self._opening.open:
-            raise ShapeMismatch(
-                f"{name}: this rank gave {before} before, and now {now}. Publish what the model shows after "
-                "`reshard()` of every FSDPModule, as checkpoint_tensors(model) of deltawire.trainers.state does; a "
-                "model that was sharded another way needs a new Publisher, which reads the new parts from the last "
-                "commit"
-            )
+            raise moved(name, known, shard)
         with self.transition:
             self._tracker.forget(name)
 
@@ -231,17 +221,18 @@ class ShardCapturer:
             step=found.about.step,
             metrics=found.about.metrics,
             payloads=None,
+            reason=self._choice.reason,
             rank=self._ranks.rank,
             boxes=self._tracker.baseline.boxes,
         )
         assets = asset_payloads(self._assets) if self._assets is not None and version == 0 else {}
-        return replace(captured, payloads=assets | encode(captured))
+        return replace(captured, payloads=assets | encode(captured, self._tracker.coded))
 
     def _new_run(self, names: set[str]) -> Run:
         table = (msgspec.structs.replace(entry, trainable=entry.name in names) for entry in self._table.values())
         listed, begun = with_aliases(table, self._aliases or {}), self._decision
         facts = (begun.run, listed, self._options.clock(), begun.base, begun.supersedes, self._options.compactors)
-        return in_its_format(Run(*facts), self._options.codecs)
+        return in_its_format(Run(*facts), self._decision.codecs)
 
     def _forget_beginning(self) -> None:
         """A run that could not begin without a base begins again: nothing of it is anywhere."""
@@ -259,6 +250,11 @@ class ShardCapturer:
         self._aliases = aliases
 
     # All ranks together
+
+    def _choose(self) -> Choice:
+        """What rank 0 chooses for all: it alone hears the replicas."""
+        listed = self._run.may_use if self._run is not None else self._decision.codecs
+        return self._ranks.from_first(self._options.choose) if "class" in listed else SUBSET
 
     def _agree(self, found: "_Found", problem: BaseException | None) -> "_Found":
         """Agree with all ranks what a run that begins is of, which the length of every later sum depends on.

@@ -30,9 +30,11 @@ from deltawire.weights.table import TensorEntry
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What rank 0 found in the bucket: the run, and the commit it stands at; or what a new run begins with."""
+    """What rank 0 found in the bucket: the run, and the commit it stands at; or what a new run begins with. `codecs`
+    are those that a new run lists."""
 
     run: str
+    codecs: tuple[str, ...]
     resumed: Tip | None = None
     base: BaseCheckpoint | None = None
     supersedes: Position | None = None
@@ -150,8 +152,9 @@ def _decide(bucket: Bucket, options: CaptureOptions) -> Decision:
         with Subscriber(bucket, base=near_base(options.base)) as subscriber:
             position = newest_of(subscriber)
             require_same_adapter(subscriber, options.assets)
-            return Decision(position.run, tip_at(subscriber, position))
+            return Decision(position.run, options.codecs, tip_at(subscriber, position))
     if options.assets is not None:
         checkpoint.assets(options.assets)  # a folder that is not there is named now, not at the first publish
     pinned = None if options.base is None else resolve_base(str(options.base))
-    return Decision(options.new_run_id(), base=pinned, supersedes=newest(bucket) if options.supersede else None)
+    supersedes = newest(bucket) if options.supersede else None
+    return Decision(options.new_run_id(), options.codecs, base=pinned, supersedes=supersedes)

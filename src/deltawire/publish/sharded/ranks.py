@@ -43,6 +43,15 @@ class _Said(Generic[Answer]):
     error: DeltaWireError | None = None
 
 
+def is_first(process_group: Any) -> bool:
+    """Whether this process is rank 0 of a group; of none, it is alone."""
+    if process_group is None:
+        return True
+    import torch.distributed as dist
+
+    return bool(dist.get_rank(process_group) == 0)
+
+
 class Ranks:
     """The ranks of a process group, seen from one of them. Every rank makes one, and calls the same verbs in order."""
 

@@ -4,6 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from deltawire.errors import ShapeMismatch
+from deltawire.format.codecs import tiles
+from deltawire.format.codecs.subset import NOTHING, Coded
 from deltawire.prepare.names import View
 from deltawire.weights.bits import UInts
 from deltawire.weights.boxes import Box, Shape
@@ -44,6 +49,11 @@ class Shard:
         same_elements = (self.whole, self.offset, self.shape) == (other.whole, other.offset, other.shape)
         return same_elements and self.owned == other.owned
 
+    def is_moved_to(self, other: "Shard") -> bool:
+        """Whether another is of other elements, or published by another rank; or a whole tensor where this was a
+        DTensor. On one rank, or where ranks hold copies, the two are one box, and FSDP2's copy may be an old one."""
+        return (self.sharded and not other.sharded) or not self.is_placed_as(other)
+
     def through(self, view: View) -> "Shard":
         """What it holds of a view of the tensor, in the view's own coordinates and over the same memory.
 
@@ -62,9 +72,33 @@ class Shard:
         return replace(self, whole=view.shape, offset=begin, shape=here.shape, tensor=here.of(self.tensor))
 
 
+def moved(name: str, known: Shard, now: Shard) -> ShapeMismatch:
+    """The error for a rank that gives another part of a tensor than before."""
+    parts = [f"{list(part.shape)} at {list(part.offset)}" for part in (known, now)]
+    if known.sharded and not now.sharded:
+        parts = ["a DTensor", "a whole tensor"]
+    return ShapeMismatch(
+        f"{name}: this rank gave {parts[0]} before, and now {parts[1]}. Publish what the model shows after `reshard()` "
+        "of every FSDPModule, as checkpoint_tensors(model) of deltawire.trainers.state does; a model that was sharded "
+        "another way needs a new Publisher, which reads the new parts from the last commit"
+    )
+
+
 def spread(delta: Delta, boxes: Mapping[str, Box], table: Mapping[str, TensorEntry]) -> Delta:
     """A rank's changes, as changes of the whole tensors."""
     return Delta({name: boxes[name].spread(change, table[name].shape) for name, change in delta.items()})
+
+
+def placed(coded: Coded, box: Box, whole: Shape) -> Coded:
+    """What a box's change was encoded as, with its tiles where they are among those of the tensor."""
+    height, width = coded.tile
+    columns = tiles.matrix(whole)[1]
+    starts = box.positions(np.array([tile.start for tile in tiles.grid(box.shape, coded.tile)], np.int64))
+    numbers = starts // columns // height * -(-columns // width) + starts % columns // width
+    entries = [NOTHING] * tiles.tiles_in(whole, coded.tile)
+    for number, entry in zip(numbers.tolist(), coded.entries, strict=True):
+        entries[number] = entry
+    return replace(coded, entries=tuple(entries))
 
 
 def part_digest(data: UInts, rank: int, size: int) -> int:
