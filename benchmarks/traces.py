@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from deltawire.demo.games import SUMS
 from deltawire.format import container, delta_file
+from deltawire.read.host_cache import cache_folder
 from deltawire.weights.bits import Bits
 from deltawire.weights.delta import Delta
 from deltawire.weights.tensors import as_bits
@@ -83,11 +84,12 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=8)
     options = parser.parse_args()
     torch.manual_seed(0)
+    base = options.base
     if options.smollm2:
         from examples.sums.model import write_checkpoint  # the demo's own model, in the demo's own place
 
-        write_checkpoint(SUMS.model)
-    base = SUMS.model if options.smollm2 else options.base
+        base = cache_folder() / SUMS.model
+        write_checkpoint(base)
     model = AutoModelForCausalLM.from_pretrained(base) if base else AutoModelForCausalLM.from_config(SMALL)
     learner = Learner(model, options.lr)
     options.out.mkdir(parents=True)

@@ -11,6 +11,7 @@ from deltawire import Subscriber
 from deltawire.buckets.base import Bucket
 from deltawire.errors import FormatError, UnknownVersion
 from deltawire.format import container, delta_file
+from deltawire.format.codecs import fused
 from deltawire.runlog import records
 from deltawire.upkeep.compactor import Compactor
 from deltawire.weights.tensors import equal
@@ -48,6 +49,22 @@ def test_a_run_of_codec_gap_lists_nothing_so_that_every_reader_knows_it():
     assert "codecs" not in run_record(bucket)
     assert run_record(bucket)["format"] == 1
     assert codecs_written(bucket) == {"gap"}
+
+
+@pytest.mark.parametrize(("codec", "by_class"), [("subset", [False]), ("class", [True]), ("gap", [])])
+def test_the_loops_of_a_runs_codec_are_compiled_before_its_first_change_and_when_it_is_continued(
+    codec, by_class, monkeypatch
+):
+    warmed, bucket, steps = [], fresh(), versions(3)
+    monkeypatch.setattr(fused, "warm_up", lambda dtypes, *, by_class: warmed.append((set(dtypes), by_class)))
+    dtypes = {bits.dtype for bits in served(steps[0]).values()}
+    with publishing(bucket, codec=codec) as publisher:
+        publisher.publish(steps[0])
+        assert [found for found in warmed if found[0]] == [(dtypes, own) for own in by_class]
+        publisher.publish(steps[1])
+    warmed.clear()
+    with publishing(bucket, codec=codec):
+        assert warmed == [(dtypes, own) for own in by_class]
 
 
 @pytest.mark.parametrize(("begun", "continued"), [("gap", "subset"), ("subset", "gap")])

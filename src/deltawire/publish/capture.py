@@ -8,6 +8,7 @@ from typing import Any
 
 from deltawire.buckets.base import Bucket
 from deltawire.format.checkpoint import Checkpoint
+from deltawire.format.codecs import fused
 from deltawire.format.codecs.fused import Coding
 from deltawire.prepare.names import require_bare
 from deltawire.publish import ties
@@ -28,7 +29,7 @@ from deltawire.publish.tracker import ChangeTracker, Transition
 from deltawire.read.bases import open_base, resolve_base
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.records import BaseCheckpoint, Position, Run, in_its_format
-from deltawire.weights.bits import count
+from deltawire.weights.bits import Bits, count
 from deltawire.weights.delta import Delta
 from deltawire.weights.table import TensorEntry, aliases_of, with_aliases
 
@@ -57,6 +58,7 @@ class WholeCapturer:
             self._resume(bucket)
         if self.resumed is None:
             self._open_base()
+        self._warm_up()
 
     @property
     def total(self) -> int:
@@ -129,16 +131,26 @@ class WholeCapturer:
 
     def _coding(self) -> Callable[[str, Shard], Coding | None]:
         """How each change is encoded as it is found; none is in a run of `gap`."""
-        listed = self._run.may_use if self._run is not None else self._options.codecs
-        if "subset" not in listed:
+        if "subset" not in self._listed:
             return not_yet
-        self._choice = choice = self._choose() if "class" in listed else SUBSET
+        self._choice = choice = self._choose() if "class" in self._listed else SUBSET
         return lambda name, shard: choice.coding(name, shard.whole)
 
     def _choose(self) -> Choice:
         """What this version is encoded in, where there is a choice."""
         chosen = self._options.choose()
         return UNRANKED if chosen.by_class and self._is_on_device else chosen
+
+    def _warm_up(self) -> None:
+        """Compile what the next publish runs of what the host holds: it is to be as short as all others."""
+        dtypes = {held.dtype for held in self._tracker.baseline.held.values() if isinstance(held, Bits)}
+        if "subset" in self._listed:
+            fused.warm_up(dtypes, by_class="class" in self._listed)
+
+    @property
+    def _listed(self) -> tuple[str, ...]:
+        """The codecs that the run may use."""
+        return self._run.may_use if self._run is not None else self._options.codecs
 
     @property
     def _is_on_device(self) -> bool:
@@ -171,6 +183,7 @@ class WholeCapturer:
         self.transition.begin()
         self._tracker, self._run = ChangeTracker(self.transition, baseline), run
         self.next_version, self._aliases = 1, aliases
+        self._warm_up()
         return captured
 
     def _seeded(self, pairs: Pairs, given: ties.Given | None) -> Baseline:

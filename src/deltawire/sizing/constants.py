@@ -13,16 +13,17 @@ PUBLISH_BYTES_PER_SECOND = 5.26e9
 """bytes of weights that a trainer compares a second: `publish.py` at 0.1 %"""
 PUBLISH_SECONDS_A_CHANGE = 14e-9
 """and what each change adds: `publish.py`, 0.1 to 3 %"""
-STAGE_SECONDS = 0.135
-"""from the request to stage to the version being served, beside what each change takes: `vllm_pause.py`"""
-STAGE_SECONDS_A_CHANGE = 27e-9
+STAGE_SECONDS = 0.112
+"""from the request to stage to the version being served, beside what each change takes: `vllm_pause.py`, codec
+subset"""
+STAGE_SECONDS_A_CHANGE = 12.3e-9
 """what each change adds to it: `vllm_pause.py`, 0.1 to 3 %"""
-PAUSE_SECONDS = 0.040
+PAUSE_SECONDS = 0.044
 """a pause that writes next to nothing, most of it vLLM's own: `vllm_pause.py`"""
-PAUSE_SECONDS_A_CHANGE = 2.1e-9
+PAUSE_SECONDS_A_CHANGE = 2.0e-9
 """what each change adds to it: `vllm_pause.py`, 0.1 to 3 %"""
-RELOAD_BYTES_PER_SECOND = 3.05e9
-"""a checkpoint reloaded from the page cache: `vllm_pause.py`, 391 ms for 596,049,920 weights of bf16"""
+RELOAD_BYTES_PER_SECOND = 3.95e9
+"""a checkpoint reloaded from the page cache: `vllm_pause.py`, 302 ms for 596,049,920 weights of bf16"""
 
 TRAINER_REQUESTS = 12
 """Hub API requests of a version, by its trainer: `hub_requests.py`"""

@@ -1,5 +1,7 @@
 """Comparing and encoding at once gives the change and the bytes that comparing and then encoding gives."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -187,3 +189,33 @@ def test_found_changes_are_kept_in_memory_of_their_size():
     positions, steps = found.take()
     assert (positions.tolist(), set(steps.tolist())) == (list(range(40_000)), {1})
     assert positions.base is steps.base is None
+
+
+WARM = """
+import gc
+import numpy as np
+from numba.core.registry import CPUDispatcher
+from deltawire.format.codecs import fused
+from deltawire.weights.bits import Bits
+
+def compiled():
+    return {(loop.__name__, str(own)) for loop in gc.get_objects() if isinstance(loop, CPUDispatcher)
+            for own in loop.signatures}
+
+fused.warm_up(["BF16"], by_class=True)
+before = compiled()
+old = Bits("BF16", (300, 1000), np.arange(300_000, dtype=np.uint16))
+new = old.copy()
+new.data[:9000] += 3
+for by_class in (False, True):
+    change, _ = fused.compare(old, new, by_class=by_class)
+    change.apply_(old.copy().data)
+print(len(before), compiled() - before)
+"""
+
+
+def test_once_it_is_warm_no_publish_compiles_anything():
+    done = subprocess.run([sys.executable, "-c", WARM], capture_output=True, text=True, check=True, timeout=240)
+    loops, more = done.stdout.split(maxsplit=1)
+    assert int(loops) > 5, done.stdout
+    assert more.strip() == "set()"

@@ -115,6 +115,15 @@ def test_rows_without_a_change_are_left_out_where_chance_would_have_hit_them():
     assert subset.encode(idle).payload.size < 0.75 * subset.encode(scattered).payload.size
 
 
+def test_rows_that_are_idle_by_chance_are_not_looked_at_twice(monkeypatch):
+    positions = np.flatnonzero(np.random.default_rng(0).random(576 * 576) < 0.001)
+    delta = TensorDelta("BF16", (576, 576), positions, np.ones(positions.size, np.uint16))
+    assert np.unique(positions // 576).size < 0.5 * 576
+    monkeypatch.setattr(subset.TileChange, "of_rows", None)
+    for old in (None, np.full(576 * 576, 0x3C00, np.uint16)):
+        assert subset.encode(delta, old).entries[0].dead == 0
+
+
 def test_a_large_tensor_is_cut_into_blocks_of_rows_and_a_thread_reads_its_own_tile():
     assert tiles.choose((4096, 1024)) == (4096, 1024)
     assert tiles.choose((49152, 576)) == (tiles.TARGET // 576, 576)

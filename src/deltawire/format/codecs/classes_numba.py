@@ -153,27 +153,29 @@ def _sort(keys, steps, changed, ranks, sorted_steps):  # type: ignore[no-untyped
 
 
 @_jit
-def _find(old, scheme, starts, whole, ranks, positions, order):  # type: ignore[no-untyped-def]
+def _find(old, scheme, facts, ranks, positions, order):  # type: ignore[no-untyped-def]
     """Ascending positions of changes that are given class by class, and the order that leads to them; the elements of
-    each class that is `whole`. Fewer positions than changes are found where ranks are beyond their class.
+    each class whose unchanged are listed. Fewer positions than changes are found where ranks are beyond their class.
 
     Each step is a loop of its own. How many changes of a class a column has is not to be predicted, and a wrong guess
     costs least where nothing else waits for it."""
     planes, last = aligned(PLANES), aligned(LANES * old.itemsize // 8).view(old.dtype)
     masks, before = aligned(LANES * CLASSES), aligned(LANES * CLASSES // 4).view(np.uint16)
     firsts, counts = np.zeros(CLASSES, np.int64), np.zeros(CLASSES, np.int64)
-    hits, items, at, done = aligned(LANES), np.empty(COLUMN, np.uint64), starts.astype(np.uint64), _U(0)
+    hits, items, done = aligned(LANES), np.empty(COLUMN, np.uint64), _U(0)
+    at, ends = np.zeros(CLASSES, np.uint64), np.cumsum(facts[:, CHANGED])
+    at[1:] = ends[:-1]
     for start in range(0, old.size, COLUMN):
         _fill(old, start, scheme, planes, last)
         for c in range(CLASSES):
             firsts[c] = counts[c]
-            if whole[c] or at[c] < _U(starts[c + 1]):
+            if facts[c, INVERTED] or at[c] < _U(ends[c]):
                 counts[c] += class_column(planes, _U(c), masks, before)
         if start + COLUMN > old.size and counts[0] > firsts[0]:
             counts[0] -= start + COLUMN - old.size
         new = _U(0)
         for c in range(CLASSES):
-            a, stop, first, end = at[c], _U(starts[c + 1]), firsts[c], counts[c]
+            a, stop, first, end = at[c], _U(ends[c]), firsts[c], counts[c]
             while a < stop and ranks[a] < end:
                 items[new] = (a << _U(16)) | _U(c << 12) | _U(ranks[a] - first)
                 a, new = a + _U(1), new + _U(1)
@@ -245,9 +247,8 @@ def locate(
     old: UInts, facts: Facts, ranks: Positions, steps: UInts, scheme: Scheme
 ) -> tuple[Positions, Positions, UInts]:
     """As `classes.locate`."""
-    starts, whole = np.concatenate([[0], np.cumsum(facts[:, CHANGED])]), facts[:, INVERTED].copy()
     positions, order = np.empty_like(ranks), np.empty_like(ranks)
-    population, found = _find(old, _numbers(scheme), starts, whole, ranks, positions, order)
+    population, found = _find(old, _numbers(scheme), facts, ranks, positions, order)
     if found != ranks.size:
         raise WrongBase("a rank beyond its class: these are not the weights that the delta was made from")
     return population, positions, steps[order]

@@ -107,14 +107,15 @@ def _put_entry(out: bytearray, entry: TileEntry, bits: int) -> None:
         return
     _put(out, entry.dead)
     out += sum(1 << row.number for row in entry.lists).to_bytes(2, "little")
-    for row in entry.lists:
-        out.append(row.k | (INVERTED if row.inverted else 0))
-        _put(out, row.changed)
-        if row.inverted:
-            _put(out, row.written)
-        for chosen in row.ladder:
-            _put(out, chosen)
-        if len(row.ladder) < bits - 1:
+    for _, changed, written, k, inverted, ladder in entry.lists:
+        out.append(k | INVERTED if inverted else k)
+        numbers = (changed, written, *ladder) if inverted else (changed, *ladder)
+        if max(numbers) < 128:
+            out += bytes(numbers)
+        else:
+            for number in numbers:
+                _put(out, number)
+        if len(ladder) < bits - 1:
             out.append(0)
 
 
@@ -125,24 +126,30 @@ class _Reader:
         self.data, self.at = data, 0
 
     def byte(self) -> int:
-        if self.at >= len(self.data):
-            raise Truncated("the directory ends inside an entry")
-        self.at += 1
-        return self.data[self.at - 1]
+        at = self.at
+        self.at = at + 1
+        try:
+            return self.data[at]
+        except IndexError:
+            raise Truncated("the directory ends inside an entry") from None
 
     def number(self, most: int) -> int:
         """A varint in its shortest form, at most `most`."""
-        value = byte = self.byte()
-        shift = 0
-        if byte >= 128:
-            value &= 127
-            while byte >= 128 and shift < 56:
-                byte, shift = self.byte(), shift + 7
-                value |= (byte & 127) << shift
-            if byte >= 128 or byte == 0:
-                raise FormatError("a number in the directory is not in its shortest form")
+        value = self.byte()
+        if value >= 128:
+            value = self._longer(value)
         if value > most:
             raise FormatError(f"{value:,} in the directory, where at most {most:,} can be")
+        return value
+
+    def _longer(self, byte: int) -> int:
+        """A varint of several bytes, from the first of them on."""
+        value, shift = byte & 127, 0
+        while byte >= 128 and shift < 56:
+            byte, shift = self.byte(), shift + 7
+            value |= (byte & 127) << shift
+        if byte >= 128 or byte == 0:
+            raise FormatError("a number in the directory is not in its shortest form")
         return value
 
     def text(self, length: int) -> str:
@@ -223,13 +230,14 @@ def _read_entry(reader: _Reader, budget: _Budget, tile: tiles.Tile, classes: int
     present = reader.byte() | reader.byte() << 8
     if not 0 < present < 1 << classes:
         raise FormatError(f"classes {present:#06x} of a tile that has {classes}")
-    left = (tile.rows - dead) * tile.width
+    left, fixed = (tile.rows - dead) * tile.width, 0
     lists = []
     for number in _ones(present):
         row = _read_class(reader, number, left, bits)
         left -= row.changed + (row.written if row.inverted else 0)
+        fixed += row.changed + sum(row.ladder[1:])
         lists.append(row)
-    if sum(row.changed + sum(row.ladder[1:]) for row in lists) > 8 * nbytes:
+    if fixed > 8 * nbytes:
         raise FormatError("a tile lists more changes than its payload has bits")
     return TileEntry(nbytes, dead, tuple(lists))
 

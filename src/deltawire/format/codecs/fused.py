@@ -6,6 +6,7 @@ are the change, and what `subset.encode` makes of it. A tile's bits are compared
 and packed while they are near. Threads share the tiles of a large tensor.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from deltawire.format.codecs.subset import NO_BYTES, NOTHING, Coded, TileChange,
 from deltawire.format.codecs.tiles import Tile
 from deltawire.format.codecs.twins import Twin
 from deltawire.weights import threads
-from deltawire.weights.bits import Bits, Positions, UInts
+from deltawire.weights.bits import Bits, Positions, UInts, unsigned
 from deltawire.weights.delta import TensorDelta, check_same, settle
 from deltawire.weights.found import Found, Scratch
 
@@ -96,3 +97,15 @@ def _all_of(parts: list[Found]) -> tuple[Positions, UInts]:
         return parts[0].take()
     positions = np.concatenate([part.positions[: part.count] for part in parts])
     return positions, np.concatenate([part.steps[: part.count] for part in parts])
+
+
+def warm_up(dtypes: Iterable[str], *, by_class: bool) -> None:
+    """Compile what a publish of tensors of these dtypes runs, so that none waits for it: some 5 seconds where Numba's
+    cache on disk is empty, and one for each further width. A run of codec `class` writes `subset` as well."""
+    for dtype in {unsigned(dtype): dtype for dtype in sorted(dtypes)}.values():
+        old = Bits(dtype, (8, 64), np.ones(512, unsigned(dtype)))
+        new = old.copy()
+        new.data[:64] += 7  # one row alone changes, so that the others are left out
+        for own in {False, by_class}:
+            change, _ = compare(old, new, by_class=own)
+        change.apply_(old.data)

@@ -49,9 +49,8 @@ def short(facts: Facts) -> tuple[ClassLists, ...]:
 def full(rows: Iterable[ClassLists], classes: int, itemsize: int) -> Facts:
     """The inverse of `short`."""
     facts = np.zeros((classes, columns(itemsize)), np.int64)
-    for row in rows:
-        facts[row.number, : LADDER + 1] = row.changed, row.written, row.k, row.inverted, row.changed
-        facts[row.number, LADDER + 1 : LADDER + 1 + len(row.ladder)] = row.ladder
+    for number, changed, written, k, inverted, ladder in rows:
+        facts[number, : LADDER + 1 + len(ladder)] = changed, written, k, inverted, changed, *ladder
     return facts
 
 

@@ -9,9 +9,10 @@ from deltawire.format.codecs.tiles import Tile
 from deltawire.format.codecs.twins import Twin
 from deltawire.weights.bits import Positions, UInts
 
-FEW_ROWS, FEWER_THAN_CHANCE = 0.75, 0.9
-"""A writer tries without the idle rows where fewer than this share of the rows is live, and fewer than this share of
-those that as many changes hit by chance: at a tenth of a percent half of all rows are idle, and say nothing."""
+FEW_ROWS, WORTH = 0.75, 1 / 16
+"""A writer tries without the idle rows where at most this share of the rows is live, and it would save so much of the
+payload if the idle rows were like the others. At a tenth of a percent half of all rows are idle by chance, and say
+nothing; and what the rows of a tensor differ in, the classes of the old bits tell already."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,9 +38,16 @@ class LiveRows:
         return bits.reshape(rows, -1)[self.row(np.arange(live))].reshape(-1)
 
 
-def few_live_rows(tile: Tile, positions: Positions, twin: Twin) -> Positions | None:
-    """The rows that hold a change, where they are clearly fewer than chance would hit."""
-    by_chance = -math.expm1(tile.width * math.log1p(-positions.size / (tile.size + 1))) * tile.rows
-    limit = int(min(FEW_ROWS * tile.rows, FEWER_THAN_CHANCE * by_chance))
+def few_live_rows(tile: Tile, positions: Positions, nbytes: int, twin: Twin) -> Positions | None:
+    """The rows that hold a change, where it is worth a try to leave the others out of a payload that has so many bytes
+    with all rows."""
+    limit = int(FEW_ROWS * tile.rows)
     live = twin.live_rows(positions, tile.width, limit)
-    return live if live.size <= limit else None
+    return live if live.size <= limit and _saved(tile.rows, live.size, positions.size) > WORTH * 8 * nbytes else None
+
+
+def _saved(rows: int, live: int, changed: int) -> float:
+    """Bits by which changes among the live rows alone are shorter to write, less those of the list of live rows."""
+    share = live / rows
+    listed = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
+    return -changed * math.log2(share) - rows * listed

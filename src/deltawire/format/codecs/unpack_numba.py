@@ -97,11 +97,14 @@ def _unpack(facts, words, nbytes, most, low, unary, ranks, lengths):  # type: ig
 
 
 @jit
-def _low_bits(facts):  # type: ignore[no-untyped-def]
-    bits = np.int64(0)
+def _sizes(facts):  # type: ignore[no-untyped-def]
+    """The changes, the bits of LOW, and those of RAW."""
+    changed = low = raw = np.int64(0)
     for c in range(facts.shape[0]):
-        bits += facts[c, WRITTEN] * facts[c, K] + plan_ladder(facts, c)[0]
-    return bits
+        more_low, more_raw, _ = plan_ladder(facts, c)
+        changed += facts[c, CHANGED]
+        low, raw = low + facts[c, WRITTEN] * facts[c, K] + more_low, raw + more_raw
+    return changed, low, raw
 
 
 def unpack(
@@ -111,9 +114,9 @@ def unpack(
     words = np.zeros(payload.size // 8 + 3, np.uint64)
     words.view(np.uint8)[: payload.size] = payload
     start, listed = _listed_rows(words, payload.size, rows, dead) if dead else (0, None)
-    total = int(facts[:, CHANGED].sum())
-    raw = start + int(_low_bits(facts))
-    sign = raw + int(facts[:, LADDER + 2 :].sum())
+    total, low_bits, raw_bits = _sizes(facts)
+    raw = start + low_bits
+    sign = raw + raw_bits
     wrong = start if start < 0 else ENDS_EARLY if sign + total > 8 * payload.size else 0
     if not wrong:
         ranks, steps, lengths = np.empty(total, np.int64), np.empty(total, kind), np.zeros(total, np.uint8)
