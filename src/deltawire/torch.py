@@ -33,7 +33,8 @@ def follow(
 ) -> "ModelFollower":
     """A follower of `bucket` for `model`, whose parameters and buffers have the checkpoint's names, or those that
     `names` leads to them: `name_map(model)` of `deltawire.trainers.conversion` for a transformers model. Tensors that
-    the run never changes need not be there.
+    the run never changes need not be there. On a GPU a block of memory for updates is taken beside it, as large as
+    `DELTAWIRE_ARENA` says (256 MiB).
 
     Weights are patched in place, in the dtype the run ships. They may be fp32 where it ships bf16, or bf16 while all
     that it ships as F32 fits. `base` is a folder with the run's base checkpoint, where it starts from one by reference.

@@ -208,18 +208,27 @@ class Stream:
         self._notes.append(f"the host waits for {self.name}")
 
 
-def test_staging_waits_for_the_models_stream_and_that_never_for_staging(run, monkeypatch):
+@pytest.fixture
+def streams(monkeypatch):
+    """The model's stream and ours, and what they note."""
     notes, current = [], []
     models, ours = Stream("the model's", notes), Stream("ours", notes)
 
     @contextmanager
     def on(stream):
         current.append(stream)
-        yield
-        current.pop()
+        try:
+            yield
+        finally:
+            current.pop()
 
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1] if current else models)
+    return ours, notes
+
+
+def test_staging_waits_for_the_models_stream_and_that_never_for_staging(run, streams):
+    ours, notes = streams
     worker = attached(run, run.model())
     accelerator_of(worker)._stream = ours
     run.publish(a=1)
@@ -229,6 +238,18 @@ def test_staging_waits_for_the_models_stream_and_that_never_for_staging(run, mon
     notes.clear()
     assert commit(worker, run, 1) is None
     assert notes == []  # nobody waits for anybody within the pause
+
+
+def test_what_failed_while_it_used_the_window_is_over_before_another_may(streams):
+    one = Accelerator(CPU, TINY)
+    one._stream, notes = streams
+    with pytest.raises(IndexError), one.beside():
+        raise IndexError
+    assert notes == ["ours waits for the model's", "the host waits for ours"]
+    notes.clear()
+    with pytest.raises(IndexError), one.crossing():
+        raise IndexError
+    assert notes == ["the host waits for the model's"]
 
 
 def test_the_block_is_taken_before_a_server_measures_what_is_left_for_requests(run):
@@ -258,3 +279,20 @@ def test_nobody_uses_the_window_while_another_thread_may(run, monkeypatch):
     assert mismatched(worker) == []
     assert len(used) > 100
     assert all(used)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_worker_made_in_inference_mode_updates_outside_of_it_and_the_other_way_round(run):
+    model = Fused(make_weights(seed=9))
+    with torch.inference_mode():
+        worker = attached(run, model)
+    assert commit(worker, run, 0) is None
+    run.publish(a=1)
+    with torch.inference_mode():
+        assert commit(worker, run, 1) is None
+    run.publish(b=1)
+    worker.live.make_ready(run.url, 2)
+    with torch.inference_mode():
+        assert commit(worker, run, 2) is None
+    assert worker.live.take_back()
+    assert (version_of(worker), mismatched(worker)) == (1, [])

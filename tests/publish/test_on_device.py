@@ -444,12 +444,15 @@ def test_a_run_of_codec_class_writes_subset_from_a_device_and_says_why():
 WATCHED = FILES | {on_device.__file__}
 
 
-@pytest.mark.parametrize("begun", [0, 1, 2])
+NIGHTLY = pytest.mark.nightly
+
+
+@pytest.mark.parametrize(("begun", "every"), [(2, 11), *(pytest.param(begun, 2, marks=NIGHTLY) for begun in (0, 1, 2))])
 def test_a_publish_cut_short_at_any_line_ends_in_true_weights_or_says_that_only_a_new_publisher_goes_on(
-    begun, quick_retries
+    begun, every, quick_retries
 ):
     torn = went_on = 0
-    for number in itertools.count(1, 5):
+    for number in itertools.count(1, every):
         bucket, weights = fresh(), {name: fp32()[name] for name in ("norm", "scale")}
         watchdog = Watchdog(number, WATCHED)
         pub = DevicePublisher(bucket, baseline="device")

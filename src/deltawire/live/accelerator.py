@@ -37,22 +37,37 @@ class Accelerator:
     def beside(self) -> Iterator[None]:
         """Have what the block queues run beside the model, after all that the model's stream has been given so far.
         It is done when the block ends: what is staged is there before anyone asks for a pause."""
-        with self._window_is_mine:
-            if self._stream is None or torch.cuda.current_stream(self.device) == self._stream:
+        with self._window_is_mine, self._own_stream():
+            try:
                 yield
-                return
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._stream):
-                yield
-                self._stream.synchronize()
+            finally:  # a failure, too, leaves nothing behind that still uses the window
+                self._wait()
 
     @contextmanager
     def crossing(self) -> Iterator[Room]:
         """The window, for what a write queues on the current stream. It is done when the block ends."""
         with self._window_is_mine:
-            yield self.arena.window()
-            if self._stream is not None:
-                torch.cuda.current_stream(self.device).synchronize()
+            try:
+                yield self.arena.window()
+            finally:
+                self._wait()
+
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        if (current := torch.cuda.current_stream(self.device)) != self._stream:
+            self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _wait(self) -> None:
+        """Wait for what was queued on the current stream; on a device without streams of its own, for all."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).synchronize()
+        elif self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def pinned(self, count: int, kind: torch.dtype) -> torch.Tensor:
         """So many elements of host memory, of any value, that cross at full speed and while others compute."""

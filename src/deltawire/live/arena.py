@@ -79,7 +79,8 @@ class Arena:
     def __init__(self, device: torch.device, size: int) -> None:
         self.device, self.size = device, size
         window = _aligned(size // WINDOW_SHARE) if size else 0
-        self._block = torch.empty(size, dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):  # who makes a follower in that mode may use it outside
+            self._block = torch.empty(size, dtype=torch.uint8, device=device)
         self._window = self._block[:window]
         self._free = [(window, size)] if size else []
         self._returned: deque[tuple[int, int]] = deque()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltawire.publish.streams import beside_trainer
+from deltawire.publish.streams import beside_trainer, landing
 from deltawire.weights import threads
 from deltawire.weights.bits import Bits, Positions, UInts
 from deltawire.weights.delta import TensorDelta, settle
@@ -75,8 +75,7 @@ class _Crossing:
             yield self._arrived(*piece)
 
     def _buffer(self) -> torch.Tensor:
-        kind = CARRIERS[self.held.data.itemsize]
-        return torch.empty(min(PIECE, self.flat.numel()), dtype=kind, device="cpu", pin_memory=self.flat.is_cuda)
+        return landing(min(PIECE, self.flat.numel()), CARRIERS[self.held.data.itemsize], self.flat.device)
 
     def _send(self, start: int, buffer: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Queue a piece's copy; where it will be, and the event that says so."""

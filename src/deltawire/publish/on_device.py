@@ -14,7 +14,7 @@ import torch
 
 from deltawire.publish import crossing
 from deltawire.publish.baseline import Baseline
-from deltawire.publish.streams import beside_trainer, own_stream
+from deltawire.publish.streams import beside_trainer, landing, own_stream
 from deltawire.weights.bits import Bits, UInts, unsigned
 from deltawire.weights.boxes import Box, Shape
 from deltawire.weights.delta import TensorDelta, cheaper
@@ -166,7 +166,7 @@ def _to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
     device = tensors[0].device
     if device.type != "cuda" or sum(tensor.nbytes for tensor in tensors) > PINNED:
         return [tensor.cpu() for tensor in tensors]
-    copies = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
+    copies = [landing(tensor.numel(), tensor.dtype, device) for tensor in tensors]
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(device).synchronize()

@@ -5,11 +5,19 @@ could not be written outside of it.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import torch
+
+
+def landing(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory of the host for what crosses from a device: pinned, unless the host has no more to pin."""
+    if device.type == "cuda":
+        with suppress(RuntimeError):  # of no kind of its own
+            return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=True)
+    return torch.empty(elements, dtype=dtype, device="cpu")
 
 
 @cache

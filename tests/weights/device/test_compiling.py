@@ -16,6 +16,10 @@ POINTERS = {1: "*u8", 2: "*i16", 4: "*i32", 8: "*i64"}
 KINDS = dict(zip(POINTERS, triton_twin.KINDS.values(), strict=True))
 
 
+OTHERS = [(1, False, "*i32"), (4, False, "*i32"), (8, False, "*i64")]
+"""width of the elements, whether some are rounded, and positions"""
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -29,7 +33,10 @@ def compiled(kernel, *constants, block, **arguments):
     return triton.compile(source, target=HOPPER, options={"enable_fp_fusion": False}).asm
 
 
-@pytest.mark.parametrize(("width", "rounds", "positions"), [(1, False, "*i32"), (2, True, "*i32"), (8, False, "*i64")])
+@pytest.mark.parametrize(
+    ("width", "rounds", "positions"),
+    [(2, True, "*i32"), *(pytest.param(*how, marks=pytest.mark.nightly) for how in OTHERS)],
+)
 def test_compare(width, rounds, positions):
     how = (("KIND", KINDS[width]), ("ROUND", rounds))
     found = {"positions": positions, "increments": POINTERS[width], "bits": POINTERS[width], "found": "*i64"}
@@ -39,7 +46,7 @@ def test_compare(width, rounds, positions):
     assert emit["cubin"]
 
 
-@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("width", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_digest_gather_and_scatter(width):
     kind, flat = ("KIND", KINDS[width]), POINTERS[width]
     assert compiled(triton_twin._digest, kind, block=triton_twin.BLOCK, sums="*i64")["cubin"]

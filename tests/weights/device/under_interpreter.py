@@ -6,16 +6,20 @@ import os
 import numpy as np
 import pytest
 import torch
+from cpu_devices import DevicePublisher
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import fresh, read_weights
 from strategies import changed, random_bits, seeds
 
 from deltawire.errors import ConcurrentWrite
-from deltawire.weights.device import torch_twin, triton_twin
+from deltawire.weights.device import sweeps, torch_twin, triton_twin
 from deltawire.weights.device.carriers import CARRIERS, Part, Strip
+from deltawire.weights.tensors import cast, equal
 
 DEVICE = os.environ.get("DELTAWIRE_TEST_DEVICE", "cpu")
 DTYPES = {1: "U8", 2: "BF16", 4: "F32", 8: "F64"}
+KEPT = (("b", "BF16"), ("c", "F16"))
 few = settings(max_examples=3)
 widths = pytest.mark.parametrize("width", DTYPES)
 
@@ -136,6 +140,20 @@ def test_an_offset_beyond_its_tensor_reads_nothing_and_writes_nothing(kind):
     assert triton_twin.gather(flats, [2, 2], offsets).tolist() == [3, 0, 0, 0]
     triton_twin.scatter(flats, [2, 2], offsets, torch.full((4,), 99, dtype=kind))
     assert [at for at, value in enumerate(memory.tolist()) if value == 99] == [3]
+
+
+def test_a_run_is_published_from_a_device_by_these_kernels(monkeypatch):
+    monkeypatch.setattr(sweeps, "_twin", lambda tensor: triton_twin)
+    bucket = fresh()
+    weights = {"a": torch.randn(30, 8), "b": torch.randn(17).bfloat16(), "c": torch.randn(9, 5).t().half()}
+    with DevicePublisher(bucket, baseline="device", dtype={"c": "F16", "a": "BF16"}) as publisher:
+        for _ in range(3):
+            for tensor in weights.values():
+                tensor.mul_(1 + 0.1 * (torch.rand_like(tensor) < 0.3))
+            report = publisher.publish(weights)
+    assert report.baseline == "device"
+    assert 0 < report.changed < report.total
+    assert equal(read_weights(bucket), {"a": cast(weights["a"], "BF16"), **{n: cast(weights[n], k) for n, k in KEPT}})
 
 
 def test_nothing_is_launched_for_nothing():
