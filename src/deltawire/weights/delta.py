@@ -86,8 +86,7 @@ class TensorDelta:
         return settle(self.dtype, self.shape, None, increments)
 
     def restrict(self, start: int, stop: int) -> "TensorDelta":
-        """The change of the flat elements in [start, stop), with positions counted from `start`: what a shard needs.
-        Its shape is (stop - start,)."""
+        """The change of the flat elements in [start, stop), with positions counted from `start`; flat, too."""
         shape = (stop - start,)
         if self.positions is None:
             return settle(self.dtype, shape, None, self.increments[start:stop].copy())
@@ -239,9 +238,9 @@ class Delta(Mapping[str, TensorDelta]):
     def apply_(self, tensors: Mapping[str, Any]) -> None:
         """Add the increments in place to contiguous CPU tensors. All are checked before the first is written.
 
-        Raises UnknownTensor, DtypeMismatch, and ShapeMismatch: for another shape, for a tensor that cannot be written in
-        place (not contiguous, read-only, not in host memory), and for one memory under two names (tied weights), where
-        each increment would be added twice.
+        Raises UnknownTensor, DtypeMismatch, ShapeMismatch: the last also for a tensor that cannot be written in place
+        (not contiguous, read-only, not in host memory), and for one memory under two names (tied weights), where each
+        increment would be added twice.
         """
         self.check(tensors)
         targets = {name: _in_place(name, tensors[name]) for name in self._tensors}
