@@ -14,7 +14,7 @@ from deltawire.prepare.names import require_bare
 from deltawire.publish import ties
 from deltawire.publish.baseline import Baseline
 from deltawire.publish.capturer import About, Capture, CaptureOptions
-from deltawire.publish.choice import SUBSET, UNRANKED, Choice, share_of
+from deltawire.publish.choice import SPARSE, SUBSET, Choice, share_of
 from deltawire.publish.comparing import Comparison, not_yet
 from deltawire.publish.current_run import holds_run, near_base, newest, newest_of, tip_at, weights_at
 from deltawire.publish.devices import Lies, Place
@@ -112,7 +112,9 @@ class WholeCapturer:
         delta = Delta(self._tracker.uncovered)
         if delta or not versions:
             captured = self._describe(run, self.next_version + len(versions), about, delta=delta)
-            if not self._may_encode_later():
+            if self._may_encode_later():
+                captured = replace(captured, coded=self._tracker.coded)
+            else:
                 captured = replace(captured, payloads=self._encode(captured))
             versions.append(captured)
             self._shares = {name: share_of(change) for name, change in delta.items()}
@@ -146,7 +148,7 @@ class WholeCapturer:
     def _choose(self) -> Choice:
         """What this version is encoded in, where there is a choice."""
         chosen = self._options.choose()
-        return UNRANKED if (chosen.by_class or chosen.whole) and self._is_on_device else chosen
+        return SPARSE if chosen.whole and self._is_on_device else chosen
 
     def _warm_up(self) -> None:
         """Compile what the next publish runs of what the host holds: it is to be as short as all others."""

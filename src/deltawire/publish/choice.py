@@ -64,4 +64,4 @@ def share_of(change: TensorDelta) -> float:
 
 
 SUBSET = Choice()
-UNRANKED = Choice(reason="the baseline lies on a device, where nothing is ranked by class")
+SPARSE = Choice(reason="the baseline lies on a device, and of its tensors none is sent whole")

@@ -10,6 +10,8 @@ from msgspec import UNSET
 from deltawire.buckets.base import size_of
 from deltawire.buckets.verified import hash_file
 from deltawire.format import delta_file
+from deltawire.format.body import encode_ranked
+from deltawire.format.codecs.ranking import Ranking
 from deltawire.format.codecs.subset import Coded
 from deltawire.publish.sharded.shards import placed, spread
 from deltawire.runlog.keys import delta_key, needs_weights, part_key
@@ -31,6 +33,9 @@ class Captured:
 
     In a sharded job, `rank` captured what it owns, and its delta counts positions inside its `boxes`. The digests are
     those of whole tensors all the same. `reason` is why the delta was encoded as it was, where there was a choice.
+
+    `coded` is what was encoded or ranked of a delta as it was found, against the weights of its parent, for the
+    thread that makes its payload. It is dropped with the payload.
     """
 
     run: Run
@@ -46,11 +51,13 @@ class Captured:
     rank: int | None = None
     boxes: Mapping[str, Box] = field(default_factory=dict)
     reason: str = ""
+    coded: Mapping[str, Coded | Ranking] | None = None
 
     @property
     def codec(self) -> str:
         """What its delta is written in, as it is now."""
-        return "class" if any(map(needs_weights, self.payloads or ())) else self.run.may_use[0]
+        by_class = any(map(needs_weights, self.payloads or ())) or _is_by_class(self.delta, self.coded or {})
+        return "class" if by_class else self.run.may_use[0]
 
     @property
     def payload_bytes(self) -> int:
@@ -59,9 +66,10 @@ class Captured:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory: the change, and the payloads made so far that are not files."""
+        """Bytes of memory: the change, what was encoded or ranked of it, and the payloads made so far that are not
+        files."""
         encoded = sum(len(data) for data in (self.payloads or {}).values() if isinstance(data, bytes))
-        return self.delta.nbytes + encoded
+        return self.delta.nbytes + sum(own.nbytes for own in (self.coded or {}).values()) + encoded
 
 
 def fold(earlier: Captured, later: Captured) -> Captured:
@@ -72,6 +80,7 @@ def fold(earlier: Captured, later: Captured) -> Captured:
         versions=earlier.versions + later.versions,
         delta=earlier.delta + later.delta,
         payloads=None,
+        coded=None,
     )
 
 
@@ -89,7 +98,7 @@ class Shipment:
 
 def ship(captured: Captured) -> Shipment:
     """The exact bytes a process sends for a version, again and again until the outcome is known."""
-    payloads = captured.payloads if captured.payloads is not None else encode(captured)
+    payloads = captured.payloads if captured.payloads is not None else encode(captured, captured.coded)
     records = tuple(
         Payload(key, size_of(data), blake3(data).hexdigest() if isinstance(data, bytes) else hash_file(data))
         for key, data in payloads.items()
@@ -137,31 +146,38 @@ def _choice(captured: Captured, payloads: Sequence[Payload]) -> str:
     if not captured.reason or not payloads or captured.parent is None:
         return ""
     codec = "class" if any(needs_weights(payload.key) for payload in payloads) else captured.run.may_use[0]
-    return f"{codec}: {captured.reason if captured.payloads is not None else 'it waited for the store'}"
+    has_waited = captured.payloads is None and captured.coded is None
+    return f"{codec}: {'it waited for the store' if has_waited else captured.reason}"
+
+
+def _is_by_class(delta: Delta, coded: Mapping[str, Coded | Ranking]) -> bool:
+    return any(coded[name].by_class for name in delta if name in coded)
 
 
 def encode(
-    captured: Captured, coded: Mapping[str, Coded] | None = None, stored: Collection[str] = ()
+    captured: Captured, coded: Mapping[str, Coded | Ranking] | None = None, stored: Collection[str] = ()
 ) -> dict[str, bytes | Path]:
     """The delta's file under its key; nothing for a version in which nothing changed.
 
-    `coded` are changes of it that were encoded as they were found, against the weights of its parent, by the tiles of
-    a rank's boxes where a rank captured it. Where any of them is ranked by these weights, the file is of codec `class`;
-    else of what its run writes. Tensors `stored` are written whole.
+    `coded` are changes of it that were encoded or ranked as they were found, against the weights of its parent, by the
+    tiles of a rank's boxes where a rank captured it. Where any of them is ranked by these weights, the file is of codec
+    `class`; else of what its run writes. Tensors `stored` are written whole.
     """
     if not captured.delta:
         return {}
-    delta, run = captured.delta, captured.run
+    delta, run, found = captured.delta, captured.run, coded or {}
+    by_class = _is_by_class(delta, found)
+    rankings = {name: own for name, own in found.items() if isinstance(own, Ranking) and name in delta}
+    made = {name: own for name, own in found.items() if isinstance(own, Coded)} | encode_ranked(delta, rankings)
     if captured.rank is not None:
         table, boxes = {entry.name: entry for entry in run.table}, captured.boxes
         delta = spread(delta, boxes, table)
-        coded = {name: placed(own, boxes[name], table[name].shape) for name, own in (coded or {}).items()}
-    by_class = any(coded[name].by_class for name in delta if name in coded) if coded else False
+        made = {name: placed(own, boxes[name], table[name].shape) for name, own in made.items()}
     codec = "class" if by_class else run.may_use[0]
     data = delta_file.encode(
         delta,
         codec=codec,
-        coded=coded or None,
+        coded=made or None,
         stored=stored,
         run=run.run,
         parent=captured.parent,

@@ -15,7 +15,19 @@ from deltawire.errors import ShapeMismatch
 from deltawire.weights.device import torch_twin
 from deltawire.weights.device.carriers import CARRIERS, WHOLE, Changes, Part, Strip
 
-__all__ = ["WHOLE", "Changes", "Part", "Strip", "compare", "digest", "digest_at", "gather", "scatter", "scattering"]
+__all__ = [
+    "WHOLE",
+    "Changes",
+    "Part",
+    "Strip",
+    "compare",
+    "digest",
+    "digest_at",
+    "gather",
+    "scatter",
+    "scattering",
+    "uses_triton",
+]
 
 Tensors = Sequence[torch.Tensor]
 Put = Callable[[torch.Tensor, torch.Tensor], None]
@@ -116,6 +128,11 @@ def _triton_twin() -> ModuleType | None:
     except ImportError:
         return None
     return triton_twin
+
+
+def uses_triton(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is swept by Triton, not in plain torch."""
+    return _twin(tensor) is not torch_twin
 
 
 def _twin(tensor: torch.Tensor) -> ModuleType:
