@@ -17,6 +17,8 @@ BLOCK = 2048
 """elements whose classes a program counts"""
 FEW = 64
 """changes that a program ranks at a time"""
+WARPS = 8
+"""of a program that ranks: with 4 each thread takes 232 registers, and half as many warps run at a time"""
 AT_ONCE = 1 << 28
 """elements whose blocks are counted before their changes are ranked: 16 MiB of counts, and as much of their sums"""
 CLASSES = tl.constexpr(16)
@@ -124,7 +126,7 @@ def _rank_span(
     population.copy_(before[last_blocks] + counted[last_blocks])
     blocks = torch.repeat_interleave(first_blocks, launch.table[-2], output_size=inside.numel()) + inside // BLOCK
     bounds = torch.searchsorted(blocks, torch.arange(counted.shape[0] + 1, device=inside.device))
-    launch.run(_rank, rows, before, bounds, inside, classes, ranks, **how, FEW=FEW)
+    launch.run(_rank, rows, before, bounds, inside, classes, ranks, **how, FEW=FEW, num_warps=WARPS)
 
 
 def _launch(tiles: Sequence[OldTile], counts: Sequence[int], device: torch.device) -> Launch:
