@@ -82,7 +82,7 @@ def read(frame: UInts, *, codec: str, payload: int) -> list[Listed]:
     Raises FormatError for anything that no writer writes; memory is spent only as the payload has bits.
     """
     reader = _Reader(decompress(frame, limit=MAX_DIRECTORY, what="directory").tobytes())
-    tensors = reader.number(MAX_DIRECTORY)
+    tensors = reader.number(payload)  # each has a byte there: what changes cannot be said in none
     names = [reader.text(reader.number(MAX_DIRECTORY)) for _ in range(tensors)]
     if any(name >= later for name, later in pairwise(names)):
         raise FormatError("the directory's names are not in ascending order")
