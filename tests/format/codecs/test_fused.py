@@ -202,7 +202,7 @@ def compiled():
     return {(loop.__name__, str(own)) for loop in gc.get_objects() if isinstance(loop, CPUDispatcher)
             for own in loop.signatures}
 
-fused.warm_up(["BF16"], by_class=True)
+fused.warm_up(["BF16", "U16"], by_class=True)
 before = compiled()
 old = Bits("BF16", (300, 1000), np.arange(300_000, dtype=np.uint16))
 new = old.copy()
