@@ -20,6 +20,9 @@ from deltawire.weights.boxes import Box
 from deltawire.weights.delta import Delta
 from deltawire.weights.digest import root as root_of
 
+WAITED = "it waited for the store"
+"""why a version is of a codec that needs no weights, where there was a choice"""
+
 
 @dataclass(frozen=True, slots=True)
 class Captured:
@@ -57,6 +60,10 @@ class Captured:
         """Bytes of the payloads made so far."""
         return sum(size_of(data) for data in (self.payloads or {}).values())
 
+    def waiting(self) -> "Captured":
+        """The same once it waits, or folds with another: its file is made when it is sent."""
+        return replace(self, payloads=None, reason=self.reason and WAITED)
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory: the change, and the payloads made so far that are not files."""
@@ -66,13 +73,8 @@ class Captured:
 
 def fold(earlier: Captured, later: Captured) -> Captured:
     """Two deltas captured one after the other, as one."""
-    return replace(
-        later,
-        parent=earlier.parent,
-        versions=earlier.versions + later.versions,
-        delta=earlier.delta + later.delta,
-        payloads=None,
-    )
+    versions, delta = earlier.versions + later.versions, earlier.delta + later.delta
+    return replace(later.waiting(), parent=earlier.parent, versions=versions, delta=delta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ def _choice(captured: Captured, payloads: Sequence[Payload]) -> str:
     if not captured.reason or not payloads or captured.parent is None:
         return ""
     codec = "class" if any(needs_weights(payload.key) for payload in payloads) else captured.run.may_use[0]
-    return f"{codec}: {captured.reason if captured.payloads is not None else 'it waited for the store'}"
+    return f"{codec}: {captured.reason}"
 
 
 def encode(
