@@ -58,9 +58,8 @@ def test_words_that_json_makes_longer_and_those_of_several_workers_together_coun
 
 
 def worker(own):
-    facts = {"attached": None, "run": None, "position": None, "joined": True, "staging": False, "staged": None, "applied": None,
-             "quarantined": False, "error": None}  # fmt: skip
-    return WorkerStatus(**facts, cuts=own)
+    nothing = dict.fromkeys(("attached", "run", "position", "staged", "applied", "error"))
+    return WorkerStatus(**nothing, joined=True, staging=False, quarantined=False, cuts=own)
 
 
 @pytest.mark.parametrize(
