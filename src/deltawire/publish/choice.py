@@ -47,7 +47,7 @@ class Choice:
         is_as_chosen = captured.codec == "class" or not (self.by_class or (self.whole and on_device))
         if is_as_chosen or not captured.delta:
             return self.reason
-        return UNRANKED.reason if on_device else "no tensor that changed has tiles large enough for class"
+        return UNRANKED.reason if on_device else "no tiles of class that suit all: too small, or too many for one file"
 
     def of_shard(self, name: str, shard: Shard) -> Coding | None:
         """How what a rank holds of a tensor is encoded."""

@@ -9,6 +9,7 @@ from msgspec import UNSET
 
 from deltawire.buckets.base import size_of
 from deltawire.buckets.verified import hash_file
+from deltawire.errors import TooLarge
 from deltawire.format import delta_file
 from deltawire.format.codecs.subset import Coded
 from deltawire.publish.sharded.shards import placed, spread
@@ -153,23 +154,28 @@ def encode(
     """
     if not captured.delta:
         return {}
-    delta, run = captured.delta, captured.run
+    delta, found = captured.delta, coded or {}
     if captured.rank is not None:
-        table, boxes = {entry.name: entry for entry in run.table}, captured.boxes
+        table, boxes = {entry.name: entry for entry in captured.run.table}, captured.boxes
         delta = spread(delta, boxes, table)
-        coded = {name: placed(own, boxes[name], table[name].shape) for name, own in (coded or {}).items()}
-    by_class = any(coded[name].by_class for name in delta if name in coded) if coded else False
-    codec = "class" if by_class else run.may_use[0]
-    data = delta_file.encode(
-        delta,
-        codec=codec,
-        coded=coded or None,
-        stored=stored,
-        run=run.run,
-        parent=captured.parent,
-        version=captured.version,
-    )
+        found = {name: placed(own, boxes[name], table[name].shape) for name, own in found.items()}
+    try:
+        data, by_class = _file(captured, delta, found, stored)
+    except TooLarge:  # tiles that suit all receivers may be too many for one file, and so may the classes of each
+        data, by_class = _file(captured, delta, {}, stored)
     sealed = blake3(data).hexdigest()
     if captured.parent is None and captured.rank is not None:
         return {part_key(captured.version, sealed, captured.rank): data}
     return {delta_key(captured.version, sealed, captured.rank, by_class=by_class): data}
+
+
+def _file(captured: Captured, delta: Delta, found: Mapping[str, Coded], stored: Collection[str]) -> tuple[bytes, bool]:
+    """A change's file, and whether it is of codec `class`. Raises TooLarge where no reader would take it."""
+    coded = {name: found[name] for name in delta if name in found}
+    by_class = any(own.by_class for own in coded.values())
+    codec = "class" if by_class else captured.run.may_use[0]
+    run, parent, version = captured.run.run, captured.parent, captured.version
+    data = delta_file.encode(
+        delta, codec=codec, coded=coded or None, stored=stored, run=run, parent=parent, version=version
+    )
+    return data, by_class

@@ -138,6 +138,16 @@ def test_tiles_without_end_cost_no_memory():
     tracemalloc.stop()
 
 
+def test_a_directory_that_no_reader_takes_is_not_written(monkeypatch):
+    for limit, most in (("MAX_TILES", 3), ("MAX_DIRECTORY", len(CONTENT))):
+        monkeypatch.setattr(directory, limit, most)
+        assert directory.write(LISTED).size
+        monkeypatch.setattr(directory, limit, most - 1)
+        with pytest.raises(TooLarge, match="for one file"):
+            directory.write(LISTED)
+        monkeypatch.undo()
+
+
 def test_names_without_end_cost_neither_time_nor_memory():
     packed = compress(np.frombuffer(bytes([*[0xFF] * 3, 0x1F]) + bytes(directory.MAX_DIRECTORY - 4), np.uint8))
     assert packed.size < 100_000
