@@ -86,8 +86,7 @@ class TensorDelta:
         return settle(self.dtype, self.shape, None, increments)
 
     def restrict(self, start: int, stop: int) -> "TensorDelta":
-        """The change of the flat elements in [start, stop), with positions counted from `start`: what a shard needs.
-        Its shape is (stop - start,)."""
+        """The change of the flat elements in [start, stop), with positions counted from `start`; flat, too."""
         shape = (stop - start,)
         if self.positions is None:
             return settle(self.dtype, shape, None, self.increments[start:stop].copy())
@@ -103,24 +102,21 @@ class TensorDelta:
 
 def settle(dtype: str, shape: tuple[int, ...], positions: Positions | None, increments: UInts) -> TensorDelta:
     """A TensorDelta kept the cheaper way, by its share of changed elements; drops zero increments from a sparse one."""
-    total = count(shape)
     if positions is None:
-        if _is_dense(np.count_nonzero(increments), max(total, 1), increments):
+        if _is_dense(np.count_nonzero(increments), max(count(shape), 1), increments):
             return TensorDelta(dtype, shape, None, increments)
         positions = np.flatnonzero(increments)
-        return TensorDelta(dtype, shape, positions, increments[positions])
-    kept = increments != 0
-    if not kept.all():
+        increments = increments[positions]
+    elif not (kept := increments != 0).all():
         positions, increments = positions[kept], increments[kept]
     return cheaper(dtype, shape, positions, increments)
 
 
 def cheaper(dtype: str, shape: tuple[int, ...], positions: Positions, increments: UInts) -> TensorDelta:
     """The same of increments none of which is zero."""
-    total, delta = count(shape), TensorDelta(dtype, shape, positions, increments)
-    if total and _is_dense(positions.size, total, increments):
-        return TensorDelta(dtype, shape, None, _dense(delta))
-    return delta
+    delta = TensorDelta(dtype, shape, positions, increments)
+    is_dense = bool(delta.total) and _is_dense(positions.size, delta.total, increments)
+    return TensorDelta(dtype, shape, None, _dense(delta)) if is_dense else delta
 
 
 def _is_dense(changed: int | np.intp, total: int, increments: UInts) -> bool:
@@ -242,9 +238,9 @@ class Delta(Mapping[str, TensorDelta]):
     def apply_(self, tensors: Mapping[str, Any]) -> None:
         """Add the increments in place to contiguous CPU tensors. All are checked before the first is written.
 
-        Raises UnknownTensor, DtypeMismatch, ShapeMismatch. ShapeMismatch, too, for a tensor that cannot be written in
-        place: not contiguous, read-only, or not in host memory. And for one memory under two names (tied weights),
-        where each increment would be added twice.
+        Raises UnknownTensor, DtypeMismatch, ShapeMismatch: the last also for a tensor that cannot be written in place
+        (not contiguous, read-only, not in host memory), and for one memory under two names (tied weights), where each
+        increment would be added twice.
         """
         self.check(tensors)
         targets = {name: _in_place(name, tensors[name]) for name in self._tensors}
