@@ -117,6 +117,10 @@ def test_what_needs_more_than_a_chunk_is_the_same(monkeypatch):
     assert torch.equal(whole.positions, again.positions)
     assert torch.equal(whole.bits, again.bits)
     assert sweeps.digest([Part(carrier(new), Strip(3, 10, 17))]) == digests
+    there = carrier(old)
+    assert torch.equal(sweeps.gather([carrier(new)], whole.counts, whole.positions), whole.bits)
+    sweeps.scatter([there], whole.counts, whole.positions, whole.bits)
+    assert torch.equal(there, carrier(new))
 
 
 def test_an_element_that_is_written_between_two_looks_is_an_error_and_moves_nothing(monkeypatch):
