@@ -30,7 +30,7 @@ test-vllm: setup ## every model and parallel layout on real vLLM servers, about 
 	@DELTAWIRE_TEST_VLLM=all .venv/bin/python -m pytest tests/live tests/follow tests/vllm
 
 test-gpu:        ## on a host with CUDA, in the environment that has vLLM: PYTHON=path/to/python, SCENARIOS="fp8 8b" or all
-	@DELTAWIRE_TEST_GPU="$(SCENARIOS)" $(or $(PYTHON),$(wildcard .venv/bin/python),python3) -m pytest -m gpu -s tests/gpu
+	@DELTAWIRE_TEST_GPU="$(SCENARIOS)" $(or $(PYTHON),$(wildcard .venv/bin/python),python3) -m pytest -m gpu -W default -s tests/gpu
 
 bench: setup     ## bytes and speed of every codec, and what more parameters, versions and tensors cost
 	@.venv/bin/python benchmarks/codecs.py

@@ -17,7 +17,6 @@ they are measured; after `--seconds` none begins.
 """
 
 import argparse
-import functools
 import os
 import statistics
 import tempfile
@@ -155,8 +154,7 @@ def attach(trainer: Trainer, base: Path, copies: Copies, table: Table) -> dict[s
     memory = Memory(trainer.weights.device)
     for way, device in (("device", trainer.weights.device), ("host", "cpu")):
         served = Served(trainer.weights, device)
-        synchronize_it = functools.partial(synchronize, device)
-        workers[way] = worker = LiveWorker(served, loading=AfterLoading(), synchronize=synchronize_it)
+        workers[way] = worker = LiveWorker(served, loading=AfterLoading())
         started = time.perf_counter()
         with memory.watching() if way == "device" else nullcontext():
             worker.attach(trainer.urls[way], base=str(base))

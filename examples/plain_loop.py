@@ -23,7 +23,7 @@ def main(bucket: str, steps: int = 10) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            report = publisher.publish(model.named_parameters(), step=step, metrics={"loss": loss.item()})
+            report = publisher.publish(model, step=step, metrics={"loss": loss.item()})
             print(f"step {step}: loss {loss:.3f}, {report.density:.1%} changed, {report.wire_bytes:,} bytes")
 
 

@@ -56,7 +56,7 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            report = publisher.publish(model.named_parameters(), step=step, metrics={"loss": loss.item()})
+            report = publisher.publish(model, step=step, metrics={"loss": loss.item()})
             if dist.get_rank() == 0:
                 print(
                     f"step {step}: loss {loss.item():.3f}, version {report.version}, {report.density:.2%} changed, "

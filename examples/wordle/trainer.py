@@ -147,7 +147,7 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """Play the acts but for the first `done` steps: what happened, first when the starting weights are published, then
     at each optimizer step."""
-    newest = publisher.publish(model.named_parameters(), step=done)
+    newest = publisher.publish(model, step=done)
     first, step = newest.version, done
     device = next(model.parameters()).device.type
     yield {"event": "start", "run": newest.run, "version": first, "step": done, "anchor_bytes": newest.wire_bytes}
@@ -161,7 +161,7 @@ def train(
             learned = optimize(model, optimizer, as_batch(fresh.rollout, device), learning)
             trained = time.monotonic()
             played = outcome(fresh.rollout)
-            newest = publisher.publish(model.named_parameters(), step=step, metrics=played)
+            newest = publisher.publish(model, step=step, metrics=played)
             yield {
                 "event": "step",
                 "act": act.name,

@@ -498,7 +498,7 @@ def test_between_looks_as_many_seconds_pass_as_asked_for(run, engine):
 
 
 def test_what_the_store_refuses_the_server_is_told_apart_from_what_it_refuses_the_follower(run, engine, monkeypatch):
-    def refused(*arguments):
+    def refused(*arguments, **named):
         raise AccessRefused("hf://buckets/me/wordle: the token may not read")
 
     monkeypatch.setattr(model, "attach", refused)

@@ -27,16 +27,15 @@ def is_installed(name):
 
 
 def pytest_collection_modifyitems(items):
-    """Without such a device one test of each module stays, and says in one line that all of them are skipped."""
+    """Without such a device one test stays, and says in one line that all of them are skipped."""
     import torch
 
     own = [item for item in items if item.get_closest_marker("gpu")]
     if not own or DEVICE == "cpu" or torch.cuda.is_available():
         return
-    first = {item.path: item for item in reversed(own)}
-    for item in first.values():
-        item.add_marker(pytest.mark.skip(reason="no CUDA device here; `make test-gpu` needs a host that has one"))
-    items[:] = [item for item in items if item not in own or item is first[item.path]]
+    stays = next((item for item in own if not item.get_closest_marker("skipif")), own[0])
+    stays.add_marker(pytest.mark.skip(reason="no CUDA device here; `make test-gpu` needs a host that has one"))
+    items[:] = [item for item in items if item not in own or item is stays]
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,17 @@ import small
 import torch
 from small import Fused, Shard, SmallRun, make_weights
 from stub_engine import StubEngine
-from test_worker import attached, commit, fail_in_the_middle, mismatched, version_of, worker_of
+from test_worker import attached, commit, fail_in_the_middle, mismatched, status, version_of, worker_of
 
 import deltawire as dw
 from deltawire.errors import EngineUnsupported
 from deltawire.follow.follower import Follower
-from deltawire.live import arena, changes
+from deltawire.live import accelerator, arena, changes
 from deltawire.live.accelerator import Accelerator, Accelerators
 from deltawire.live.arena import DEFAULT, VARIABLE, Arena, bytes_for, most_in, wanted_size
+from deltawire.live.boxes import LiveBox
+from deltawire.live.digests import Place, digests_of
+from deltawire.live.memory import Memory
 from deltawire.live.writes import Fill, ScatterTogether
 from deltawire.vllm.client import EngineClient
 
@@ -195,6 +198,25 @@ def test_two_workers_join_and_follow_through_tiny_arenas(run):
             assert (client.audit().mismatched, client.status().torn) == ([], False)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("new", [True, False], ids=["torch 2.12", "torch 2.11"])
+def test_much_pinned_memory_is_given_back_before_more_is_taken(device, new, monkeypatch):
+    asked, host = [], Accelerators(0)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: asked.append("CUDA's"), raising=False)
+    if new:
+        monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: asked.append("any's"), raising=False)
+    else:
+        monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    monkeypatch.setattr(accelerator, "KEPT", 3000)
+    monkeypatch.setattr(accelerator, "landing", lambda count, kind, device: torch.empty(count, dtype=kind))
+    one = host._known[CPU] = Accelerator(CPU, 0)
+    one.device = torch.device(device)
+    for _ in range(4):
+        one.pinned(300, torch.int32)
+        host.give_back_pinned()
+    assert asked == ([] if device == "cpu" else ["any's" if new else "CUDA's"])
+
+
 class Stream:
     """A stream that notes what it waits for."""
 
@@ -211,6 +233,8 @@ class Stream:
 @pytest.fixture
 def streams(monkeypatch):
     """The model's stream and ours, and what they note."""
+    if torch.cuda.is_available():
+        pytest.skip("stand-ins for the streams of a GPU, where there is none")
     notes, current = [], []
     models, ours = Stream("the model's", notes), Stream("ours", notes)
 
@@ -228,6 +252,7 @@ def streams(monkeypatch):
 
 
 def test_staging_waits_for_the_models_stream_and_that_never_for_staging(run, streams):
+    """The host waits for what it wrote: then it is there for every stream, and its memory may be used again."""
     ours, notes = streams
     worker = attached(run, run.model())
     accelerator_of(worker)._stream = ours
@@ -235,9 +260,20 @@ def test_staging_waits_for_the_models_stream_and_that_never_for_staging(run, str
     staged(worker, run, 1)
     assert set(notes) == {"ours waits for the model's", "the host waits for ours"}
     assert notes[-1] == "the host waits for ours"
-    notes.clear()
-    assert commit(worker, run, 1) is None
-    assert notes == []  # nobody waits for anybody within the pause
+    for act in (lambda: commit(worker, run, 1), worker.live.take_back):
+        notes.clear()
+        act()
+        assert notes == ["the host waits for the model's"]
+    assert (version_of(worker), status(worker).error) == (0, None)
+
+
+def test_what_threads_read_of_an_accelerator_waits_for_what_was_queued_on_the_callers_stream(streams, on_accelerator):
+    """Weights in another width than the checkpoint's are read by threads, whose current streams are others."""
+    ours, notes = streams
+    live, accelerators = torch.zeros(30, device=on_accelerator), Accelerators(TINY)
+    accelerators.of(live.device)._stream = ours
+    digests_of([Place(Memory(live, 16, accelerators.of(live.device)), LiveBox((30,), 0, (1,), "w", 0, (1,)))])
+    assert notes[0] == "the host waits for the model's"
 
 
 def test_what_failed_while_it_used_the_window_is_over_before_another_may(streams):

@@ -98,11 +98,20 @@ def test_a_fingerprint_is_of_a_tensors_elements_in_their_order(held_on, kind):
     assert all(found[one] != found[other] for one, other in itertools.combinations(["whole", "turned", "half"], 2))
 
 
+def test_the_fingerprint_of_a_turned_tensor_takes_no_memory_but_the_window(on_accelerator, monkeypatch):
+    turned, accelerators = torch.rand(64, 48, device=on_accelerator).t(), Accelerators(LEAST)
+    accelerators.take_for([turned])
+    monkeypatch.setattr(torch.Tensor, "contiguous", None)  # which would copy all of it
+    found = fingerprints({"turned": turned}, accelerators)
+    monkeypatch.undo()
+    assert found == {"turned": digest_bits(to_host(turned))}
+
+
 def test_all_tensors_of_an_accelerator_are_digested_in_one_sweep(on_accelerator, monkeypatch):
     sweeps, accelerators = [], Accelerators(LEAST)
     original = digests.sweeps.digest
     monkeypatch.setattr(digests.sweeps, "digest", lambda parts: sweeps.append(len(parts)) or original(parts))
-    storages = [torch.full((30,), number, dtype=torch.bfloat16) for number in range(5)]
+    storages = [torch.full((30,), number, dtype=torch.bfloat16, device=on_accelerator) for number in range(5)]
     boxes = [LiveBox((5, 6), 0, (12, 1), "w", 0, (6, 1))] * 5
     digests_of([Place(seen(box, storage, accelerators), box) for box, storage in zip(boxes, storages, strict=True)])
     fingerprints(dict(zip("abcde", storages, strict=True)), accelerators)

@@ -49,6 +49,14 @@ def watch(model: Model, **shapes) -> Placement:
     return placement
 
 
+def test_the_loader_sees_a_checkpoints_tensors_on_the_host_whatever_the_default_device_is():
+    seen = []
+    model = Model(lambda self, name, tensor: seen.append(tensor.device.type), w=(4, 3))
+    with torch.device("meta"):
+        probe([TensorEntry("w", "BF16", (4, 3), aliases=("again",))], model.load_weights, {"w": model.w})
+    assert seen == ["cpu", "cpu"]
+
+
 def judge(placement: Placement, **shapes) -> None:
     """Raise EngineUnsupported when this one worker does not hold these tensors whole, as plain copies."""
     placement.require(shapes)

@@ -15,6 +15,7 @@ from deltawire.live.live_weights import LiveWeights, watch_loading
 from deltawire.live.memory import same_bits
 from deltawire.live.post_load import held
 from deltawire.live.worker import LiveWorker
+from deltawire.live.writes import Swap
 from deltawire.weights.digest import digest_bits
 from deltawire.weights.table import TensorEntry
 from deltawire.weights.tensors import as_bits
@@ -270,22 +271,49 @@ def test_a_step_is_done_again_alike_whichever_way_it_puts_its_result_in_place(me
     assert_updated_as_loaded(lambda: method(replace), SHAPE)
 
 
-def assert_updated_as_loaded(method, shape):
-    """After each update, forward and back, a module is what one is that loaded those weights."""
-    model, weights = Model(method(), shape), weights_of(shape)
-    _, loading = model.loaded(weights)
-    url = f"memory://{uuid.uuid4()}"
+def two_versions(shape):
+    """A run of two versions, and their weights."""
+    url, weights, versions = f"memory://{uuid.uuid4()}", weights_of(shape), []
     with dw.Publisher(dw.open_bucket(url, create=True)) as publisher:
-        publisher.publish(weights)
-        publisher.flush(PATIENCE)
-        versions = [{name: tensor.clone() for name, tensor in weights.items()}]
-        weights["layer"].view(-1)[::17] *= 1.5
-        weights["norm"] += 1
-        publisher.publish(weights)
-        publisher.flush(PATIENCE)
-        versions.append(weights)
+        for _ in range(2):
+            publisher.publish(weights)
+            publisher.flush(PATIENCE)
+            versions.append({name: tensor.clone() for name, tensor in weights.items()})
+            weights["layer"].view(-1)[::17] *= 1.5
+            weights["norm"] += 1
+    return url, versions
+
+
+def serving(model, url, weights):
+    """A worker whose model loaded these weights."""
+    _, loading = model.loaded(weights)
     worker = LiveWorker(model, loading=loading)
     worker.attach(url)
+    return worker
+
+
+@pytest.mark.usefixtures("held_on")
+def test_a_result_that_cannot_be_put_back_quarantines_the_worker_though_its_weights_are_back(monkeypatch):
+    def out_of_order(swap):
+        raise RuntimeError("the device is out of order")
+
+    model, (url, versions) = Model(Scaled(), (8, 6)), two_versions((8, 6))
+    worker, write = serving(model, url, versions[0]), Swap.write
+    with monkeypatch.context() as broken:
+        broken.setattr(Swap, "write", lambda swap: (write(swap), out_of_order(swap)))
+        broken.setattr(Swap, "undo", out_of_order)
+        worker.commit({"bucket": url, "version": 1})
+        assert worker.status().error.kind == "RuntimeError"
+    assert (worker.position, worker.status().quarantined) == (None, True)
+    worker.commit({"bucket": url, "version": 1})
+    assert (worker.status().error, worker.position.version) == (None, 1)
+    assert audited([worker.live.audit(None)]).mismatched == []
+
+
+def assert_updated_as_loaded(method, shape):
+    """After each update, forward and back, a module is what one is that loaded those weights."""
+    model, (url, versions) = Model(method(), shape), two_versions(shape)
+    worker = serving(model, url, versions[0])
     for version in (1, 0, 1):
         worker.commit({"bucket": url, "version": version})
         assert worker.status().error is None

@@ -13,6 +13,7 @@ from waiting import await_staging
 import deltawire as dw
 from deltawire.follow.status import audited
 from deltawire.live import answers, staging, writes
+from deltawire.live.live_weights import LiveWeights
 from deltawire.live.messages import Accepted, Request, Stage, WorkerStatus
 from deltawire.live.transforms import AfterLoading
 from deltawire.live.worker import LiveWorker
@@ -273,6 +274,36 @@ def test_a_write_that_fails_and_cannot_be_taken_back_quarantines_the_worker(run,
         assert commit(worker, run, 1) == "RuntimeError"
     assert status(worker).quarantined
     assert version_of(worker) is None
+    assert_repaired(worker, run, 1)
+
+
+def out_of_order(*arguments):
+    raise RuntimeError("the device is out of order")
+
+
+def test_a_write_that_fails_where_memory_cannot_even_be_read_quarantines_the_worker(run, monkeypatch):
+    worker = attached(run, run.model())
+    run.publish(a=1, b=1)
+    with monkeypatch.context() as broken:
+        fail_in_the_middle(broken)
+        for kind in (writes.Scatter, writes.ScatterTogether):
+            broken.setattr(kind, "undo", out_of_order)
+        broken.setattr(LiveWeights, "digests", out_of_order)
+        assert commit(worker, run, 1) == "RuntimeError"
+    assert (version_of(worker), status(worker).quarantined) == (None, True)
+    assert_repaired(worker, run, 1)
+
+
+def test_an_update_that_cannot_be_taken_back_quarantines_the_worker(run, monkeypatch):
+    worker = attached(run, run.model())
+    run.publish(a=1, b=1)
+    assert commit(worker, run, 1) is None
+    with monkeypatch.context() as broken:
+        for kind in (writes.Scatter, writes.ScatterTogether):
+            broken.setattr(kind, "undo", out_of_order)
+        with pytest.raises(RuntimeError, match="out of order"):
+            worker.live.take_back()
+    assert (version_of(worker), status(worker).quarantined) == (None, True)
     assert_repaired(worker, run, 1)
 
 

@@ -71,6 +71,18 @@ def test_views_of_experts_and_strided_tensors_are_compared_where_they_lie(monkey
     assert equal(read_weights(bucket), bits_of(dict(names(weights.items()))))
 
 
+def test_a_large_model_is_compared_in_several_sweeps(monkeypatch, tmp_path):
+    monkeypatch.setattr(comparing, "ELEMENTS", 500)
+    sweeps, real = [], on_device.compare
+    monkeypatch.setattr(on_device, "compare", lambda asked: sweeps.append(len(asked)) or real(asked))
+    host, device = opened(tmp_path / "host"), opened(tmp_path / "device", baseline="device")
+    weights = {f"{number}": torch.randn(10, 20) for number in range(8)}
+    for seed in range(2):
+        assert sent(captured(device, weights)) == sent(captured(host, weights))
+        step(weights, seed)
+    assert sweeps == [3, 3, 2]
+
+
 def test_an_iterator_that_reuses_one_buffer_is_captured_tensor_by_tensor():
     bucket, weights = fresh(), fp32()
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from deltawire.live.arena import LEAST, Arena, Room, wanted_size
-from deltawire.weights.device.landing import landing
+from deltawire.weights.device.landing import give_back_unused, landing
 
 ON_HOST = frozenset({"cpu"})
 """the kinds of devices whose memory the host's threads read and write. Tests take "cpu" out: then torch does it all."""
@@ -42,7 +42,7 @@ class Accelerator:
             try:
                 yield
             finally:  # a failure, too, leaves nothing behind that still uses the window
-                self._wait()
+                self.wait()
 
     @contextmanager
     def crossing(self) -> Iterator[Room]:
@@ -51,7 +51,19 @@ class Accelerator:
             try:
                 yield self.arena.window()
             finally:
-                self._wait()
+                self.wait()
+
+    def wait(self) -> None:
+        """Wait for what was queued on the current stream; on a device without streams of its own, for all."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).synchronize()
+        elif self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def pinned(self, count: int, kind: torch.dtype) -> torch.Tensor:
+        """So many elements of host memory, of any value, that cross at full speed and while others compute."""
+        self.pinned_bytes += count * kind.itemsize if self.device.type == "cuda" else 0
+        return landing(count, kind, self.device)
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
@@ -62,18 +74,6 @@ class Accelerator:
             self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             yield
-
-    def _wait(self) -> None:
-        """Wait for what was queued on the current stream; on a device without streams of its own, for all."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self.device).synchronize()
-        elif self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-
-    def pinned(self, count: int, kind: torch.dtype) -> torch.Tensor:
-        """So many elements of host memory, of any value, that cross at full speed and while others compute."""
-        self.pinned_bytes += count * kind.itemsize
-        return landing(count, kind, self.device)
 
 
 class Accelerators:
@@ -103,14 +103,19 @@ class Accelerators:
             self._known[device] = Accelerator(device, self._arena_size)
         return self._known[device]
 
+    def wait(self) -> None:
+        """Wait for what this thread has queued: then every other thread reads it, too."""
+        for accelerator in self._known.values():
+            accelerator.wait()
+
     def give_back_pinned(self) -> None:
         """Have torch give back the pinned memory that nobody uses, if it is much. Else it keeps twice a model for good
         after a join. It takes moments in which the device may wait: this is for threads that stage."""
         much = [accelerator for accelerator in self._known.values() if accelerator.pinned_bytes > KEPT]
         for accelerator in much:
             accelerator.pinned_bytes = 0
-        if much and hasattr(torch.accelerator, "empty_host_cache"):  # since torch 2.12
-            torch.accelerator.empty_host_cache()
+        if much:
+            give_back_unused()
 
     @contextmanager
     def beside(self) -> Iterator[None]:

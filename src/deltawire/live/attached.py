@@ -91,6 +91,10 @@ class Attached:
         """Stand at no version: these weights are not what was thought."""
         self.position = self.undo = None
 
+    def is_sound(self) -> bool:
+        """Whether all of memory is what the last update left there, and what the server makes of it too."""
+        return self.live.digests() == self.digests and all(one.is_current() for one in self.live.remade())
+
     def drifted(self, names: Iterable[str]) -> list[str]:
         """Which of these tensors hold something else than the last update left there."""
         return [name for name, value in self.live.digests(names).items() if value != self.digests[name]]

@@ -4,7 +4,8 @@ Nothing is copied to the host but numbers, unless an accelerator holds elements 
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from deltawire.live.accelerator import Accelerator, Accelerators
 from deltawire.live.boxes import LiveBox
-from deltawire.live.memory import Memory, carrier_of, to_host
+from deltawire.live.memory import Memory, to_host
 from deltawire.weights import threads
 from deltawire.weights.bits import UInts
 from deltawire.weights.device import sweeps
@@ -51,6 +52,8 @@ def digests_of(places: Sequence[Place]) -> list[int]:
     for accelerator, numbers in swept.items():
         for number, total in zip(numbers, _sweep(accelerator, [places[own] for own in numbers]), strict=True):
             found[number] = total
+    for other in {own for _, place in read if (own := place.memory.accelerator) is not None}:
+        other.wait()  # the threads' streams know nothing of what this one has queued
     elements = sum(place.box.size for _, place in read)
     for (number, _), total in zip(read, threads.run(_read, read, worth=elements >= CHUNK), strict=True):
         found[number] = (found[number] + total) % MODULUS
@@ -73,8 +76,8 @@ def fingerprints(tensors: Mapping[str, torch.Tensor], accelerators: Accelerators
     for device, own in by_device.items():
         accelerator = accelerators.of(device)
         assert accelerator is not None
-        with accelerator.beside():
-            found |= zip(map(id, own), _fingerprints(own), strict=True)
+        places = [_all_of(tensor, accelerator) for tensor in own]
+        found |= zip(map(id, own), _sweep(accelerator, places), strict=True)
     return {name: found.get(id(tensor), 0) for name, tensor in tensors.items()}
 
 
@@ -96,15 +99,11 @@ def _read(numbered: tuple[int, Place]) -> int:
     return digest_box(memory.read(box), box)
 
 
-def _fingerprints(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """Of tensors of one device. A copy is made of one that is not contiguous, and dropped before the next."""
-    tensors = list(tensors)
-    plain = {number: Part(carrier_of(tensor)) for number, tensor in enumerate(tensors) if tensor.is_contiguous()}
-    swept = dict(zip(plain, _swept([*plain.values()]), strict=True))
-    return [
-        swept[number] if number in swept else sweeps.digest([Part(carrier_of(tensor))])[0]
-        for number, tensor in enumerate(tensors)
-    ]
+def _all_of(tensor: torch.Tensor, accelerator: Accelerator) -> Place:
+    """A tensor, as if it were one of a checkpoint."""
+    rows = tuple(prod(tensor.shape[dim + 1 :]) for dim in range(tensor.dim()))
+    box = LiveBox(tuple(tensor.shape), 0, rows, "", tensor.storage_offset(), tensor.stride())
+    return Place(Memory(tensor, 0, accelerator), box)
 
 
 def _sweep(accelerator: Accelerator, places: Sequence[Place]) -> list[int]:

@@ -39,14 +39,13 @@ class Serving:
 
     `loading` is what it changed after loading; None means that nobody watched, and no bucket can be attached.
     `workers` hold the model together. `copies` of it serve (data parallelism). `compiled` models keep what they were
-    traced with. `synchronize` waits until what was written is on the device.
+    traced with.
     """
 
     loading: AfterLoading | None
     workers: int = 1
     copies: int = 1
     compiled: bool = False
-    synchronize: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,8 +157,13 @@ class LiveModel:
     def take_back(self) -> bool:
         """Put back what the last update replaced; False when it was confirmed, or there was none."""
         with self._background.alone():
-            reverted = self.require_attached().take_back()
-        self._serving.synchronize()
+            attached = self.require_attached()
+            try:
+                reverted = attached.take_back()
+                self.accelerators.wait()
+            except BaseException:
+                self._quarantine_unless_sound(attached)
+                raise
         return reverted
 
     def drifted(self, names: Iterable[str]) -> list[str]:
@@ -210,18 +214,27 @@ class LiveModel:
         self.quarantined, self.staged = True, None
         attached.forget_version()
 
+    def _quarantine_unless_sound(self, attached: Attached) -> None:
+        """After a failure: memory that cannot even be read is in doubt, too."""
+        try:
+            self.accelerators.wait()
+            sound = attached.is_sound()
+        except BaseException:
+            sound = False
+        if not sound:
+            self._quarantine(attached)
+
     def _write(self, attached: Attached, plan: Plan) -> None:
         """Apply a plan. When that fails the old weights are put back, and proved to be, or the model quarantined."""
         self._before("write")
         started = time.perf_counter()
         try:
             writes.apply(plan.writes)
-            self._serving.synchronize()
+            self.accelerators.wait()
             seconds = time.perf_counter() - started
             attached.require_written(plan)
         except BaseException:
-            if attached.live.digests() != attached.digests:
-                self._quarantine(attached)
+            self._quarantine_unless_sound(attached)
             raise
         attached.wrote(plan)
         self.quarantined = False

@@ -38,7 +38,7 @@ def probe(
 
     def observed() -> Iterator[tuple[str, torch.Tensor]]:
         for entry in entries:
-            source = torch.empty(entry.shape, dtype=getattr(torch, NAMES[entry.dtype]))
+            source = _source(entry)
             watcher.observe(entry.name, source)
             yield entry.name, source
 
@@ -71,10 +71,15 @@ def _probe_aliases(
     copies it is the second, which moves with the first. A loader that knows no such name holds it only once."""
     for entry in entries:
         for alias in entry.aliases:
-            source = torch.empty(entry.shape, dtype=getattr(torch, NAMES[entry.dtype]))
+            source = _source(entry)
             watcher.observe(entry.name, source)
             with suppress(Exception), torch.no_grad(), watcher:
                 load_weights(iter([(alias, source)]))
+
+
+def _source(entry: TensorEntry) -> torch.Tensor:
+    """A tensor as a checkpoint's file gives it; on the host, whatever the default device is."""
+    return torch.empty(entry.shape, dtype=getattr(torch, NAMES[entry.dtype]), device="cpu")
 
 
 class _Dim(NamedTuple):

@@ -77,13 +77,12 @@ class LiveWorker:
         workers: int = 1,
         copies: int = 1,
         compiled: bool = False,
-        synchronize: Callable[[], None] = lambda: None,
         on_thread: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self.lease = Lease()
         self.background = Background(on_thread)
-        serving = Serving(loading=loading, workers=workers, copies=copies, compiled=compiled, synchronize=synchronize)
+        serving = Serving(loading=loading, workers=workers, copies=copies, compiled=compiled)
         self.jobs = Jobs()
         self.live = LiveModel(model, serving, self.background, self._announce)
         self._alone = workers == 1

@@ -53,7 +53,6 @@ class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             workers=self.parallel_config.world_size,
             copies=self.parallel_config.data_parallel_size,
             compiled=not self.model_config.enforce_eager,
-            synchronize=self._synchronize,
             on_thread=self._use_device,
         )
 
@@ -84,10 +83,6 @@ class DeltaWireEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def shutdown(self) -> None:
         """Forget the bucket and its downloads; the weights stay as they are."""
         self.worker.close()
-
-    def _synchronize(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
 
     def _use_device(self) -> None:
         if self.device.type != "cpu":

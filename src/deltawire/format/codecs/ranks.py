@@ -23,6 +23,7 @@ from deltawire.format.codecs.ranking import Ranking, TileRanks
 from deltawire.format.codecs.ranks_plain import OldTile
 from deltawire.weights.boxes import Shape
 from deltawire.weights.device import sweeps
+from deltawire.weights.device.landing import landing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,4 +168,5 @@ def _half(
 def _numbers(numbers: Sequence[Any], beside: torch.Tensor) -> torch.Tensor:
     """Numbers of the host on a tensor's device."""
     made = torch.tensor(numbers, dtype=torch.int64, device="cpu")
-    return (made.pin_memory() if beside.is_cuda else made).to(beside.device, non_blocking=True)
+    landed = landing(made.numel(), made.dtype, beside.device).view(made.shape).copy_(made)
+    return landed.to(beside.device, non_blocking=True)

@@ -12,3 +12,11 @@ def landing(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Te
         with suppress(RuntimeError):  # of no kind of its own
             return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=True)
     return torch.empty(elements, dtype=dtype, device="cpu")
+
+
+def give_back_unused() -> None:
+    """Have torch give back the pinned memory that nobody uses. It waits for the device."""
+    if hasattr(torch.accelerator, "empty_host_cache"):  # since torch 2.12
+        torch.accelerator.empty_host_cache()
+    elif hasattr(torch._C, "_host_emptyCache"):  # that of CUDA, which vLLM calls too
+        torch._C._host_emptyCache()

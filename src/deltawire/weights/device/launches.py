@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from deltawire.weights.device.landing import landing
+
 KINDS = {torch.uint8: tl.uint8, torch.int16: tl.uint16, torch.int32: tl.uint32, torch.int64: tl.uint64}
 """elements of a carrier, as the kernels read them"""
 
@@ -41,7 +43,8 @@ class Launch:
     def over(cls, sizes: Sequence[int], block: int, device: torch.device, *rows: Sequence[int]) -> "Launch":
         blocks = [-(-size // block) for size in sizes]
         numbers = torch.tensor([[*sizes], starts(blocks), *map(list, rows), blocks], device="cpu")
-        table = (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
+        landed = landing(numbers.numel(), numbers.dtype, device).view(numbers.shape).copy_(numbers)
+        table = landed.to(device, non_blocking=True)
         owners = torch.arange(len(blocks), device=device)
         tensors = torch.repeat_interleave(owners, table[-1], output_size=sum(blocks))
         return cls(tensors, table, block)

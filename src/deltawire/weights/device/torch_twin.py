@@ -50,7 +50,8 @@ def gather(
     bits = torch.empty_like(offsets, dtype=flats[0].dtype) if out is None else out
     sizes = list(counts)
     for flat, own, values in zip(flats, offsets.split(sizes), bits.split(sizes), strict=True):
-        values.copy_(flat[own])
+        for at, there in zip(own.split(CHUNK), values.split(CHUNK), strict=True):
+            there.copy_(flat[at])
     return bits
 
 
@@ -58,7 +59,8 @@ def scatter(flats: Tensors, counts: Sequence[int], offsets: torch.Tensor, bits: 
     """As `sweeps.scatter`."""
     sizes = list(counts)
     for flat, own, values in zip(flats, offsets.split(sizes), bits.split(sizes), strict=True):
-        flat[own] = values
+        for at, there in zip(own.split(CHUNK), values.split(CHUNK), strict=True):
+            flat[at] = there
 
 
 def scattering(flats: Tensors, counts: Sequence[int], kind: torch.dtype) -> Put:
