@@ -47,6 +47,16 @@ def run(chooser, versions, *, link, speed=SPEED, changed=CHANGED):
     return made
 
 
+def test_where_the_uploader_s_thread_encodes_fewer_bytes_cost_no_publish_and_auto_says_so():
+    chooser = Chooser(Fleet(), "auto")
+    run(chooser, 6, link=1e9)
+    assert not chooser.choose().by_class  # over so fast a link
+    chooser.hear(lambda report: None)(replace(REPORT, codec="class", is_encoded=False))
+    choice = chooser.choose()
+    assert choice.by_class
+    assert choice.reason == "it takes fewer bytes, and no publish waits for it: the uploader's thread encodes"
+
+
 QUARTER = MODEL // 4
 DENSE = {"class": (1.0, 0.6), "subset": (0.6, 0.62), "whole": (0.15, 2 * MODEL / QUARTER)}
 """a quarter changes, on a slow core: lists take 15 MB, and whole tensors 200 MB"""

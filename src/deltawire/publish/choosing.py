@@ -70,7 +70,7 @@ class Chooser:
     def __init__(self, receivers: Receivers, codec: str, *, whole: bool = False) -> None:
         self._receivers, self._codec, self._may_be_whole = receivers, codec, whole
         self._measured = {way: deque[Measured](maxlen=KEPT) for way in (*CODECS, WHOLE)}
-        self._way = "subset"
+        self._way, self._is_encoded = "subset", True
         self._rates = deque[float](maxlen=UPLOADS)
         self._size = Size(0, 0)
         self._since = 0
@@ -83,8 +83,9 @@ class Chooser:
         """`on_publish`, whose reports tell what a codec takes."""
 
         def heard(report: PublishReport) -> None:
-            is_delta = report.version and report.changed and report.is_encoded  # version 0 is none
-            if is_delta and report.codec in CODECS:
+            is_delta = report.version and report.changed  # version 0 is none
+            self._is_encoded = report.is_encoded if is_delta else self._is_encoded
+            if is_delta and self._is_encoded and report.codec in CODECS:
                 self._size = Size(report.total, report.changed, report.model_bytes)
                 measured = Measured(report.seconds / report.total, report.wire_bytes / report.changed)
                 self._measured[self._way].append(measured)  # of class, what it comes to where few tensors may be of it
@@ -153,6 +154,8 @@ class Chooser:
         rates = [*self._rates]  # another thread may add to them meanwhile
         if not rates:
             return "class", "it takes fewer bytes, and no upload was measured yet"
+        if not self._is_encoded:
+            return "class", "it takes fewer bytes, and no publish waits for it: the uploader's thread encodes"
         for codec in CODECS:
             if len(self._measured[codec]) < TRIES:
                 return codec, "to measure it"
