@@ -74,6 +74,23 @@ def test_whole_tensors_that_take_longer_than_was_thought_are_given_up_and_so_whe
     assert "whole" not in {way for way, _ in run(Chooser(Fleet(), "auto", whole=True), 9, link=1e11)}
 
 
+def test_whole_tensors_are_taken_again_once_sparse_ones_were_measured_again(monkeypatch):
+    monkeypatch.setattr(choosing, "AGAIN", 10)
+    for fleet in (Fleet(), Fleet(replicas=0)):
+        made = [way for way, _ in run(Chooser(fleet, "auto", whole=True), 40, link=1e11, speed=DENSE, changed=QUARTER)]
+        assert made[-8:].count("whole") >= 6, made
+
+
+def test_what_class_comes_to_is_measured_where_no_tensor_may_be_of_it():
+    chooser = Chooser(Fleet(), "auto")
+    published, uploaded = chooser.hear(lambda report: None), chooser.hear_upload(lambda report: None)
+    for version in range(6):
+        choice = chooser.choose()
+        published(replace(REPORT, version=version + 1, codec="subset", wire_bytes=CHANGED))
+        uploaded(UploadReport(Position("0" * 16, version, "0" * 64), None, 1, CHANGED, 1.0, 1))
+    assert choice.reason.startswith("until served")
+
+
 def test_whole_tensors_go_into_a_file_that_every_reader_of_subset_reads(monkeypatch):
     bucket, weights, choices = fresh(), model(), itertools.count()
     monkeypatch.setattr(Chooser, "choose", lambda self: Choice(whole=next(choices) > 0, reason="said so"))

@@ -11,8 +11,9 @@ from faults import Faulty, down, never, on_key
 from runs import PATIENCE, commits, edit, fresh, model, publish_all, publishing, read_weights, served, table
 
 from deltawire.buckets.forwarding import Forwarding
-from deltawire.errors import BadDigest, DeltaWireError, MissingTensor, Unavailable
+from deltawire.errors import BadDigest, DeltaWireError, MissingTensor, TooLarge, Unavailable
 from deltawire.format import checkpoint, delta_file
+from deltawire.format.codecs import directory, tiles
 from deltawire.publish.beats import TrainerBeats
 from deltawire.publish.receivers import Receivers
 from deltawire.runlog import heartbeats, log
@@ -49,6 +50,23 @@ def test_a_delta_of_other_weights_than_its_parent_s_is_found_by_verify(monkeypat
     bucket, _ = class_run(6)
     with pytest.raises(BadDigest, match="/commits/"):
         verify(bucket)
+
+
+def test_tiles_that_are_too_many_for_a_file_make_it_subset(monkeypatch):
+    monkeypatch.setattr(tiles, "choose_within", lambda shape, cut: (1, tiles.matrix(shape)[1]))
+    monkeypatch.setattr(directory, "MAX_TILES", len(model()))
+    bucket, versions = class_run(3)
+    assert codecs(bucket) == {1: "subset", 2: "subset"}
+    require_exact(bucket, versions)
+    assert "too many for one file" in commits(bucket)[1].choice
+    with publishing(bucket) as publisher:
+        edit(weights := model(), 9)
+        monkeypatch.setattr(directory, "MAX_TILES", 1)
+        with pytest.raises(TooLarge, match="more than 1 tiles for one file"):
+            publisher.publish(weights)
+        monkeypatch.undo()
+        publisher.publish(weights)
+    assert equal(read_weights(bucket), served(weights))
 
 
 def test_it_takes_fewer_bytes_than_subset():

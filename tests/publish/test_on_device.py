@@ -10,7 +10,7 @@ import torch
 from cpu_devices import CpuDevice, DevicePublisher
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import PATIENCE, fresh, publish_all, publishing, read_weights
+from runs import PATIENCE, commits, fresh, publish_all, publishing, read_weights
 from strategies import changed, random_bits, seeds
 from watchdog import FILES, Watchdog, publish
 
@@ -140,6 +140,18 @@ def test_views_of_experts_and_strided_tensors_are_compared_where_they_lie(monkey
             report = pub.publish(weights)
     assert report.baseline == "device"
     assert equal(read_weights(bucket), bits_of(dict(names(weights.items()))))
+
+
+def test_a_large_model_is_compared_in_several_sweeps(monkeypatch, tmp_path):
+    monkeypatch.setattr(comparing, "ELEMENTS", 500)
+    sweeps, real = [], on_device.compare
+    monkeypatch.setattr(on_device, "compare", lambda asked: sweeps.append(len(asked)) or real(asked))
+    host, device = opened(tmp_path / "host"), opened(tmp_path / "device", baseline="device")
+    weights = {f"{number}": torch.randn(10, 20) for number in range(8)}
+    for seed in range(2):
+        assert sent(captured(device, weights)) == sent(captured(host, weights))
+        step(weights, seed)
+    assert sweeps == [3, 3, 2]
 
 
 def test_an_iterator_that_reuses_one_buffer_is_captured_tensor_by_tensor():
@@ -438,7 +450,8 @@ def test_a_run_of_codec_class_writes_subset_from_a_device_and_says_why():
         pub.publish(weights)
     assert codecs[1:] == ["subset", "subset"]
     assert equal(read_weights(bucket), bits_of(weights))
-    assert reasons[-1] == "the baseline lies on a device, where nothing is ranked by class"
+    assert set(reasons[1:]) == {"the baseline lies on a device, where nothing is ranked by class"}
+    assert {commit.choice for commit in commits(bucket)[1:3]} == {f"subset: {reasons[-1]}"}
 
 
 WATCHED = FILES | {on_device.__file__}

@@ -4,10 +4,12 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
+from cpu_devices import DevicePublisher
 from runs import PATIENCE, commits, edit, fresh, model, publishing, read_weights, served
 
 from deltawire import Publisher, open_bucket
-from deltawire.errors import NotFound, WrongBase
+from deltawire.errors import NotFound, UnknownTensor, WrongBase
 from deltawire.weights.tensors import equal
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -47,6 +49,19 @@ def test_a_jump_to_weights_that_are_no_version_is_told_by_its_size():
     edit(weights, 99, share=0.9)
     with publishing(bucket) as publisher, pytest.warns(UserWarning, match=r"\d\.\d times the bytes of a usual version"):
         publisher.publish(weights)
+
+
+def test_a_jump_from_a_device_is_refused_after_a_first_publish_that_failed_too():
+    bucket = fresh()
+    held = train(bucket, versions=4, weights={"w": np.ones((64, 64), np.float32), "v": np.ones(8, np.float32)})
+    edit(held, 99, share=0.9)
+    weights = {name: torch.from_numpy(array) for name, array in held.items()}
+    with publishing(bucket, resume="require", baseline="device", cls=DevicePublisher) as publisher:
+        with pytest.raises(UnknownTensor):
+            publisher.publish({**weights, "none": torch.ones(3)})
+        with pytest.raises(WrongBase, match=r"\d\.\d times the bytes of a usual version"):
+            publisher.publish(weights)
+    assert len(commits(bucket)) == 4
 
 
 def test_a_trainer_that_goes_on_from_its_checkpoint_hears_nothing_even_where_one_must():

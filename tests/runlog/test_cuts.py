@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import fresh
 
+from deltawire.follow.status import as_one
+from deltawire.live.messages import WorkerStatus
 from deltawire.publish.receivers import Receivers
 from deltawire.runlog import cuts, heartbeats
 from deltawire.runlog.heartbeats import MAX_HEARTBEAT, Heartbeat
@@ -40,12 +42,24 @@ def test_what_suits_all_receivers_divides_each_one_s(receivers):
 
 def test_more_words_than_a_heartbeat_has_are_not_said():
     assert cuts.said((f"n{number}w" * 30, (64, 0)) for number in range(1000)) is None
-    most = cuts.said((f"{'n' * 100}{number:04}w", (2**40, 2**40)) for number in range(200))
+    most = cuts.said((f"{'n' * 100}{number:04}w", (2**40, 2**40)) for number in range(150))
     bucket = fresh()
     heartbeats.beat(bucket, Heartbeat("a", cuts=dict(most)))
     [stat] = bucket.list("replicas/")
     assert stat.size < MAX_HEARTBEAT
     assert heartbeats.read_all(bucket)[0][1].cuts == most
+
+
+def test_words_that_json_makes_longer_and_those_of_several_workers_together_count_as_they_are_written():
+    assert cuts.said((f"{number}" + "\x01" * 60, (64, 0)) for number in range(200)) is None
+    workers = [worker(dict(cuts.said((f"{rank}{'n' * 80}{at:04}w", (64, 0)) for at in range(200)))) for rank in "abc"]
+    assert as_one(workers[:1]).cuts == workers[0].cuts
+    assert as_one(workers).cuts is None
+
+
+def worker(own):
+    nothing = dict.fromkeys(("attached", "run", "position", "staged", "applied", "error"))
+    return WorkerStatus(**nothing, joined=True, staging=False, quarantined=False, cuts=own)
 
 
 @pytest.mark.parametrize(

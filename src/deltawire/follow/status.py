@@ -85,9 +85,10 @@ def as_one(workers: Sequence[WorkerStatus]) -> ServerStatus:
 
 
 def _cuts(workers: Sequence[WorkerStatus]) -> dict[str, Cut] | None:
-    """What suits all workers; None where one of them reads no codec by tiles."""
+    """What suits all workers; None where one of them reads no codec by tiles, or a heartbeat cannot say it."""
     said = [worker.cuts for worker in workers if worker.cuts is not None]
-    return dict(cuts.merged(said)) if len(said) == len(workers) else None
+    suits_all = cuts.if_short(cuts.merged(said)) if len(said) == len(workers) else None
+    return None if suits_all is None else dict(suits_all)
 
 
 def _problem(workers: Sequence[WorkerStatus]) -> Problem | None:

@@ -82,7 +82,8 @@ def encode(
     have is then written as in "subset". Tensors `stored` are written an increment an element, uncompressed.
 
     Raises UnknownVersion for another codec, NeedsBase, for a base that is not the delta's UnknownTensor, DtypeMismatch
-    or ShapeMismatch, and FormatError for `coded` that is not of this change, or not for this codec.
+    or ShapeMismatch, and FormatError for `coded` that is not of this change, or not for this codec. TooLarge for tiles
+    that are too many for one file.
     """
     if codec not in CODECS:
         raise UnknownVersion(f"codec {codec!r} is not known; choose from {', '.join(CODECS)}")

@@ -111,11 +111,7 @@ class WholeCapturer:
         versions = [] if self._run else [self._describe(run, 0, about, digests=seeded, payloads={})]
         delta = Delta(self._tracker.uncovered)
         if delta or not versions:
-            captured = self._describe(run, self.next_version + len(versions), about, delta=delta)
-            if not self._may_encode_later():
-                captured = replace(captured, payloads=self._encode(captured))
-            versions.append(captured)
-            self._shares = {name: share_of(change) for name, change in delta.items()}
+            versions.append(self._next(run, self.next_version + len(versions), about, delta))
         changed = delta.changed if versions[-1].parent is not None else sum(count(entry.shape) for entry in run.table)
         self.transition.begin()
         self._tracker.cover()
@@ -128,13 +124,18 @@ class WholeCapturer:
 
     def _may_encode_later(self) -> bool:
         """Whether the uploader's thread makes the file: a change found on a device is here in a hundredth of the time
-        that takes. A first publish is encoded at once, for its bytes say whether it continues a run."""
-        return self._is_on_device and not self._place.is_first
+        that takes. The first version is encoded at once, for its bytes say whether it continues a run."""
+        first = self.resumed.position.version + 1 if self.resumed is not None else 0
+        return self._is_on_device and self.next_version > first
 
-    def _encode(self, captured: Captured) -> dict[str, bytes | Path]:
-        """A version's file, with what was encoded as it was found."""
-        coded = self._tracker.coded
-        return encode(captured, coded, self._choice.stored(captured.delta, coded))
+    def _next(self, run: Run, version: int, about: About, delta: Delta) -> Captured:
+        """The version of a change; with its file, and what was encoded as it was found, unless that is made later."""
+        captured, coded = self._describe(run, version, about, delta=delta), self._tracker.coded
+        if not self._may_encode_later():
+            captured = replace(captured, payloads=encode(captured, coded, self._choice.stored(delta, coded)))
+        if "class" in self._listed:
+            self._shares = {name: share_of(change) for name, change in delta.items()}
+        return replace(captured, reason=self._choice.why(captured, on_device=self._is_on_device))
 
     def _coding(self) -> Callable[[str, Shard], Coding | None]:
         """How each change is encoded as it is found; none is in a run of `gap`."""

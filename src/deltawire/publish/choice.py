@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from deltawire.format.body import DENSE_TRY_FROM
 from deltawire.format.codecs import tiles
 from deltawire.format.codecs.fused import Coding
+from deltawire.publish.pending import Captured
 from deltawire.publish.sharded.shards import Shard
 from deltawire.runlog.cuts import Cuts, cut_at
 from deltawire.weights.blocks import WHOLE, Cut, block_of, cut_of, together
@@ -40,6 +41,13 @@ class Choice:
         return frozenset(
             name for name, change in delta.items() if name not in coded and share_of(change) >= DENSE_TRY_FROM
         )
+
+    def why(self, captured: Captured, *, on_device: bool) -> str:
+        """Why a version came to be of its codec, once it is known where the baseline lies."""
+        is_as_chosen = captured.codec == "class" or not (self.by_class or (self.whole and on_device))
+        if is_as_chosen or not captured.delta:
+            return self.reason
+        return UNRANKED.reason if on_device else "no tiles of class that suit all: too small, or too many for one file"
 
     def of_shard(self, name: str, shard: Shard) -> Coding | None:
         """How what a rank holds of a tensor is encoded."""

@@ -70,7 +70,7 @@ class Chooser:
     def __init__(self, receivers: Receivers, codec: str, *, whole: bool = False) -> None:
         self._receivers, self._codec, self._may_be_whole = receivers, codec, whole
         self._measured = {way: deque[Measured](maxlen=KEPT) for way in (*CODECS, WHOLE)}
-        self._is_whole = False
+        self._way = "subset"
         self._rates = deque[float](maxlen=UPLOADS)
         self._size = Size(0, 0)
         self._since = 0
@@ -87,7 +87,7 @@ class Chooser:
             if is_delta and report.codec in CODECS:
                 self._size = Size(report.total, report.changed, report.model_bytes)
                 measured = Measured(report.seconds / report.total, report.wire_bytes / report.changed)
-                self._measured[WHOLE if self._is_whole else report.codec].append(measured)
+                self._measured[self._way].append(measured)  # of class, what it comes to where few tensors may be of it
                 self._since += 1
             on_publish(report)
 
@@ -105,18 +105,27 @@ class Chooser:
 
     def choose(self) -> Choice:
         """What a version that is captured now is encoded in, and why."""
-        self._is_whole, heard = False, self._receivers.heard
+        choice = self._best()
+        self._way = WHOLE if choice.whole else "class" if choice.by_class else "subset"
+        return choice
+
+    def _best(self) -> Choice:
+        heard = self._receivers.heard
         if self._codec == "auto" and (reason := self._whole()) is not None:
-            self._is_whole = True
             return Choice(whole=True, reason=reason)
         if heard.cuts is None:
-            return Choice(reason=heard.reason or "")
+            return self._only_subset(heard.reason or "")
         if self._codec == "class":
             return Choice(by_class=True, cuts=heard.cuts, reason="asked for, and every replica reads it")
         if not heard.replicas:
-            return Choice(reason="no replica says that it reads class")
+            return self._only_subset("no replica says that it reads class")
         codec, reason = self._served_sooner()
         return Choice(by_class=codec == "class", cuts=heard.cuts, reason=reason)
+
+    def _only_subset(self, reason: str) -> Choice:
+        """The one codec that is left; a version of it measures it again."""
+        self._since %= AGAIN
+        return Choice(reason=reason)
 
     def _whole(self) -> str | None:
         """Why whole tensors are served sooner than sparse ones, by what was measured; None where they are not. They are

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 Batch = Sequence[tuple[GivenTensor, Shard]]
 """tensors as they were given, and what this process holds of each"""
-AT_ONCE = 64 << 20
+AT_ONCE = 32 << 20
 """bytes of device memory for copies of tensors that are compared together: of those that are strided, say"""
+ELEMENTS = 1 << 30
+"""Elements that are compared together: a sweep's numbers of them take 24 MiB, and changes 16 bytes each until they are
+on the host. More would save a wait or two of a tenth of a millisecond."""
 
 
 def hold_whole(given: GivenTensor) -> Shard:
@@ -41,22 +44,30 @@ def not_yet(name: str, shard: Shard) -> None:
 
 
 class _Waiting:
-    """Tensors on devices that are still to be compared, and how many bytes the copies of those take that need one."""
+    """Tensors on devices that are still to be compared: how many elements they have, and how many bytes the copies of
+    those take that need one."""
 
     def __init__(self) -> None:
         self._held: list[tuple[GivenTensor, Shard]] = []
-        self.copies = 0
+        self._copies = self._elements = 0
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether more should not be compared at once."""
+        return self._copies > AT_ONCE or self._elements >= ELEMENTS
 
     def append(self, given: GivenTensor, shard: Shard, dtype: str) -> None:
         """One more tensor, which the run has as `dtype`."""
         self._held.append((given, shard))
         is_read_in_place = (dtype_of(shard.tensor), dtype) == ("F32", "BF16") or dtype_of(shard.tensor) == dtype
         if not is_read_in_place or not shard.tensor.is_contiguous():
-            self.copies += shard.tensor.nbytes
+            self._copies += shard.tensor.nbytes
+        self._elements += shard.tensor.numel()
 
     def take(self) -> Batch:
         """All of them; none is left."""
-        held, self._held, self.copies = self._held, [], 0
+        held = self._held
+        self._held, self._copies, self._elements = [], 0, 0
         return held
 
 
@@ -98,7 +109,7 @@ class Comparison:
             self.prepare(name, shard)
             if self.place.takes(shard.tensor, self.tracker.baseline):
                 self._batch.append(given, shard, self.table[name].dtype)
-                if not self.stay or self._batch.copies > AT_ONCE:
+                if not self.stay or self._batch.is_enough:
                     self._compare_batch()
             else:
                 self._take(given, shard)

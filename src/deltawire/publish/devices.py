@@ -85,16 +85,11 @@ class Place:
         """A publish begins."""
         self._publishes += 1
 
-    @property
-    def is_first(self) -> bool:
-        """Whether no publish but the first has begun."""
-        return self._publishes < 2
-
     def takes(self, tensor: Any, baseline: Sized) -> bool:
         """Whether a tensor's part of the baseline is to lie on the tensor's device."""
         if self._chosen is False or not self._devices.holds(tensor):
             return False
-        if self._chosen is None and not self.is_first:
+        if self._chosen is None and self._publishes > 1:
             self._chosen = self._devices.has_room(tensor.device, baseline.nbytes)
         return bool(self._chosen)
 

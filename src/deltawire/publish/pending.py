@@ -9,6 +9,7 @@ from msgspec import UNSET
 
 from deltawire.buckets.base import size_of
 from deltawire.buckets.verified import hash_file
+from deltawire.errors import TooLarge
 from deltawire.format import delta_file
 from deltawire.format.codecs.subset import Coded
 from deltawire.publish.sharded.shards import placed, spread
@@ -19,6 +20,9 @@ from deltawire.runlog.writing import Attempt
 from deltawire.weights.boxes import Box
 from deltawire.weights.delta import Delta
 from deltawire.weights.digest import root as root_of
+
+WAITED = "it waited for the store"
+"""why a version is of a codec that needs no weights, where there was a choice"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,10 @@ class Captured:
         """Bytes of the payloads made so far."""
         return sum(size_of(data) for data in (self.payloads or {}).values())
 
+    def waiting(self) -> "Captured":
+        """The same once it waits, or folds with another: its file is made when it is sent."""
+        return replace(self, payloads=None, reason=self.reason and WAITED)
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory: the change, and the payloads made so far that are not files."""
@@ -66,13 +74,8 @@ class Captured:
 
 def fold(earlier: Captured, later: Captured) -> Captured:
     """Two deltas captured one after the other, as one."""
-    return replace(
-        later,
-        parent=earlier.parent,
-        versions=earlier.versions + later.versions,
-        delta=earlier.delta + later.delta,
-        payloads=None,
-    )
+    versions, delta = earlier.versions + later.versions, earlier.delta + later.delta
+    return replace(later.waiting(), parent=earlier.parent, versions=versions, delta=delta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,7 @@ def _choice(captured: Captured, payloads: Sequence[Payload]) -> str:
     if not captured.reason or not payloads or captured.parent is None:
         return ""
     codec = "class" if any(needs_weights(payload.key) for payload in payloads) else captured.run.may_use[0]
-    return f"{codec}: {captured.reason if captured.payloads is not None else 'it waited for the store'}"
+    return f"{codec}: {captured.reason}"
 
 
 def encode(
@@ -151,23 +154,28 @@ def encode(
     """
     if not captured.delta:
         return {}
-    delta, run = captured.delta, captured.run
+    delta, found = captured.delta, coded or {}
     if captured.rank is not None:
-        table, boxes = {entry.name: entry for entry in run.table}, captured.boxes
+        table, boxes = {entry.name: entry for entry in captured.run.table}, captured.boxes
         delta = spread(delta, boxes, table)
-        coded = {name: placed(own, boxes[name], table[name].shape) for name, own in (coded or {}).items()}
-    by_class = any(coded[name].by_class for name in delta if name in coded) if coded else False
-    codec = "class" if by_class else run.may_use[0]
-    data = delta_file.encode(
-        delta,
-        codec=codec,
-        coded=coded or None,
-        stored=stored,
-        run=run.run,
-        parent=captured.parent,
-        version=captured.version,
-    )
+        found = {name: placed(own, boxes[name], table[name].shape) for name, own in found.items()}
+    try:
+        data, by_class = _file(captured, delta, found, stored)
+    except TooLarge:  # tiles that suit all receivers may be too many for one file, and so may the classes of each
+        data, by_class = _file(captured, delta, {}, stored)
     sealed = blake3(data).hexdigest()
     if captured.parent is None and captured.rank is not None:
         return {part_key(captured.version, sealed, captured.rank): data}
     return {delta_key(captured.version, sealed, captured.rank, by_class=by_class): data}
+
+
+def _file(captured: Captured, delta: Delta, found: Mapping[str, Coded], stored: Collection[str]) -> tuple[bytes, bool]:
+    """A change's file, and whether it is of codec `class`. Raises TooLarge where no reader would take it."""
+    coded = {name: found[name] for name in delta if name in found}
+    by_class = any(own.by_class for own in coded.values())
+    codec = "class" if by_class else captured.run.may_use[0]
+    run, parent, version = captured.run.run, captured.parent, captured.version
+    data = delta_file.encode(
+        delta, codec=codec, coded=coded or None, stored=stored, run=run, parent=parent, version=version
+    )
+    return data, by_class

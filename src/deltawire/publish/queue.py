@@ -64,7 +64,7 @@ class Queue:
             captured = fold(last, captured)
             return replace(self, waiting=(*self.waiting[:-1], captured))
         if self.frozen is not None and captured.parent is not None:
-            captured = replace(captured, payloads=None)  # it will wait: its bytes are made when it is sent
+            captured = captured.waiting()
         return replace(self, waiting=(*self.waiting, captured))
 
     def can_freeze(self, end: int | None) -> bool:

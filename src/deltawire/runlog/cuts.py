@@ -5,13 +5,15 @@ A worker that holds a part of a tensor decodes codec `class` by tiles, which the
 
 from collections.abc import Iterable, Mapping
 
+import msgspec
+
 from deltawire.weights.blocks import WHOLE, Cut, together
 
 Cuts = Mapping[str, Cut]
 """By pattern, the rows and columns of which all edges inside such a tensor are multiples, 0 for no edge. A tensor of
 another pattern is cut nowhere."""
 MOST = 24 << 10
-"""bytes of all patterns, about; a heartbeat has 64 KiB"""
+"""bytes of JSON that all patterns may take; a heartbeat has 64 KiB"""
 
 
 def pattern(name: str) -> str:
@@ -31,7 +33,12 @@ def said(cuts: Iterable[tuple[str, Cut]]) -> Cuts | None:
         if cut != WHOLE:
             here = pattern(name)
             found[here] = together(found.get(here, WHOLE), cut)
-    return found if sum(len(here.encode()) + 16 for here in found) <= MOST else None
+    return if_short(found)
+
+
+def if_short(cuts: Cuts) -> Cuts | None:
+    """The same; None where a heartbeat has no room for so many words."""
+    return cuts if len(msgspec.json.encode(cuts)) <= MOST else None
 
 
 def merged(receivers: Iterable[Cuts]) -> Cuts:

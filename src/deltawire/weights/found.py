@@ -26,13 +26,17 @@ class Found:
         self.steps: UInts = np.empty(room_for(elements), dtype)
         self.count = 0
 
+    def has_room(self, more: int) -> bool:
+        """Whether so many more fit."""
+        return self.count + more <= self.positions.size
+
     def grow(self) -> None:
         """Make more room."""
         self.positions, self.steps = roomier(self.positions, self.count), roomier(self.steps, self.count)
 
     def append(self, positions: Positions, steps: UInts) -> None:
         """Write more changes."""
-        while self.count + positions.size > self.positions.size:
+        while not self.has_room(positions.size):
             self.grow()
         places = slice(self.count, self.count + positions.size)
         self.positions[places], self.steps[places] = positions, steps
@@ -54,10 +58,19 @@ class Scratch:
 
     def array(self, name: str, size: int, dtype: Any) -> Any:
         """So many elements, of any value; the same memory as the last array of this name."""
+        return self.at_least(name, size, dtype)[:size]
+
+    def at_least(self, name: str, size: int, dtype: Any) -> Any:
+        """The same, and all that there is of it."""
         kept = self._kept.get(name)
         if kept is None or kept.size < size:
             kept = self._kept[name] = np.empty(size + size // 2, dtype)
-        return kept[:size]
+        return kept
+
+    def grow(self, name: str, count: int) -> Any:
+        """More of an array, which keeps its `count` first elements."""
+        more = self._kept[name] = roomier(self._kept[name], count)
+        return more
 
 
 def room_for(elements: int) -> int:

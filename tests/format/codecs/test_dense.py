@@ -8,7 +8,7 @@ from strategies import dtypes, pairs, random_bits, seeds, shapes
 
 from deltawire.errors import FormatError, TooLarge, Truncated
 from deltawire.format.codecs import dense
-from deltawire.format.codecs.base import compress, decompress, store
+from deltawire.format.codecs.base import compress, decompress, store, zstd
 from deltawire.weights.bits import zeros
 from deltawire.weights.delta import TensorDelta, between_bits
 from deltawire.weights.table import TensorSpec
@@ -67,10 +67,19 @@ def test_a_frame_that_holds_bytes_as_they_are_is_read_as_any_other(size):
     data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
     frame = store(data)
     assert decompress(frame, limit=size, what="it").tobytes() == data.tobytes()
-    assert frame.size <= size + 13 + 3 * (1 + size // (128 << 10))
+    assert frame.size <= size + 14 + 3 * (1 + size // (128 << 10))
     for end in range(max(0, frame.size - 3), frame.size):
         with pytest.raises(FormatError):
             decompress(frame[:end], limit=size, what="it")
+
+
+def test_a_frame_of_any_size_is_read_with_the_memory_of_one_block():
+    """As zstd's decoders refuse a window of more than 128 MiB, and an embedding takes more than that."""
+    block = 128 << 10
+    data = np.random.default_rng(0).integers(0, 256, 4 * block, np.uint8)
+    narrow = {zstd.DecompressionParameter.window_log_max: block.bit_length() - 1}
+    read = zstd.ZstdDecompressor(options=narrow).decompress(store(data).data, max_length=data.size + 1)
+    assert read == data.tobytes()
 
 
 @given(pairs())

@@ -107,6 +107,7 @@ WRONG = {
     "bytes of the payload that no tile has": one(1, 0, 1, 0, 1, 2, 1, 0),
     "a tensor in which nothing changes": one(0),
     "bytes behind the last entry": one(*GOOD, 0),
+    "more tensors than bytes of the payload": bytes([3, 1, ord("a"), 1, ord("b")]) + one(*GOOD)[1:],
     "names out of order": bytes([2, 1, ord("d"), 1, ord("c")]) + one(*GOOD)[3:8] * 2 + bytes([*GOOD, *GOOD]),
     "a name that is not UTF-8": b"\x01\x01\xff" + one(*GOOD)[3:],
 }
@@ -135,6 +136,23 @@ def test_tiles_without_end_cost_no_memory():
         directory.read(packed, codec="subset", payload=2)
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
+
+
+def test_a_directory_that_no_reader_takes_is_not_written(monkeypatch):
+    for limit, most in (("MAX_TILES", 3), ("MAX_DIRECTORY", len(CONTENT))):
+        monkeypatch.setattr(directory, limit, most)
+        assert directory.write(LISTED).size
+        monkeypatch.setattr(directory, limit, most - 1)
+        with pytest.raises(TooLarge, match="for one file"):
+            directory.write(LISTED)
+        monkeypatch.undo()
+
+
+def test_names_without_end_cost_neither_time_nor_memory():
+    packed = compress(np.frombuffer(bytes([*[0xFF] * 3, 0x1F]) + bytes(directory.MAX_DIRECTORY - 4), np.uint8))
+    assert packed.size < 100_000
+    with pytest.raises(FormatError, match=r"67,108,863 in the directory, where at most 100,000 can be"):
+        directory.read(packed, codec="subset", payload=100_000)
 
 
 def test_a_frame_that_claims_a_gigabyte_is_refused_before_memory_is_spent_on_it():

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -202,7 +203,7 @@ def compiled():
     return {(loop.__name__, str(own)) for loop in gc.get_objects() if isinstance(loop, CPUDispatcher)
             for own in loop.signatures}
 
-fused.warm_up(["BF16"], by_class=True)
+fused.warm_up(["BF16", "U16"], by_class=True)
 before = compiled()
 old = Bits("BF16", (300, 1000), np.arange(300_000, dtype=np.uint16))
 new = old.copy()
@@ -219,3 +220,17 @@ def test_once_it_is_warm_no_publish_compiles_anything():
     loops, more = done.stdout.split(maxsplit=1)
     assert int(loops) > 5, done.stdout
     assert more.strip() == "set()"
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+def test_room_is_made_for_what_changes_whatever_the_number_of_tiles(by_class, monkeypatch):
+    monkeypatch.setattr(fused.threads, "cores", lambda: 1)
+    old = random_bits(np.random.default_rng(0), "BF16", (64 * 60, 64))
+    new = old.copy()
+    new.data[np.arange(old.data.size) % 5 != 0] += 1
+    tracemalloc.start()
+    change, coded = fused.compare(old, new, by_class=by_class, tile=(64, 64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (change.changed, len(coded.entries)) == (old.data.size * 4 // 5, 60)
+    assert peak < 10 * 4 * change.changed * 4, "positions and steps, and four times their room"

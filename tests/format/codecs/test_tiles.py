@@ -133,3 +133,20 @@ def test_the_independent_reader_reads_tiles_side_by_side():
     data = delta_file.encode(Delta({"w": change}), codec="class", coded={"w": coded})
     _, _, steps = reference.delta(data, {"w": old.data.tolist()})["w"]
     assert sorted(steps) == change.sparse()[0].tolist()
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+@pytest.mark.parametrize("tile", [(200, 1), (7, 1), (1, 1), (200, 3), (64, 2)])
+def test_a_reader_takes_tiles_as_narrow_as_a_writer_may_make_them(tile, by_class):
+    rng = np.random.default_rng(0)
+    old = Bits("BF16", (200, 5), rng.integers(0x3800, 0x3D80, 1000).astype(np.uint16))
+    new = old.copy()
+    new.data[rng.random(1000) < 0.5] += np.uint16(3)
+    change, coded = fused.compare(old, new, by_class=by_class, tile=tile)
+    assert change == between_bits(old, new)
+    slow = subset.encode(change, old.data if by_class else None, tile=tile, twin=twins.plain)
+    assert (coded.payload.tobytes(), [entry.lists for entry in coded.entries]) == (
+        slow.payload.tobytes(), [entry.lists for entry in slow.entries]
+    )  # fmt: skip
+    file = delta_file.encode(Delta({"w": change}), codec="class" if by_class else "subset", coded={"w": coded})
+    assert delta_file.decode(file, base={"w": old})["w"] == change

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,3 +196,28 @@ def test_under_tritons_interpreter_every_sweep_gives_what_plain_torch_gives():
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def test_a_host_that_cannot_compile_kernels_sweeps_in_plain_torch_and_says_so_once(monkeypatch, caplog):
+    def without_a_compiler(*arguments):
+        raise RuntimeError("Failed to find C compiler")
+
+    sweeps._compiles.cache_clear()
+    monkeypatch.setattr(sweeps, "_triton_twin", lambda: SimpleNamespace(gather=without_a_compiler))
+    on_cuda = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
+    assert [sweeps._twin(on_cuda) for _ in range(2)] == [torch_twin] * 2
+    assert [record.message for record in caplog.records] == [
+        "cpu: Triton's kernels do not run (Failed to find C compiler), so plain torch does their work, more slowly"
+    ]
+
+    def without_memory(*arguments):
+        raise torch.OutOfMemoryError
+
+    sweeps._compiles.cache_clear()
+    works = SimpleNamespace(gather=without_memory)
+    monkeypatch.setattr(sweeps, "_triton_twin", lambda: works)
+    with pytest.raises(torch.OutOfMemoryError):
+        sweeps._twin(on_cuda)
+    works.gather = lambda *arguments: None
+    assert sweeps._twin(on_cuda) is works
+    sweeps._compiles.cache_clear()

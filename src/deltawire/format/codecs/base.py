@@ -19,8 +19,9 @@ ZSTD: dict[int, int] = {
 }
 """zstd-1 made to look for few matches: these streams have an uneven histogram but no repeats, and the short matches
 that plain zstd-1 finds in them cost more than Huffman alone (1.41 against 1.44 bytes per change on a real RL trace)."""
-_STORED = bytes.fromhex("28b52ffd e0")
-"""a frame's magic number, and that eight bytes of content size follow and no dictionary, checksum or window"""
+_STORED = bytes.fromhex("28b52ffd c0 38")
+"""a frame's magic number, that eight bytes of content size follow and no dictionary or checksum, and a window of one
+block: without a window of its own a frame's is its content, and decoders refuse more than 128 MiB of that"""
 _BLOCK = 128 << 10
 """bytes of a block, at most"""
 

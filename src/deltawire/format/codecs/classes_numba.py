@@ -11,7 +11,7 @@ from deltawire.format.codecs.classes import CLASSES, Ranked, Scheme
 from deltawire.format.codecs.lists import CHANGED, INVERTED, Facts
 from deltawire.format.codecs.vectors_numba import class_column, class_masks, class_planes, count_up_to
 from deltawire.weights.bits import Positions, UInts
-from deltawire.weights.found import Found, Scratch, room_for, roomier
+from deltawire.weights.found import Found, Scratch, room_for
 from deltawire.weights.vectors_numba import BLOCKS, CHUNK, LANES, aligned, count_ones, note_changes
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
@@ -215,14 +215,16 @@ def _order_items(items, new, hits, firsts, start, done, positions, order):  # ty
 def compare(old: UInts, new: UInts, scheme: Scheme, found: Found, scratch: Scratch) -> Ranked:
     """As `classes.compare`. Another thread may write `new` meanwhile: each of its elements is read once."""
     first, at, counts = found.count, 0, np.zeros(CLASSES, np.uint64)
-    keys: UInts = scratch.array("keys", room_for(old.size), np.uint64)
+    keys: UInts = scratch.at_least("keys", room_for(old.size), np.uint64)
     while True:
         arrays = (found.positions, found.steps, keys, counts)
         at, found.count = _compare(old, new, _numbers(scheme), at, first, found.count, *arrays)
         if at == old.size:
             return _ranked(counts, keys[: found.count - first], found.steps[first : found.count], scratch)
-        found.grow()
-        keys = roomier(keys, found.count - first)
+        if not found.has_room(CHUNK):
+            found.grow()
+        if found.count - first + CHUNK > keys.size:
+            keys = scratch.grow("keys", found.count - first)
 
 
 def classify(old: UInts, positions: Positions, steps: UInts, scheme: Scheme) -> Ranked:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltawire.errors import FormatError, Truncated
+from deltawire.errors import FormatError, TooLarge, Truncated
 from deltawire.format.codecs import tiles
 from deltawire.format.codecs.base import compress, decompress
 from deltawire.format.codecs.classes import CLASSES, SCHEMES
@@ -53,8 +53,10 @@ class Listed:
 
 
 def write(listed: Iterable[Listed]) -> UInts:
-    """The frame, as uint8."""
+    """The frame, as uint8. Raises TooLarge for one that no reader takes."""
     tensors = list(listed)
+    if sum(len(tensor.entries) for tensor in tensors if tensor.encoding != "dense") > MAX_TILES:
+        raise TooLarge(f"more than {MAX_TILES:,} tiles for one file")
     out = bytearray()
     _put(out, len(tensors))
     for tensor in tensors:
@@ -73,6 +75,8 @@ def write(listed: Iterable[Listed]) -> UInts:
         else:
             for entry in tensor.entries:
                 _put_entry(out, entry, 8 * WIDTHS[tensor.spec.dtype])
+    if len(out) > MAX_DIRECTORY:
+        raise TooLarge(f"a directory of {len(out):,} bytes for one file, where {MAX_DIRECTORY:,} are the most")
     return compress(np.frombuffer(bytes(out), np.uint8), level=LEVEL)
 
 
@@ -82,7 +86,7 @@ def read(frame: UInts, *, codec: str, payload: int) -> list[Listed]:
     Raises FormatError for anything that no writer writes; memory is spent only as the payload has bits.
     """
     reader = _Reader(decompress(frame, limit=MAX_DIRECTORY, what="directory").tobytes())
-    tensors = reader.number(MAX_DIRECTORY)
+    tensors = reader.number(payload)  # each has a byte there: what changes cannot be said in none
     names = [reader.text(reader.number(MAX_DIRECTORY)) for _ in range(tensors)]
     if any(name >= later for name, later in pairwise(names)):
         raise FormatError("the directory's names are not in ascending order")

@@ -102,7 +102,8 @@ def _all_of(parts: list[Found]) -> tuple[Positions, UInts]:
 def warm_up(dtypes: Iterable[str], *, by_class: bool) -> None:
     """Compile what a publish of tensors of these dtypes runs, so that none waits for it: some 5 seconds where Numba's
     cache on disk is empty, and one for each further width. A run of codec `class` writes `subset` as well."""
-    for dtype in {unsigned(dtype): dtype for dtype in sorted(dtypes)}.values():
+    ranked_last = sorted(dtypes, key=lambda dtype: (dtype in SCHEMES, dtype))  # of a width, one with classes stays
+    for dtype in {unsigned(dtype): dtype for dtype in ranked_last}.values():
         old = Bits(dtype, (8, 64), np.ones(512, unsigned(dtype)))
         new = old.copy()
         new.data[:64] += 7  # one row alone changes, so that the others are left out

@@ -66,11 +66,11 @@ class Tile:
         return row[places] * self.width + column[places], places
 
     def cut(self, bits: UInts) -> UInts:
-        """The tile's own elements, flat, from the tensor's; a view where they follow each other."""
+        """The tile's own elements, flat and side by side, from the tensor's; a view where they follow each other."""
         if self.contiguous:
             return bits[self.start : self.start + self.size]
         rows = bits.reshape(-1, self.stride)[self.row : self.row + self.rows]
-        return rows[:, self.column : self.column + self.width].reshape(-1)
+        return rows[:, self.column : self.column + self.width].flatten()  # reshape keeps one column a view with gaps
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -218,12 +218,13 @@ class ShardCapturer:
             step=found.about.step,
             metrics=found.about.metrics,
             payloads=None,
-            reason=self._choice.reason,
             rank=self._ranks.rank,
             boxes=self._tracker.baseline.boxes,
         )
         assets = asset_payloads(self._assets) if self._assets is not None and version == 0 else {}
-        return replace(captured, payloads=assets | encode(captured, self._tracker.coded))
+        captured = replace(captured, payloads=assets | encode(captured, self._tracker.coded))
+        on_device = self._tracker.baseline.device_bytes > 0
+        return replace(captured, reason=self._choice.why(captured, on_device=on_device))
 
     def _new_run(self, names: set[str]) -> Run:
         table = (msgspec.structs.replace(entry, trainable=entry.name in names) for entry in self._table.values())

@@ -1,10 +1,11 @@
 """Digest, compare, gather and scatter over many tensors of one device at once.
 
-CUDA tensors are swept by Triton where it is installed: a launch or two, however many tensors there are. All others,
+CUDA tensors are swept by Triton where it runs: a launch or two, however many tensors there are. All others,
 and those of ROCm, are swept by the twin in plain torch, tensor by tensor. Results are equal, bit for bit. All work is
 queued on the current stream; what returns numbers of the host waits for that stream.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
@@ -17,6 +18,7 @@ from deltawire.weights.device.carriers import CARRIERS, WHOLE, Changes, Part, St
 
 __all__ = ["WHOLE", "Changes", "Part", "Strip", "compare", "digest", "digest_at", "gather", "scatter", "scattering"]
 
+LOG = logging.getLogger("deltawire")
 Tensors = Sequence[torch.Tensor]
 Put = Callable[[torch.Tensor, torch.Tensor], None]
 """writes bits to offsets"""
@@ -118,8 +120,26 @@ def _triton_twin() -> ModuleType | None:
     return triton_twin
 
 
+@cache
+def _compiles(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device. It makes a launcher with the host's C compiler, which slim images do
+    not have, and refuses old GPUs."""
+    twin = _triton_twin()
+    if twin is None:
+        return False
+    flat, at = torch.zeros(1, dtype=torch.uint8, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    try:
+        twin.gather([flat], [1], at)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        LOG.warning("%s: Triton's kernels do not run (%s), so plain torch does their work, more slowly", device, error)
+        return False
+    return True
+
+
 def _twin(tensor: torch.Tensor) -> ModuleType:
-    return (_triton_twin() if tensor.is_cuda else None) or torch_twin
+    return (_triton_twin() if tensor.is_cuda and _compiles(tensor.device) else None) or torch_twin
 
 
 def _require_carriers(flats: Tensors) -> None:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from deltawire.weights.device.carriers import Changes, Part, positions_for, written_meanwhile
+from deltawire.weights.device.landing import landing
 
 BLOCK = 2048
 """elements that a program compares, or digests"""
@@ -212,7 +213,8 @@ class _Launch:
     def over(cls, sizes: Sequence[int], block: int, device: torch.device, *rows: Sequence[int]) -> "_Launch":
         blocks = [-(-size // block) for size in sizes]
         numbers = torch.tensor([[*sizes], _starts(blocks), *map(list, rows), blocks], device="cpu")
-        table = (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
+        landed = landing(numbers.numel(), numbers.dtype, device).view(numbers.shape).copy_(numbers)
+        table = landed.to(device, non_blocking=True)
         owners = torch.arange(len(blocks), device=device)
         tensors = torch.repeat_interleave(owners, table[-1], output_size=sum(blocks))
         return cls(tensors, table, block)
