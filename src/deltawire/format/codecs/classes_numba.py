@@ -221,8 +221,10 @@ def compare(old: UInts, new: UInts, scheme: Scheme, found: Found, scratch: Scrat
         at, found.count = _compare(old, new, _numbers(scheme), at, first, found.count, *arrays)
         if at == old.size:
             return _ranked(counts, keys[: found.count - first], found.steps[first : found.count], scratch)
-        found.grow()
-        keys = roomier(keys, found.count - first)
+        if found.positions.size <= first + keys.size:  # one has no room left, and not for the other's sake more
+            found.grow()
+        else:
+            keys = roomier(keys, found.count - first)
 
 
 def classify(old: UInts, positions: Positions, steps: UInts, scheme: Scheme) -> Ranked:
