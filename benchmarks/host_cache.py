@@ -1,11 +1,14 @@
 """What readers of one host save that share its cache, and whether sharing what they decode would save more.
 
-    python benchmarks/host_cache.py [--readers 8] [--millions 50] [--changed 0.01]
+    python benchmarks/host_cache.py [--readers 8] [--millions 50] [--changed 0.01] [--tensors 48]
 
 First that many processes read the same delta from a local HTTP store (S3 API), each for itself and then by the cache.
 It counts the bytes that the store sent. Then one process takes the parts of reading apart, medians of five: hashing the
 file, decoding it, and what a reader would do instead with positions and increments that another had decoded: map the
 file, and check that no position is outside of its tensor. Weights are random; a change is one step of bf16.
+
+Last that many tensor-parallel workers, each of which holds its share of rows or columns of each tensor (4.2 million
+weights), join and follow. What each takes is anonymous memory beside its weights, sampled every millisecond.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import numpy as np
 from blake3 import blake3
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+from host_workers import SHAPE, VERSIONS, measure
 from small_s3 import SmallS3, small_s3
 
 import deltawire as dw
@@ -109,11 +113,25 @@ def parts(store: SmallS3, folder: Path) -> None:
     print(f"mapping and checking that instead of decoding: {median(lambda: load(folder, delta)):.1f} ms")
 
 
+def slices(workers: int, tensors: int, cache: Path) -> None:
+    """Print what each of so many workers takes for its part of a model of so many tensors."""
+    sent, said, _ = measure(tensors, range(workers), workers, cache)
+    held, size = max(worker[0]["held"] for worker in said), 2 * tensors * SHAPE[0] * SHAPE[1]
+    print(f"{workers} workers of a model of {size / 1e6:.0f} MB: {sent:.2f} times its payloads are fetched")
+    print(
+        f"a worker holds {held / 1e6:.1f} MB of it, and the largest tensor has {2 * SHAPE[0] * SHAPE[1] / 1e6:.1f} MB"
+    )
+    for version, what in enumerate(VERSIONS):
+        taken = [worker[version]["taken"] / 1e6 for worker in said]
+        print(f"staging, {what}: {min(taken):.1f} to {max(taken):.1f} MB a worker")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readers", type=int, default=8)
     parser.add_argument("--millions", type=int, default=50)
     parser.add_argument("--changed", type=float, default=0.01)
+    parser.add_argument("--tensors", type=int, default=48)
     parser.add_argument("--read", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.read:
@@ -124,6 +142,8 @@ def main() -> None:
         shares(options.readers, store, Path(work))
         os.environ["DELTAWIRE_CACHE"] = "off"
         parts(store, Path(work))
+    with tempfile.TemporaryDirectory() as work:
+        slices(options.readers, options.tensors, Path(work))
 
 
 if __name__ == "__main__":

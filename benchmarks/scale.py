@@ -12,14 +12,17 @@ mirror. Memory is that above the page cache (RssAnon): what maps a file can be d
 import argparse
 import shutil
 import statistics
+import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+from anonymous import Memory
 
 import deltawire as dw
 from deltawire.buckets import Bucket
@@ -36,28 +39,6 @@ LARGEST = 1 << 26
 SHARE = 0.01
 WINDOW = 10
 """versions around each milestone whose median counts"""
-
-
-class Memory:
-    """The most anonymous memory of this process while it is watched, in bytes."""
-
-    def __init__(self) -> None:
-        self.most, self._done = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "Memory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.01):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            (size,) = (int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
-            self.most = max(self.most, size)
 
 
 class Synthetic(Mapping[str, Bits]):

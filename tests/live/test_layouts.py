@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from locating import located
 
 from deltawire.live.boxes import LiveBox
 from deltawire.live.layouts import fit
@@ -58,7 +59,7 @@ def test_every_rectangle_of_a_packed_weight_is_found_where_it_went(experts, coun
     found = {}
     positions = np.arange(5, 5 + taken * width)
     for part in boxes:
-        inside, offsets = part.locate(positions)
+        inside, offsets = located(part, positions)
         assert not set(positions[inside]) & found.keys()
         found |= dict(zip(positions[inside].tolist(), offsets.tolist(), strict=True))
     assert found == wanted

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from locating import located
 from torch import nn
 
 import deltawire as dw
 from deltawire.errors import EngineUnsupported
 from deltawire.live.accelerator import Accelerators
-from deltawire.live.boxes import LiveBox, Placement
+from deltawire.live.boxes import Placement, box_of
 from deltawire.live.coverage import Coverage
 from deltawire.live.digests import fingerprints
 from deltawire.live.live_weights import LiveWeights, changes_between, tensors_of, watch_loading
@@ -78,7 +79,7 @@ def assert_found(model: Model, placement: Placement, **shapes) -> None:
         found, hits = np.zeros_like(bits), np.zeros(bits.size, int)
         for box in placement.boxes[name]:
             memory = Memory(live[box.parameter])
-            inside, offsets = box.locate(positions)
+            inside, offsets = located(box, positions)
             found[inside] = memory.as_checkpoint(memory.gather(offsets))
             hits[inside] += 1
         assert (hits == 1).all()
@@ -202,7 +203,7 @@ def test_whatever_views_and_copies_a_loader_makes_each_element_is_found_where_it
     flat = model.w.data.view(torch.int16).reshape(-1)
     positions = np.arange(numbers.numel())
     for box in placement.boxes.get("x", []):
-        inside, offsets = box.locate(positions)
+        inside, offsets = located(box, positions)
         assert flat[torch.from_numpy(offsets)].tolist() == (positions[inside] + 1).tolist()
     with suppress(EngineUnsupported):
         judge(placement, x=tuple(shape))
@@ -219,20 +220,13 @@ def test_locating_positions_is_what_walking_the_whole_box_says(data):
             view = STEPS[name](view, number)
     apart = data.draw(st.sampled_from([1, 3]))  # elements of the storage from one of the box's to the next
     places = 7 + apart * torch.arange(view.numel()).reshape(view.shape)
-    kept = [dim for dim, size in enumerate(view.shape) if size != 1]
-    box = LiveBox(
-        tuple(view.shape[dim] for dim in kept),
-        view.storage_offset(),
-        tuple(view.stride(dim) for dim in kept),
-        "w",
-        7,
-        tuple(apart * places.stride(dim) for dim in kept),
-    )
+    dims = zip(view.shape, view.stride(), (apart * stride for stride in places.stride()), strict=True)
+    box = box_of(dims, view.storage_offset(), "w", 7)
     wanted = dict(zip(view.flatten().tolist(), places.flatten().tolist(), strict=True))
     positions = np.array(
         sorted(data.draw(st.sets(st.integers(0, whole.numel() - 1), max_size=whole.numel()))), dtype=np.int64
     )
-    inside, offsets = box.locate(positions)
+    inside, offsets = located(box, positions)
     assert positions[inside].tolist() == [at for at in positions.tolist() if at in wanted]
     assert offsets.tolist() == [wanted[at] for at in positions.tolist() if at in wanted]
 

@@ -17,6 +17,7 @@ from deltawire.live.digests import Place
 from deltawire.live.memory import Memory
 from deltawire.weights.delta import settle
 from deltawire.weights.digest import MODULUS
+from deltawire.weights.kept import Kept
 
 DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 BYTES = 8 * 5000
@@ -34,7 +35,7 @@ def updates(draw):
         random = np.random.default_rng(draw(st.integers(0, 1000)))
         positions = np.flatnonzero(random.random(total) < draw(st.sampled_from([0, 0.05, 0.9])))
         increments = random.integers(1, 256, (positions.size, width), np.uint8).view(f"<u{width}").reshape(-1)
-        parts.append((box, settle(dtype, (total,), positions, increments)))
+        parts.append((box, Kept((total,), [box.part]).cut(settle(dtype, (total,), positions, increments))))
     return dtype, parts
 
 

@@ -200,7 +200,7 @@ def test_a_reader_with_weights_comes_forward_over_several_deltas_and_a_fold_at_o
 @pytest.mark.parametrize("at_once", [1, 400])
 def test_a_long_way_is_read_in_stretches(short, monkeypatch, at_once):
     bucket, versions = short
-    monkeypatch.setattr("deltawire.read.routes.AT_ONCE", at_once)
+    monkeypatch.setattr("deltawire.read.hops.AT_ONCE", at_once)
     with Subscriber(bucket) as subscriber:
         change = subscriber.change(position(bucket, 0), 6, weights=versions[0], anchors=False)
         assert equal(versions[0] + change.delta, versions[6])

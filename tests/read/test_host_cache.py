@@ -1,6 +1,7 @@
 """The readers of a host fetch each payload once, whatever dies, rots or fills up; none believes its cache."""
 
 import errno
+import mmap
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from small_s3 import small_s3
 from deltawire import open_bucket
 from deltawire.buckets.wrappers import Counting
 from deltawire.errors import FormatError, Unavailable
+from deltawire.format import delta_file
 from deltawire.read import entries
 from deltawire.read.host_cache import GIB, HostCache, cache_folder, host_cache
 from deltawire.weights.tensors import equal
@@ -35,6 +37,11 @@ def cache(tmp_path):
 def payloads(bucket):
     """How often each payload was fetched."""
     return {key: count for key, count in bucket.fetched.items() if "/deltas/" in key or "/anchors/" in key}
+
+
+def keys(bucket):
+    """The keys of all deltas."""
+    return [stat.key for stat in bucket.list("runs/") if "/deltas/" in stat.key]
 
 
 class Fetched(Counting):
@@ -115,6 +122,23 @@ def test_a_damaged_file_is_fetched_again_and_the_next_reader_finds_it_whole(chai
     assert equal(read_weights(bucket, cache=cache), versions[3])
     assert equal(read_weights(bucket, cache=cache), versions[3])
     assert set(payloads(bucket).values()) == {3}
+
+
+def test_a_payload_is_mapped_and_stays_readable_when_it_is_removed_replaced_or_fetched_again(chain, cache):
+    bucket, _ = chain
+    (key, data), *_ = ((key, bucket.get(key, limit=1 << 20)) for key in keys(bucket))
+    sealed = blake3(data).hexdigest()
+    held = [cache.get_verified(bucket, key, size=len(data), blake3=sealed) for _ in range(2)]
+    assert all(isinstance(view.obj, mmap.mmap) and view.readonly for view in held)
+    assert cache.remove(cache.folder / sealed)
+    held.append(cache.get_verified(bucket, key, size=len(data), blake3=sealed))
+    (path,) = files(cache)
+    damaged = path.with_name("damaged")
+    damaged.write_bytes(data[::-1])
+    damaged.replace(path)
+    held.append(cache.get_verified(bucket, key, size=len(data), blake3=sealed))
+    assert [bytes(view) == data for view in held] == [True] * 4
+    assert delta_file.open_file(held[0]).names == delta_file.open_file(data).names
 
 
 def test_what_was_put_together_of_a_sharded_anchor_is_shared_and_made_again_when_damaged(cache, tmp_path):

@@ -3,7 +3,9 @@
 Needed for every store: hf_xet returns a flipped bit as a success, and a bucket may be written to by others.
 """
 
+import mmap
 from pathlib import Path
+from typing import BinaryIO
 
 from blake3 import blake3 as _Blake3  # noqa: N812 (the parameters below are called blake3)
 
@@ -40,12 +42,24 @@ def require_bytes(where: str, data: bytes, *, size: int, blake3: str) -> None:
 def require_file(where: str, path: Path, *, size: int, blake3: str) -> None:
     """Raise Truncated or BadDigest, naming `where`, unless a file's bytes are those promised; OSError where it cannot
     be read."""
-    # Not mapped into memory: the file system's own bit rot would be a SIGBUS instead of an error.
     with open(path, "rb") as file:
-        hasher = _Blake3()
-        while chunk := file.read(1 << 20):
-            hasher.update(chunk)
-        _check(where, file.tell(), hasher.hexdigest(), size=size, blake3=blake3)
+        _require_content(where, file, size=size, blake3=blake3)
+
+
+def map_verified(path: Path, *, size: int, blake3: str) -> memoryview:
+    """The bytes of a file, verified and then mapped: processes that map it share one memory. The file may be removed or
+    replaced meanwhile, but nobody may write into it. Raises Truncated, BadDigest, OSError."""
+    with open(path, "rb") as file:
+        _require_content(str(path), file, size=size, blake3=blake3)
+        return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
+
+
+def _require_content(where: str, file: BinaryIO, *, size: int, blake3: str) -> None:
+    # Read and not mapped: the file system's own bit rot would be a SIGBUS instead of an error.
+    hasher = _Blake3()
+    while chunk := file.read(1 << 20):
+        hasher.update(chunk)
+    _check(where, file.tell(), hasher.hexdigest(), size=size, blake3=blake3)
 
 
 def hash_file(path: Path) -> str:

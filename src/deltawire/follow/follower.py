@@ -36,10 +36,11 @@ from deltawire.runlog.records import Position
 class UpdateReport(msgspec.Struct, frozen=True):
     """One update that the server serves now.
 
-    `from_version` is None when it started from an anchor. `pause_ms` is measured here, from opening the session to the
-    answer to the resume; `write_ms` by the worker, around the writes alone. `verified` means that every changed
-    tensor's new digest was equal to the commit's before anything was written. `publish_to_served_s` compares this
-    host's clock with the publisher's.
+    `from_version` is None when it started from an anchor. `changed` counts elements that the first worker holds: where
+    several hold the model, of its own parts. `pause_ms` is measured here, from opening the session to the answer to the
+    resume; `write_ms` by the worker, around the writes alone. `verified` means that every changed tensor's new digest
+    was equal to the commit's before anything was written. `publish_to_served_s` compares this host's clock with the
+    publisher's.
     """
 
     run: str

@@ -20,6 +20,7 @@ from deltawire.weights import threads
 from deltawire.weights.bits import Bits, UInts
 from deltawire.weights.blocks import PartBits
 from deltawire.weights.delta import Delta, TensorDelta
+from deltawire.weights.kept import Kept
 from deltawire.weights.speed import slow
 from deltawire.weights.table import TensorSpec
 
@@ -71,7 +72,7 @@ def encode_ranked(delta: Mapping[str, TensorDelta], rankings: Mapping[str, Ranki
     }
 
 
-def read(data: bytes, box: container.Header, codec: str) -> list[Listed]:
+def read(data: bytes | memoryview, box: container.Header, codec: str) -> list[Listed]:
     """What the directory of a file's bytes lists, checked. Raises FormatError."""
     if tuple(box.entries) != STREAMS or any(e.dtype != "U8" or len(e.shape) != 1 for e in box.entries.values()):
         raise FormatError("the streams in the file are not a directory and a payload")
@@ -79,9 +80,12 @@ def read(data: bytes, box: container.Header, codec: str) -> list[Listed]:
     return directory.read(frame.data, codec=codec, payload=payload.data.size)
 
 
-def decode(payload: UInts, listed: Sequence[Listed], olds: Mapping[str, Bits]) -> dict[str, TensorDelta]:
+def decode(
+    payload: UInts, listed: Sequence[Listed], olds: Mapping[str, Bits], kept: Kept | None = None
+) -> dict[str, TensorDelta]:
     """The change of each tensor that a file lists. `olds` has the old bits of those whose encoding is `class`. Of one
-    that is there in parts (`PartBits`), the change is that of the tiles that are in these.
+    that is there in parts (`PartBits`), the change is that of the tiles that are in these. Of a single tensor it may be
+    that of what is `kept` alone; then tiles of which nothing is kept are passed over.
 
     Raises FormatError, NeedsBase where only a part of a tile is there, and WrongBase for old bits that cannot be those
     of the delta.
@@ -91,25 +95,28 @@ def decode(payload: UInts, listed: Sequence[Listed], olds: Mapping[str, Bits]) -
         part, name = payload[at : at + tensor.nbytes], tensor.spec.name
         at += tensor.nbytes
         if tensor.encoding == "dense":
-            found[name] = dense.decode({"dense": part}, tensor.spec)
+            found[name] = dense.decode({"dense": part}, tensor.spec, kept)
         else:
             coded = Coded(tensor.tile, tensor.entries, part, tensor.encoding == "class")
-            jobs[name] = _to_decode(coded, tensor.spec, olds[name] if coded.by_class else None)
+            jobs[name] = _to_decode(coded, tensor.spec, olds[name] if coded.by_class else None, kept)
     changed = sum(tensor.spec.changed for tensor in listed)
     slow(changed)
     done = _run(_decode_tile, jobs, changed, {name: old.data for name, old in olds.items()})
     for tensor in listed:
         if (own := jobs.get(tensor.spec.name)) is not None:
-            found[tensor.spec.name] = subset.decoded(tensor.spec, tensor.tile, list(islice(done, len(own))))
+            change = subset.decoded(tensor.spec, tensor.tile, list(islice(done, len(own))))
+            found[tensor.spec.name] = change if kept is None else kept.cut(change)
     return found
 
 
-def _to_decode(coded: Coded, spec: TensorSpec, old: Bits | None) -> list[subset.ToDecode]:
-    """The jobs of a tensor, of the tiles whose old bits are at hand."""
-    if not isinstance(old, PartBits):
-        return subset.to_decode(coded, spec, None if old is None else old.data)
+def _to_decode(coded: Coded, spec: TensorSpec, old: Bits | None, kept: Kept | None) -> list[subset.ToDecode]:
+    """The jobs of a tensor, of the tiles that are wanted and whose old bits are at hand."""
 
     def is_here(tile: Tile) -> bool:
+        if kept is not None and not kept.meets(tile.row, tile.column, tile.rows, tile.width):
+            return False
+        if not isinstance(old, PartBits):
+            return True
         held = old.held_of(tile.row, tile.column, tile.rows, tile.width)
         if held not in (0, tile.size):
             raise NeedsBase(
@@ -118,7 +125,7 @@ def _to_decode(coded: Coded, spec: TensorSpec, old: Bits | None) -> list[subset.
             )
         return held == tile.size
 
-    return subset.to_decode(coded, spec, old.data, is_here)
+    return subset.to_decode(coded, spec, None if old is None else old.data, is_here)
 
 
 def _shorter(tensor: TensorDelta, coded: Coded) -> tuple[str, Coded]:

@@ -24,6 +24,7 @@ from deltawire.format.codecs.directory import Listed
 from deltawire.format.codecs.subset import Coded
 from deltawire.weights.bits import Bits
 from deltawire.weights.delta import Delta, TensorDelta
+from deltawire.weights.kept import Kept
 from deltawire.weights.table import TensorSpec
 from deltawire.weights.tensors import as_bits
 
@@ -154,7 +155,7 @@ class DeltaFile:
     """A delta file whose container and seal were checked. Its tensors are decoded all at once, or one by one."""
 
     header: DeltaHeader
-    _data: bytes
+    _data: bytes | memoryview
     _box: container.Header
     _listed: list[Listed] | None = None
     """what its directory lists, if it is of a format version that has one"""
@@ -182,17 +183,17 @@ class DeltaFile:
             return Delta(body.decode(container.tensor(self._data, self._box, "payload").data, self._listed, olds))
         return Delta({name: self._streams(name, olds.get(name)) for name in self.names})
 
-    def tensor(self, name: str, old: Bits | None = None) -> TensorDelta:
-        """The change of one tensor; `old` are its bits before it, of a tensor that `needs` them, or those of them that
-        are at hand (`PartBits`), which the change then is of. Raises what `decode` does."""
+    def tensor(self, name: str, old: Bits | None = None, kept: Kept | None = None) -> TensorDelta:
+        """The change of one tensor, or of what is `kept` of it; `old` are its bits before it, of a tensor that `needs`
+        them, or those of them that are at hand (`PartBits`), which the change then is of. Raises what `decode` does."""
         number, start = self._places[name]
         if old is not None:
             old = _old(self.header.tensors[number], {name: old}, self.header.sealed)
         if self._listed is None:
-            return self._streams(name, old)
+            return self._streams(name, old, kept)
         listed = self._listed[number]
         part = container.tensor(self._data, self._box, "payload").data[start : start + listed.nbytes]
-        return body.decode(part, [listed], {} if old is None else {name: old})[name]
+        return body.decode(part, [listed], {} if old is None else {name: old}, kept)[name]
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
@@ -201,12 +202,12 @@ class DeltaFile:
         starts = itertools.accumulate(sizes, initial=0)
         return {name: (number, start) for number, (name, start) in enumerate(zip(self.names, starts, strict=False))}
 
-    def _streams(self, name: str, old: Bits | None) -> TensorDelta:
+    def _streams(self, name: str, old: Bits | None, kept: Kept | None = None) -> TensorDelta:
         number, _ = self._places[name]
         spec, encoding = self.header.tensors[number], self.header.encodings[number]
         suffixes = streams.SUFFIXES[self.header.codec][encoding]
         parts = {suffix: container.tensor(self._data, self._box, f"{spec.name}.{suffix}") for suffix in suffixes}
-        return streams.decode(spec, encoding, parts, old)
+        return streams.decode(spec, encoding, parts, old, kept)
 
 
 def _old(spec: TensorSpec, base: Mapping[str, Any], sealed: bool) -> Bits:
@@ -228,8 +229,8 @@ def _seal(file: bytearray) -> bytes:
     return bytes(file)
 
 
-def _check_seal(data: bytes, stated: str) -> None:
-    header = data[: 8 + int.from_bytes(data[:8], "little")]
+def _check_seal(data: bytes | memoryview, stated: str) -> None:
+    header = bytes(data[: 8 + int.from_bytes(data[:8], "little")])
     at = header.find(f"{_HASH_FIELD}{stated}".encode()) if re.fullmatch("[0-9a-f]{64}", stated) else -1
     if at < 0:
         raise FormatError("the blake3 field is not 64 hex digits where it belongs")
@@ -240,7 +241,7 @@ def _check_seal(data: bytes, stated: str) -> None:
         raise BadDigest(f"the file hashes to {actual[:12]}… where its header says {stated[:12]}…: damaged or altered")
 
 
-def open_file(data: bytes) -> DeltaFile:
+def open_file(data: bytes | memoryview) -> DeltaFile:
     """A delta file with its container and seal checked, and no tensor decoded. Raises what `read_header` does."""
     box = container.read_header(data, limit=MAX_DELTA_HEADER)
     metadata = box.metadata

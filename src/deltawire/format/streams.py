@@ -9,6 +9,7 @@ from deltawire.format import container
 from deltawire.format.codecs import dense, gap, raw
 from deltawire.weights.bits import WIDTHS, Bits
 from deltawire.weights.delta import TensorDelta
+from deltawire.weights.kept import Kept
 from deltawire.weights.table import TensorSpec
 
 DENSE_TRY_FROM = 0.15
@@ -42,16 +43,20 @@ def encode(name: str, tensor: TensorDelta, old: Bits | None) -> tuple[str, dict[
     return encoding, {f"{name}.{suffix}": Bits("U8", part.shape, part) for suffix, part in parts.items()}
 
 
-def decode(spec: TensorSpec, encoding: str, parts: Mapping[str, Bits], old: Bits | None) -> TensorDelta:
-    """The inverse of `encode`. Raises FormatError."""
+def decode(
+    spec: TensorSpec, encoding: str, parts: Mapping[str, Bits], old: Bits | None, kept: Kept | None = None
+) -> TensorDelta:
+    """The inverse of `encode`, of what is `kept` of the tensor alone where that is given. Raises FormatError."""
     arrays = {suffix: bits.data for suffix, bits in parts.items()}
-    if encoding == "gap":
-        return gap.decode(arrays, spec)
     if encoding == "dense":
-        return dense.decode(arrays, spec)
-    assert old is not None
-    arrays["indices"] = arrays["indices"].view(f"<i{WIDTHS[parts['indices'].dtype]}")
-    return raw.decode(arrays, spec, old)
+        return dense.decode(arrays, spec, kept)
+    if encoding == "gap":
+        change = gap.decode(arrays, spec)
+    else:
+        assert old is not None
+        arrays["indices"] = arrays["indices"].view(f"<i{WIDTHS[parts['indices'].dtype]}")
+        change = raw.decode(arrays, spec, old)
+    return change if kept is None else kept.cut(change)
 
 
 def check(specs: tuple[TensorSpec, ...], encodings: tuple[str, ...], codec: str, box: container.Header) -> None:

@@ -13,10 +13,7 @@ import numpy as np
 
 from deltawire.errors import EngineUnsupported, some
 from deltawire.weights.bits import Positions, UInts
-from deltawire.weights.boxes import Box, Shape
-
-TILE = 1 << 15
-"""positions that are located at a time: what is computed of them stays in a core's cache"""
+from deltawire.weights.boxes import TILE, Box, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +42,22 @@ class LiveBox:
         return Box(self.source_offset, self.shape, self.source_strides).joined
 
     def at(self, index: Positions) -> tuple[Positions, Positions]:
-        """Flat checkpoint positions and storage offsets of elements named by their row-major index in the box."""
+        """Flat checkpoint positions and storage offsets of elements named by their row-major index in the box. Either
+        may be the index itself."""
+        if self.is_contiguous:
+            return _moved(index, self.source_offset), _moved(index, self.target_offset)
+        source, target = np.empty(index.size, np.int64), np.empty(index.size, np.int64)
+        for start in range(0, index.size, TILE):
+            tile = slice(start, start + TILE)
+            source[tile], target[tile] = self._at(index[tile])
+        return source, target
+
+    def _at(self, index: Positions) -> tuple[Positions, Positions]:
         source, target = np.full(index.size, self.source_offset), np.full(index.size, self.target_offset)
         for dim in reversed(range(len(self.shape))):
-            index, digit = np.divmod(index, self.shape[dim])
+            rest = index // self.shape[dim] if dim else index * 0
+            digit = index - rest * self.shape[dim]
+            index = rest
             source += digit * self.source_strides[dim]
             target += digit * self.target_strides[dim]
         return source, target
@@ -62,32 +71,6 @@ class LiveBox:
         """Whether the box's elements lie one after the other, in the checkpoint tensor and in the storage."""
         rows = tuple(prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
         return self.source_strides == self.target_strides == rows
-
-    def locate(self, positions: Positions) -> tuple[np.ndarray | slice, Positions]:
-        """Which of these sorted flat checkpoint positions lie in the box (a slice or a mask), and their offsets in the
-        storage."""
-        if self.is_contiguous:
-            first, end = np.searchsorted(positions, (self.source_offset, self.source_offset + self.size))
-            here, moved = positions[first:end], self.target_offset - self.source_offset
-            return slice(first, end), here + moved if moved else here
-        inside, offsets = np.empty(positions.size, bool), np.empty(positions.size, np.int64)
-        for start in range(0, positions.size, TILE):
-            tile = slice(start, start + TILE)
-            inside[tile], offsets[tile] = self._located(positions[tile])
-        return inside, offsets[inside]
-
-    def _located(self, positions: Positions) -> tuple[np.ndarray, Positions]:
-        """Whether each of these positions lies in the box, and where."""
-        rest = positions - self.source_offset
-        inside = rest >= 0
-        offsets = np.full(positions.size, self.target_offset, np.int64)
-        dims = zip(self.shape, self.source_strides, self.target_strides, strict=True)
-        for length, source, target in sorted(dims, key=lambda dim: -dim[1]):
-            at = rest // source  # numpy divides by one number nine times as fast as divmod does
-            rest = rest - at * source
-            inside &= at < length
-            offsets += at * target
-        return inside & (rest == 0), offsets
 
     def pieces(self, most: int) -> "Iterator[LiveBox]":
         """The box in pieces of at most so many elements, in row-major order."""
@@ -122,6 +105,10 @@ class LiveBox:
     def extent(self) -> tuple[int, int]:
         """First and last storage offset the box touches."""
         return extent_of(self.target_offset, self.shape, self.target_strides)
+
+
+def _moved(index: Positions, by: int) -> Positions:
+    return index + by if by else index
 
 
 def box_of(dims: Iterable[tuple[int, int, int]], source: int, parameter: str, target: int, shift: int = 0) -> LiveBox:

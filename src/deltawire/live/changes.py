@@ -1,9 +1,10 @@
 """A version's changes as writes to live memory, tensor by tensor on the host and all together on an accelerator."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
 from deltawire.live.accelerator import Accelerator
+from deltawire.live.boxes import LiveBox
 from deltawire.live.digests import Place, digest_box
 from deltawire.live.together import Located, Moved, add_together, locate, write_together
 from deltawire.live.writes import Fill, Patch, Scatter
@@ -35,26 +36,28 @@ class LiveChanges:
     _sparse: dict[Batch, list[tuple[Hashable, Place, TensorDelta]]] = field(default_factory=dict)
     _known: dict[Batch, list[tuple[Located, UInts]]] = field(default_factory=dict)
 
-    def add(self, part: Hashable, place: Place, tensor: TensorDelta) -> None:
-        """Add a tensor's increments to what lies at a place. `moved[part]` has its digests once all is finished.
+    def add(self, part: Hashable, place: Place, own: TensorDelta) -> None:
+        """Add increments to what lies at a place: those of its elements, in row-major order. `moved[part]` has its
+        digests once all is finished.
 
         Raises DtypeMismatch for values that the server's dtype cannot hold.
         """
         memory = place.memory
-        if (accelerator := memory.accelerator) and not memory.shift and _is_batched(tensor):
+        if (accelerator := memory.accelerator) and not memory.shift and _is_batched(own):
             batch = accelerator, memory.flat.element_size()
-            self._sparse.setdefault(batch, []).append((part, place, tensor))
-        elif tensor.positions is None:
-            self.moved[part] = self._add_everywhere(place, tensor.increments)
+            self._sparse.setdefault(batch, []).append((part, place, own))
+        elif own.positions is None:
+            self.moved[part] = self._add_everywhere(place, own.increments)
         else:
-            self.moved[part] = self._add_at(place, tensor.positions, tensor.increments)
+            self.moved[part] = self._add_at(place, own.positions, own.increments)
 
     def make(self, place: Place, wanted: UInts) -> tuple[int, int]:
-        """Make a place what it is in a whole tensor of these bits, whatever it is now. Its digest after it, and how
-        many elements change. Raises DtypeMismatch for values that the server's dtype cannot hold."""
+        """Make the elements of a place these bits, in row-major order, whatever they are now; the bits are kept. Its
+        digest after it, and how many elements change. Raises DtypeMismatch for values that the server's dtype cannot
+        hold."""
         memory, digest, changed = place.memory, 0, 0
-        for box in memory.pieces(place.box):
-            new, there = box.pick(wanted), memory.lying(box)
+        for box, new in _in_pieces(place, wanted):
+            there = memory.lying(box)
             differ = memory.differing(there, new)
             if differ.size * DENSE > new.size:
                 self._fill(Place(memory, box), there, new)
@@ -68,7 +71,7 @@ class LiveChanges:
     def finish(self) -> None:
         """Stage what was queued: all that an accelerator has of one width together."""
         for (accelerator, _), queued in self._sparse.items():
-            located = list(threads.run(_locate, [(place, tensor) for _, place, tensor in queued]))
+            located = list(threads.run(_locate, [(place, own) for _, place, own in queued]))
             write, moved = add_together(accelerator, located)
             self.writes.append(write)
             self.moved |= {part: own for (part, _, _), own in zip(queued, moved, strict=True)}
@@ -78,10 +81,10 @@ class LiveChanges:
 
     def _add_everywhere(self, place: Place, increments: UInts) -> Moved:
         memory, before, after = place.memory, 0, 0
-        for box in memory.pieces(place.box):
+        for box, own in _in_pieces(place, increments):
             there = memory.lying(box)
             old = memory.as_checkpoint(there)
-            new = old + box.pick(increments)
+            new = old + own
             before, after = before + digest_box(old, box), after + digest_box(new, box)
             self._fill(Place(memory, box), there, new)
         return Moved(before % MODULUS, after % MODULUS)
@@ -111,11 +114,19 @@ class LiveChanges:
         self.writes.append(Fill(memory, box, old, memory.kept(memory.as_live(new))))
 
 
-def _is_batched(tensor: TensorDelta) -> bool:
+def _in_pieces(place: Place, elements: UInts) -> Iterator[tuple[LiveBox, UInts]]:
+    """A place in pieces that each cross at once, and of its elements those of each."""
+    start = 0
+    for box in place.memory.pieces(place.box):
+        yield box, elements[start : start + box.size]
+        start += box.size
+
+
+def _is_batched(own: TensorDelta) -> bool:
     """Whether a change is staged with those of other tensors: one of few elements, if it is dense."""
-    return tensor.positions is not None or tensor.increments.size <= FEW
+    return own.positions is not None or own.increments.size <= FEW
 
 
 def _locate(change: tuple[Place, TensorDelta]) -> Located:
-    place, tensor = change
-    return locate(place, *tensor.sparse())
+    place, own = change
+    return locate(place, *own.sparse())

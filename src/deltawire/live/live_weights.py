@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from deltawire.live.post_load import Watch
 from deltawire.live.transforms import AfterLoading, Transform, as_loaded, held
 from deltawire.weights.bits import count
 from deltawire.weights.boxes import Box
+from deltawire.weights.kept import Kept, KeptParts
 from deltawire.weights.table import TensorEntry
 
 T = TypeVar("T")
@@ -101,6 +103,13 @@ class LiveWeights:
     def parts(self) -> dict[str, list[Box]]:
         """Which rectangles of each checkpoint tensor are here."""
         return self.placement.parts
+
+    @cached_property
+    def kept(self) -> KeptParts | None:
+        """What of each tensor is here; None where that is all tensors of the run that it trains, each whole."""
+        held = {name: Kept(self.table[name].shape, parts) for name, parts in self.parts.items() if parts}
+        trained = [name for name, entry in self.table.items() if entry.trainable]
+        return None if all(name in held and held[name].is_whole for name in trained) else held
 
     def places(self, name: str) -> Iterator[Place]:
         """Where the parts of a tensor live."""

@@ -139,8 +139,8 @@ class Staged(msgspec.Struct, frozen=True):
 
 
 class Applied(msgspec.Struct, frozen=True):
-    """The newest update that a worker wrote. `from_version` is None when it started from an anchor; `created` is the
-    publisher's clock, in seconds since the epoch."""
+    """The newest update that a worker wrote. `from_version` is None when it started from an anchor. `changed` counts
+    elements of the parts that it holds; `created` is the publisher's clock, in seconds since the epoch."""
 
     run: str
     version: int

@@ -13,13 +13,14 @@ from typing import NamedTuple
 from deltawire.errors import DtypeMismatch, EngineUnsupported
 from deltawire.live.at_hand import TensorsAtHand
 from deltawire.live.changes import LiveChanges
+from deltawire.live.digests import Place
 from deltawire.live.live_weights import LiveWeights
 from deltawire.live.transforms import Transform
 from deltawire.live.writes import Patch, Swap, SwappedAttribute, SwappedTensor, Write
 from deltawire.read.changes import Change
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.records import Position
-from deltawire.weights.delta import Delta
+from deltawire.weights.delta import Delta, TensorDelta
 from deltawire.weights.digest import moved
 
 PartDigests = Mapping[str, tuple[int, ...]]
@@ -60,11 +61,9 @@ def stage(
     started = time.monotonic()
     live.accelerators.give_back_pinned()
     weights = TensorsAtHand(live) if subscriber.run.needs_weights else None
-    change = subscriber.change(since, version, weights=weights)
+    change = subscriber.change(since, version, weights=weights, kept=live.kept)
     fetched = time.monotonic()
-    placed = (
-        _from_anchor(live, digests, change) if change.anchor is not None else _by_delta(live, digests, change.delta)
-    )
+    placed = _from_anchor(live, digests, change) if change.anchor is not None else _by_delta(live, digests, change)
     with live.accelerators.beside():
         swaps = [_remake(transform, placed.writes) for transform in placed.touched]
     return Plan(
@@ -91,13 +90,14 @@ class _Placed(NamedTuple):
     touched: Sequence[Transform]
 
 
-def _by_delta(live: LiveWeights, digests: PartDigests, delta: Delta) -> _Placed:
+def _by_delta(live: LiveWeights, digests: PartDigests, change: Change) -> _Placed:
     """A delta from the bits that these digests are of."""
-    changes = LiveChanges()
-    for name, tensor in delta.items():
+    changes, delta = LiveChanges(), change.delta
+    for name in delta:
         with _naming(name):
-            for number, place in enumerate(live.places(name)):
-                changes.add((name, number), place, tensor)
+            for number, (place, own) in enumerate(_shares(live, change, name)):
+                assert own is not None
+                changes.add((name, number), place, own)
     changes.finish()
     after = dict(digests)
     for name in delta:
@@ -111,15 +111,25 @@ def _from_anchor(live: LiveWeights, digests: PartDigests, change: Change) -> _Pl
     assert change.anchor is not None
     changes, after, changed = LiveChanges(), dict(digests), 0
     for name in live.placement.boxes:  # of other tensors nothing is here
-        wanted = change.anchor[name].copy()
-        if name in change.delta:
-            change.delta[name].apply_(wanted.data)
-        with _naming(name):
-            made = [changes.make(place, wanted.data) for place in live.places(name)]
+        whole, made = change.anchor[name].data, []
+        for place, own in _shares(live, change, name):
+            wanted = place.box.pick(whole)
+            if own is not None:
+                own.apply_(wanted)  # in memory of its own
+            with _naming(name):
+                made.append(changes.make(place, wanted))
         after[name] = tuple(digest for digest, _ in made)
         changed += sum(elements for _, elements in made)
     changes.finish()
     return _Placed(after, changes.writes, changed, live.remade())
+
+
+def _shares(live: LiveWeights, change: Change, name: str) -> Iterator[tuple[Place, TensorDelta | None]]:
+    """Each place of a tensor, and what changes there, by row-major positions in its box; None where nothing does."""
+    found = change.delta.get(name)
+    shares = {} if found is None or change.kept is None else change.kept[name].split(found)
+    for place in live.places(name):
+        yield place, found if change.kept is None else shares.get(place.box.part)
 
 
 @contextmanager

@@ -43,9 +43,8 @@ class Moved(NamedTuple):
 
 
 def locate(place: Place, positions: Positions, increments: UInts) -> Located:
-    """A tensor's change as far as it is in a place; flat checkpoint positions."""
-    inside, offsets = place.box.locate(positions)
-    return Located(place, positions[inside], offsets, increments[inside])
+    """The change of a place, by row-major positions in its box."""
+    return Located(place, *place.box.at(positions), increments)
 
 
 def add_together(accelerator: Accelerator, changes: Sequence[Located]) -> tuple[ScatterTogether, list[Moved]]:

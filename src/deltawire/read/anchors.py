@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from deltawire.buckets.atomic import file_system_errors, require_room
 from deltawire.buckets.base import Bucket
@@ -20,6 +21,7 @@ from deltawire.read.host_cache import Held, HostCache
 from deltawire.runlog.bounds import require_anchor, require_codec, require_in_table, require_memory
 from deltawire.runlog.keys import anchor_hash, payload_key
 from deltawire.runlog.records import Commit, Derived, Payload, Position, Run
+from deltawire.weights.delta import Delta
 from deltawire.weights.table import aliases_of
 
 _WHOLE = "whole"
@@ -178,23 +180,24 @@ def _content(record: Commit | Derived) -> str:
 
 
 def _put_together(folder: Path, parts: list[Path], record: Commit | Derived, run: Run) -> None:
-    """The checkpoint that an anchor's files add up to, where they are changes from all-zero bits; one in memory at a
-    time. Raises OutOfSpace before anything is written where the table's weights do not fit; FormatError for a file that
-    is not of this anchor, ShapeMismatch, UnknownTensor."""
+    """The checkpoint that an anchor's files add up to, where they are changes from all-zero bits; one tensor in memory
+    at a time. Raises OutOfSpace before anything is written where the table's weights do not fit; FormatError for a file
+    that is not of this anchor, ShapeMismatch, UnknownTensor."""
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as work:
         aside = Path(work) / _WHOLE
         aside.mkdir()
         checkpoint.write_zeros(aside, run.table)
         weights, entries = Checkpoint(aside, writable=True), {entry.name: entry for entry in run.table}
         for path in parts:
-            data = path.read_bytes()
-            header = delta_file.read_header(data)
+            file = delta_file.open_file(np.memmap(path, np.uint8, "r").data)
+            header = file.header
             if (header.run, header.parent, header.version) != (record.run, None, record.version):
                 raise FormatError(f"anchor {record.position}: {path.name} is of {header.run}:{header.version}")
             require_codec(header.codec, run, f"anchor {record.position}: {path.name}")
             require_in_table(header.tensors, entries, f"anchor {record.position}: {path.name}")
             require_memory(header.tensors, f"anchor {record.position}: {path.name}")
-            delta_file.decode(data).apply_(weights)
+            for name in file.names:
+                Delta({name: file.tensor(name)}).apply_(weights)
             path.unlink()
         weights.flush()
         checkpoint.copy_assets(folder, aside)

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deltawire.format.checkpoint import Checkpoint
+from deltawire.read.adding import Part
 from deltawire.runlog.records import Commit, Position
 from deltawire.weights.delta import Delta
+from deltawire.weights.kept import KeptParts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,5 +48,9 @@ class Change:
     records: int
     payloads: int
     derived: tuple[str, ...] = ()
+    kept: KeptParts | None = None
+    """what of each tensor `delta` and `decoded` are of, counted in that; None: whole tensors"""
     decoded: Mapping[str, tuple[str, Delta]] = field(default_factory=dict)
     """by the key of a record, its hash and what it changes: deltas that cannot be decoded again from `position`"""
+    parts: tuple[Part, ...] = ()
+    """instead of `delta`, where that is to be decoded later: what follows upon `since`, or upon the anchor"""

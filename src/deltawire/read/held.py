@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from threading import Lock
 
 from deltawire.weights.delta import Delta
+from deltawire.weights.kept import KeptParts
 
 HELD = 1 << 29
 """bytes of decoded changes that one reader holds, and that one update under way may add to them"""
@@ -11,32 +12,35 @@ HELD = 1 << 29
 
 class HeldChanges:
     """Changes by the key of their record, each with that record's hash. The oldest go where all take more than `HELD`
-    bytes. Any thread may call it."""
+    bytes. Any thread may call it.
+
+    `kept` says what of each tensor a change is of. One that is of other parts, or of the whole, is not found.
+    """
 
     def __init__(self) -> None:
-        self._changes: dict[str, tuple[str, Delta]] = {}
+        self._changes: dict[str, tuple[str, Delta, KeptParts | None]] = {}
         self._lock = Lock()
 
-    def keep(self, decoded: Mapping[str, tuple[str, Delta]]) -> None:
+    def keep(self, decoded: Mapping[str, tuple[str, Delta]], kept: KeptParts | None = None) -> None:
         """Hold these, the newest first."""
         with self._lock:
-            for key, found in [*decoded.items()][::-1]:
+            for key, (record_hash, change) in [*decoded.items()][::-1]:
                 self._changes.pop(key, None)
-                self._changes[key] = found
-            while self._changes and sum(change.nbytes for _, change in self._changes.values()) > HELD:
+                self._changes[key] = record_hash, change, kept
+            while self._changes and sum(change.nbytes for _, change, _ in self._changes.values()) > HELD:
                 del self._changes[next(iter(self._changes))]
 
-    def keys(self) -> frozenset[str]:
+    def keys(self, kept: KeptParts | None = None) -> frozenset[str]:
         """The records whose changes are held."""
         with self._lock:
-            return frozenset(self._changes)
+            return frozenset(key for key, (_, _, parts) in self._changes.items() if parts is kept)
 
-    def find(self, key: str, record_hash: str) -> Delta | None:
+    def find(self, key: str, record_hash: str, kept: KeptParts | None = None) -> Delta | None:
         """The change of a record; None where it is not held. One of another record that lay under its key is let
         go."""
         with self._lock:
-            held, change = self._changes.get(key, (record_hash, None))
+            held, change, parts = self._changes.get(key, (record_hash, None, kept))
             if held != record_hash:
                 del self._changes[key]
                 return None
-        return change
+        return change if parts is kept else None

@@ -12,6 +12,8 @@ Why this is safe:
   `filling`, keeps its whole files and fetches the rest. A part of a file has another name, and is removed.
 - Nothing in here is believed. Every reader hashes what it did not just fetch itself, as it would what a store sent.
   What is wrong is removed and fetched again.
+- Files are put in place whole, and never written into. So one that a reader has mapped stays as it was hashed, also
+  once it is removed.
 - An entry is removed only by one that holds its lock alone, so never while it is read or filled.
 - Nothing in here is needed. Where the disk is full, the folder is not ours alone, or the one that fills an entry
   stands still, a reader fetches for itself.
@@ -30,7 +32,7 @@ from typing import Self
 
 from deltawire.buckets.atomic import require_room
 from deltawire.buckets.base import Bucket
-from deltawire.buckets.verified import download_verified, get_verified, require_bytes
+from deltawire.buckets.verified import download_verified, get_verified, map_verified
 from deltawire.errors import BucketError, FormatError, NotFound, OutOfSpace
 from deltawire.read.entries import CONTENT, LOCK, Wait, delete, entries, is_shared, locked, size_of
 
@@ -96,8 +98,9 @@ class HostCache:
             self._limit = min(USUAL_LIMIT, shutil.disk_usage(self.folder).total // 10)
         return self._limit
 
-    def get_verified(self, bucket: Bucket, key: str, *, size: int, blake3: str) -> bytes:
-        """As `deltawire.buckets.verified.get_verified`, fetched once a host. Raises the same."""
+    def get_verified(self, bucket: Bucket, key: str, *, size: int, blake3: str) -> bytes | memoryview:
+        """As `deltawire.buckets.verified.get_verified`, fetched once a host, and in memory once: mapped from its file,
+        which may be removed meanwhile. Raises the same."""
 
         def fill(folder: Path) -> None:
             download_verified(bucket, key, folder / _DATA, size=size, blake3=blake3)
@@ -107,9 +110,7 @@ class HostCache:
             if held is None:
                 break
             with held, suppress(OSError, FormatError):
-                data = _read(held.path / _DATA, size)
-                require_bytes(f"{held.path}", data, size=size, blake3=blake3)
-                return data
+                return map_verified(held.path / _DATA, size=size, blake3=blake3)
             held.discard()
         return get_verified(bucket, key, size=size, blake3=blake3)
 
@@ -246,9 +247,3 @@ class Held:
 @cache
 def _say_once(text: str) -> None:
     logging.getLogger("deltawire").warning(text)
-
-
-def _read(path: Path, size: int) -> bytes:
-    """A file, at most one byte more than it should have: it may have been replaced by a longer one."""
-    with path.open("rb") as file:
-        return file.read(size + 1)

@@ -21,6 +21,7 @@ from deltawire.runlog.keys import HEAD_KEY, needs_weights, payload_key
 from deltawire.runlog.records import Commit, Derived, Run
 from deltawire.runlog.signing import Trust, trust
 from deltawire.weights.delta import Delta
+from deltawire.weights.kept import KeptParts
 
 
 class OpenedRun:
@@ -87,9 +88,10 @@ class OpenedRun:
             delta += add_up([Part(str(record.position), (file,))], weights)[0] if file.needs else file.decode({})
         return delta
 
-    def open_delta(self, record: Commit | Derived) -> Iterator[DeltaFile]:
-        """The files of a commit or a fold, one after another: fetched and checked, no tensor decoded. Raises
-        BucketError; FormatError for damaged bytes, or those of another version."""
+    def open_delta(self, record: Commit | Derived, kept: KeptParts | None = None) -> Iterator[DeltaFile]:
+        """The files of a commit or a fold, one after another: fetched and checked, no tensor decoded. Of each tensor
+        there is to be memory for what is `kept` of it. Raises BucketError; FormatError for damaged bytes, or those of
+        another version."""
         names: set[str] = set()
         require_delta(record, self.run.table, f"{self.bucket.url}: {record.position}")
         for payload in record.payloads:
@@ -102,7 +104,7 @@ class OpenedRun:
                 raise FormatError(f"{key} says {header.run}:{header.parent}→{header.version}, not what its commit says")
             require_codec(header.codec, self.run, key, keyed=needs_weights(payload.key))
             require_in_table(header.tensors, self.chain.entries, key)
-            require_memory(header.tensors, key)
+            require_memory(header.tensors, key, kept)
             names.update(file.names)
             yield file
         if names != record.digests.keys():

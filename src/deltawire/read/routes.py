@@ -1,8 +1,8 @@
 """From where a copy of the weights stands to a version: by the cheapest way, or by another where that one fails."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from deltawire.errors import (
     DAMAGE,
@@ -14,28 +14,41 @@ from deltawire.errors import (
     OtherRun,
 )
 from deltawire.format.checkpoint import Checkpoint
-from deltawire.read.adding import Moved, Part, add_up
 from deltawire.read.changes import Change
-from deltawire.read.opened import OpenedRun
+from deltawire.read.hops import Hops
 from deltawire.runlog import log, planner
 from deltawire.runlog.keys import HEAD_KEY, run_key
 from deltawire.runlog.log import Filed
 from deltawire.runlog.planner import Edge
 from deltawire.runlog.records import Commit, Derived, Position
 from deltawire.runlog.ways import Hop
-from deltawire.weights.delta import Delta
+from deltawire.weights.kept import KeptParts
 
-AT_ONCE = 1 << 28
-"""bytes of files that are in memory together, where several are decoded tensor by tensor"""
 PLANS = 3
 """times a path is planned again when something on it was pruned meanwhile"""
 
 
-class Routes(OpenedRun):
+class Holds(NamedTuple):
+    """What a reader holds: the `weights` that it comes from, if any, and what it keeps of each tensor; None: all.
+    `later` says that it adds changes up by itself."""
+
+    weights: Mapping[str, Any] | None
+    kept: KeptParts | None
+    later: bool = False
+
+
+class Routes(Hops):
     """One run of a bucket, and the ways that lead through it. Options are `Subscriber`'s."""
 
     def change(
-        self, since: Position | None, version: int, *, weights: Mapping[str, Any] | None = None, anchors: bool = True
+        self,
+        since: Position | None,
+        version: int,
+        *,
+        weights: Mapping[str, Any] | None = None,
+        anchors: bool = True,
+        kept: KeptParts | None = None,
+        later: bool = False,
     ) -> Change:
         """The cheapest change that leads from `since` (None: from nothing) to a version, older or newer. An anchor may
         be cheaper than what lies between; without `anchors` only deltas and folds are taken.
@@ -43,17 +56,26 @@ class Routes(OpenedRun):
         `weights` are the tensors at `since`, by name: deltas of codec `class` are read against them. One that is not
         at hand whole raises NeedsBase when it is asked for, and then, as without `weights`, another way is taken.
 
+        With `kept` the change is of these parts of the tensors alone: each is decoded, cut and forgotten before the
+        next one. With `later` nothing is decoded: the change is in `parts`, for `adding.change_of`.
+
         What was pruned while it was fetched is planned around. Raises BucketError, FormatError; NeedsBase where every
         way needs weights that are not given, WrongBase where those given are not of `since`; Gap or Forked when `since`
         is not on this chain.
         """
         here = None if since is None else self._stand_on(since).version
-        passed_over: set[str] = set()
+        holds, passed_over = Holds(weights, {} if later else kept, later), set[str]()
         problem: DeltaWireError | None = None
         for attempt in range(PLANS):
             try:
                 way = self._way(
-                    here, version, anchors or here is None, passed_over, problem, weights=weights is not None
+                    here,
+                    version,
+                    anchors or here is None,
+                    passed_over,
+                    problem,
+                    weights=holds.weights is not None,
+                    kept=holds.kept,
                 )
             except DAMAGE as error:
                 if not passed_over | self._wrong:
@@ -61,11 +83,11 @@ class Routes(OpenedRun):
                 problem = problem or error
                 break  # what was passed over with what is wrong may be all there is to begin at
             try:
-                return self._fetch(since, version, way, weights)
+                return self._fetch(since, version, way, holds)
             except NeedsBase as error:
-                if weights is None:
+                if holds.weights is None:
                     raise
-                weights, problem = None, problem or error
+                holds, problem = holds._replace(weights=None), problem or error
             except DAMAGE as error:
                 # Folds and anchors only save bytes: without those on this way, damaged, signed by a stranger or gone,
                 # there may be another. A stranger's must not stop anyone.
@@ -76,12 +98,12 @@ class Routes(OpenedRun):
                 problem = problem or error
                 passed_over |= derived
                 self.refresh()
-        return self._without_derived(since, version, anchors or since is None, problem, weights)
+        return self._without_derived(since, version, anchors or since is None, problem, holds)
 
     def keep(self, change: Change) -> None:
         """Hold what a change decoded, as far as there is room: its weights are what its commit says, so it leads back
         from them."""
-        self._held.keep(change.decoded)
+        self._held.keep(change.decoded, change.kept)
 
     def pass_over(self, change: Change) -> bool:
         """Take the folds and anchors of a change for wrong: its weights were not what its commit says. False where it
@@ -102,6 +124,7 @@ class Routes(OpenedRun):
         *,
         forward: bool = False,
         weights: bool = True,
+        kept: KeptParts | None = None,
     ) -> list[Edge]:
         """A way without what was found wrong. Raises the problem that closed the last one, where there is no other."""
         ways = partial(
@@ -112,7 +135,7 @@ class Routes(OpenedRun):
             forward=forward,
             without=passed_over | self._wrong,
             hint=problem is None,
-            held=self._held.keys(),
+            held=self._held.keys(kept),
         )
         try:
             return ways(weights=weights)
@@ -133,7 +156,7 @@ class Routes(OpenedRun):
         version: int,
         anchors: bool,
         problem: DeltaWireError | None,
-        weights: Mapping[str, Any] | None,
+        holds: Holds,
     ) -> Change:
         """The change by commits alone, after one way after another was closed: from where the reader stands, or from
         the newest anchor that is sound. However many records are junk, each is read once."""
@@ -146,8 +169,8 @@ class Routes(OpenedRun):
             try:
                 if anchor is not None and not self.chain.is_of_chain(anchor):
                     continue
-                way = planner.cheapest(usable, here, version, weights=weights is not None)
-                return self._fetch(since, version, way, weights)
+                way = planner.cheapest(usable, here, version, weights=holds.weights is not None)
+                return self._fetch(since, version, way, holds)
             except DAMAGE as error:
                 problem = problem or error
         assert problem is not None
@@ -171,16 +194,18 @@ class Routes(OpenedRun):
                 problem = problem or error
                 passed_over.add(first.record)
 
-    def _fetch(
-        self, since: Position | None, version: int, path: list[Edge], weights: Mapping[str, Any] | None
-    ) -> Change:
+    def _fetch(self, since: Position | None, version: int, path: list[Edge], holds: Holds) -> Change:
         hops = self.chain.read(path, None if since is None else self.chain.commit(since.version).hash)
-        commit, fetched = self.chain.commit(version), [hop for hop in hops if self._at_hand(hop) is None]
+        commit, kept = self.chain.commit(version), holds.kept
         anchor, anchor_position, further = None, None, hops
-        if hops and hops[0].edge.start is None:
+        from_anchor = bool(hops) and hops[0].edge.start is None
+        fetched = [hop for hop in hops if self.at_hand(hop, kept, from_anchor=from_anchor) is None]
+        if from_anchor:
             first, *further = hops
             anchor, anchor_position = self.open_anchor(first.filed.record), first.filed.record.position
-        delta, decoded = self.added_up(further, weights if anchor is None else anchor)
+        parts = tuple(self.part(hop, kept, from_anchor=from_anchor) for hop in further) if holds.later else ()
+        weights = holds.weights if anchor is None else anchor
+        delta, decoded = self.added_up([] if holds.later else further, weights, kept, from_anchor=from_anchor)
         if hops and not _arrives(hops[-1], commit):
             raise Forked(f"{self.bucket.url}: the path to version {version} ends at another commit of that number")
         read = {hop.edge.record for hop in hops} | {commit.key}
@@ -196,43 +221,10 @@ class Routes(OpenedRun):
             records=len(read),
             payloads=len(payloads),
             derived=tuple(hop.edge.record for hop in hops if hop.edge.derived),
+            kept=kept,
             decoded=decoded,
+            parts=parts,
         )
-
-    def added_up(
-        self, hops: Sequence[Hop], weights: Mapping[str, Any] | None
-    ) -> tuple[Delta, dict[str, tuple[str, Delta]]]:
-        """The changes of several edges as one, from the weights at the start of the first. Beside it, by the key of its
-        record, the record's hash and the change of each that cannot be decoded again from there.
-
-        Raises BucketError, FormatError; NeedsBase without the weights that one needs, WrongBase where these cannot be
-        they.
-        """
-        known = [self._at_hand(hop) for hop in hops]
-        if not any(hop.needs_weights and change is None for hop, change in zip(hops, known, strict=True)):
-            delta = Delta()
-            for hop, change in zip(hops, known, strict=True):  # one file in memory at a time
-                part = self.fetch_delta(hop.filed.record) if change is None else change
-                delta += -part if hop.edge.undo else part
-            return delta, {}
-        delta, decoded = Delta(), dict[str, Delta]()
-        for stretch in _stretches(hops):
-            parts = [self._part(hop) for hop in stretch]
-            change, decoded = add_up(parts, weights if weights is None else Moved(weights, delta))
-            delta += change
-        hashes = {hop.edge.record: hop.filed.hash for hop in hops}
-        return delta, {key: (hashes[key], change) for key, change in decoded.items()}
-
-    def _part(self, hop: Hop) -> Part:
-        """What an edge changes, as it is held or as its files have it."""
-        change = self._at_hand(hop)
-        if change is not None:
-            return Part(hop.edge.record, known=change, undo=hop.edge.undo)
-        return Part(hop.edge.record, tuple(self.open_delta(hop.filed.record)), undo=hop.edge.undo)
-
-    def _at_hand(self, hop: Hop) -> Delta | None:
-        """What an edge changes, where it is held."""
-        return self._held.find(hop.edge.record, hop.filed.hash)
 
     def _newest(self) -> Filed[Commit]:
         """The newest commit. Raises OtherRun where HEAD names a run that is there and is not ours."""
@@ -261,21 +253,6 @@ class Routes(OpenedRun):
         if commit.root != since.root:
             raise Forked(f"{since}: these weights have root {since.root[:12]}…, the commit says {commit.root[:12]}…")
         return since
-
-
-def _stretches(hops: Sequence[Hop]) -> Iterator[list[Hop]]:
-    """The edges of a way, as many at a time as there is memory for their files; at least one."""
-    stretch: list[Hop] = []
-    room = 0
-    for hop in hops:
-        room -= hop.filed.record.wire_bytes
-        if stretch and room < 0:
-            yield stretch
-            stretch = []
-        if not stretch:
-            room = AT_ONCE - hop.filed.record.wire_bytes
-        stretch.append(hop)
-    yield stretch
 
 
 def _arrives(last: Hop, commit: Filed[Commit]) -> bool:

@@ -10,6 +10,7 @@ from deltawire.errors import FormatError, ShapeMismatch, TooLarge, UnknownTensor
 from deltawire.format.codecs.gap import LONGEST_STEP
 from deltawire.runlog.records import NEED_WEIGHTS, Covering, Payload, Run
 from deltawire.weights.bits import WIDTHS, count
+from deltawire.weights.kept import KeptParts
 from deltawire.weights.table import TensorEntry, TensorSpec
 
 MAX_PAYLOADS = 10_000
@@ -47,10 +48,15 @@ def require_assets(sizes: Mapping[str, int], where: str) -> None:
         raise TooLarge(f"{where}: {len(sizes)} files beside the weights, of more than {MAX_ASSETS:,} bytes")
 
 
-def require_memory(tensors: Iterable[TensorSpec], where: str, *, available: int | None = None) -> None:
+def require_memory(
+    tensors: Iterable[TensorSpec], where: str, kept: KeptParts | None = None, *, available: int | None = None
+) -> None:
     """Raise TooLarge for a change that takes more memory than this host has (`available` bytes): positions and
-    increments of all its elements."""
-    needed = sum(spec.changed * (8 + WIDTHS[spec.dtype]) for spec in tensors)
+    increments of all its elements, or of those that are `kept`."""
+    needed = 0
+    for spec in tensors:
+        own = spec.changed if kept is None else min(spec.changed, kept[spec.name].size if spec.name in kept else 0)
+        needed += own * (8 + WIDTHS[spec.dtype])
     there = _memory() if available is None else available
     if needed > there:
         raise TooLarge(f"{where} takes {needed:,} bytes of memory to decode, and this host has {there:,}")

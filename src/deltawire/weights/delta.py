@@ -64,6 +64,11 @@ class TensorDelta:
         positions = np.flatnonzero(self.increments)
         return positions, self.increments[positions]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held by positions and increments."""
+        return self.increments.nbytes + (0 if self.positions is None else self.positions.nbytes)
+
     def __eq__(self, other: object) -> bool:
         """The same change, whichever way either side keeps it."""
         if not isinstance(other, TensorDelta) or (self.dtype, self.shape) != (other.dtype, other.shape):
@@ -207,10 +212,7 @@ class Delta(Mapping[str, TensorDelta]):
     @property
     def nbytes(self) -> int:
         """Bytes of memory held by positions and increments."""
-        return sum(
-            tensor.increments.nbytes + (tensor.positions.nbytes if tensor.positions is not None else 0)
-            for tensor in self._tensors.values()
-        )
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def __neg__(self) -> "Delta":
         """The delta that undoes this one."""
@@ -283,10 +285,8 @@ def _check_names(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
 
 def _in_place(name: str, tensor: Any) -> UInts:
     data = as_bits(tensor).data
-    if isinstance(tensor, Bits):
-        own = data.ctypes.data
-    else:
-        own = tensor.data_ptr() if hasattr(tensor, "data_ptr") else tensor.ctypes.data
+    array = data if isinstance(tensor, Bits) else tensor
+    own = tensor.data_ptr() if hasattr(tensor, "data_ptr") else array.ctypes.data
     if own != data.ctypes.data or not data.flags.writeable:
         raise ShapeMismatch(f"{name}: not contiguous, writable host memory; use `old + delta`, which copies")
     return data

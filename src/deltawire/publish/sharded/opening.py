@@ -20,11 +20,13 @@ from deltawire.publish.sender import Tip
 from deltawire.publish.sharded.ranks import Ranks
 from deltawire.publish.sharded.shards import Shard, part_digest
 from deltawire.publish.ties import Ties, in_file, ties_words
+from deltawire.read.adding import Part, change_of
 from deltawire.read.bases import open_base, resolve_base
+from deltawire.read.host_cache import host_cache
 from deltawire.read.subscriber import Subscriber
 from deltawire.runlog.records import BaseCheckpoint, Position, Run
 from deltawire.weights.bits import Bits, zeros
-from deltawire.weights.delta import Delta
+from deltawire.weights.kept import Kept
 from deltawire.weights.table import TensorEntry
 
 
@@ -79,7 +81,7 @@ class Opening:
         self._recorded: dict[str, int] = {}
         self._reader: Subscriber | None = None
         self._weights: Mapping[str, Bits] = {}
-        self._since = Delta()
+        self._since: tuple[Part, ...] = ()
         self.open = True
         problem: Exception | None = None
         try:
@@ -98,16 +100,17 @@ class Opening:
         """Remove what was downloaded; every shard has been read."""
         if self._reader is not None:
             self._reader.close()
-        self._reader, self._weights, self._since, self.open = None, {}, Delta(), False
+        self._reader, self._weights, self._since, self.open = None, {}, (), False
 
     def bits(self, entry: TensorEntry, shard: Shard) -> Bits:
-        """A shard of a tensor at the opening position."""
+        """A shard of a tensor at the opening position; of the rest of the tensor nothing is kept."""
         box = shard.box
         if entry.name not in self._weights:
             return zeros(entry.dtype, box.shape)
         bits = box.cut(self._weights[entry.name])
-        if entry.name in self._since:
-            box.restrict(self._since[entry.name]).apply_(bits.data)
+        change = change_of(entry.name, self._since, self._weights, Kept(entry.shape, [box]))
+        if change is not None:
+            change.apply_(bits.data)
         return bits
 
     def add_up_digests(self, table: Mapping[str, TensorEntry], problem: BaseException | None) -> dict[str, int]:
@@ -134,10 +137,10 @@ class Opening:
 
     def _open(self) -> None:
         if self.decision.resumed is not None:
-            self._reader = Subscriber(self._bucket, base=self._near)
-            change = self._reader.change(None, self.decision.resumed.position.version)
+            self._reader = Subscriber(self._bucket, base=self._near, cache=host_cache())
+            change = self._reader.change(None, self.decision.resumed.position.version, later=True)
             assert change.anchor is not None
-            self._weights, self._since, self.run = change.anchor, change.delta, self._reader.run
+            self._weights, self._since, self.run = change.anchor, change.parts, self._reader.run
             self.table = {entry.name: entry for entry in self.run.table}
             self._recorded = self._reader.digests_at(change.position.version)
         elif self.decision.base is not None:
