@@ -74,16 +74,6 @@ def test_every_density_however_often_the_room_for_changes_grows(share):
     check(old, new, FAST)
 
 
-def test_each_of_many_dense_tiles_takes_the_room_that_it_needs_and_no_more(monkeypatch):
-    rooms, grow = [], Found.grow
-    monkeypatch.setattr(Found, "grow", lambda found: grow(found) or rooms.append(found.positions.size))
-    old = random_bits(np.random.default_rng(0), "BF16", (16, 8192))
-    new = Bits("BF16", old.shape, old.data + np.uint16(1))
-    change, _ = fused.compare(old, new, by_class=True, tile=(1, 8192))
-    assert (change.changed, change.positions) == (old.data.size, None)
-    assert max(rooms) < 8 * old.data.size
-
-
 def test_one_class_of_all_elements_and_zeros_alone():
     for value in (0x0000, 0x8000, 0x7FC0, 0x3F80):
         old = Bits("BF16", (3000,), np.full(3000, value, np.uint16))
