@@ -8,7 +8,8 @@ Random weights in the shapes of Qwen3-0.6B and Qwen3-8B; 0.1, 1 and 3 % of them 
 `publish`: until the call returned and the trainer's stream is free, with baseline="device" and baseline="host".
 `fetch and stage`: fetch from a folder, decode, place, gather, add and digest, by a worker whose model is on the device,
 and by one whose model is in host memory. `write`: its pause alone. `attach`: until it knows its version. `digest`: all
-weights. `encode` and `decode`: a change to its file's bytes and back, on the host.
+weights. `encode` and `decode`: a change to its file's bytes and back, on the host. `rank`: changes of bf16 weights by
+class, which a publish of codec `class` adds on the device.
 
 Bounds are the bytes that must move at the speed of a plain copy, measured first. Memory is the device path's, at its
 peak above what was there; that of a publish includes its baseline, that of a worker not its model. Rows are printed as
@@ -32,6 +33,7 @@ from deltawire.format import checkpoint
 from deltawire.live.transforms import AfterLoading
 from deltawire.live.worker import LiveWorker
 from gpu_bounds import Copies, measure_copies, milliseconds, synchronize
+from gpu_ranks import measure_ranks
 from gpu_table import Memory, OutOfTime, Table
 from gpu_weights import Served, Weights
 
@@ -185,6 +187,8 @@ def measure(
     with run_of(size, dtype, options.device, options.folder) as (trainer, base):
         for share in options.shares:
             measure_publish(trainer, share, copies, table)
+            if dtype == torch.bfloat16:
+                measure_ranks(trainer.weights, share, copies, table)
         if not serves:
             return
         workers = attach(trainer, base, copies, table)

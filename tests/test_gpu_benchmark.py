@@ -21,7 +21,7 @@ def test_every_row_stands_beside_its_bound_and_the_host_path():
     rows = [line.strip("| ").split(" | ") for line in run().splitlines() if line.startswith("| ")]
     assert {len(row) for row in rows[:2]} == {8}
     kinds = [re.split(r", ", row[0])[0] for row in rows[1:]]
-    assert kinds == ["publish", "attach", "digest", "fetch and stage", "write", "encode", "decode", "publish"]
+    assert kinds == ["publish", "attach", "digest", "fetch and stage", "write", "encode", "decode", "publish", "rank"]
     for what, device, bound, times, host, *_ in rows[1:]:
         assert bound.endswith(" ms") and host.endswith(" ms") and float(times) > 0, what
         assert device.endswith(" ms") or what.startswith(("encode", "decode"))

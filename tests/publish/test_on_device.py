@@ -8,76 +8,22 @@ import numpy as np
 import pytest
 import torch
 from cpu_devices import CpuDevice, DevicePublisher
+from device_runs import bits_of, captured, fp32, histories, opened, sent, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import PATIENCE, commits, fresh, publish_all, publishing, read_weights
-from strategies import changed, random_bits, seeds
+from runs import PATIENCE, fresh, publish_all, publishing, read_weights
 from watchdog import FILES, Watchdog, publish
 
 from deltawire import NameMap, digest, materialize
 from deltawire.errors import ConcurrentWrite, CopiesDiffer, DtypeMismatch
 from deltawire.prepare.names import View
 from deltawire.publish import comparing, crossing, on_device
-from deltawire.publish.capture import WholeCapturer
-from deltawire.publish.capturer import CaptureOptions
 from deltawire.publish.choice import Choice
 from deltawire.publish.devices import Place
-from deltawire.publish.pending import ship
-from deltawire.publish.requirements import LISTED
 from deltawire.weights.device import torch_twin
-from deltawire.weights.tensors import as_torch, cast, equal
+from deltawire.weights.tensors import cast, equal
 
-DTYPES = ["F32", "BF16", "F16", "F64", "F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "I64", "BOOL"]
-SHAPES = [(), (0,), (1,), (7,), (5, 13), (64, 40), (3, 4, 50)]
 OOM = torch.OutOfMemoryError("no memory left")
-
-
-HERE = CpuDevice(only=lambda tensor: False)
-"""no tensor is on a device"""
-
-
-def opened(folder, bucket=None, *, baseline="host", codec="subset", dtype="BF16", devices=None, **how):
-    """A capturer of a run whose every number is fixed."""
-    folder.mkdir(exist_ok=True)
-    about = CaptureOptions(
-        None, dtype, None, clock=lambda: 1.0, codecs=LISTED[codec], new_run_id=lambda: "0" * 16,
-        baseline=baseline, devices=devices or (HERE if baseline == "host" else CpuDevice()), **how,
-    )  # fmt: skip
-    return WholeCapturer(bucket or fresh(), folder, about)
-
-
-def captured(capturer, weights, *, stay=True):
-    """A publish's versions: what each ships, and its digests."""
-    capture = capturer.capture(weights.items(), step=None, metrics=None, stay=stay)
-    capturer.transition.end()
-    return [(dict(ship(version).payloads), version.digests) for version in capture.versions]
-
-
-def sent(versions):
-    """Payloads by key; an anchor's are files of the same name elsewhere."""
-    return [
-        ({key: data if isinstance(data, bytes) else data.read_bytes() for key, data in files.items()}, digests)
-        for files, digests in versions
-    ]
-
-
-@st.composite
-def histories(draw):
-    """Versions of some tensors of any dtypes, without a NaN that a cast would make: those differ by torch's device."""
-    rng = np.random.default_rng(draw(seeds))
-    kinds = draw(st.lists(st.tuples(st.sampled_from(DTYPES), st.sampled_from(SHAPES)), min_size=1, max_size=5))
-    weights = {f"layer.{number}.weight": tame(random_bits(rng, *kind)) for number, kind in enumerate(kinds)}
-    versions = [weights]
-    for how in draw(st.lists(st.sampled_from(["nothing", "a few by one", "half", "anything"]), min_size=2, max_size=4)):
-        versions.append({name: tame(changed(rng, bits, how)) for name, bits in versions[-1].items()})
-    return [{name: as_torch(bits.copy()) for name, bits in version.items()} for version in versions]
-
-
-def tame(bits):
-    if bits.dtype in ("F32", "F64", "F16"):
-        data = bits.data.view({"F32": np.float32, "F64": np.float64, "F16": np.float16}[bits.dtype])
-        data[np.isnan(data)] = 1.0
-    return bits
 
 
 @pytest.mark.filterwarnings("ignore:.*(hold integers|rounded to 16 bits)")
@@ -95,23 +41,6 @@ def test_every_file_and_digest_is_the_one_of_the_host(tmp_path_factory, history,
         assert device.tracker.baseline.digests == digest(device.tracker.baseline.as_mapping())
     assert device.baseline.where == ("device" if device.baseline.nbytes else "host")
     assert host.baseline.device_bytes == 0
-
-
-def fp32(seed=0):
-    torch.manual_seed(seed)
-    shapes = {"embed.weight": (60, 8), "layer.0.weight": (16, 8), "layer.0.bias": (16,), "norm": (8,), "scale": ()}
-    return {name: torch.randn(shape) * 0.02 for name, shape in shapes.items()}
-
-
-def step(weights, seed, share=0.2):
-    """An optimizer step, in place."""
-    torch.manual_seed(seed)
-    for tensor in weights.values():
-        tensor.add_(torch.randn_like(tensor) * 0.02 * (torch.rand_like(tensor) < share))
-
-
-def bits_of(weights):
-    return {name: cast(tensor.contiguous(), "BF16").copy() for name, tensor in weights.items()}
 
 
 def test_every_nan_becomes_the_one_that_numpy_makes(tmp_path):
@@ -435,23 +364,6 @@ def test_a_run_on_a_base_moves_to_the_device_with_its_first_publish(tmp_path):
     given_there = {name: weights[name] for name in ("norm", "embed.weight")}
     read = read_weights(bucket, base=tmp_path / "base")
     assert equal({name: read[name] for name in given_there}, bits_of(given_there))
-
-
-def test_a_run_of_codec_class_writes_subset_from_a_device_and_says_why():
-    bucket, weights = fresh(), fp32()
-    with publishing(bucket, codec="class", cls=DevicePublisher) as pub:
-        codecs, reasons = [], []
-        for seed in range(3):
-            report = pub.publish(weights)
-            codecs.append(report.codec)
-            reasons.append(report.reason)
-            pub.flush(timeout=PATIENCE)
-            step(weights, seed)
-        pub.publish(weights)
-    assert codecs[1:] == ["subset", "subset"]
-    assert equal(read_weights(bucket), bits_of(weights))
-    assert set(reasons[1:]) == {"the baseline lies on a device, where nothing is ranked by class"}
-    assert {commit.choice for commit in commits(bucket)[1:3]} == {f"subset: {reasons[-1]}"}
 
 
 WATCHED = FILES | {on_device.__file__}

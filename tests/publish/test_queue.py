@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltawire.format.codecs.ranking import Ranking, TileRanks
 from deltawire.publish.pending import Captured
 from deltawire.publish.queue import Queue
 from deltawire.runlog.records import Run
@@ -59,6 +60,17 @@ def test_a_version_that_will_wait_drops_the_bytes_made_for_it():
     sending = Queue().add(version(1)).freeze()
     assert Queue().add(version(1, {"deltas/x": b"bytes"})).waiting[0].payloads == {"deltas/x": b"bytes"}
     assert sending.add(version(2, {"deltas/x": b"bytes"})).waiting[0].payloads is None
+
+
+def test_ranks_wait_for_the_next_upload_and_for_no_later_one():
+    ranked = Ranking((1, 8), {0: TileRanks(np.zeros(16, np.int32), np.zeros(1, np.uint8), np.zeros(1, np.int32))}, {})
+    next_up, later = (replace(version(number), coded={"w": ranked}) for number in (1, 2))
+    assert Queue().add(next_up).waiting[0].codec == "class"
+    assert Queue().add(version(1)).freeze().add(later).waiting[0].codec == "gap"
+    assert Queue().add(version(1)).add(later).waiting[0].codec == "gap"
+    backlog = Queue().add(next_up).backlog
+    assert backlog.nbytes == next_up.delta.nbytes + ranked.nbytes
+    assert backlog.closed_bytes == ranked.nbytes == 16 * 4 + 1 + 4
 
 
 def test_a_rank_that_is_late_waits_for_the_version_it_must_end_at():

@@ -1,5 +1,8 @@
 """The baseline and the change that no version covers yet move together, under whatever names tensors are given."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from hypothesis import given
 from runs import model, served
@@ -7,13 +10,36 @@ from strategies import versions
 
 from deltawire.publish.baseline import Baseline
 from deltawire.publish.tracker import ChangeTracker, Transition
-from deltawire.weights.delta import Delta
+from deltawire.weights.bits import Bits
+from deltawire.weights.delta import Delta, TensorDelta
 from deltawire.weights.digest import digest
 from deltawire.weights.tensors import equal
 
 
 def tracking(weights):
     return ChangeTracker(Transition(), Baseline.of(weights))
+
+
+class Swept:
+    """What a sweep of a device found, for baselines that are moved elsewhere."""
+
+    def __init__(self, **moved):
+        self.moved = moved
+
+    def advance(self):
+        return {}
+
+
+def test_ranks_of_a_device_are_kept_only_of_a_change_that_was_found_in_one_piece():
+    change = TensorDelta("BF16", (8,), np.array([3]), np.array([1], np.uint16))
+    tracker = tracking({"w": Bits("BF16", (8,), np.zeros(8, np.uint16))})
+    moved = SimpleNamespace(change=change, before=0, after=0, ranking="ranks")
+    for expected in ({"w": "ranks"}, {}):
+        tracker.take_swept(Swept(w=moved), {"w"})
+        assert tracker.coded == expected
+    tracker.cover()
+    tracker.take_swept(Swept(w=moved), set())
+    assert tracker.coded == {}
 
 
 @given(versions(4))

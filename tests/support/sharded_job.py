@@ -215,22 +215,24 @@ def hsdp(folder):
 
 
 def on_device(folder):
-    """The same with every rank's baseline on a device, here the CPU in its place: without a base, then resumed."""
+    """The same with every rank's baseline on a device, here the CPU in its place, which ranks by class:
+    without a base, then resumed."""
     model = tiny()
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
     parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     fully_shard(model, mesh=mesh["dp"])
     pairs = [*model.named_parameters(), ("scale", model.scale)]
     bucket, version = dw.open_bucket(f"file://{folder}/bucket"), 0
-    options = {"baseline": "device", "process_group": dist.group.WORLD}
+    options = {"baseline": "device", "codec": "class", "process_group": dist.group.WORLD}
     for steps in (range(1, 4), range(4, 6)):
-        with DevicePublisher(bucket, **options) as pub:
+        with small_tiles(), DevicePublisher(bucket, **options) as pub:
             for number in steps:
                 step(pairs, number)
                 given = dict(pairs) if number % 2 else iter(pairs)
                 report = publish(pub, given)
                 pub.flush(timeout=PATIENCE)
                 assert (report.version, report.baseline) == (version, "device")
+                assert report.codec == ("class" if version else "subset")
                 assert report.wire_bytes, "ranks encode at once, for the report counts the bytes of all"
                 save(folder, f"version-{version}", pairs)
                 version += 1

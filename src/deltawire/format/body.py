@@ -11,8 +11,9 @@ import numpy as np
 
 from deltawire.errors import FormatError, NeedsBase
 from deltawire.format import container
-from deltawire.format.codecs import dense, directory, subset, tiles, twins
+from deltawire.format.codecs import dense, directory, ranking, subset, tiles, twins
 from deltawire.format.codecs.directory import Listed
+from deltawire.format.codecs.ranking import Ranking, ToPack
 from deltawire.format.codecs.subset import Coded, TileEntry, ToEncode
 from deltawire.format.codecs.tiles import Tile
 from deltawire.weights import threads
@@ -59,6 +60,16 @@ def encode(
         payloads.append(part.payload)
     streams = (directory.write(listed), np.concatenate([np.empty(0, np.uint8), *payloads]))
     return {name: Bits("U8", data.shape, data) for name, data in zip(STREAMS, streams, strict=True)}
+
+
+def encode_ranked(delta: Mapping[str, TensorDelta], rankings: Mapping[str, Ranking]) -> dict[str, Coded]:
+    """What `subset.encode` makes of tensors' changes and old bits, of changes that were ranked before."""
+    jobs = {name: ranking.to_pack(delta[name], own) for name, own in rankings.items()}
+    done = _run(_pack_tile, jobs, sum(delta[name].changed for name in rankings), {})
+    return {
+        name: subset.joined(own.tile, list(islice(done, len(jobs[name]))), by_class=True)
+        for name, own in rankings.items()
+    }
 
 
 def read(data: bytes | memoryview, box: container.Header, codec: str) -> list[Listed]:
@@ -132,6 +143,10 @@ def _dense(frame: UInts) -> tuple[str, Coded]:
 
 def _encode_tile(job: ToEncode) -> tuple[TileEntry, UInts]:
     return subset.encode_tile(job, twins.fast())
+
+
+def _pack_tile(job: ToPack) -> tuple[TileEntry, UInts]:
+    return ranking.pack_tile(job, twins.fast())
 
 
 def _decode_tile(job: subset.ToDecode) -> tuple[np.ndarray, UInts]:

@@ -14,7 +14,7 @@ from deltawire.prepare.names import require_bare
 from deltawire.publish import ties
 from deltawire.publish.baseline import Baseline
 from deltawire.publish.capturer import About, Capture, CaptureOptions
-from deltawire.publish.choice import SUBSET, UNRANKED, Choice, share_of
+from deltawire.publish.choice import SPARSE, SUBSET, Choice, share_of
 from deltawire.publish.comparing import Comparison, not_yet
 from deltawire.publish.current_run import holds_run, near_base, newest, newest_of, tip_at, weights_at
 from deltawire.publish.devices import Lies, Place
@@ -131,7 +131,9 @@ class WholeCapturer:
     def _next(self, run: Run, version: int, about: About, delta: Delta) -> Captured:
         """The version of a change; with its file, and what was encoded as it was found, unless that is made later."""
         captured, coded = self._describe(run, version, about, delta=delta), self._tracker.coded
-        if not self._may_encode_later():
+        if self._may_encode_later():
+            captured = replace(captured, coded=coded)
+        else:
             captured = replace(captured, payloads=encode(captured, coded, self._choice.stored(delta, coded)))
         if "class" in self._listed:
             self._shares = {name: share_of(change) for name, change in delta.items()}
@@ -147,7 +149,7 @@ class WholeCapturer:
     def _choose(self) -> Choice:
         """What this version is encoded in, where there is a choice."""
         chosen = self._options.choose()
-        return UNRANKED if (chosen.by_class or chosen.whole) and self._is_on_device else chosen
+        return SPARSE if chosen.whole and self._is_on_device else chosen
 
     def _warm_up(self) -> None:
         """Compile what the next publish runs of what the host holds: it is to be as short as all others."""

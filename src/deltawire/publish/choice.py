@@ -47,7 +47,9 @@ class Choice:
         is_as_chosen = captured.codec == "class" or not (self.by_class or (self.whole and on_device))
         if is_as_chosen or not captured.delta:
             return self.reason
-        return UNRANKED.reason if on_device else "no tiles of class that suit all: too small, or too many for one file"
+        if on_device:
+            return SPARSE.reason if self.whole else UNRANKED
+        return "no tiles of class that suit all: too small, or too many for one file"
 
     def of_shard(self, name: str, shard: Shard) -> Coding | None:
         """How what a rank holds of a tensor is encoded."""
@@ -72,4 +74,5 @@ def share_of(change: TensorDelta) -> float:
 
 
 SUBSET = Choice()
-UNRANKED = Choice(reason="the baseline lies on a device, where nothing is ranked by class")
+UNRANKED = "the device had no memory to rank changes, or no tiles of class suit all"
+SPARSE = Choice(reason="the baseline lies on a device, and of its tensors none is sent whole")

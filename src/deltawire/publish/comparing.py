@@ -78,7 +78,8 @@ class Comparison:
     `table` has the dtype and shape of each tensor of the run, and `trainable` the names that are due; None while the
     run begins. `place` says where each baseline lies. `hold` says what this process holds of a tensor. `prepare` is
     called before a tensor is compared. `coding` says how a change that is found on the host is encoded as it is found,
-    if it is. Tensors that `stay` keep their values when the next is asked for.
+    and how one that is found on a device is ranked there, if it is. Tensors that `stay` keep their values when the
+    next is asked for.
     """
 
     tracker: ChangeTracker
@@ -133,13 +134,17 @@ class Comparison:
         held = self.tracker.baseline.at_home(name)
         with naming(name):
             change = crossing.compare(shard.tensor, through, held)
-        coding = self._coding_of(name, shard)
-        ranks = coding is not None and coding.by_class and name not in self.tracker.uncovered
-        coded = subset.encode(change, held.data, tile=coding.tile) if coding is not None and ranks else None
+        coding = self._ranking_of(name, shard)
+        coded = subset.encode(change, held.data, tile=coding.tile) if coding is not None else None
         self.tracker.take_change(name, change, coded, owned=shard.owned)
 
     def _coding_of(self, name: str, shard: Shard) -> Coding | None:
         return self.coding(name, shard) if shard.owned else None
+
+    def _ranking_of(self, name: str, shard: Shard) -> Coding | None:
+        """How a tensor's change is ranked by class, if it is: not where some of it is left of a publish that failed."""
+        coding = self._coding_of(name, shard) if name not in self.tracker.uncovered else None
+        return coding if coding is not None and coding.by_class else None
 
     def _through(self, given: GivenTensor) -> str | None:
         """The dtype by way of which a tensor is cast. Raises DtypeMismatch, as a cast does."""
@@ -176,7 +181,8 @@ class Comparison:
             held = on_device.lend(self.tracker.baseline, name, shard.tensor.device)
             if held is None:
                 return None
-            asked.append(on_device.Asked(name, shard.tensor, through, held, self.tracker.baseline.boxes.get(name)))
+            box, coding = self.tracker.baseline.boxes.get(name), self._ranking_of(name, shard)
+            asked.append(on_device.Asked(name, shard.tensor, through, held, box, coding))
         return on_device.compare(asked)
 
     def _require_alike(self, given: GivenTensor, shard: Shard) -> None:

@@ -12,6 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from deltawire.format.codecs import ranks, tiles
+from deltawire.format.codecs.classes import SCHEMES
+from deltawire.format.codecs.fused import Coding
+from deltawire.format.codecs.ranking import Ranking
 from deltawire.publish import crossing
 from deltawire.publish.baseline import Baseline
 from deltawire.publish.streams import beside_trainer, own_stream
@@ -50,13 +54,14 @@ class OnDevice:
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
     """A tensor to compare with its baseline `held`, cast to that one's dtype, by way of dtype `through` if there is
-    one. `box` is what of the whole tensor it is, None for all."""
+    one. `box` is what of the whole tensor it is, None for all. With a `coding` its changes are ranked by class."""
 
     name: str
     tensor: torch.Tensor
     through: str | None
     held: OnDevice
     box: Box | None
+    coding: Coding | None = None
 
     def carrier(self) -> torch.Tensor:
         """Its bits, or float32, as a sweep compares them."""
@@ -86,11 +91,13 @@ def upload(bits: Bits, device: torch.device) -> OnDevice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moved:
-    """One tensor's change, and the part of its digest that the changed elements make, before and after."""
+    """One tensor's change, and the part of its digest that the changed elements make, before and after. `ranking` is
+    that of the change by the old bits, where it was asked for, and there was memory for it."""
 
     change: TensorDelta
     before: int
     after: int
+    ranking: Ranking | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,15 +150,33 @@ def _brought_over(asked: Sequence[Asked], changes: Changes) -> dict[str, Moved]:
     places = _places(asked, changes)
     before = sweeps.digest_at(changes.counts, places, changes.bits - changes.increments)
     after = sweeps.digest_at(changes.counts, places, changes.bits)
-    copies = _to_host(changes.positions, changes.increments)
-    positions, increments = (np.asarray(np.from_dlpack(copy)) for copy in copies)
+    ranked = _ranked(asked, changes)
+    copies = _to_host(changes.positions, changes.increments, *(ranked.arrays() if ranked is not None else ()))
+    positions, increments, *crossed = (np.asarray(np.from_dlpack(copy)) for copy in copies)
+    rankings = ranked.rankings(crossed) if ranked is not None else {}
     ends = np.cumsum([0, *changes.counts]).tolist()
     moved = {}
     for own, (start, stop), was, now in zip(asked, pairwise(ends), before, after, strict=True):
         dtype, shape = own.held.dtype, own.held.shape
         at, steps = positions[start:stop].view(np.int64), increments[start:stop].view(unsigned(dtype))
-        moved[own.name] = Moved(cheaper(dtype, shape, at, steps), was, now)
+        moved[own.name] = Moved(cheaper(dtype, shape, at, steps), was, now, rankings.get(own.name))
     return moved
+
+
+def _ranked(asked: Sequence[Asked], changes: Changes) -> ranks.Found | None:
+    """The ranks of those changes that are to be ranked. None where there are none, or no memory for it: then they are
+    sent as `subset`."""
+    tensors, parts = [], []
+    for own, count, part in zip(asked, changes.counts, changes.positions.split(list(changes.counts)), strict=True):
+        held, coding = own.held, own.coding
+        if coding is not None and count and held.dtype in SCHEMES:
+            tile = coding.tile or tiles.choose(held.shape)
+            tensors.append(ranks.ToRank(own.name, held.dtype, held.shape, held.flat, tile, count))
+            parts.append(part)
+    try:
+        return ranks.rank(tensors, torch.cat(parts) if len(parts) > 1 else parts[0]) if tensors else None
+    except OutOfMemory:
+        return None
 
 
 def _places(asked: Sequence[Asked], changes: Changes) -> torch.Tensor:

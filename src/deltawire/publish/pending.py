@@ -11,6 +11,8 @@ from deltawire.buckets.base import size_of
 from deltawire.buckets.verified import hash_file
 from deltawire.errors import TooLarge
 from deltawire.format import delta_file
+from deltawire.format.body import encode_ranked
+from deltawire.format.codecs.ranking import Ranking
 from deltawire.format.codecs.subset import Coded
 from deltawire.publish.sharded.shards import placed, spread
 from deltawire.runlog.keys import delta_key, needs_weights, part_key
@@ -35,6 +37,9 @@ class Captured:
 
     In a sharded job, `rank` captured what it owns, and its delta counts positions inside its `boxes`. The digests are
     those of whole tensors all the same. `reason` is why the delta was encoded as it was, where there was a choice.
+
+    `coded` is what was encoded or ranked of a delta as it was found, against the weights of its parent, for the
+    thread that makes its payload. It is dropped with the payload.
     """
 
     run: Run
@@ -50,11 +55,13 @@ class Captured:
     rank: int | None = None
     boxes: Mapping[str, Box] = field(default_factory=dict)
     reason: str = ""
+    coded: Mapping[str, Coded | Ranking] | None = None
 
     @property
     def codec(self) -> str:
         """What its delta is written in, as it is now."""
-        return "class" if any(map(needs_weights, self.payloads or ())) else self.run.may_use[0]
+        by_class = any(map(needs_weights, self.payloads or ())) or _is_by_class(self.delta, self.coded or {})
+        return "class" if by_class else self.run.may_use[0]
 
     @property
     def payload_bytes(self) -> int:
@@ -63,13 +70,14 @@ class Captured:
 
     def waiting(self) -> "Captured":
         """The same once it waits, or folds with another: its file is made when it is sent."""
-        return replace(self, payloads=None, reason=self.reason and WAITED)
+        return replace(self, payloads=None, coded=None, reason=self.reason and WAITED)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory: the change, and the payloads made so far that are not files."""
+        """Bytes of memory: the change, what was encoded or ranked of it, and the payloads made so far that are not
+        files."""
         encoded = sum(len(data) for data in (self.payloads or {}).values() if isinstance(data, bytes))
-        return self.delta.nbytes + encoded
+        return self.delta.nbytes + sum(own.nbytes for own in (self.coded or {}).values()) + encoded
 
 
 def fold(earlier: Captured, later: Captured) -> Captured:
@@ -92,7 +100,7 @@ class Shipment:
 
 def ship(captured: Captured) -> Shipment:
     """The exact bytes a process sends for a version, again and again until the outcome is known."""
-    payloads = captured.payloads if captured.payloads is not None else encode(captured)
+    payloads = captured.payloads if captured.payloads is not None else encode(captured, captured.coded)
     records = tuple(
         Payload(key, size_of(data), blake3(data).hexdigest() if isinstance(data, bytes) else hash_file(data))
         for key, data in payloads.items()
@@ -143,18 +151,28 @@ def _choice(captured: Captured, payloads: Sequence[Payload]) -> str:
     return f"{codec}: {captured.reason}"
 
 
+def _is_by_class(delta: Delta, coded: Mapping[str, Coded | Ranking]) -> bool:
+    return any(coded[name].by_class for name in delta if name in coded)
+
+
+def _encoded(delta: Delta, coded: Mapping[str, Coded | Ranking]) -> dict[str, Coded]:
+    """What was encoded of a change, with what was ranked, encoded now."""
+    rankings = {name: own for name, own in coded.items() if isinstance(own, Ranking) and name in delta}
+    return {name: own for name, own in coded.items() if isinstance(own, Coded)} | encode_ranked(delta, rankings)
+
+
 def encode(
-    captured: Captured, coded: Mapping[str, Coded] | None = None, stored: Collection[str] = ()
+    captured: Captured, coded: Mapping[str, Coded | Ranking] | None = None, stored: Collection[str] = ()
 ) -> dict[str, bytes | Path]:
     """The delta's file under its key; nothing for a version in which nothing changed.
 
-    `coded` are changes of it that were encoded as they were found, against the weights of its parent, by the tiles of
-    a rank's boxes where a rank captured it. Where any of them is ranked by these weights, the file is of codec `class`;
-    else of what its run writes. Tensors `stored` are written whole.
+    `coded` are changes of it that were encoded or ranked as they were found, against the weights of its parent, by the
+    tiles of a rank's boxes where a rank captured it. Where any of them is ranked by these weights, the file is of codec
+    `class`; else of what its run writes. Tensors `stored` are written whole.
     """
     if not captured.delta:
         return {}
-    delta, found = captured.delta, coded or {}
+    delta, found = captured.delta, _encoded(captured.delta, coded or {})
     if captured.rank is not None:
         table, boxes = {entry.name: entry for entry in captured.run.table}, captured.boxes
         delta = spread(delta, boxes, table)
@@ -172,7 +190,7 @@ def encode(
 def _file(captured: Captured, delta: Delta, found: Mapping[str, Coded], stored: Collection[str]) -> tuple[bytes, bool]:
     """A change's file, and whether it is of codec `class`. Raises TooLarge where no reader would take it."""
     coded = {name: found[name] for name in delta if name in found}
-    by_class = any(own.by_class for own in coded.values())
+    by_class = _is_by_class(delta, coded)
     codec = "class" if by_class else captured.run.may_use[0]
     run, parent, version = captured.run.run, captured.parent, captured.version
     data = delta_file.encode(

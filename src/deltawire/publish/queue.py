@@ -12,7 +12,8 @@ from deltawire.publish.pending import Captured, fold
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """How much is captured and not committed. Nothing folds any more into `closed_bytes` of its `nbytes`."""
+    """How much is captured and not committed. Nothing folds any more into `closed_bytes` of its `nbytes`. Among them is
+    what was encoded or ranked of a change, for a fold drops that."""
 
     versions: int
     nbytes: int
@@ -47,7 +48,7 @@ class Queue:
         return Backlog(
             versions=sum(captured.versions for captured in self.held),
             nbytes=total,
-            closed_bytes=total - sum(captured.nbytes for captured in self.waiting[-1:]),
+            closed_bytes=total - sum(captured.delta.nbytes for captured in self.waiting[-1:]),
         )
 
     def cut_at(self, version: int) -> "Queue":

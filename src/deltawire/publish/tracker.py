@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deltawire.format.codecs.fused import Coding
+from deltawire.format.codecs.ranking import Ranking
 from deltawire.format.codecs.subset import Coded
 from deltawire.publish.baseline import Baseline
 from deltawire.publish.sharded.shards import Shard
@@ -52,7 +53,8 @@ class Transition:
 class ChangeTracker:
     """The baseline, the change since the last version, and the digests that the baseline began with.
 
-    `coded` has the encoding of those changes that were found in one piece, against the weights of the last version.
+    `coded` has the encoding of those changes that were found in one piece, against the weights of the last version, or
+    how a device ranked them.
     In a sharded job `shards` says by name what this rank holds of each tensor, without the tensor.
     """
 
@@ -61,7 +63,7 @@ class ChangeTracker:
         self.baseline = baseline if baseline is not None else Baseline()
         self.seeded = dict(self.baseline.digests)
         self.uncovered: dict[str, TensorDelta] = {}
-        self.coded: dict[str, Coded] = {}
+        self.coded: dict[str, Coded | Ranking] = {}
         self.shards: dict[str, Shard] = {}
 
     def seed(self, name: str, bits: Bits, shard: Shard) -> None:
@@ -100,7 +102,7 @@ class ChangeTracker:
                 if name in owned:
                     left = self.uncovered.get(name)
                     self.uncovered[name] = moved.change if left is None else left + moved.change
-                    self._code(name, None)
+                    self._code(name, moved.ranking if left is None else None)
                 self.baseline.move(name, moved.before, moved.after)
             home = swept.advance()
             for name, bits in home.items():
@@ -145,8 +147,8 @@ class ChangeTracker:
         if old in self.shards:
             self.shards[new] = self.shards.pop(old)
 
-    def _code(self, name: str, coded: Coded | None) -> None:
-        """Note what a tensor's whole change is encoded as; None where nothing is."""
+    def _code(self, name: str, coded: Coded | Ranking | None) -> None:
+        """Note what a tensor's whole change is encoded or ranked as; None where it is neither."""
         self.coded.pop(name, None)
         if coded is not None:
             self.coded[name] = coded

@@ -119,7 +119,7 @@ def test_rows_that_are_idle_by_chance_are_not_looked_at_twice(monkeypatch):
     positions = np.flatnonzero(np.random.default_rng(0).random(576 * 576) < 0.001)
     delta = TensorDelta("BF16", (576, 576), positions, np.ones(positions.size, np.uint16))
     assert np.unique(positions // 576).size < 0.5 * 576
-    monkeypatch.setattr(subset.TileChange, "of_rows", None)
+    monkeypatch.setattr(subset.TileChange, "ranked_among", None)
     for old in (None, np.full(576 * 576, 0x3C00, np.uint16)):
         assert subset.encode(delta, old).entries[0].dead == 0
 

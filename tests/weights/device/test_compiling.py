@@ -8,12 +8,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deltawire.weights.device import triton_twin
+from deltawire.format.codecs import ranks_triton
+from deltawire.weights.device import launches, triton_twin
 
 HOPPER = GPUTarget("cuda", 90, 32)
 NUMBERS = {"tensors": "*i64", "table": "*i64", "n": "i32"}
 POINTERS = {1: "*u8", 2: "*i16", 4: "*i32", 8: "*i64"}
-KINDS = dict(zip(POINTERS, triton_twin.KINDS.values(), strict=True))
+KINDS = dict(zip(POINTERS, launches.KINDS.values(), strict=True))
 
 
 OTHERS = [(1, False, "*i32"), (4, False, "*i32"), (8, False, "*i64")]
@@ -54,3 +55,14 @@ def test_digest_gather_and_scatter(width):
     assert compiled(triton_twin._digest_at, kind, block=triton_twin.FEW, **listed)["cubin"]
     for kernel in (triton_twin._gather, triton_twin._scatter):
         assert compiled(kernel, block=triton_twin.FEW, offsets="*i32", bits=flat)["cubin"]
+
+
+@pytest.mark.parametrize(
+    ("width", "live"), [(2, True), *(pytest.param(*how, marks=pytest.mark.nightly) for how in ((1, False), (8, True)))]
+)
+def test_ranks(width, live):
+    how, block = (("KIND", KINDS[width]), ("LIVE", live)), ranks_triton.BLOCK
+    assert compiled(ranks_triton._count_classes, *how, block=block, is_live="*u8", counted="*i32")["cubin"]
+    found = {"before": "*i32", "bounds": "*i64", "inside": "*i64", "found": "*u8", "ranks": "*i32"}
+    few = ("FEW", ranks_triton.FEW)
+    assert compiled(ranks_triton._rank, *how, few, block=block, is_live="*u8", **found)["cubin"]

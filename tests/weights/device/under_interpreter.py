@@ -13,7 +13,8 @@ from runs import fresh, read_weights
 from strategies import changed, random_bits, seeds
 
 from deltawire.errors import ConcurrentWrite
-from deltawire.weights.device import sweeps, torch_twin, triton_twin
+from deltawire.format.codecs import ranks, ranks_triton
+from deltawire.weights.device import launches, sweeps, torch_twin, triton_twin
 from deltawire.weights.device.carriers import CARRIERS, Part, Strip
 from deltawire.weights.tensors import cast, equal
 
@@ -37,6 +38,9 @@ def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_twin, "BLOCK", 64)
         patch.setattr(triton_twin, "FEW", 32)
+        patch.setattr(ranks_triton, "BLOCK", 64)
+        patch.setattr(ranks_triton, "FEW", 16)
+        patch.setattr(ranks_triton, "AT_ONCE", 200)
         yield
 
 
@@ -116,7 +120,7 @@ def test_a_block_that_changes_between_the_passes_is_an_error_and_is_never_writte
         written.append((made, size))
         return made[:size]
 
-    count = triton_twin._Launch.per_tensor
+    count = launches.Launch.per_tensor
 
     def meanwhile(launch, numbers):
         found = count(launch, numbers)
@@ -124,7 +128,7 @@ def test_a_block_that_changes_between_the_passes_is_an_error_and_is_never_writte
         monkeypatch.setattr(torch, "empty", guarded)
         return found
 
-    monkeypatch.setattr(triton_twin._Launch, "per_tensor", meanwhile)
+    monkeypatch.setattr(launches.Launch, "per_tensor", meanwhile)
     with pytest.raises(ConcurrentWrite):
         triton_twin.compare([new], [base])
     monkeypatch.undo()
@@ -146,12 +150,13 @@ def test_a_run_is_published_from_a_device_by_these_kernels(monkeypatch):
     monkeypatch.setattr(sweeps, "_twin", lambda tensor: triton_twin)
     bucket = fresh()
     weights = {"a": torch.randn(30, 8), "b": torch.randn(17).bfloat16(), "c": torch.randn(9, 5).t().half()}
-    with DevicePublisher(bucket, baseline="device", dtype={"c": "F16", "a": "BF16"}) as publisher:
+    with DevicePublisher(bucket, baseline="device", dtype={"c": "F16", "a": "BF16"}, codec="class") as publisher:
         for _ in range(3):
             for tensor in weights.values():
                 tensor.mul_(1 + 0.1 * (torch.rand_like(tensor) < 0.3))
             report = publisher.publish(weights)
-    assert report.baseline == "device"
+            publisher.flush(timeout=60)
+    assert (report.baseline, report.codec) == ("device", "class")
     assert 0 < report.changed < report.total
     assert equal(read_weights(bucket), {"a": cast(weights["a"], "BF16"), **{n: cast(weights[n], k) for n, k in KEPT}})
 
@@ -174,3 +179,37 @@ def test_a_scatter_made_ready_writes_when_it_is_called_and_not_before(width, see
     for bits, expected in ((found.bits, new), (found.bits - found.increments, before)):
         put(found.positions, bits)
         assert all(map(torch.equal, base, expected))
+
+
+CLASSED = {1: "F8_E5M2", 2: "BF16", 4: "F32", 8: "F64"}
+
+
+def to_rank(seed: int, width: int) -> tuple[list[ranks.ToRank], torch.Tensor]:
+    """Tensors in tiles of rows, of columns, and whole, of which some rows change; and where."""
+    rng, asked, positions = np.random.default_rng(seed), [], []
+    for number, (shape, tile) in enumerate(
+        [((40, 16), (8, 16)), ((12, 20), (12, 8)), ((130,), (1, 130)), ((), (1, 1))]
+    ):
+        bits = random_bits(rng, CLASSED[width], shape)
+        old = torch.from_numpy(bits.data.view("u1" if width == 1 else f"i{width}")).to(DEVICE)
+        changes = rng.random(bits.data.size) < rng.choice([0.05, 0.6])
+        changes[: changes.size // 2] &= len(shape) != 2  # half of the rows are idle
+        changes[-1] = True
+        positions.append(np.flatnonzero(changes))
+        asked.append(ranks.ToRank(str(number), bits.dtype, shape, old, tile, positions[-1].size))
+    return asked, torch.from_numpy(np.concatenate(positions)).to(DEVICE)
+
+
+@pytest.mark.parametrize("width", CLASSED)
+@given(seeds)
+@few
+def test_ranks(width, seed):
+    asked, positions = to_rank(seed, width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "may_be_few", lambda rows, live, changed: live < rows)
+        patch.setattr(sweeps, "_twin", lambda tensor: triton_twin)
+        found = ranks.rank(asked, positions)
+        patch.setattr(sweeps, "_twin", lambda tensor: torch_twin)
+        expected = ranks.rank(asked, positions)
+    assert found.live.tiles
+    assert all(map(torch.equal, found.arrays(), expected.arrays()))

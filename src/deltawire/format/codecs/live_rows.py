@@ -46,6 +46,12 @@ def few_live_rows(tile: Tile, positions: Positions, nbytes: int, twin: Twin) -> 
     return live if live.size <= limit and _saved(tile.rows, live.size, positions.size) > WORTH * 8 * nbytes else None
 
 
+def may_be_few(rows: int, live: int, changed: int) -> bool:
+    """Whether `few_live_rows` may be found where so many rows of a tile hold so many changes, however long its payload
+    is: of each change that has a bit at least, its sign."""
+    return 0 < live <= int(FEW_ROWS * rows) and _saved(rows, live, changed) > WORTH * changed
+
+
 def _saved(rows: int, live: int, changed: int) -> float:
     """Bits by which changes among the live rows alone are shorter to write, less those of the list of live rows."""
     share = live / rows

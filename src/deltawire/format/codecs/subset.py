@@ -10,6 +10,7 @@ docs/FORMAT.md §5.6, docs/FORMAT.md §5.7
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -56,6 +57,11 @@ class Coded:
     by_class: bool = False
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the payloads."""
+        return self.payload.nbytes
+
+    @property
     def changed(self) -> int:
         """Changes in the tensor."""
         return sum(entry.changed for entry in self.entries)
@@ -70,20 +76,26 @@ class ToEncode:
     old: UInts | None
     scheme: Scheme | None
 
-    def changes(self) -> tuple[Positions, UInts]:
-        """The changes, by their positions in the tile. Made only here: they take more memory than the tile itself."""
-        if self.delta.positions is None:
-            own = self.tile.cut(self.delta.steps)
-            positions = np.flatnonzero(own)
-            return positions, own[positions]
-        positions, places = self.tile.inside(self.delta.positions)
-        return positions, self.delta.steps[places]
+
+class Ranker(Protocol):
+    """What changes in a tile, and how it is ranked."""
+
+    @property
+    def tile(self) -> Tile: ...
+    @property
+    def positions(self) -> Positions:
+        """Ascending positions in the tile."""
+
+    def ranked(self, twin: Twin) -> Ranked:
+        """The changes by class and rank; in one class, where nothing is ranked by old bits."""
+
+    def ranked_among(self, live: Positions, twin: Twin) -> Ranked | None:
+        """The same in a tile of those rows alone, which hold all changes; None where that is not known."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TileChange:
-    """What changes in a tile, by positions in it. `old` are its elements' old bits, where changes are ranked by
-    class."""
+    """A `Ranker` of which the old bits are at hand: `old` are the tile's, where changes are ranked by class."""
 
     tile: Tile
     positions: Positions
@@ -92,17 +104,15 @@ class TileChange:
     scheme: Scheme | None
 
     def ranked(self, twin: Twin) -> Ranked:
-        """The changes by class and rank; in one class, where there are no old bits."""
         if self.scheme is None or self.old is None:
             return Ranked(np.array([self.tile.size]), np.array([self.positions.size]), self.positions, self.steps)
         return twin.classify(self.old, self.positions, self.steps, self.scheme)
 
-    def of_rows(self, live: Positions) -> "TileChange":
-        """The same in a tile of those rows alone, which hold all changes."""
+    def ranked_among(self, live: Positions, twin: Twin) -> Ranked:
         tile, width = replace(self.tile, rows=live.size), self.tile.width
         positions = np.searchsorted(live, self.positions // width) * width + self.positions % width
         old = None if self.old is None else self.old.reshape(self.tile.rows, width)[live].reshape(-1)
-        return replace(self, tile=tile, positions=positions, old=old)
+        return replace(self, tile=tile, positions=positions, old=old).ranked(twin)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,24 +195,36 @@ def decoded(spec: TensorSpec, tile: tuple[int, int], done: list[tuple[Positions,
     return settle(spec.dtype, spec.shape, *tiles.in_order(tile, spec.shape, positions, steps))
 
 
+def changes_in(tile: Tile, delta: TensorDelta) -> tuple[Positions, UInts]:
+    """A tile's changes, by their positions in it. Made when it is encoded: they take more memory than the tile
+    itself."""
+    if delta.positions is None:
+        own = tile.cut(delta.steps)
+        positions = np.flatnonzero(own)
+        return positions, own[positions]
+    positions, places = tile.inside(delta.positions)
+    return positions, delta.steps[places]
+
+
 def encode_tile(job: ToEncode, twin: Twin) -> tuple[TileEntry, UInts]:
     """One tile's entry and payload."""
-    positions, steps = job.changes()
+    positions, steps = changes_in(job.tile, job.delta)
     if not positions.size:
         return NOTHING, NO_BYTES
     change = TileChange(job.tile, positions, steps, None if job.old is None else job.tile.cut(job.old), job.scheme)
     return encode_change(change, change.ranked(twin), twin)
 
 
-def encode_change(change: TileChange, ranked: Ranked, twin: Twin) -> tuple[TileEntry, UInts]:
+def encode_change(change: Ranker, ranked: Ranked, twin: Twin) -> tuple[TileEntry, UInts]:
     """The entry and payload of a tile in which something changes: with all rows or, where that is shorter, without
     those in which nothing does."""
     rows = change.tile.rows
     every = _pack(ranked, rows, None, twin)
     live = few_live_rows(change.tile, change.positions, every[1].size, twin)
-    if live is None:
+    among = None if live is None else change.ranked_among(live, twin)
+    if among is None:
         return every
-    some = _pack(change.of_rows(live).ranked(twin), rows, live, twin)
+    some = _pack(among, rows, live, twin)
     return some if some[1].size < every[1].size else every
 
 

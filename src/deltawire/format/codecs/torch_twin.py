@@ -223,19 +223,25 @@ def _before(blocks: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1, CLASSES), counts.cumsum(0)])
 
 
-def classify(old: Tensor, positions: Tensor, steps: Tensor, scheme: Scheme) -> tuple[Any, Any, Tensor, Tensor]:
-    """As `classes.classify`; the two counts are numpy's."""
+def ranked(old: Tensor, positions: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """The elements of each class, and of each change its class and its rank; positions may be in any order."""
     blocks = _classes(old, scheme)
     before, within = _before(blocks), torch.arange(BLOCK, device=old.device)
-    own, ranks = blocks.view(-1)[positions].long(), torch.empty_like(positions)
+    own, ranks = blocks.view(-1)[positions], torch.empty_like(positions)
     for start in range(0, positions.numel(), AT_ONCE):
         some = slice(start, start + AT_ONCE)
         block, c = positions[some] // BLOCK, own[some]
         left = within < (positions[some] % BLOCK)[:, None]
-        ranks[some] = before[block, c] + ((blocks[block] == c[:, None]) & left).sum(1)
+        ranks[some] = before[block, c.long()] + ((blocks[block] == c[:, None]) & left).sum(1)
+    return before[-1], own, ranks
+
+
+def classify(old: Tensor, positions: Tensor, steps: Tensor, scheme: Scheme) -> tuple[Any, Any, Tensor, Tensor]:
+    """As `classes.classify`; the two counts are numpy's."""
+    population, own, ranks = ranked(old, positions, scheme)
     order = torch.argsort(own, stable=True)
     changed = torch.bincount(own, minlength=CLASSES).cpu().numpy()
-    return before[-1].cpu().numpy(), changed, ranks[order], steps[order]
+    return population.cpu().numpy(), changed, ranks[order], steps[order]
 
 
 def locate(old: Tensor, facts: Facts, ranks: Tensor, steps: Tensor, scheme: Scheme) -> tuple[Any, Tensor, Tensor]:

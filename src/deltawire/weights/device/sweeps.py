@@ -16,7 +16,19 @@ from deltawire.errors import ShapeMismatch
 from deltawire.weights.device import torch_twin
 from deltawire.weights.device.carriers import CARRIERS, WHOLE, Changes, Part, Strip
 
-__all__ = ["WHOLE", "Changes", "Part", "Strip", "compare", "digest", "digest_at", "gather", "scatter", "scattering"]
+__all__ = [
+    "WHOLE",
+    "Changes",
+    "Part",
+    "Strip",
+    "compare",
+    "digest",
+    "digest_at",
+    "gather",
+    "scatter",
+    "scattering",
+    "uses_triton",
+]
 
 LOG = logging.getLogger("deltawire")
 Tensors = Sequence[torch.Tensor]
@@ -118,6 +130,11 @@ def _triton_twin() -> ModuleType | None:
     except ImportError:
         return None
     return triton_twin
+
+
+def uses_triton(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is swept by Triton, not in plain torch."""
+    return _twin(tensor) is not torch_twin
 
 
 @cache

@@ -7,38 +7,21 @@ counted.
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from deltawire.weights.device.carriers import Changes, Part, positions_for, written_meanwhile
-from deltawire.weights.device.landing import landing
+from deltawire.weights.device.launches import KINDS, Launch, addresses, dealt, starts
 
 BLOCK = 2048
 """elements that a program compares, or digests"""
 FEW = 1024
 """elements that a program gathers, scatters or digests by their positions"""
-KINDS = {torch.uint8: tl.uint8, torch.int16: tl.uint16, torch.int32: tl.uint32, torch.int64: tl.uint64}
-"""elements of a carrier, as the kernels read them"""
 _MODULUS = 1 << 64
 Tensors = Sequence[torch.Tensor]
 Put = Callable[[torch.Tensor, torch.Tensor], None]
-
-
-@triton.jit
-def _own(tensors, table, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The tensor that this program works on, its elements' numbers there, and which of these the tensor has.
-
-    The table's first rows are the sizes and the first blocks of `n` tensors.
-    """
-    block = tl.program_id(0)
-    tensor = tl.load(tensors + block)
-    at = (block - tl.load(table + n + tensor)) * BLOCK + tl.arange(0, BLOCK)
-    return tensor, at, at < tl.load(table + tensor)
 
 
 @triton.jit
@@ -60,7 +43,7 @@ def _mixed(positions, bits, inside):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _digest(tensors, table, n, sums, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    tensor, at, inside = _own(tensors, table, n, BLOCK)
+    tensor, at, inside = dealt(tensors, table, n, BLOCK)
     bits = tl.load(tl.load(table + 2 * n + tensor).to(tl.pointer_type(KIND)) + at, mask=inside, other=0)
     run = tl.load(table + 4 * n + tensor)
     if run < tl.load(table + tensor):
@@ -70,7 +53,7 @@ def _digest(tensors, table, n, sums, KIND: tl.constexpr, BLOCK: tl.constexpr):  
 
 @triton.jit
 def _digest_at(tensors, table, n, positions, bits, sums, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    tensor, at, inside = _own(tensors, table, n, BLOCK)
+    tensor, at, inside = dealt(tensors, table, n, BLOCK)
     at += tl.load(table + 2 * n + tensor)
     values = tl.load(bits + at, mask=inside, other=0).to(KIND, bitcast=True)
     tl.store(sums + tl.program_id(0), _mixed(tl.load(positions + at, mask=inside, other=0), values, inside))
@@ -79,7 +62,7 @@ def _digest_at(tensors, table, n, positions, bits, sums, KIND: tl.constexpr, BLO
 @triton.jit
 def _pair(tensors, table, n, KIND: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The elements' numbers, their new bits and their old ones, and whether they differ."""
-    tensor, at, inside = _own(tensors, table, n, BLOCK)
+    tensor, at, inside = dealt(tensors, table, n, BLOCK)
     old = tl.load(tl.load(table + 3 * n + tensor).to(tl.pointer_type(KIND)) + at, mask=inside, other=0)
     address = tl.load(table + 2 * n + tensor)
     if ROUND:
@@ -120,7 +103,7 @@ def _emit(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gather(tensors, table, n, offsets, bits, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    tensor, at, inside = _own(tensors, table, n, BLOCK)
+    tensor, at, inside = dealt(tensors, table, n, BLOCK)
     at += tl.load(table + 2 * n + tensor)
     offset = tl.load(offsets + at, mask=inside, other=0).to(tl.int64)
     here = inside & (offset >= 0) & (offset < tl.load(table + 4 * n + tensor))
@@ -130,7 +113,7 @@ def _gather(tensors, table, n, offsets, bits, BLOCK: tl.constexpr):  # type: ign
 
 @triton.jit
 def _scatter(tensors, table, n, offsets, bits, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    tensor, at, inside = _own(tensors, table, n, BLOCK)
+    tensor, at, inside = dealt(tensors, table, n, BLOCK)
     at += tl.load(table + 2 * n + tensor)
     offset = tl.load(offsets + at, mask=inside, other=0).to(tl.int64)
     here = inside & (offset >= 0) & (offset < tl.load(table + 4 * n + tensor))
@@ -144,7 +127,7 @@ def digest(parts: Sequence[Part]) -> list[int]:
     sizes = [flat.numel() for flat in flats]
     runs = [size if part.strip.is_run(size) else part.strip.run for part, size in zip(parts, sizes, strict=True)]
     rows = [[part.strip.offset for part in parts], runs, [part.strip.stride for part in parts]]
-    launch = _Launch.over(sizes, BLOCK, flats[0].device, _addresses(flats), *rows)
+    launch = Launch.over(sizes, BLOCK, flats[0].device, addresses(flats), *rows)
     sums = launch.empty(torch.int64)
     launch.run(_digest, sums, KIND=KINDS[flats[0].dtype])
     return [total % _MODULUS for total in launch.per_tensor(sums)]
@@ -152,7 +135,7 @@ def digest(parts: Sequence[Part]) -> list[int]:
 
 def digest_at(counts: Sequence[int], positions: torch.Tensor, bits: torch.Tensor) -> list[int]:
     """As `sweeps.digest_at`."""
-    launch = _Launch.over(counts, FEW, bits.device, _starts(counts))
+    launch = Launch.over(counts, FEW, bits.device, starts(counts))
     sums = launch.empty(torch.int64)
     launch.run(_digest_at, positions, bits, sums, KIND=KINDS[bits.dtype])
     return [total % _MODULUS for total in launch.per_tensor(sums)]
@@ -162,7 +145,7 @@ def compare(new: Tensors, base: Tensors) -> Changes:
     """As `sweeps.compare`."""
     sizes, first = [flat.numel() for flat in base], base[0]
     wide = [int(flat.dtype == torch.float32) for flat in new]
-    launch = _Launch.over(sizes, BLOCK, first.device, _addresses(new), _addresses(base), wide)
+    launch = Launch.over(sizes, BLOCK, first.device, addresses(new), addresses(base), wide)
     how = {"KIND": KINDS[first.dtype], "ROUND": any(wide)}
     counts, found = launch.empty(torch.int64), launch.empty(torch.int64)
     launch.run(_count, counts, **how)
@@ -198,65 +181,6 @@ def scattering(flats: Tensors, counts: Sequence[int], kind: torch.dtype) -> Put:
     return functools.partial(_over_flats(flats, counts).run, _scatter)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Launch:
-    """The blocks that several tensors take, dealt out in order, and a table with a row of numbers for each tensor.
-
-    `tensors` says of each block which tensor it is of. The table's last row is how many blocks each takes.
-    """
-
-    tensors: torch.Tensor
-    table: torch.Tensor
-    block: int
-
-    @classmethod
-    def over(cls, sizes: Sequence[int], block: int, device: torch.device, *rows: Sequence[int]) -> "_Launch":
-        blocks = [-(-size // block) for size in sizes]
-        numbers = torch.tensor([[*sizes], _starts(blocks), *map(list, rows), blocks], device="cpu")
-        landed = landing(numbers.numel(), numbers.dtype, device).view(numbers.shape).copy_(numbers)
-        table = landed.to(device, non_blocking=True)
-        owners = torch.arange(len(blocks), device=device)
-        tensors = torch.repeat_interleave(owners, table[-1], output_size=sum(blocks))
-        return cls(tensors, table, block)
-
-    def empty(self, kind: torch.dtype) -> torch.Tensor:
-        """A number a block."""
-        return torch.empty(self.tensors.numel(), dtype=kind, device=self.table.device)
-
-    def run(self, kernel: Any, *arguments: torch.Tensor, **constants: Any) -> None:
-        """Queue a kernel over all blocks."""
-        if self.tensors.numel():
-            with _on(self.table.device):
-                kernel[(self.tensors.numel(),)](
-                    self.tensors, self.table, self.table.shape[1], *arguments, **constants, BLOCK=self.block
-                )
-
-    def per_tensor(self, of_blocks: torch.Tensor) -> list[int]:
-        """Sums of the blocks' numbers by tensor, modulo 2^64 as int64. Waits for the stream."""
-        sums = torch.nn.functional.pad(of_blocks.cumsum(0), (1, 0))
-        ends = torch.cumsum(self.table[-1], 0)
-        reached = sums[ends]
-        return torch.diff(reached, prepend=reached.new_zeros(1)).tolist()
-
-
-def _over_flats(flats: Tensors, counts: Sequence[int]) -> _Launch:
+def _over_flats(flats: Tensors, counts: Sequence[int]) -> Launch:
     sizes = [flat.numel() for flat in flats]
-    return _Launch.over(counts, FEW, flats[0].device, _starts(counts), _addresses(flats), sizes)
-
-
-def _addresses(flats: Tensors) -> list[int]:
-    return [flat.data_ptr() for flat in flats]
-
-
-def _starts(counts: Sequence[int]) -> list[int]:
-    """The sum of all counts before each."""
-    starts, total = [], 0
-    for count in counts:
-        starts.append(total)
-        total += count
-    return starts
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a device the current one, on whose current stream Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return Launch.over(counts, FEW, flats[0].device, starts(counts), addresses(flats), sizes)
