@@ -94,7 +94,7 @@ def staged(bucket, model, weights, since, version, *, whole):
         return staging.stage(live, live.digests(), subscriber, start, version)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     rank=st.integers(0, 7),
     size=st.sampled_from([2, 4, 8]),
