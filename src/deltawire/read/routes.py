@@ -68,15 +68,7 @@ class Routes(Hops):
         problem: DeltaWireError | None = None
         for attempt in range(PLANS):
             try:
-                way = self._way(
-                    here,
-                    version,
-                    anchors or here is None,
-                    passed_over,
-                    problem,
-                    weights=holds.weights is not None,
-                    kept=holds.kept,
-                )
+                way = self._way(here, version, anchors or here is None, passed_over, problem, holds=holds)
             except DAMAGE as error:
                 if not passed_over | self._wrong:
                     raise
@@ -123,10 +115,11 @@ class Routes(Hops):
         problem: DeltaWireError | None,
         *,
         forward: bool = False,
-        weights: bool = True,
-        kept: KeptParts | None = None,
+        holds: Holds | None = None,
     ) -> list[Edge]:
-        """A way without what was found wrong. Raises the problem that closed the last one, where there is no other."""
+        """A way without what was found wrong, for a reader that `holds` something; None: the weights of an anchor.
+        Raises the problem that closed the last one, where there is no other."""
+        weights, kept = (True, None) if holds is None else (holds.weights is not None, holds.kept)
         ways = partial(
             self.chain.way,
             since,
