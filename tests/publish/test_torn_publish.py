@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+from faults import Faulty, down, never
 from runs import PATIENCE, edit, fresh, model, publish_all, read_weights, served
 from watchdog import Watchdog, publish, run_out
 
@@ -71,6 +72,29 @@ def test_a_publish_cut_short_at_any_line_ends_in_true_weights_or_says_that_only_
     assert len(went_on) > 100
     assert went_on.count(True) > len(went_on) / 2, "what tears nothing need not stop a publisher"
     assert False in went_on
+
+
+def test_a_version_under_way_is_committed_wherever_the_next_publish_is_cut_short(quick_retries):
+    for number in itertools.count(1):
+        bucket, weights = Faulty(fresh()), small()
+        bucket.plan, asked = down()
+        pub, raised = Publisher(bucket), False
+        try:
+            pub.publish(weights)
+            first = served(weights)
+            assert asked.wait(PATIENCE)  # from here on it is under way
+            edit(weights, 7)
+            with Watchdog(number):
+                pub.publish(weights)
+        except TimeoutError:
+            raised = True
+        finally:
+            bucket.plan = never
+            pub.close(timeout=PATIENCE)
+        assert equal(read_weights(bucket, 0), first)
+        if not raised:
+            break
+    assert number > 100
 
 
 def a_base(folder):

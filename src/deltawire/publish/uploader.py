@@ -115,12 +115,11 @@ class Uploader:
     def add(self, versions: Sequence[Captured], *, cut: int) -> Queued:
         """Queue versions, once nothing folds into version `cut` any more."""
         with self._lock:
-            queue = self._queue.cut_at(cut)
+            queue, following = self._queue.cut_at(cut), self._following
             for captured in versions:
-                queue = queue.add(captured)
-                self._following = captured.version + 1
-            self._require_nothing_forgotten(queue)
-            self._queue = queue
+                queue, following = queue.add(captured), captured.version + 1
+            self._require_nothing_forgotten(queue, following)
+            self._queue, self._following = queue, following  # at once: no signal is handled between the two
             self._changed.notify_all()
             return Queued(queue.backlog, self._problem)
 
@@ -152,10 +151,11 @@ class Uploader:
         is_final = self._failures > before and not isinstance(self._problem, Unavailable | None)
         return self._is_stopping or self._has_died or is_final
 
-    def _require_nothing_forgotten(self, queue: Queue) -> None:
-        """Raise BrokenInvariant unless what is committed and what is queued lead to the newest captured version."""
+    def _require_nothing_forgotten(self, queue: Queue, following: int) -> None:
+        """Raise BrokenInvariant unless what is committed and what is queued lead to the version before `following`, the
+        newest that was captured."""
         committed = None if self._tip is None else self._tip.position.version
-        require(nothing_is_forgotten(committed, queue.held, self._following), where=self._where)
+        require(nothing_is_forgotten(committed, queue.held, following), where=self._where)
 
     # On the thread
 
@@ -227,6 +227,6 @@ class Uploader:
         """The frozen version is durable: the next one names it as its parent."""
         with self._changed:
             self._queue, self._tip = self._queue.commit(), committed
-            self._require_nothing_forgotten(self._queue)
+            self._require_nothing_forgotten(self._queue, self._following)
             self._problem, self._hurry = None, False
             self._changed.notify_all()
