@@ -102,23 +102,30 @@ def _emit(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gather(tensors, table, n, offsets, bits, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _listed(tensors, table, n, offsets, bits, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which elements of the lists this program moves and which of these there are, where each stands in its tensor, and
+    whether that is inside of it.
+
+    Further rows of the table are where each tensor's list begins, the tensors' addresses and their sizes.
+    """
     tensor, at, inside = dealt(tensors, table, n, BLOCK)
     at += tl.load(table + 2 * n + tensor)
     offset = tl.load(offsets + at, mask=inside, other=0).to(tl.int64)
     here = inside & (offset >= 0) & (offset < tl.load(table + 4 * n + tensor))
     flat = tl.load(table + 3 * n + tensor).to(tl.pointer_type(bits.dtype.element_ty))
-    tl.store(bits + at, tl.load(flat + offset, mask=here, other=0), mask=inside)
+    return at, inside, flat + offset, here
+
+
+@triton.jit
+def _gather(tensors, table, n, offsets, bits, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at, inside, there, here = _listed(tensors, table, n, offsets, bits, BLOCK)
+    tl.store(bits + at, tl.load(there, mask=here, other=0), mask=inside)
 
 
 @triton.jit
 def _scatter(tensors, table, n, offsets, bits, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    tensor, at, inside = dealt(tensors, table, n, BLOCK)
-    at += tl.load(table + 2 * n + tensor)
-    offset = tl.load(offsets + at, mask=inside, other=0).to(tl.int64)
-    here = inside & (offset >= 0) & (offset < tl.load(table + 4 * n + tensor))
-    flat = tl.load(table + 3 * n + tensor).to(tl.pointer_type(bits.dtype.element_ty))
-    tl.store(flat + offset, tl.load(bits + at, mask=inside, other=0), mask=here)
+    at, inside, there, here = _listed(tensors, table, n, offsets, bits, BLOCK)
+    tl.store(there, tl.load(bits + at, mask=inside, other=0), mask=here)
 
 
 def digest(parts: Sequence[Part]) -> list[int]:
