@@ -2,16 +2,17 @@
 
 import numpy as np
 import torch
-from cpu_devices import CpuDevice
+from cpu_devices import CpuDevice, DevicePublisher
 from hypothesis import strategies as st
-from runs import fresh
+from runs import PATIENCE, fresh, publish_all, read_weights
 from strategies import changed, random_bits, seeds
+from watchdog import publish
 
 from deltawire.publish.capture import WholeCapturer
 from deltawire.publish.capturer import CaptureOptions
 from deltawire.publish.pending import ship
 from deltawire.publish.requirements import LISTED
-from deltawire.weights.tensors import as_torch, cast
+from deltawire.weights.tensors import as_torch, cast, equal
 
 DTYPES = ["F32", "BF16", "F16", "F64", "F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "I64", "BOOL"]
 SHAPES = [(), (0,), (1,), (7,), (5, 13), (64, 40), (3, 4, 50)]
@@ -78,3 +79,28 @@ def step(weights, seed, share=0.2):
 
 def bits_of(weights):
     return {name: cast(tensor.contiguous(), "BF16").copy() for name, tensor in weights.items()}
+
+
+def cut_short(watchdog, weights, begun, **how):
+    """Publish from a device under a watchdog, after `begun` publishes, then publish other weights, which are read back.
+    The bucket, and whether the publisher went on; None for that if the watchdog did not raise."""
+    bucket = fresh()
+    pub = DevicePublisher(bucket, baseline="device", **how)
+    try:
+        for seed in range(begun):
+            pub.publish(weights)
+            step(weights, seed, 1.0)
+        pub.flush(timeout=PATIENCE)
+        try:
+            with watchdog:
+                pub.publish(weights)
+            return bucket, None
+        except TimeoutError:
+            step(weights, 8, 1.0)
+        went_on = publish(pub, weights)
+    finally:
+        pub.close(timeout=PATIENCE)
+    if not went_on:
+        publish_all(bucket, weights, **how)
+    assert equal(read_weights(bucket), bits_of(weights)), watchdog.where
+    return bucket, went_on
