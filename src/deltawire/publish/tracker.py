@@ -87,11 +87,9 @@ class ChangeTracker:
 
     def take_change(self, name: str, change: TensorDelta, coded: Coded | None, *, owned: bool) -> None:
         """Move the baseline by a change that was found, and maybe encoded, against it; keep it if it is ours."""
-        left = self.uncovered.get(name)
         with self._transition:
             if owned:
-                self.uncovered[name] = change if left is None else left + change
-                self._code(name, coded)
+                self._keep(name, change, coded)
             self.baseline.advance(name, change)
 
     def take_swept(self, swept: "Swept", owned: Container[str]) -> bool:
@@ -100,9 +98,7 @@ class ChangeTracker:
         with self._transition:
             for name, moved in swept.moved.items():
                 if name in owned:
-                    left = self.uncovered.get(name)
-                    self.uncovered[name] = moved.change if left is None else left + moved.change
-                    self._code(name, moved.ranking if left is None else None)
+                    self._keep(name, moved.change, moved.ranking)
                 self.baseline.move(name, moved.before, moved.after)
             home = swept.advance()
             for name, bits in home.items():
@@ -146,6 +142,12 @@ class ChangeTracker:
             self.coded[new] = self.coded.pop(old)
         if old in self.shards:
             self.shards[new] = self.shards.pop(old)
+
+    def _keep(self, name: str, change: TensorDelta, coded: Coded | Ranking | None) -> None:
+        """Keep a change to publish, and its encoding if no publish that failed left some of it."""
+        left = self.uncovered.get(name)
+        self.uncovered[name] = change if left is None else left + change
+        self._code(name, coded if left is None else None)
 
     def _code(self, name: str, coded: Coded | Ranking | None) -> None:
         """Note what a tensor's whole change is encoded or ranked as; None where it is neither."""
